@@ -1,0 +1,67 @@
+"""RLHF on one consumer GPU, as a thin extension of TRL.
+
+The public names below are imported on first use: `import hf_rlhf_ext` itself loads neither torch nor TRL.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from .compat import require_supported_trl
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .data.collators import DataCollatorForComparisons
+    from .data.formats import load_comparisons
+    from .modeling.loading import load_base_model, load_policy, load_tokenizer
+    from .ppo.config import PPOConfig
+    from .ppo.trainer import PPOTrainer
+    from .reward.config import BradleyTerryConfig
+    from .reward.scorer import RewardScorer
+    from .reward.trainer import BradleyTerryTrainer
+
+_HOMES = {
+    "BradleyTerryConfig": "reward.config",
+    "BradleyTerryTrainer": "reward.trainer",
+    "DataCollatorForComparisons": "data.collators",
+    "PPOConfig": "ppo.config",
+    "PPOTrainer": "ppo.trainer",
+    "RewardScorer": "reward.scorer",
+    "load_base_model": "modeling.loading",
+    "load_comparisons": "data.formats",
+    "load_policy": "modeling.loading",
+    "load_tokenizer": "modeling.loading",
+}
+
+__all__ = [
+    "BradleyTerryConfig",
+    "BradleyTerryTrainer",
+    "DataCollatorForComparisons",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardScorer",
+    "UserError",
+    "load_base_model",
+    "load_comparisons",
+    "load_policy",
+    "load_tokenizer",
+]
+
+require_supported_trl()
+
+try:
+    __version__ = version("hf-rlhf-ext")
+except PackageNotFoundError:  # a checkout that was put on sys.path without being installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # so that this function is asked once a name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

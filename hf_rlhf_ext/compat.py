@@ -1,0 +1,79 @@
+"""The one place that knows TRL's internals and the versions we work with.
+
+TRL moves fast and its private names carry no promise, so each one that this library touches is listed in `_TRL_NAMES`
+and has a contract test in `tests/test_compat.py` that fails when TRL changes it. Names resolve on first use: importing
+this module imports neither torch nor TRL.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+TRL_SUPPORTED = SpecifierSet(">=1.16,<1.17")
+
+# our name -> (module, name there), as of trl 1.16.0. Everything public is imported from `trl` directly instead.
+_TRL_NAMES: dict[str, tuple[str, str]] = {
+    "BaseTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),
+    "BaseConfig": ("trl.trainer.base_config", "_BaseConfig"),
+    "disable_dropout_in_model": ("trl.trainer.utils", "disable_dropout_in_model"),
+    "print_prompt_completions_sample": ("trl.trainer.utils", "print_prompt_completions_sample"),
+    "get_callable_name": ("trl.trainer.utils", "get_callable_name"),
+    "is_async_callable": ("trl.trainer.utils", "is_async_callable"),
+    "selective_log_softmax_and_entropy": ("trl.trainer.utils", "selective_log_softmax_and_entropy"),
+    "suppress_seqcls_warning": ("trl.trainer.reward_trainer", "suppress_seqcls_warning"),
+    "unwrap_model_for_generation": ("trl.models.utils", "unwrap_model_for_generation"),
+    "use_adapter": ("trl.trainer.utils", "use_adapter"),
+}
+
+# Methods of TRL's and Transformers' trainers that ours override; tests/test_compat.py checks their signatures.
+OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
+    "trl.RewardTrainer": (
+        "_prepare_dataset",
+        "_set_signature_columns_if_needed",
+        "compute_loss",
+        "create_model_card",
+        "evaluate",
+        "log",
+    ),
+    "transformers.Trainer": (
+        "_clip_grad_norm",
+        "_load_best_model",
+        "_load_from_checkpoint",
+        "_prepare_inputs",
+        "_save",
+        "_save_rng_state",
+        "compute_loss",
+        "create_optimizer",
+        "evaluate",
+        "floating_point_ops",
+        "get_batch_samples",
+        "get_train_dataloader",
+        "log",
+        "prediction_step",
+        "train",
+    ),
+}
+
+
+def require_supported_trl() -> None:
+    """Raises `ImportError`, in one line, unless the installed TRL is one that this library was tested with."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        raise ImportError(
+            f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found none: pip install 'trl{TRL_SUPPORTED}'"
+        ) from None
+    if not TRL_SUPPORTED.contains(found, prereleases=True):
+        raise ImportError(f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found {found}: pip install 'trl{TRL_SUPPORTED}'")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRL_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_supported_trl()
+    module, attribute = _TRL_NAMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value

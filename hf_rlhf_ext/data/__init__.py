@@ -1,0 +1,1 @@
+"""Preference data: the comparison row, readers, tokenisation and collators."""

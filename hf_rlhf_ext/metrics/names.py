@@ -1,0 +1,93 @@
+"""Every metric that the trainers log: its unit and its meaning. Cards and docs print from this table.
+
+A name inherited from TRL keeps TRL's meaning. KL, entropy and log-probabilities are in nats.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """What a logged number is measured in, and what it says."""
+
+    unit: str
+    meaning: str
+
+
+_TRAINER = {
+    "loss": Metric("nats or reward", "what the optimizer minimises, mean since the last log"),
+    "grad_norm": Metric("1", "norm of the gradient before clipping"),
+    "learning_rate": Metric("1/step", "of the first parameter group (PPO: the policy)"),
+    "lr_value": Metric("1/step", "learning rate of the value head or adapter"),
+    "epoch": Metric("passes", "over the training data"),
+    "num_tokens": Metric("tokens", "real tokens seen in training so far, padding left out"),
+}
+
+_REWARD_MODEL = {
+    "accuracy": Metric("fraction", "comparisons whose preferred side scores higher; ties left out (see accuracy_ties)"),
+    "accuracy_ties": Metric("fraction", "comparisons given the right one of three labels, a tie being one of them"),
+    "nll": Metric("nats/pair", "Bradley-Terry negative log-likelihood of the judgements, weighted; log 2 is a coin's"),
+    "ece": Metric("fraction", "expected calibration error of P(i beats j): mean gap to the observed rate over bins"),
+    "margin": Metric("reward", "mean score of the preferred minus the other side"),
+    "min_reward": Metric("reward", "lowest raw score"),
+    "mean_reward": Metric("reward", "mean raw score, before normalisation"),
+    "max_reward": Metric("reward", "highest raw score"),
+    "longer_wins_baseline": Metric("fraction", 'accuracy of "the longer completion is better" on the same comparisons'),
+}
+
+_PPO = {
+    "episode": Metric("completions", "sampled since the start"),
+    "objective/kl": Metric("nats/completion", "KL(policy || reference): k1 summed over tokens, mean over completions"),
+    "objective/kl_k3": Metric("nats/completion", "the same KL by the k3 estimator, which is never negative"),
+    "objective/kl_coef": Metric("reward/nat", "β in force during this rollout"),
+    "objective/entropy": Metric("nats/completion", "minus the log-probability of a completion, mean over completions"),
+    "objective/non_score_reward": Metric("reward", "KL penalty of a completion, -β·KL, mean over completions"),
+    "objective/scores": Metric("reward", "score of a completion before the KL penalty, mean over completions"),
+    "objective/rlhf_reward": Metric("reward", "score plus KL penalty, mean over completions"),
+    "policy/approxkl_avg": Metric("nats/token", "k3 between the policy and the one that made the rollout, masked mean"),
+    "policy/clipfrac_avg": Metric("fraction", "completion tokens whose surrogate was clipped"),
+    "policy/entropy_avg": Metric("nats/token", "entropy of the policy's next-token distribution, masked mean"),
+    "loss/policy_avg": Metric("advantage", "clipped surrogate loss, masked mean"),
+    "loss/value_avg": Metric("reward^2", "masked mean of half the clipped squared error"),
+    "val/clipfrac_avg": Metric("fraction", "completion tokens whose value loss was clipped"),
+    "val/explained_variance": Metric("fraction", "1 - Var(returns - values) / Var(returns); 0 a constant's, 1 perfect"),
+    "val/ratio": Metric("1", "new over old probability of a token, masked mean; 1 in the first step of an update"),
+    "val/ratio_var": Metric("1", "variance of that ratio over the mini-batches of an update"),
+    "val/num_eos_tokens": Metric("tokens", "stop tokens in the rollout, one a finished completion"),
+    "completions/mean_length": Metric("tokens", "of a completion, its stop token included"),
+    "completions/min_length": Metric("tokens", "of the shortest completion"),
+    "completions/max_length": Metric("tokens", "of the longest completion"),
+    "completions/stopped_frac": Metric("fraction", "completions that ended with a stop token"),
+    "sampling/logprob_mismatch": Metric("nats/token", "mean gap of generation's to rescored log-probabilities"),
+    "rewards/<name>/mean": Metric("reward", "of one reward function, before weighting, mean over completions"),
+    "rewards/<name>/std": Metric("reward", "of one reward function, before weighting, deviation over completions"),
+    "guards/skipped": Metric("micro-batches", "skipped because a loss, gradient or reward was not finite"),
+}
+
+METRICS: dict[str, Metric] = _TRAINER | _REWARD_MODEL | _PPO
+"""By logged name, without the `eval_` that Trainer puts in front; `<name>` stands for a reward function's name."""
+
+
+def find_metric(key: str) -> Metric | None:
+    """The metric behind a logged key: `eval_accuracy` is `accuracy`, `rewards/gold/mean` is `rewards/<name>/mean`."""
+    for candidate in (key, re.sub(r"^(eval|train|test)[_/]", "", key)):
+        if candidate in METRICS:
+            return METRICS[candidate]
+        if match := re.fullmatch(r"rewards/.+/(mean|std)", candidate):
+            return METRICS[f"rewards/<name>/{match[1]}"]
+    return None
+
+
+def describe(keys: Iterable[str] | None = None) -> str:
+    """A markdown table (metric, unit, meaning) of the keys given, in their order; of all metrics when `keys` is None.
+
+    Raises `KeyError` for a key that is not in the table: a trainer logs only what it can explain.
+    """
+    keys = list(METRICS if keys is None else keys)
+    if unknown := [key for key in keys if find_metric(key) is None]:
+        raise KeyError(f"no entry in METRICS for: {', '.join(unknown)}")
+    rows = [(key, *find_metric(key)) for key in keys]
+    lines = ["| metric | unit | meaning |", "|---|---|---|"]
+    lines += [f"| `{key}` | {unit} | {meaning.replace('|', '&#124;')} |" for key, unit, meaning in rows]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Plots of a run, drawn without pyplot: no global state, no display, the same picture on every machine."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette: told apart with any common colour blindness; the markers differ too, for grey print.
+GOLD_COLOUR, PROXY_COLOUR, INK, GRID = "#D55E00", "#0072B2", "#333333", "#DDDDDD"
+LABEL_SIZE, TICK_SIZE = 11, 9.5
+
+
+def plot_frontier(points: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "Reward against KL") -> Path:
+    """Draws gold and proxy reward against KL, one point an update in the order of updates, and writes a PNG.
+
+    `points` are dicts of `update`, `kl` (nats per completion), `gold`, `proxy`, and optionally `gold_ci`: the
+    half-width of gold's interval, or its (low, high). Two panels over one KL axis, since the rewards' units differ: a
+    proxy that still rises where gold no longer does is over-optimised (Gao et al. 2022, arXiv:2210.10760). Raises
+    `ValueError` for no points, a missing key or a number that is not finite.
+    """
+    points = sorted(points, key=lambda point: point.get("update", 0))
+    _check(points)
+    figure = Figure(figsize=(8, 6.4), dpi=160, layout="constrained")  # 1,280 x 1,024 pixels
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _draw(upper, points, "gold", GOLD_COLOUR, "o-")
+    _draw(lower, points, "proxy", PROXY_COLOUR, "s-")
+    _draw_intervals(upper, points)
+    _set_limits(upper, lower, points)
+    upper.set_title(title, fontsize=LABEL_SIZE + 2, color=INK, loc="left", pad=10)
+    upper.set_ylabel("gold reward", fontsize=LABEL_SIZE, color=GOLD_COLOUR)
+    lower.set_ylabel("proxy reward (reward model)", fontsize=LABEL_SIZE, color=PROXY_COLOUR)
+    lower.set_xlabel("KL(policy || reference), nats per completion", fontsize=LABEL_SIZE, color=INK)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})  # same bytes for the same points
+    return path
+
+
+def _check(points: Sequence[Mapping[str, float]]) -> None:
+    if not points:
+        raise ValueError("plot_frontier: no points to draw; pass at least the start of the run.")
+    for position, point in enumerate(points):
+        for key in ("update", "kl", "gold", "proxy"):
+            if key not in point:
+                raise ValueError(f"plot_frontier: point {position} has no `{key}`; it has {sorted(point)}.")
+        values = {key: point[key] for key in ("update", "kl", "gold", "proxy")}
+        values |= dict(zip(("gold_ci low", "gold_ci high"), _interval(point), strict=True))
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"plot_frontier: `{key}` of update {point['update']} is {value}, not a finite number.")
+
+
+def _interval(point: Mapping) -> tuple[float, float]:
+    """Gold's interval as (low, high); without one, gold itself twice."""
+    ci = point.get("gold_ci")
+    if ci is None:
+        return point["gold"], point["gold"]
+    if isinstance(ci, Sequence):
+        return ci[0], ci[1]
+    return point["gold"] - ci, point["gold"] + ci
+
+
+def _draw(axes: Axes, points: Sequence[Mapping[str, float]], key: str, colour: str, style: str) -> None:
+    kl, values = [point["kl"] for point in points], [point[key] for point in points]
+    axes.plot(kl, values, style, color=colour, linewidth=1.6, markersize=6, markeredgecolor="white", zorder=3)
+    ends = [("start", points[0], -1)] + [("end", points[-1], 1)] * (len(points) > 1)
+    for name, point, side in ends:  # beside the ends, where the margin is: a label never hides a point of a usual run
+        axes.annotate(
+            f"{name}, update {point['update']:g}\n{point[key]:.2f} at {point['kl']:.1f} nats",
+            (point["kl"], point[key]),
+            xytext=(12 * side, 0),
+            textcoords="offset points",
+            ha="right" if side < 0 else "left",
+            va="center",
+            fontsize=TICK_SIZE,
+            color=INK,
+            zorder=2,
+        )
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=TICK_SIZE, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(GRID)
+
+
+def _draw_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> None:
+    """Error bars, not a band: updates need not come in the order of their KL."""
+    with_ci = [point for point in points if point.get("gold_ci") is not None]
+    if not with_ci:
+        return
+    bounds = [_interval(point) for point in with_ci]
+    below = [max(0.0, point["gold"] - low) for point, (low, _) in zip(with_ci, bounds, strict=True)]
+    above = [max(0.0, high - point["gold"]) for point, (_, high) in zip(with_ci, bounds, strict=True)]
+    kl, gold = [point["kl"] for point in with_ci], [point["gold"] for point in with_ci]
+    bars = axes.errorbar(kl, gold, [below, above], fmt="none", ecolor=GOLD_COLOUR, alpha=0.4, capsize=3, zorder=1)
+    axes.legend([bars], ["95 % interval"], loc="lower right", frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
+
+
+def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]]) -> None:
+    """Room for the labels of both ends, and no axis that blows a rounding error up to full height."""
+    low, high = min(point["kl"] for point in points), max(point["kl"] for point in points)
+    width = max(high - low, 0.1)
+    lower.set_xlim(low - 0.27 * width, high + 0.27 * width)
+    lower.set_xticks([tick for tick in lower.get_xticks() if low - 0.05 * width <= tick <= high + 0.27 * width])
+    for axes in (upper, lower):
+        bottom, top = axes.get_ylim()
+        padding = max(0.08 * (top - bottom), (0.2 - (top - bottom)) / 2)
+        axes.set_ylim(bottom - padding, top + padding)

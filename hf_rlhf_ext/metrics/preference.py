@@ -1,0 +1,93 @@
+"""How well scores agree with judgements: pure functions on numpy arrays, computed over a whole evaluation set at once.
+
+Shared shapes: `deltas` (P,) are r_i - r_j of P pairs in units of reward; `targets` (P,) are P(i ≻ j) in [0, 1], where
+0.5 is a tie. A mean over no pairs is NaN.
+"""
+
+import math
+
+import numpy as np
+from scipy import stats
+
+TIE_THRESHOLD = math.log(3)
+"""|Δ| in reward below which σ(Δ) is nearer to 0.5 than to 0 or 1: the model says "tie"."""
+
+
+def pairwise_accuracy(deltas: np.ndarray, targets: np.ndarray) -> float:
+    """Fraction of pairs whose preferred side scores strictly higher; ties (target 0.5) are left out."""
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    decided = targets != 0.5
+    if not decided.any():
+        return math.nan
+    return float(np.mean(deltas[decided] * (targets[decided] - 0.5) > 0))
+
+
+def accuracy_with_ties(deltas: np.ndarray, targets: np.ndarray, threshold: float = TIE_THRESHOLD) -> float:
+    """Fraction of all pairs given the right one of three labels; |Δ| < `threshold` counts as calling a tie."""
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    called = np.where(np.abs(deltas) < threshold, 0.0, np.sign(deltas))
+    return float(np.mean(called == np.sign(targets - 0.5))) if len(deltas) else math.nan
+
+
+def preference_nll(deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Weighted mean of -[t log σ(Δ) + (1 - t) log σ(-Δ)] in nats a pair; log 2 is a coin's."""
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    losses = targets * np.logaddexp(0.0, -deltas) + (1 - targets) * np.logaddexp(0.0, deltas)
+    weights = np.ones_like(losses) if weights is None else np.asarray(weights, float)
+    return float(np.sum(weights * losses) / np.sum(weights)) if np.sum(weights) > 0 else math.nan
+
+
+def longer_wins_baseline(length_deltas: np.ndarray, targets: np.ndarray) -> float:
+    """Accuracy of "the longer one is better" on decided pairs; equal lengths count one half.
+
+    `length_deltas` (P,) are lengths of i minus lengths of j, in any unit. A reward model must beat this.
+    """
+    length_deltas, targets = np.asarray(length_deltas, float), np.asarray(targets, float)
+    decided = targets != 0.5
+    if not decided.any():
+        return math.nan
+    agreement = np.sign(length_deltas[decided]) * np.sign(targets[decided] - 0.5)
+    return float(np.mean((agreement + 1) / 2))
+
+
+def preference_report(
+    deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray, length_deltas: np.ndarray
+) -> dict[str, float]:
+    """All of the above by name; those that the data leave undefined are left out (accuracy where all are ties).
+
+    `accuracy`, `accuracy_ties`, `margin` (mean of preferred minus other) and `longer_wins_baseline` count pairs; `nll`
+    weighs them.
+    """
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    decided = targets != 0.5
+    report: dict[str, float] = {"pairs": len(deltas), "nll": preference_nll(deltas, targets, weights)}
+    if decided.any():
+        report["accuracy"] = pairwise_accuracy(deltas, targets)
+        report["margin"] = float(np.mean(deltas[decided] * np.sign(targets[decided] - 0.5)))
+        report["longer_wins_baseline"] = longer_wins_baseline(length_deltas, targets)
+    if not decided.all():
+        report["accuracy_ties"] = accuracy_with_ties(deltas, targets)
+    return report
+
+
+def annotator_ceiling(true_targets: np.ndarray) -> float:
+    """Expected accuracy of the best model against one noisy label a pair: the mean of max(t, 1 - t).
+
+    `true_targets` (P,) are the probabilities with which the annotator prefers i (known for simulated annotators).
+    """
+    true_targets = np.asarray(true_targets, float)
+    return float(np.mean(np.maximum(true_targets, 1 - true_targets))) if len(true_targets) else math.nan
+
+
+def bootstrap_mean_ci(
+    values: np.ndarray, *, level: float = 0.95, seed: int = 0, n_resamples: int = 9999
+) -> tuple[float, float]:
+    """(low, high) of the bootstrap interval (BCa) of the mean of independent `values` (N,); a point if all equal."""
+    values = np.asarray(values, float)
+    if len(values) < 2 or np.ptp(values) == 0:  # BCa is undefined without spread
+        mean = float(np.mean(values)) if len(values) else math.nan
+        return mean, mean
+    interval = stats.bootstrap(
+        (values,), np.mean, confidence_level=level, n_resamples=n_resamples, rng=np.random.default_rng(seed), batch=999
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,137 @@
+"""Adapters of one shared base as roles: switch, copy, save and load them without losing a flag or a bit.
+
+PEFT's `set_adapter` and `disable_adapter` leave `requires_grad` on for the active adapter only, and PyTorch silently drops
+the gradients of leaves whose flag is off when the backward pass arrives; so every switch here restores all flags.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from ..compat import use_adapter
+from ..errors import UserError
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str | None):
+    """Computes with adapter `name` (None: the bare base) inside; restores what was active and every flag after."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with use_adapter(model, name):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Adds adapter `target`, a frozen copy of `source`, of whatever PEFT type; the active adapter stays the same.
+
+    Raises:
+        UserError: a PEFT type of which one model can hold only one adapter.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    active = model.active_adapter
+    try:
+        model.add_adapter(target, model.peft_config[source])
+    except (ValueError, TypeError) as error:
+        kind = model.peft_config[source].peft_type.value
+        raise UserError(
+            f"peft type {kind} cannot be held twice on one base, so there is no room for the frozen reference: merge the "
+            f"adapter into the base first, or use LoRA ({str(error).splitlines()[0]})"
+        ) from error
+    state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
+    set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name=target)
+    model.set_adapter(active)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, False))
+
+
+def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
+    """Writes one adapter as an ordinary PEFT folder, safetensors only, which `PeftModel.from_pretrained` loads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Clones: tied tensors share storage, which safetensors refuses.
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[name]
+    was_inference = config.inference_mode
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
+    config.save_pretrained(str(folder))
+    config.inference_mode = was_inference
+
+
+def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
+    """Reads an adapter folder into the existing adapter `name`; raises `UserError` where keys or shapes do not fit."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder}: this adapter does not fit the model: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    if result.unexpected_keys:
+        raise UserError(f"{folder}: the adapter has weights that the model lacks, first {result.unexpected_keys[0]!r}.")
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Puts the model in eval mode inside and back in the mode it had after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def fast_adapters(model: nn.Module, *, enabled: bool):
+    """Computes fp32 master adapters in autocast's dtype inside, without fp32 copies of the activations.
+
+    PEFT casts a bf16 input up to its adapter's fp32; under autocast that cast only costs time and memory, and no update
+    is lost because the weights stay fp32.
+    """
+    with disable_input_dtype_casting(model, active=enabled):
+        yield
+
+
+@contextmanager
+def merged_adapter(model: nn.Module, *, enabled: bool):
+    """Merges the active adapter into its base inside (faster generation); restores the base to the bit after.
+
+    Subtracting the update again would leave rounding errors in bf16, so the touched weights are kept as copies. Does
+    nothing for models without a mergeable adapter, and on quantised bases, where merging would re-quantise the weights.
+    """
+    layers = _mergeable_layers(model) if enabled else []
+    if not layers:
+        yield
+        return
+    kept = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+    try:
+        for layer in layers:
+            layer.merge(adapter_names=[model.active_adapter])
+        yield
+    finally:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+        with torch.no_grad():
+            for parameter, copy in kept:
+                parameter.data.copy_(copy)
+
+
+def _mergeable_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        return []
+    if getattr(model.get_base_model(), "is_quantized", False):
+        return []
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")]

@@ -1,0 +1,98 @@
+"""Log-probabilities, entropies and values of completion tokens without a (B, T, V) tensor."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..compat import selective_log_softmax_and_entropy
+
+
+@contextmanager
+def captured_hidden_states(model: nn.Module):
+    """Collects the last hidden states (B, L, H), before the output head, of each forward of a causal LM inside.
+
+    A hook on the backbone rather than a direct call of it: the forward still goes through PEFT's and DDP's wrappers.
+    Yields a list to which every forward appends one tensor.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    captured: list[Tensor] = []
+    handle = causal_lm.base_model.register_forward_hook(
+        lambda module, args, output: captured.append(output.last_hidden_state)
+    )
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def completion_hidden_states(
+    model: nn.Module, unwrapped: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor
+) -> Tensor:
+    """Hidden states from which each completion token was predicted, for the real tokens only.
+
+    Args:
+        model: what is called (may be a DDP wrapper around `unwrapped`).
+        input_ids: (B, L) prompt and completion, padded right.
+        prompt_lengths: (B,) tokens of each prompt, at least 1.
+        mask: (B, T) bool, True on emitted tokens.
+
+    Returns:
+        (N, H), N = `mask.sum()`, in row-major order of `mask`.
+    """
+    lengths = prompt_lengths + mask.sum(1)
+    attention_mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
+    with captured_hidden_states(unwrapped) as captured:
+        # One position of logits: the model's own head is not needed, and (B, L, V) would be its largest tensor.
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+    hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens in front
+    rows, steps = mask.nonzero(as_tuple=True)
+    return hidden[rows, prompt_lengths[rows] - 1 + steps]
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 128,
+    entropy_requires_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(head(hidden) / temperature)[targets] and the entropy, `chunk_size` rows of logits at a time.
+
+    With gradients on, each chunk is checkpointed: its logits are recomputed in the backward pass, so that at most
+    (chunk_size, V) of them exist at any time.
+
+    Args:
+        hidden: (N, H) hidden states, any floating dtype.
+        head: the model's output embedding (an LM head, H → V).
+        targets: (N,) token ids.
+        softcap: `final_logit_softcapping` of the model's config (Gemma 2), if it has one.
+        entropy_requires_grad: for an entropy bonus.
+
+    Returns:
+        logprobs and entropies, both (N,) fp32, nats.
+    """
+
+    def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return selective_log_softmax_and_entropy(logits, targets, entropy_requires_grad, temperature)
+
+    parts = []
+    for start in range(0, len(targets), chunk_size):
+        chunk = hidden[start : start + chunk_size], targets[start : start + chunk_size]
+        parts.append(
+            checkpoint(one_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else one_chunk(*chunk)
+        )
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def scatter_to_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values of the True entries of `mask` (B, T), row-major → (B, T), zero elsewhere; keeps gradients."""
+    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)

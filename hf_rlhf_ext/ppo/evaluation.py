@@ -1,0 +1,112 @@
+"""Evaluation during and after PPO: completions of a fixed set of prompts, sampled with a fixed seed."""
+
+import time
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from datasets import Dataset
+
+from ..data.text import decode_completion
+from ..errors import UserError
+from .kl import kl_k1, kl_k3
+from .setup import encode_prompts
+
+
+@dataclass
+class EvaluatedCompletion:
+    """One sampled completion: its text, each reward, and what it cost in KL.
+
+    `score` is the weighted sum of the training rewards; `kl` and `kl_k3` are summed over its tokens, in nats.
+    """
+
+    prompt: str | list
+    completion: str
+    score: float
+    rewards: dict[str, float]
+    kl: float
+    kl_k3: float
+    n_tokens: int
+    stopped: bool
+
+
+class EvaluationMixin:
+    """`evaluate` for `PPOTrainer`."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Samples a completion for each prompt and returns means of rewards, KL and length (`eval_…`).
+
+        The random state of training is untouched: a run with evaluation gives the weights of one without.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise UserError("evaluation needs an eval_dataset: pass one to the trainer, or set eval_strategy='no'.")
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        start = time.monotonic()
+        rows = self.sample_and_score(dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize(rows).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - start, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sample_and_score(self, dataset: Dataset, *, seed: int | None = None) -> list[EvaluatedCompletion]:
+        """Completions of the policy as it is now, with the rewards of `reward_funcs` and `eval_reward_funcs`.
+
+        Args:
+            dataset: rows with `prompt`, and the columns that the reward functions take.
+            seed: of the sampling; `args.seed` if None, so that two policies are compared on common random numbers.
+        """
+        prompt_ids = encode_prompts(dataset, self.processing_class, self.args, "eval")
+        device = self.accelerator.device
+        rows: list[EvaluatedCompletion] = []
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed if seed is None else seed)
+            size = self.args.per_device_eval_batch_size
+            for start in range(0, len(prompt_ids), size):
+                examples = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+                rows += self._evaluate_batch(examples, prompt_ids[start : start + size])
+        return rows
+
+    def _evaluate_batch(self, examples: list[dict], prompt_ids: list[list[int]]) -> list[EvaluatedCompletion]:
+        completion_ids = self._generate(prompt_ids)
+        per_func, scores = self._score(self.rewards, examples, completion_ids)
+        named = {name: per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)}
+        if self.eval_rewards is not None:
+            extra, _ = self._score(self.eval_rewards, examples, completion_ids)
+            named |= {name: extra[:, i].tolist() for i, name in enumerate(self.eval_rewards.names)}
+        _, stats = self._rescore(prompt_ids, completion_ids)
+        kl = kl_k1(stats["logprobs"], stats["ref_logprobs"]).sum(1).tolist()  # both are zero in the padding
+        k3 = kl_k3(stats["logprobs"], stats["ref_logprobs"]).sum(1).tolist()
+        return [
+            EvaluatedCompletion(
+                prompt=example["prompt"],
+                completion=decode_completion(self.processing_class, ids),
+                score=float(scores[i]),
+                rewards={name: values[i] for name, values in named.items()},
+                kl=kl[i],
+                kl_k3=k3[i],
+                n_tokens=len(ids),
+                stopped=ids[-1] in self._stop_ids,
+            )
+            for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True))
+        ]
+
+
+def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:
+    """Means over completions, under the names that training logs use."""
+    means = {
+        "objective/scores": fmean(row.score for row in rows),
+        "objective/kl": fmean(row.kl for row in rows),
+        "objective/kl_k3": fmean(row.kl_k3 for row in rows),
+        "completions/mean_length": fmean(row.n_tokens for row in rows),
+        "completions/stopped_frac": fmean(row.stopped for row in rows),
+    }
+    for name in rows[0].rewards:
+        given = [row.rewards[name] for row in rows if row.rewards[name] == row.rewards[name]]  # NaN: not scored
+        means[f"rewards/{name}/mean"] = fmean(given) if given else float("nan")
+    return means

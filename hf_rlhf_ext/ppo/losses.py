@@ -1,0 +1,72 @@
+"""PPO's losses as pure functions of tensors.
+
+Shapes: B sequences of T completion tokens. `mask` is bool, True where the policy emitted the token; whatever stands in
+the padding never reaches a result or a gradient. Log-probabilities are in nats.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Mean of `x` (B, T) over `mask` (B, T), as a scalar.
+
+    Args:
+        denominator: what to divide the masked sum by instead of the number of True entries: the token count of the
+            whole mini-batch, when `x` is one of its micro-batches. An all-False mask gives 0.
+    """
+    total = x.masked_fill(~mask, 0.0).sum()
+    return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+
+    All tensors are (B, T). Returns the scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction of
+    tokens whose surrogate was clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
+    ratio = log_ratio.exp()  # (B, T)
+    surrogate = ratio * advantages.masked_fill(~mask, 0.0)
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages.masked_fill(~mask, 0.0)
+    loss = -masked_mean(torch.minimum(surrogate, clipped), mask, denominator)
+    with torch.no_grad():
+        stats = {
+            "clipfrac": masked_mean((clipped < surrogate).to(logprobs.dtype), mask, denominator),
+            "approxkl": masked_mean(ratio - 1.0 - log_ratio, mask, denominator),
+            "ratio": masked_mean(ratio, mask, denominator),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the value head, the worse of the clipped and unclipped one.
+
+    As in OpenAI's baselines and Huang et al. 2022 ("The 37 implementation details of PPO", no. 9): the new value may move
+    by at most `clip_range` from the rollout's; `None` turns the clip off. All tensors are (B, T), in units of reward.
+    Returns the scalar loss (reward²) and the fraction of tokens where the clip bound.
+    """
+    error = (values - returns).masked_fill(~mask, 0.0).square()
+    if clip_range is None:
+        return 0.5 * masked_mean(error, mask, denominator), torch.zeros_like(error[0, 0])
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped_error = (clipped - returns).masked_fill(~mask, 0.0).square()
+    with torch.no_grad():
+        clip_fraction = masked_mean((clipped_error > error).to(error.dtype), mask, denominator)
+    return 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, denominator), clip_fraction

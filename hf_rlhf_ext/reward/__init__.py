@@ -1,0 +1,1 @@
+"""Reward models: Bradley-Terry training and scoring."""

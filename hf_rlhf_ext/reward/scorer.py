@@ -1,0 +1,253 @@
+"""Scores of a trained reward model: the same numbers in training, after a reload, and inside someone else's trainer."""
+
+import json
+import logging
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.collators import pad_right
+from ..data.text import check_tokenizer, encode_completion, encode_prompt, is_messages
+from ..errors import UserError
+from ..modeling.heads import install_fp32_score
+from ..modeling.loading import adapter_base, load_base_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+NORMALIZATION_FILE = "reward_normalization.json"
+
+
+@dataclass(frozen=True)
+class RewardNormalization:
+    """What turns raw scores into rewards, and what a reload must repeat to get the same scores.
+
+    `mean` and `std` (population) of `n` raw scores; `base_dtype` of the trunk's weights; `autocast` dtype or None;
+    `load_in_4bit`; the `layout` of the batches; `base_model` as a Hub id, None where it was a local folder.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    n: int = 0
+    base_dtype: str = "auto"
+    autocast: str | None = None
+    load_in_4bit: bool = False
+    layout: str = "plain"
+    base_model: str | None = None
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / NORMALIZATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self | None:
+        """The file in `folder`, None where there is none; keys of later versions are ignored."""
+        path = Path(folder) / NORMALIZATION_FILE
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text())
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+def score_head(model: nn.Module) -> nn.Module:
+    """The module named `score` of a sequence-classification model, under PEFT and DDP wrappers."""
+    model = extract_model_from_parallel(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(getattr(base, "score", None), nn.Module):
+        raise UserError(
+            f"model: {type(base).__name__} has no `score` head: load it with load_base_model(..., task='reward'), or "
+            "pass a decoder's sequence-classification model with num_labels=1."
+        )
+    return base.score
+
+
+def score_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """fp32 scores (N,) of N sequences (N, L), padded on the right, read at each one's last real token.
+
+    Transformers' own pooling takes the right-most token that is not `pad_token_id` and ignores the mask: with
+    pad == eos it reads one token early. So a hook takes the score of every position, inside `model(...)` (a call of the
+    backbone would bypass DDP), and the mask's length says where to read.
+    """
+    seen: list[Tensor] = []
+    hook = score_head(model).register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        hook.remove()
+    scores = seen[-1].squeeze(-1)  # (N, L), or (N, virtual + L) under prompt tuning
+    last = attention_mask.sum(1) - 1 + scores.shape[1] - input_ids.shape[1]
+    return scores.gather(1, last[:, None]).squeeze(1)
+
+
+@contextmanager
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
+    """Autocast to `dtype`, with fp32 adapters computed in it; `None` leaves all as it is.
+
+    PEFT casts activations up to its fp32 adapters; autocast casts the weights down instead, with no fp32 activations.
+    """
+    device = next(model.parameters()).device.type
+    active = dtype is not None
+    with torch.autocast(device, dtype=dtype, enabled=active), disable_input_dtype_casting(model, active=active):
+        yield
+
+
+class RewardScorer:
+    """Callable (prompts, completions, **columns) -> list of rewards: a `reward_funcs` entry of TRL's trainers and ours.
+
+    Args:
+        model: sequence-classification model with one label, or a `PeftModel` of one.
+        tokenizer: its tokenizer; text is tokenised as in training (`data.text`).
+        mean, std: a reward is (score - mean) / std.
+        batch_size: sequences per forward pass; sequences of similar length go together.
+        autocast: dtype to compute in, None for that of the weights.
+    """
+
+    __name__ = "reward_model"  # TRL's trainers name a reward by this
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        batch_size: int = 32,
+        autocast: torch.dtype | None = None,
+    ):
+        if not std > 0:
+            raise UserError(f"std: must be positive, got {std}.")
+        check_tokenizer(tokenizer, needs_chat_template=False)
+        score_head(model)  # refuses other models early
+        self.model, self.tokenizer, self.mean, self.std = model, tokenizer, mean, std
+        self.batch_size, self.autocast = batch_size, autocast
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:  # without one, Transformers refuses batches
+            text_config.pad_token_id = tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | Path,
+        *,
+        base: str | PreTrainedModel | None = None,
+        dtype: str | torch.dtype = "auto",
+        load_in_4bit: bool | None = None,
+        revision: str | None = None,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Loads what `BradleyTerryTrainer` saved: an adapter or a whole model, its head and its normalisation.
+
+        Args:
+            folder_or_repo: local folder or Hub id.
+            base: base model, loaded or by name, where it is not the one that the adapter names.
+            dtype: of the base; `"auto"` is the dtype recorded in training, without which scores differ.
+            load_in_4bit: None is as recorded in training.
+            revision: branch, tag or commit of `folder_or_repo`.
+            batch_size: see the class.
+            device: default is CUDA where there is any.
+            trust_remote_code: as in Transformers.
+        """
+        folder = _local_folder(folder_or_repo, revision)
+        recorded = RewardNormalization.load(folder)
+        if recorded is None:
+            logger.warning("%s has no %s: scores are raw.", folder_or_repo, NORMALIZATION_FILE)
+            recorded = RewardNormalization()
+        options = {
+            "dtype": recorded.base_dtype if dtype == "auto" else dtype,
+            "load_in_4bit": recorded.load_in_4bit if load_in_4bit is None else load_in_4bit,
+            "trust_remote_code": trust_remote_code,
+        }
+        model = _load_reward_model(folder, base, options)
+        if not options["load_in_4bit"]:
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        autocast = getattr(torch, recorded.autocast) if recorded.autocast else None
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+        return cls(
+            model.eval(), tokenizer, mean=recorded.mean, std=recorded.std, batch_size=batch_size, autocast=autocast
+        )
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
+        """Normalised rewards of completions (str or messages) given their prompts; further columns are ignored."""
+        return [(score - self.mean) / self.std for score in self.raw(prompts, completions)]
+
+    def raw(self, prompts: list, completions: list) -> list[float]:
+        """Scores as the head gives them."""
+        if len(prompts) != len(completions):
+            raise UserError(f"completions: {len(completions)} for {len(prompts)} prompts: give one a prompt.")
+        for k, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            for name, value in (("prompts", prompt), ("completions", completion)):
+                if not isinstance(value, str) and not is_messages(value):
+                    raise UserError(f"{name}[{k}] is a {type(value).__name__}: give a string or a list of messages.")
+        return self.score_ids(
+            [
+                encode_prompt(self.tokenizer, prompt) + encode_completion(self.tokenizer, prompt, completion)
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def score_ids(self, sequences: list[list[int]]) -> list[float]:
+        """Raw scores of token lists (prompt, completion, stop token), in their order."""
+        order = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))  # longest first: out of memory at once
+        scores = [0.0] * len(sequences)
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(order), self.batch_size):
+                chunk = order[start : start + self.batch_size]
+                batch = pad_right([sequences[k] for k in chunk], self.tokenizer.pad_token_id)
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                with mixed_precision(self.model, self.autocast):
+                    found = score_sequences(self.model, **batch)
+                for k, score in zip(chunk, found.tolist(), strict=True):
+                    scores[k] = score
+        finally:
+            self.model.train(was_training)
+        return scores
+
+
+def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
+    local = Path(folder_or_repo).expanduser()
+    if local.is_dir():
+        return local
+    if isinstance(folder_or_repo, Path) or local.is_absolute() or str(folder_or_repo).startswith("."):
+        raise UserError(f"reward model: no folder at {folder_or_repo}: check the path, or give a Hub id.")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    return Path(
+        snapshot_download(
+            str(folder_or_repo), revision=revision, allow_patterns=patterns, ignore_patterns=["checkpoint-*/*"]
+        )
+    )
+
+
+def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options: dict) -> PreTrainedModel | PeftModel:
+    base_id = adapter_base(str(folder))
+    if not (folder / "adapter_config.json").is_file():
+        model = load_base_model(str(folder), task="reward", **options)
+        _restore_fp32_head(model, folder)
+        return model
+    base = base or base_id
+    if not base:
+        raise UserError(f"{folder.name}: the adapter names no base model: pass base= a model or its id.")
+    model = load_base_model(base, task="reward", **options) if isinstance(base, str) else base
+    install_fp32_score(model)  # before PEFT: it copies the head as it is, in the base's dtype otherwise
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:
+    """Reads the head again as saved: loading a whole model in bf16 has rounded it."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                if name in ("score.weight", "score.bias"):
+                    model.get_parameter(name).data.copy_(weights.get_tensor(name))

@@ -1,0 +1,370 @@
+"""Bradley-Terry reward models from pairs and K-wise comparisons."""
+
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, TaskType
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import RewardTrainer
+
+from ..data.collators import DataCollatorForComparisons
+from ..data.schema import LoadReport, to_comparisons
+from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
+from ..errors import UserError
+from ..metrics import preference
+from ..modeling.heads import ScalarHead, install_fp32_score
+from ..modeling.loading import load_base_model, load_tokenizer
+from .config import BradleyTerryConfig
+from .losses import bradley_terry_loss, centering_penalty
+from .scorer import RewardNormalization, RewardScorer, mixed_precision, score_head, score_sequences
+
+logger = logging.getLogger(__name__)
+
+LABEL_FIELDS = ("i", "j", "target", "weight", "margin", "length_delta")
+"""Last axis of the labels that evaluation gathers (B, Pmax, 6); a padded pair is -100 throughout."""
+
+
+class BradleyTerryTrainer(RewardTrainer):
+    """TRL's `RewardTrainer` for comparisons: K completions, soft targets, weights, and scores that survive a reload.
+
+    Args:
+        model: a decoder with one label (`load_base_model(..., task="reward")`), a `PeftModel` of one, or a name or path
+            for `load_base_model`, the embedded model included.
+        args: options; `max_length` and `overflow` decide about long rows.
+        train_dataset, eval_dataset: TRL preference rows or comparison rows (`data.schema.to_comparisons`); evaluation
+            also takes a dict of them.
+        processing_class: tokenizer; default is the model's.
+        peft_config: any PEFT config with `task_type="SEQ_CLS"`.
+        normalization_dataset: what `reward_normalization.json` is measured on: demonstrations (`prompt` and
+            `completion`, or `messages`) as in InstructGPT, or comparisons; default: completions of `train_dataset`.
+        compute_metrics: further metrics; gets scores (B, Kmax) and labels (B, Pmax, 6), see `LABEL_FIELDS`.
+        data_collator, callbacks, trainer_options (optimizers, …): as in Transformers.
+
+    `data_reports` says per data set which rows were dropped or cut, and why. The loss is Σ w·nll / Σ w over the whole
+    optimizer step, the same however it is split into micro-batches and processes.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: BradleyTerryConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        normalization_dataset: Dataset | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        data_collator: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_options: Any,
+    ):
+        args = args or BradleyTerryConfig(output_dir="reward_model")
+        if not isinstance(args, BradleyTerryConfig):
+            raise UserError(f"args: pass a BradleyTerryConfig, got {type(args).__name__}.")
+        _check_head_is_trained(peft_config)
+        set_seed(args.seed)  # the head is drawn at load
+        model, processing_class = _resolve_model(model, processing_class, args)
+        self.data_reports: dict[str, LoadReport] = {}
+        self.normalization: RewardNormalization | None = None
+        self._user_metrics = compute_metrics
+        self._sums: dict[str, Tensor] = {}
+        # TRL casts trainable parameters of quantised models to bf16, a trained adapter's too: keep what they were.
+        before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or _collator(processing_class, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._preference_metrics,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            **trainer_options,
+        )
+        _repair_fp32(self.model, before)
+        self._normalization_rows = self._prepare_normalization(normalization_dataset)
+
+    # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if isinstance(dataset, Dataset) and set(TOKENISED_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        with args.main_process_first(desc=f"{dataset_name} data set"):
+            dataset, report = to_comparisons(dataset, source=dataset_name)
+            dataset = tokenise_comparisons(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                overflow=args.overflow,
+                report=report,
+                num_proc=args.dataset_num_proc,
+            )
+        logger.log(logging.WARNING if report.dropped or report.flagged else logging.INFO, report.summary())
+        self.data_reports[dataset_name] = report
+        return dataset
+
+    def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | list[dict[str, Any]]:
+        """Tokenised rows whose completions are scored after training, drawn with `seed`."""
+        if dataset is None:
+            dataset = self.train_dataset
+        n_rows, limit = len(dataset), self.args.normalization_max_rows
+        if n_rows > limit:
+            dataset = dataset.select(sorted(random.Random(self.args.seed).sample(range(n_rows), limit)))
+        columns = set(dataset.column_names)
+        if {"prompt", "completion"} <= columns or "messages" in columns:
+            return [self._demonstration(row, k) for k, row in enumerate(dataset)]
+        return self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
+
+    def _demonstration(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if "messages" in row:
+            prompt, completion = row["messages"][:-1], row["messages"][-1:]
+        ids = tokenise_row({"prompt": prompt, "completions": [completion]}, self.processing_class)
+        max_length = self.args.max_length
+        if max_length is None:
+            return ids
+        where = f"normalization row {index}"
+        return fit_row(ids, max_length=max_length, overflow=self.args.overflow, where=where) or {"completion_ids": []}
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = list(TOKENISED_COLUMNS)
+
+    # Loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and Σ weights of all its pairs on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = sum((batch["weights"].sum() for batch in batches), torch.tensor(0.0)).to(device)
+        return batches, self.accelerator.reduce(total, reduction="sum")
+
+    def _mixed_precision(self, model: nn.Module):
+        return mixed_precision(model, self._autocast_dtype)
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Around the backward too: gradient checkpointing computes the adapters again there.
+        with self._mixed_precision(model):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scores = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])  # (N,)
+        losses = self._pair_losses(scores, inputs)  # (P,)
+        if num_items_in_batch is None:
+            loss = losses.sum() / inputs["weights"].sum().clamp(min=torch.finfo(losses.dtype).tiny)
+        else:  # the optimizer step's Σ weights; DDP will divide by the number of processes
+            total = num_items_in_batch.clamp(min=torch.finfo(losses.dtype).tiny)
+            loss = losses.sum() * self.accelerator.num_processes / total
+        if model.training:
+            self._count(scores.detach(), inputs)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def _pair_losses(self, scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        scores_i, scores_j = scores[inputs["pairs"]].unbind(1)
+        losses = bradley_terry_loss(scores_i, scores_j, inputs["targets"], inputs["weights"], inputs["margins"])
+        if self.args.center_rewards_coefficient:
+            losses = losses + self.args.center_rewards_coefficient * centering_penalty(
+                scores_i, scores_j, inputs["weights"]
+            )
+        return losses
+
+    # Metrics: sums on each process, one collective per log
+
+    def _count(self, scores: Tensor, inputs: dict[str, Tensor]) -> None:
+        scores_i, scores_j = scores[inputs["pairs"]].unbind(1)
+        side = torch.sign(inputs["targets"] - 0.5)  # 0 for ties
+        agreement = side * (scores_i - scores_j)
+        new = {
+            "decided": side.abs().sum(),
+            "right": (agreement > 0).sum(),
+            "margin": agreement.sum(),
+            "score": scores.sum(),
+            "scores": torch.tensor(float(len(scores)), device=scores.device),
+            "tokens": inputs["attention_mask"].sum(),
+        }
+        for name, value in new.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.float()
+        self._sums["max"] = torch.maximum(self._sums.get("max", scores.max()), scores.max())
+        self._sums["min"] = torch.minimum(self._sums.get("min", scores.min()), scores.min())
+
+    def _train_metrics(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])  # (8,)
+        gathered = self.accelerator.gather(sums[None]).double().cpu()  # (processes, 8)
+        self._sums = {}
+        columns = dict(zip(names, gathered.unbind(1), strict=True))
+        total = {name: values.sum().item() for name, values in columns.items()}
+        self._total_train_tokens += int(total["tokens"])
+        decided = max(total["decided"], 1.0)
+        return {
+            "accuracy": total["right"] / decided,
+            "margin": total["margin"] / decided,
+            "mean_reward": total["score"] / total["scores"],
+            "min_reward": columns["min"].min().item(),
+            "max_reward": columns["max"].max().item(),
+            "num_tokens": self._total_train_tokens,
+        }
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._sums:  # a training log; evaluation's metrics are complete already
+            logs |= self._train_metrics()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(None, scores (B, Kmax), labels (B, Pmax, 6)): the exact loss comes from these; or (loss, None, None)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self._mixed_precision(model):
+            scores = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])
+        if prediction_loss_only:
+            losses = self._pair_losses(scores, inputs)
+            return losses.sum() / inputs["weights"].sum().clamp(min=torch.finfo(losses.dtype).tiny), None, None
+        counts = inputs["completion_counts"]  # (B,)
+        first_rows = (counts.cumsum(0) - counts)[inputs["prompt_index"]]  # (P,)
+        lengths = inputs["completion_lengths"][inputs["pairs"]]  # (P, 2)
+        fields = [*(inputs["pairs"] - first_rows[:, None]).unbind(1), inputs["targets"], inputs["weights"]]
+        fields += [inputs["margins"], lengths[:, 0] - lengths[:, 1]]
+        labels = torch.stack([field.float() for field in fields], dim=1)  # (P, 6)
+        pair_counts = torch.bincount(inputs["prompt_index"], minlength=len(counts))
+        return None, _pad_by_prompt(scores, counts), _pad_by_prompt(labels, pair_counts)
+
+    def _preference_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics over the whole evaluation set; accuracy and margin count pairs, loss and nll weigh them."""
+        scores, labels = np.asarray(prediction.predictions, np.float64), np.asarray(prediction.label_ids, np.float64)
+        prompts, _ = rows = np.nonzero(labels[..., 0] >= 0)  # where a pair is, not padding
+        i, j, targets, weights, margins, length_deltas = labels[rows].T
+        scores_i, scores_j = scores[prompts, i.astype(int)], scores[prompts, j.astype(int)]
+        n_pairs, both = len(i), np.concatenate([scores_i, scores_j])
+        pairs = {"targets": targets, "weights": weights, "margins": margins}
+        pairs["pairs"] = np.arange(2 * n_pairs).reshape(2, -1).T
+        losses = self._pair_losses(torch.from_numpy(both), {name: torch.from_numpy(x) for name, x in pairs.items()})
+        metrics = {
+            "loss": losses.sum().item() / max(weights.sum(), 1e-300),
+            **preference.preference_report(scores_i - scores_j, targets, weights, length_deltas),
+            "mean_reward": float(both.mean()),
+            "min_reward": float(both.min()),
+            "max_reward": float(both.max()),
+        }
+        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
+
+    # Normalisation and saving
+
+    def train(self, *args, **kwargs):
+        """Trains as `Trainer.train`, then measures the normalisation on the final (or best) weights."""
+        self.normalization = None  # a checkpoint on the way must not carry an old one
+        result = super().train(*args, **kwargs)
+        if self.args.normalize_rewards:
+            self.normalization = self._measure_normalization()
+        return result
+
+    def _measure_normalization(self) -> RewardNormalization:
+        model = self.accelerator.unwrap_model(self.model)
+        scorer = RewardScorer(
+            model, self.processing_class, batch_size=self.args.eval_batch_size, autocast=self._autocast_dtype
+        )
+        sequences = [row["prompt_ids"] + ids for row in self._normalization_rows for ids in row["completion_ids"]]
+        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        scores = np.array(gather_object(scorer.score_ids(sequences[rank::n_ranks])))
+        std = float(scores.std())
+        if not np.isfinite(std) or std == 0.0:
+            raise UserError(
+                f"normalize_rewards: the {len(scores)} scores of the normalisation set have deviation {std}: check the "
+                "learning rate and the data, or pass normalize_rewards=False."
+            )
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        name = base.config._name_or_path or None
+        autocast = self._autocast_dtype
+        return RewardNormalization(
+            mean=float(scores.mean()),
+            std=std,
+            n=len(scores),
+            base_dtype=str(base.dtype).removeprefix("torch."),
+            autocast=str(autocast).removeprefix("torch.") if autocast else None,
+            load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)),
+            layout=self.args.layout,
+            base_model=None if name is None or os.path.exists(name) or Path(name).is_absolute() else name,
+        )
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.normalization is not None and self.args.should_save:
+            self.normalization.save(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: TRL's card would overwrite ours, which the recipe writes with the measured results."""
+
+
+def _check_head_is_trained(peft_config: PeftConfig | None) -> None:
+    if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
+        return
+    if "score" not in (getattr(peft_config, "modules_to_save", None) or ()):
+        raise UserError(
+            f"peft_config: task_type is {getattr(peft_config.task_type, 'value', peft_config.task_type)}, so PEFT "
+            "would silently freeze the score head: pass task_type='SEQ_CLS'."
+        )
+
+
+def _resolve_model(model, processing_class, args: BradleyTerryConfig):
+    """(model with an fp32 score head, tokenizer)."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if isinstance(model, str):
+        options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
+        model = load_base_model(model, task="reward", **options)
+    if processing_class is None:
+        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    head = score_head(model)
+    if isinstance(head, ModulesToSaveWrapper):
+        head.original_module = _as_scalar_head(head.original_module)
+        for adapter, module in head.modules_to_save.items():
+            head.modules_to_save[adapter] = _as_scalar_head(module)
+    elif not isinstance(model, PeftModel):
+        install_fp32_score(model)
+    if isinstance(model, PeftModel) and not any(p.requires_grad for p in head.parameters()):
+        raise UserError(
+            "model: the score head of this PeftModel is frozen: build it with task_type='SEQ_CLS', and load a saved "
+            "one with is_trainable=True."
+        )
+    return model, processing_class
+
+
+def _as_scalar_head(linear: nn.Linear) -> ScalarHead:
+    if isinstance(linear, ScalarHead):
+        return linear
+    head = ScalarHead.from_linear(linear)
+    return head.requires_grad_(linear.weight.requires_grad)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig) -> DataCollatorForComparisons:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return DataCollatorForComparisons(pad, layout=args.layout, pad_to_multiple_of=args.pad_to_multiple_of)
+
+
+def _repair_fp32(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Puts adapters and head of a PEFT model back to fp32: bf16 master weights lose small updates."""
+    if not isinstance(model, PeftModel):
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = before.get(name, parameter.data).float()
+
+
+def _pad_by_prompt(values: Tensor, counts: Tensor) -> Tensor:
+    """(N, …) values in runs of `counts` (B,) as (B, max count, …), padded with -100."""
+    return pad_sequence(values.split(counts.tolist()), batch_first=True, padding_value=-100.0)

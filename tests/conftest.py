@@ -1,0 +1,106 @@
+"""Shared fixtures: real tiny models and tokenizers, and the shared data where it is present."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _shared() -> Path:
+    shared = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[1].parent / "shared"))
+    if not (shared / "data").is_dir():
+        reason = "no shared data folder: set RLHF_SHARED to it"
+        if os.environ.get("RLHF_REQUIRE_SHARED") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data sets, used in place and never copied into the project."""
+    return _shared() / "data"
+
+
+@pytest.fixture(scope="session")
+def stories_path() -> Path:
+    """A 260,000-parameter Llama that really tells stories."""
+    return _shared() / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def recipes_path() -> Path:
+    return Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer_factory():
+    """Makes a real byte-level BPE tokenizer with a ChatML template, eos `<|im_end|>` and a pad token of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [
+        "You are a helpful assistant. user system assistant",
+        "Tell me about a sunny day in the garden, and what makes people happy or sad there.",
+        "The quick brown fox jumps over the lazy dog; numbers 0123456789 and words, many words!",
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def make():
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", padding_side="left"
+        )
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture
+def chat_tokenizer(chat_tokenizer_factory):
+    return chat_tokenizer_factory()
+
+
+@pytest.fixture
+def tiny_config(chat_tokenizer):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(chat_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=chat_tokenizer.eos_token_id,
+        pad_token_id=chat_tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+
+
+@pytest.fixture
+def tiny_llama(tiny_config):
+    """A random two-layer LlamaForCausalLM in fp32, the same weights every time."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config)

@@ -1,0 +1,39 @@
+import pytest
+
+from hf_rlhf_ext.metrics.names import METRICS, describe, find_metric
+
+
+def test_every_metric_has_a_unit_and_a_meaning_on_one_line():
+    for key, metric in METRICS.items():
+        assert metric.unit and metric.meaning and "\n" not in metric.meaning, key
+        assert not metric.meaning.endswith("."), key
+
+
+@pytest.mark.parametrize(
+    "logged, key",
+    [
+        ("objective/kl", "objective/kl"),
+        ("eval_accuracy", "accuracy"),
+        ("eval_objective/kl", "objective/kl"),
+        ("train_loss", "loss"),
+        ("rewards/my_reward/mean", "rewards/<name>/mean"),
+        ("eval_rewards/a/b/std", "rewards/<name>/std"),
+    ],
+)
+def test_logged_keys_are_found_with_their_prefix(logged, key):
+    assert find_metric(logged) == METRICS[key]
+
+
+def test_describe_is_a_markdown_table_in_the_order_asked_for():
+    lines = describe(["eval_nll", "objective/kl"]).splitlines()
+    assert lines[0] == "| metric | unit | meaning |"
+    assert lines[2].startswith("| `eval_nll` | nats/pair |")
+    assert lines[3].startswith("| `objective/kl` | nats/completion |")
+    assert all(line.count("|") == 4 for line in describe().splitlines())  # "KL(policy || reference)" does not add cells
+    assert len(describe().splitlines()) == len(METRICS) + 2
+
+
+def test_a_key_without_an_entry_is_refused_by_name():
+    with pytest.raises(KeyError, match="objective/klll"):
+        describe(["loss", "objective/klll"])
+    assert find_metric("rewards/gold") is None

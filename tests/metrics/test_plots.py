@@ -1,0 +1,65 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import colors, image
+
+from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier
+
+POINTS = [
+    {"update": u, "kl": kl, "gold": gold, "proxy": proxy, "gold_ci": 0.1}
+    for u, kl, gold, proxy in [(0, 0.0, 0.1, -0.1), (1, 2.0, 0.3, 0.6), (2, 5.0, 0.5, 1.2), (3, 4.5, 0.55, 1.4)]
+]
+
+
+def count_pixels(path, colour):
+    pixels = image.imread(path)[..., :3]
+    return int((np.abs(pixels - np.array(colors.to_rgb(colour))).max(-1) < 0.02).sum())
+
+
+def test_plot_shows_both_curves_and_more_points_draw_more(tmp_path):
+    path = plot_frontier(POINTS, tmp_path / "new" / "frontier.png")
+    assert image.imread(path).shape[:2] == (1024, 1280)
+    single = plot_frontier(POINTS[:1], tmp_path / "single.png")
+    for colour in (GOLD_COLOUR, PROXY_COLOUR):
+        assert count_pixels(path, colour) > count_pixels(single, colour) + 1000
+        assert count_pixels(single, colour) > 50
+
+
+def test_same_points_in_any_order_give_the_same_bytes(tmp_path):
+    first = plot_frontier(POINTS, tmp_path / "a.png").read_bytes()
+    assert plot_frontier(POINTS[::-1], tmp_path / "b.png").read_bytes() == first
+
+
+def test_an_interval_is_drawn_as_half_width_or_as_bounds(tmp_path):
+    bounds = [p | {"gold_ci": [p["gold"] - 0.1, p["gold"] + 0.1]} for p in POINTS]
+    without = [{k: v for k, v in p.items() if k != "gold_ci"} for p in POINTS]
+    half_width = plot_frontier(POINTS, tmp_path / "a.png").read_bytes()
+    assert plot_frontier(bounds, tmp_path / "b.png").read_bytes() == half_width
+    assert plot_frontier(without, tmp_path / "c.png").read_bytes() != half_width
+
+
+@pytest.mark.parametrize("key", ["update", "kl", "gold", "proxy", "gold_ci"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"`{key}.*not a finite number"):
+        plot_frontier([*POINTS[:-1], POINTS[-1] | {key: value}], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_no_points_and_a_missing_key_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no points"):
+        plot_frontier([], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="point 0 has no `proxy`"):
+        plot_frontier([{"update": 0, "kl": 0.0, "gold": 0.0}], tmp_path / "x.png")
+
+
+def test_pyplot_stays_unused(tmp_path):
+    code = (
+        "import sys; from hf_rlhf_ext.metrics.plots import plot_frontier\n"
+        f"plot_frontier([dict(update=0, kl=0.0, gold=0.0, proxy=0.0)], {str(tmp_path / 'x.png')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

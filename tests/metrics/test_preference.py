@@ -1,0 +1,74 @@
+"""Preference metrics against counts made by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hf_rlhf_ext.metrics.preference import (
+    accuracy_with_ties,
+    annotator_ceiling,
+    bootstrap_mean_ci,
+    longer_wins_baseline,
+    pairwise_accuracy,
+    preference_nll,
+    preference_report,
+)
+
+
+def test_accuracy_leaves_ties_out_and_wants_a_strictly_higher_score():
+    deltas = [2.0, -1.0, 0.0, -3.0, 5.0]
+    targets = [1.0, 0.9, 1.0, 0.0, 0.5]  # right, wrong, wrong (equal scores), right, a tie
+    assert pairwise_accuracy(deltas, targets) == 0.5
+    assert math.isnan(pairwise_accuracy([1.0], [0.5]))
+
+
+def test_accuracy_with_ties_calls_small_differences_ties():
+    deltas = [2.0, 0.5, -0.5, 0.5, -2.0, -2.0]
+    targets = [1.0, 0.5, 0.5, 1.0, 0.5, 0.0]  # right, right, right, wrong, wrong, right
+    assert accuracy_with_ties(deltas, targets) == pytest.approx(4 / 6)
+    assert accuracy_with_ties(deltas, targets, threshold=0.1) == pytest.approx(3 / 6)
+
+
+def test_nll_worked_by_hand():
+    log3 = math.log(3)
+    assert preference_nll([log3, log3], [1.0, 0.0]) == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+    weighted = (3 * math.log(4 / 3) + math.log(4)) / 4
+    assert preference_nll([log3, log3], [1.0, 0.0], [3.0, 1.0]) == pytest.approx(weighted)
+    assert preference_nll([0.0], [0.5]) == pytest.approx(math.log(2))
+    assert preference_nll([-1e4], [1.0]) == pytest.approx(1e4)
+
+
+def test_longer_wins_counts_equal_lengths_as_one_half():
+    assert longer_wins_baseline([5, -2, 0, 3, 9], [1.0, 1.0, 0.0, 0.0, 0.5]) == pytest.approx((1 + 0 + 0.5 + 0) / 4)
+
+
+def test_report_leaves_out_what_the_data_leave_undefined():
+    report = preference_report([2.0, -1.0, 0.1], [1.0, 1.0, 0.5], [1.0, 1.0, 1.0], [3, -1, 0])
+    assert report["pairs"] == 3 and report["accuracy"] == 0.5 and report["margin"] == 0.5
+    assert report["longer_wins_baseline"] == 0.5 and report["accuracy_ties"] == pytest.approx(2 / 3)
+    assert "accuracy_ties" not in preference_report([1.0], [1.0], [1.0], [1])
+    assert set(preference_report([1.0], [0.5], [1.0], [1])) == {"pairs", "nll", "accuracy_ties"}
+
+
+def test_annotator_ceiling_is_what_the_best_model_reaches():
+    probabilities = np.array([0.9, 0.2, 0.5, 0.7])
+    assert annotator_ceiling(probabilities) == pytest.approx((0.9 + 0.8 + 0.5 + 0.7) / 4)
+    labels = np.random.default_rng(0).random((20000, 4)) < probabilities
+    best = np.mean([np.mean(labels[:, k] == (p > 0.5)) for k, p in enumerate(probabilities)])
+    assert best == pytest.approx(annotator_ceiling(probabilities), abs=0.01)
+
+
+def test_bootstrap_interval_covers_and_is_repeatable():
+    rng = np.random.default_rng(1)
+    samples = rng.normal(2.0, 1.0, size=(200, 40))
+    intervals = [bootstrap_mean_ci(sample, n_resamples=499) for sample in samples]
+    covered = np.mean([low <= 2.0 <= high for low, high in intervals])
+    assert 0.88 <= covered <= 0.99
+    assert bootstrap_mean_ci(samples[0], seed=3) == bootstrap_mean_ci(samples[0], seed=3)
+    low, high = bootstrap_mean_ci(samples[0], level=0.5)
+    assert high - low < np.subtract(*bootstrap_mean_ci(samples[0])[::-1])
+
+
+def test_bootstrap_of_equal_values_is_a_point():
+    assert bootstrap_mean_ci([0.25] * 8) == (0.25, 0.25)

@@ -1,0 +1,390 @@
+"""BradleyTerryTrainer: real PEFT, real TRL, tiny models on the CPU."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
+from trl import TrlParser
+
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.heads import ScalarHead
+from hf_rlhf_ext.reward.config import BradleyTerryConfig
+from hf_rlhf_ext.reward.scorer import RewardScorer, score_sequences
+from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
+
+WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "quick brown"]
+
+
+@pytest.fixture
+def seqcls(tiny_config):
+    """A random two-layer reward model in fp32, the same weights every time."""
+    tiny_config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(tiny_config)
+
+
+@pytest.fixture
+def make_trainer(seqcls, chat_tokenizer, tmp_path):
+    def make(train, *, model=None, peft="lora", folder="out", **options):
+        names = ("eval_dataset", "normalization_dataset", "compute_metrics", "callbacks")
+        arguments = {name: options.pop(name) for name in names if name in options}
+        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+        defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3, "disable_tqdm": True}
+        args = BradleyTerryConfig(output_dir=str(tmp_path / folder), **(defaults | options))
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft == "lora" else peft
+        return BradleyTerryTrainer(
+            model or seqcls, args, train, processing_class=chat_tokenizer, peft_config=config, **arguments
+        )
+
+    return make
+
+
+def comparisons(n, *, seed=0, k=None):
+    """Ragged comparisons of 2 to 4 completions with soft targets, margins and uneven weights."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        size = k or int(rng.integers(2, 5))
+        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) + f" {m}" for m in range(size)]
+        pairs = [[i, j] for i in range(size) for j in range(i + 1, size)]
+        row = {"prompt": f"Tell {rng.choice(WORDS)}:", "completions": texts, "pairs": pairs}
+        row["targets"] = rng.choice([0.0, 0.5, 0.8, 1.0], len(pairs)).tolist()
+        row["weights"] = rng.uniform(0.2, 2, len(pairs)).tolist()
+        row["margins"] = rng.normal(0, 0.3, len(pairs)).tolist()
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def independent_scores(model, tokenizer, row):
+    """Each completion alone, without padding: the head on the last position of the backbone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    scores = []
+    for text in row["completions"]:
+        ids = tokenizer(row["prompt"])["input_ids"] + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            hidden = base.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            scores.append(base.score(hidden).item())
+    return scores
+
+
+def independent_metrics(model, tokenizer, rows):
+    """Loss, accuracy and the rest, one pair at a time with the math module."""
+    right, decided, nll, total, loss, longer = 0, 0, 0.0, 0.0, 0.0, 0.0
+    for row in rows:
+        scores = independent_scores(model, tokenizer, row)
+        for (i, j), t, w, m in zip(row["pairs"], row["targets"], row["weights"], row["margins"], strict=True):
+            delta = scores[i] - scores[j]
+
+            def cross_entropy(x, t=t):
+                return t * math.log1p(math.exp(-x)) + (1 - t) * math.log1p(math.exp(x))
+
+            nll, loss, total = nll + w * cross_entropy(delta), loss + w * cross_entropy(delta - m), total + w
+            if t != 0.5:
+                lengths = [len(tokenizer(row["completions"][k])["input_ids"]) for k in (i, j)]
+                longer += 0.5 if lengths[0] == lengths[1] else float((lengths[0] > lengths[1]) == (t > 0.5))
+                decided, right = decided + 1, right + ((delta > 0) == (t > 0.5))
+    return {"loss": loss / total, "nll": nll / total, "accuracy": right / decided, "longer": longer / decided}
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 3, 16])
+def test_evaluation_equals_an_independent_count_however_batched(make_trainer, seqcls, chat_tokenizer, eval_batch_size):
+    # Ragged K and a last batch of another size: a mean of batch means is wrong here.
+    data = comparisons(10)
+    trainer = make_trainer(data, eval_dataset=data, per_device_eval_batch_size=eval_batch_size)
+    metrics = trainer.evaluate()
+    expected = independent_metrics(trainer.model, chat_tokenizer, data.to_list())
+    assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert metrics["eval_nll"] == pytest.approx(expected["nll"], rel=1e-6)
+    assert metrics["eval_accuracy"] == pytest.approx(expected["accuracy"], abs=1e-12)
+    assert metrics["eval_longer_wins_baseline"] == pytest.approx(expected["longer"], abs=1e-12)
+    assert metrics["eval_pairs"] == sum(len(row["pairs"]) for row in data)
+    assert 0 <= metrics["eval_accuracy_ties"] <= 1
+
+
+def test_logged_eval_accuracy_is_the_true_one(make_trainer):
+    trainer = make_trainer(comparisons(6), eval_dataset=comparisons(9, seed=1), per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_accuracy"] == metrics["eval_accuracy"]
+
+
+def test_scores_are_read_by_length_when_pad_is_eos(seqcls, chat_tokenizer, make_trainer):
+    chat_tokenizer.pad_token = chat_tokenizer.eos_token
+    row = comparisons(1, k=4).to_list()[0]
+    trainer = make_trainer(Dataset.from_list([row]), peft=None)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        scores = score_sequences(trainer.model, batch["input_ids"], batch["attention_mask"])
+        pooled = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    expected = torch.tensor(independent_scores(trainer.model, chat_tokenizer, row))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    assert (pooled - expected).abs().max() > 1e-3  # Transformers' own pooling reads another token
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_is_the_same_however_batched(make_trainer, checkpointing, tiny_config):
+    data, weights = comparisons(10), []
+    for batch_size, accumulation in [(4, 1), (1, 4), (2, 2)]:
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(tiny_config)
+        trainer = make_trainer(
+            data,
+            model=model,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            center_rewards_coefficient=0.01,
+            gradient_checkpointing=checkpointing,
+            max_grad_norm=0.5,
+            max_steps=4,  # 3 steps an epoch, the last one short
+            logging_steps=1,
+            normalize_rewards=False,
+            optim="sgd",  # Adam's sign-like first steps would turn rounding into differences
+        )
+        trainer.train()
+        weights.append((trainable(trainer.model), [log["loss"] for log in trainer.state.log_history if "loss" in log]))
+    for other, losses in weights[1:]:
+        np.testing.assert_allclose(losses, weights[0][1], rtol=1e-5)
+        for name, value in weights[0][0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6)
+
+
+def test_first_step_is_the_gradient_of_the_formula(make_trainer, seqcls, chat_tokenizer):
+    data = comparisons(4)
+    trainer = make_trainer(data, peft=None, max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
+                           lr_scheduler_type="constant", normalize_rewards=False)  # fmt: skip
+    before = seqcls.score.weight.detach().clone()
+    rows, total, loss = data.to_list(), 0.0, 0.0
+    for row in rows:
+        hidden = []
+        for text in row["completions"]:
+            ids = chat_tokenizer(row["prompt"])["input_ids"] + chat_tokenizer(text)["input_ids"]
+            ids = torch.tensor([ids + [chat_tokenizer.eos_token_id]])
+            hidden.append(seqcls.model(input_ids=ids).last_hidden_state[0, -1])
+        scores = torch.cat([seqcls.score(h) for h in hidden])
+        for (i, j), t, w, m in zip(row["pairs"], row["targets"], row["weights"], row["margins"], strict=True):
+            p = torch.sigmoid(scores[i] - scores[j] - m)
+            loss, total = loss - w * (t * p.log() + (1 - t) * (1 - p).log()), total + w
+    (expected,) = torch.autograd.grad(loss / total, [seqcls.score.weight])
+    trainer.train()
+    torch.testing.assert_close(before - seqcls.score.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_training_gives_the_same_weights(make_trainer, tiny_config):
+    data = comparisons(11)
+
+    def run(resume=None, **options):
+        torch.manual_seed(0)
+        trainer = make_trainer(data, model=LlamaForSequenceClassification(tiny_config), save_steps=2, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    options = {"max_steps": 6, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
+    whole = run(folder="whole", **options)
+    resumed = run(resume=whole.args.output_dir + "/checkpoint-2", folder="resumed", **options)
+    for name, value in trainable(whole.model).items():
+        assert torch.equal(value, trainable(resumed.model)[name]), name
+    assert whole.normalization == resumed.normalization
+
+
+def test_best_model_is_chosen_by_the_true_accuracy(make_trainer):
+    trainer = make_trainer(
+        comparisons(8), eval_dataset=comparisons(9, seed=1), max_steps=6, eval_strategy="steps", eval_steps=2,
+        save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_accuracy", per_device_eval_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    seen = [log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
+    assert trainer.state.best_metric == max(seen)
+    assert trainer.evaluate()["eval_accuracy"] == max(seen)
+    assert all(p.dtype == torch.float32 for p in trainable(trainer.model).values())
+
+
+def test_training_logs_true_means_over_steps(make_trainer):
+    trainer = make_trainer(comparisons(8), max_steps=2, logging_steps=2, learning_rate=0.0, normalize_rewards=False)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    trainer_metrics = trainer.evaluate(comparisons(8))
+    for name in ("accuracy", "margin"):  # nothing moved, and both saw every pair once
+        assert log[name] == pytest.approx(trainer_metrics[f"eval_{name}"], abs=1e-6)
+    assert log["num_tokens"] == sum(
+        len(row["prompt_ids"]) * len(row["completion_ids"]) + sum(map(len, row["completion_ids"]))
+        for row in trainer.train_dataset
+    )
+
+
+def test_head_and_adapters_are_fp32_on_a_bf16_base_and_computed_in_bf16(make_trainer, seqcls):
+    trainer = make_trainer(comparisons(4), model=seqcls.bfloat16(), bf16=True, max_steps=2, learning_rate=1e-5)
+    assert {p.dtype for p in trainable(trainer.model).values()} == {torch.float32}
+    assert isinstance(trainer.model.get_base_model().score.modules_to_save["default"], ScalarHead)
+    lora = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    seen = []
+    lora.register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    before = trainable(trainer.model)
+    trainer.train()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}  # no fp32 activations
+    moved = {name: (p - before[name]).abs().max() for name, p in trainable(trainer.model).items()}
+    assert all(change > 0 for name, change in moved.items() if "lora_B" in name or "score" in name)
+    assert lora.cast_input_dtype_enabled  # as it was
+
+
+def test_bf16_gradients_are_close_to_fp32_ones_with_checkpointing(make_trainer, tiny_config):
+    gradients = {}
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(tiny_config)
+        trainer = make_trainer(comparisons(4), model=model, bf16=bf16, gradient_checkpointing=True)
+        torch.manual_seed(1)
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.05)
+        trainer.model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.create_optimizer()
+        trainer.training_step(trainer.model, batch)
+        grads = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+        assert {g.dtype for g in grads} == {torch.float32}
+        gradients[bf16] = torch.cat([g.flatten() for g in grads])
+    cosine = torch.nn.functional.cosine_similarity(gradients[False], gradients[True], dim=0)
+    assert cosine > 0.99
+
+
+def test_peft_model_and_prompt_tuning_work(make_trainer, seqcls):
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"])
+    trainer = make_trainer(comparisons(4), model=get_peft_model(seqcls.bfloat16(), config), peft=None, max_steps=1)
+    assert isinstance(trainer.model.get_base_model().score.modules_to_save["default"], ScalarHead)
+    assert {p.dtype for p in trainable(trainer.model).values()} == {torch.float32}
+    trainer.train()
+
+
+def test_prompt_tuning_reads_the_right_position(make_trainer, chat_tokenizer):
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    trainer = make_trainer(comparisons(4), peft=config)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        scores = score_sequences(trainer.model, batch["input_ids"], batch["attention_mask"])
+        for row, score in enumerate(scores):
+            ids = batch["input_ids"][row, : batch["attention_mask"][row].sum()][None]
+            alone = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+            torch.testing.assert_close(score, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (LoraConfig(), "peft_config: task_type is None, so PEFT would silently freeze the score head"),
+        (LoraConfig(task_type="CAUSAL_LM"), "peft_config: task_type is CAUSAL_LM, so PEFT would silently freeze"),
+    ],
+)
+def test_a_peft_config_that_freezes_the_head_is_refused(make_trainer, config, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(comparisons(2), peft=config)
+
+
+def test_other_refusals(make_trainer, seqcls, tiny_llama, chat_tokenizer, tmp_path):
+    frozen = get_peft_model(seqcls, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="the score head of this PeftModel is frozen"):
+        make_trainer(comparisons(2), model=frozen, peft=None)
+    with pytest.raises(UserError, match="LlamaForCausalLM has no `score` head"):
+        make_trainer(comparisons(2), model=tiny_llama)
+    with pytest.raises(UserError, match="overflow: 'crop' does not exist; choose one of error, drop"):
+        BradleyTerryConfig(output_dir=str(tmp_path), overflow="crop", bf16=False)
+    chat_tokenizer.chat_template = None
+    messages = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    messages["rejected"] = messages["chosen"][:1] + [{"role": "assistant", "content": "c"}]
+    with pytest.raises(UserError, match="has no chat template: set `tokenizer.chat_template`"):
+        make_trainer(Dataset.from_list([messages]), peft=None)
+
+
+def test_overflow_is_never_silent(make_trainer, caplog):
+    rows = [{"prompt": "p", "chosen": "day " * n, "rejected": "no"} for n in (2, 40, 3)]
+    data = Dataset.from_list(rows)
+    with pytest.raises(UserError, match=r"^train row 1: \d+ tokens, \d+ over max_length=20\. Raise max_length"):
+        make_trainer(data, peft=None, max_length=20)
+    with pytest.raises(UserError, match="^eval row 1: "):
+        make_trainer(data.select([0]), eval_dataset=data, peft=None, max_length=20)
+    trainer = make_trainer(data, peft=None, max_length=20, overflow="drop")
+    assert len(trainer.train_dataset) == 2
+    assert trainer.data_reports["train"].dropped == {"over max_length=20": [1]}
+    assert "train: 2 of 3 rows kept; 1 dropped: over max_length=20 (row 1)" in caplog.text
+    trainer = make_trainer(data, peft=None, max_length=20, overflow="truncate_completion")
+    assert max(len(r["prompt_ids"]) + len(ids) for r in trainer.train_dataset for ids in r["completion_ids"]) == 20
+    assert trainer.data_reports["train"].flagged == {"truncate_completion": [1]}
+    assert make_trainer(data, peft=None, max_length=None).data_reports["train"].kept == 3
+
+
+def test_config_parses_with_trl_parser(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--overflow", "drop", "--normalize_rewards", "false", "--bf16", "false"]
+    (args,) = TrlParser(BradleyTerryConfig).parse_args_and_config(argv)
+    assert args.overflow == "drop" and args.normalize_rewards is False and args.max_length == 1024
+
+
+def test_normalisation_file_is_written_beside_the_adapter(make_trainer, chat_tokenizer):
+    demonstrations = Dataset.from_list([{"prompt": f"Tell {w}:", "completion": f"the {w} day"} for w in WORDS])
+    trainer = make_trainer(comparisons(6), normalization_dataset=demonstrations, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    found = json.loads(open(trainer.args.output_dir + "/reward_normalization.json").read())
+    rows = [{"prompt": row["prompt"], "completions": [row["completion"]]} for row in demonstrations]
+    scores = [independent_scores(trainer.model, chat_tokenizer, row)[0] for row in rows]
+    assert found["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert found["std"] == pytest.approx(np.std(scores), rel=1e-4)
+    assert found | {"mean": 0, "std": 0} == {
+        "mean": 0, "std": 0, "n": 8, "base_dtype": "float32", "autocast": None, "load_in_4bit": False,
+        "layout": "plain", "base_model": None,
+    }  # fmt: skip
+
+
+def test_no_card_of_trl_is_written(make_trainer, tmp_path):
+    trainer = make_trainer(comparisons(4), max_steps=1, save_steps=1, peft=None)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "README.md").write_text("ours")
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "README.md").read_text() == "ours"
+
+
+def story_comparisons(tokenizer, n, *, k, seed):
+    """Completions of random story words; more mentions of "happy" always wins."""
+    rng = np.random.default_rng(seed)
+    words = ["dog", "cat", "park", "ball", "sad", "big", "red", "tree", "play", "run"]
+    rows = []
+    for _ in range(n):
+        counts = rng.permutation(4)[:k]
+        texts = []
+        for count in counts:
+            chosen = list(rng.choice(words, rng.integers(4, 9) - count)) + ["happy"] * int(count)
+            texts.append(" " + " ".join(rng.permutation(chosen)))
+        pairs = [[i, j] for i in range(k) for j in range(i + 1, k)]
+        targets = [float(counts[i] > counts[j]) for i, j in pairs]
+        rows.append({"prompt": "Once upon a time", "completions": texts, "pairs": pairs, "targets": targets})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k, n, epochs", [(2, 384, 4), (4, 96, 3)])
+def test_learns_a_rule_on_a_real_tiny_model(stories_path, tmp_path, k, n, epochs):
+    args = BradleyTerryConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        per_device_train_batch_size=16 if k == 2 else 8, num_train_epochs=epochs, learning_rate=5e-3, disable_tqdm=True,
+        save_strategy="no", model_init_kwargs={"dtype": "float32"}, seed=0,
+    )  # fmt: skip
+    trainer = BradleyTerryTrainer(
+        str(stories_path), args, story_comparisons(None, n, k=k, seed=0), story_comparisons(None, 100, k=2, seed=1),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_accuracy"] < 0.75 and after["eval_accuracy"] > 0.9
+    assert after["eval_nll"] < 0.4 and after["eval_longer_wins_baseline"] < 0.75
+    trainer.save_model()
+    scorer = RewardScorer.from_pretrained(tmp_path)
+    rewards = scorer(["Once upon a time"] * 2, [" happy happy dog ran", " sad dog ran"])
+    assert rewards[0] > rewards[1] + 0.5
