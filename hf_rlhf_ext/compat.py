@@ -23,7 +23,6 @@ _TRL_NAMES: dict[str, tuple[str, str]] = {
     "is_async_callable": ("trl.trainer.utils", "is_async_callable"),
     "selective_log_softmax_and_entropy": ("trl.trainer.utils", "selective_log_softmax_and_entropy"),
     "suppress_seqcls_warning": ("trl.trainer.reward_trainer", "suppress_seqcls_warning"),
-    "unwrap_model_for_generation": ("trl.models.utils", "unwrap_model_for_generation"),
     "use_adapter": ("trl.trainer.utils", "use_adapter"),
 }
 
@@ -53,6 +52,7 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "log",
         "prediction_step",
         "train",
+        "training_step",
     ),
 }
 

@@ -128,17 +128,15 @@ def print_table(report: Mapping[str, Any], *, console: Console | None = None) ->
     for name, justify in (("what", "left"), ("before", "right"), ("after", "right"), ("note", "left")):
         table.add_column(name, justify=justify)
     low, high = model["accuracy_ci95"]
-    table.add_row(
-        "reward model accuracy",
-        f"{model['longer_wins_baseline']:.3f}",
-        f"{model['accuracy']:.3f}",
-        f"before: longer wins · 95 % CI {low:.3f} to {high:.3f} · ceiling {model['annotator_ceiling']:.3f} · "
-        f"{model['heldout_pairs']} held-out pairs",
+    baselines = (
+        f"longer wins {model['longer_wins_baseline']:.3f} · annotator's ceiling {model['annotator_ceiling']:.3f}"
     )
+    interval = f"95 % CI {low:.3f} to {high:.3f} · {model['heldout_pairs']} held-out pairs"
+    table.add_row("reward model accuracy", "", f"{model['accuracy']:.3f}", f"{baselines}\n{interval}")
     low, high = ppo["gold_gain_ci95"]
     gain = f"gain {ppo['gold_gain']:+.3f} · 95 % CI {low:+.3f} to {high:+.3f}"
     n_prompts = sum(row["n"] for row in report["categories"].values())
-    table.add_row("gold reward", *_pair(ppo, "gold", ".3f"), f"{gain} · {n_prompts} held-out prompts")
+    table.add_row("gold reward", *_pair(ppo, "gold", ".3f"), f"{gain}\n{n_prompts} held-out prompts")
     table.add_row("proxy reward", *_pair(ppo, "proxy", ".3f"), "what PPO maximised")
     kl_note = f"per completion, after {ppo['updates']} updates at β = {ppo['kl_coef']:.3g}"
     table.add_row("KL to the SFT policy, nats", "0.0", f"{ppo['kl']:.1f}", kl_note)

@@ -21,7 +21,7 @@ LAYERS = [
     {"metrics"},
     {"data"},
     {"modeling"},
-    {"reward", "ppo", "evaluation", "collect", "hub", "cli"},
+    {"reward", "ppo", "evaluation", "collect", "hub", "cli", "scripts"},
 ]
 SIDEWAYS = {("ppo", "reward.scorer")}  # PPO scores with what the reward layer trained
 TRL_INTERNALS_IN = "compat"

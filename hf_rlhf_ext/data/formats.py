@@ -1,4 +1,4 @@
-"""Readers: from wherever comparisons live to (data set, report)."""
+"""Readers: from wherever rows live to a data set, and from there to comparisons and a report."""
 
 from pathlib import Path
 
@@ -14,31 +14,44 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 def load_comparisons(
     source: str | Path | Dataset | DatasetDict, split: str | None = None, revision: str | None = None
 ) -> tuple[Dataset, LoadReport]:
-    """Reads preference data as comparison rows.
+    """Reads preference data as comparison rows: `load_rows`, then `data.schema.to_comparisons` with its `LoadReport`.
+
+    Raises `PreferenceDataError` as both do.
+    """
+    name = Path(source).name if isinstance(source, str | Path) else ""
+    return to_comparisons(load_rows(source, split, revision), source=name)
+
+
+def load_rows(
+    source: str | Path | Dataset | DatasetDict, split: str | None = None, revision: str | None = None
+) -> Dataset:
+    """Rows as they are.
 
     Args:
         source: a data set in memory, a file (.json, .jsonl, .parquet, .csv, each also with .gz), a folder written by
-            `save_to_disk`, or a data set id on the Hub.
+            `save_to_disk`, a folder of files named after their splits, or a data set id on the Hub.
         split: which of several; slices such as `"train[:500]"` work for files and the Hub; None where there is one.
         revision: branch, tag or commit on the Hub.
 
-    Returns:
-        The data set of `data.schema.to_comparisons`, and its `LoadReport`.
-
     Raises:
-        PreferenceDataError: no such file, an unknown ending, an unreadable file, no such split, or unusable rows.
+        PreferenceDataError: no such file, an unknown ending, an unreadable file, no such split.
     """
     if isinstance(source, Dataset | DatasetDict):
-        return to_comparisons(_pick(source, split, "data set"))
+        return _pick(source, split, "data set")
     path = Path(source).expanduser()
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return to_comparisons(_pick(load_from_disk(str(path)), split, path.name), source=path.name)
+        return _pick(load_from_disk(str(path)), split, path.name)
     if path.is_file():
-        return to_comparisons(_read_file(path, split), source=path.name)
-    if _builder(path) or path.is_absolute() or str(source).startswith((".", "~")):
+        return _read_file(path, split)
+    if not path.is_dir() and (_builder(path) or path.is_absolute() or str(source).startswith((".", "~"))):
         raise PreferenceDataError(f"dataset: no file or saved data set at {source}: check the path.")
-    data = load_dataset(str(source), split=split, revision=revision)
-    return to_comparisons(_pick(data, None, str(source)), source=str(source))
+    name = str(path) if path.is_dir() else str(source)
+    try:
+        data = load_dataset(name, split=split, revision=revision)
+    except Exception as error:  # each builder and the Hub client raise errors of their own
+        reason = str(error).splitlines()[0]
+        raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
+    return _pick(data, None, str(source))
 
 
 def _builder(path: Path) -> str | None:

@@ -143,8 +143,8 @@ def card_data(
         license="apache-2.0",
         language="en",
         datasets=list(datasets) or None,
-        model_name=model_name,
-        eval_results=evaluations,
+        model_name=model_name if evaluations else None,
+        eval_results=evaluations or None,  # an empty model index is not a valid one
     )
 
 

@@ -17,7 +17,8 @@ class Metric(NamedTuple):
 
 _TRAINER = {
     "loss": Metric("nats or reward", "what the optimizer minimises, mean since the last log"),
-    "grad_norm": Metric("1", "norm of the gradient before clipping"),
+    "grad_norm": Metric("1", "norm of the gradient before clipping (PPO: the policy's)"),
+    "value_grad_norm": Metric("1", "norm of the value head's gradient before clipping"),
     "learning_rate": Metric("1/step", "of the first parameter group (PPO: the policy)"),
     "lr_value": Metric("1/step", "learning rate of the value head or adapter"),
     "epoch": Metric("passes", "over the training data"),
@@ -25,10 +26,12 @@ _TRAINER = {
 }
 
 _REWARD_MODEL = {
+    "pairs": Metric("comparisons", "judged pairs in the evaluation set"),
     "accuracy": Metric("fraction", "comparisons whose preferred side scores higher; ties left out (see accuracy_ties)"),
+    "accuracy_low": Metric("fraction", "lower end of the 95 % bootstrap interval of `accuracy`, over prompts"),
+    "accuracy_high": Metric("fraction", "upper end of it"),
     "accuracy_ties": Metric("fraction", "comparisons given the right one of three labels, a tie being one of them"),
     "nll": Metric("nats/pair", "Bradley-Terry negative log-likelihood of the judgements, weighted; log 2 is a coin's"),
-    "ece": Metric("fraction", "expected calibration error of P(i beats j): mean gap to the observed rate over bins"),
     "margin": Metric("reward", "mean score of the preferred minus the other side"),
     "min_reward": Metric("reward", "lowest raw score"),
     "mean_reward": Metric("reward", "mean raw score, before normalisation"),
@@ -41,10 +44,16 @@ _PPO = {
     "objective/kl": Metric("nats/completion", "KL(policy || reference): k1 summed over tokens, mean over completions"),
     "objective/kl_k3": Metric("nats/completion", "the same KL by the k3 estimator, which is never negative"),
     "objective/kl_coef": Metric("reward/nat", "β in force during this rollout"),
-    "objective/entropy": Metric("nats/completion", "minus the log-probability of a completion, mean over completions"),
+    "objective/entropy": Metric(
+        "nats/completion", "entropy of next-token distributions summed over tokens, mean over completions"
+    ),
     "objective/non_score_reward": Metric("reward", "KL penalty of a completion, -β·KL, mean over completions"),
-    "objective/scores": Metric("reward", "score of a completion before the KL penalty, mean over completions"),
-    "objective/rlhf_reward": Metric("reward", "score plus KL penalty, mean over completions"),
+    "objective/scores": Metric(
+        "reward", "score of a completion as the reward functions gave it, mean over completions"
+    ),
+    "objective/rlhf_reward": Metric(
+        "reward", "score after clipping and missing-stop penalty, plus KL penalty, mean over completions"
+    ),
     "policy/approxkl_avg": Metric("nats/token", "k3 between the policy and the one that made the rollout, masked mean"),
     "policy/clipfrac_avg": Metric("fraction", "completion tokens whose surrogate was clipped"),
     "policy/entropy_avg": Metric("nats/token", "entropy of the policy's next-token distribution, masked mean"),
@@ -56,13 +65,10 @@ _PPO = {
     "val/ratio_var": Metric("1", "variance of that ratio over the mini-batches of an update"),
     "val/num_eos_tokens": Metric("tokens", "stop tokens in the rollout, one a finished completion"),
     "completions/mean_length": Metric("tokens", "of a completion, its stop token included"),
-    "completions/min_length": Metric("tokens", "of the shortest completion"),
-    "completions/max_length": Metric("tokens", "of the longest completion"),
     "completions/stopped_frac": Metric("fraction", "completions that ended with a stop token"),
     "sampling/logprob_mismatch": Metric("nats/token", "mean gap of generation's to rescored log-probabilities"),
     "rewards/<name>/mean": Metric("reward", "of one reward function, before weighting, mean over completions"),
     "rewards/<name>/std": Metric("reward", "of one reward function, before weighting, deviation over completions"),
-    "guards/skipped": Metric("micro-batches", "skipped because a loss, gradient or reward was not finite"),
 }
 
 METRICS: dict[str, Metric] = _TRAINER | _REWARD_MODEL | _PPO

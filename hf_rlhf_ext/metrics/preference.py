@@ -70,15 +70,6 @@ def preference_report(
     return report
 
 
-def annotator_ceiling(true_targets: np.ndarray) -> float:
-    """Expected accuracy of the best model against one noisy label a pair: the mean of max(t, 1 - t).
-
-    `true_targets` (P,) are the probabilities with which the annotator prefers i (known for simulated annotators).
-    """
-    true_targets = np.asarray(true_targets, float)
-    return float(np.mean(np.maximum(true_targets, 1 - true_targets))) if len(true_targets) else math.nan
-
-
 def bootstrap_mean_ci(
     values: np.ndarray, *, level: float = 0.95, seed: int = 0, n_resamples: int = 9999
 ) -> tuple[float, float]:
@@ -91,3 +82,24 @@ def bootstrap_mean_ci(
         (values,), np.mean, confidence_level=level, n_resamples=n_resamples, rng=np.random.default_rng(seed), batch=999
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def bootstrap_accuracy_ci(
+    deltas: np.ndarray, targets: np.ndarray, prompts: np.ndarray, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the percentile bootstrap interval of `pairwise_accuracy`, resampling whole prompts.
+
+    Pairs of one prompt share completions, so they are not independent: an interval over pairs would be too narrow.
+    `prompts` (P,) numbers the prompt of each pair.
+    """
+    deltas, targets, prompts = (np.asarray(x) for x in (deltas, targets, prompts))
+    decided = targets != 0.5
+    right = np.where(deltas == 0, 0.5, np.sign(deltas) == np.sign(targets - 0.5))[decided]
+    _, group = np.unique(prompts[decided], return_inverse=True)
+    if group.size == 0 or group.max() == 0:
+        return math.nan, math.nan
+    hits, n = np.bincount(group, weights=right), np.bincount(group)
+    draws = np.random.default_rng(seed).integers(0, len(n), size=(9999, len(n)))
+    accuracies = hits[draws].sum(1) / n[draws].sum(1)
+    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,9 +1,10 @@
 """Adapters of one shared base as roles: switch, copy, save and load them without losing a flag or a bit.
 
-PEFT's `set_adapter` and `disable_adapter` leave `requires_grad` on for the active adapter only, and PyTorch silently drops
-the gradients of leaves whose flag is off when the backward pass arrives; so every switch here restores all flags.
+PEFT's `set_adapter` and `disable_adapter` leave `requires_grad` on for the active adapter only, and PyTorch silently
+drops the gradients of leaves whose flag is off when the backward pass arrives; so every switch here restores all flags.
 """
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,12 +40,12 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = model.active_adapter
     try:
-        model.add_adapter(target, model.peft_config[source])
+        model.add_adapter(target, copy.deepcopy(model.peft_config[source]))
     except (ValueError, TypeError) as error:
         kind = model.peft_config[source].peft_type.value
         raise UserError(
-            f"peft type {kind} cannot be held twice on one base, so there is no room for the frozen reference: merge the "
-            f"adapter into the base first, or use LoRA ({str(error).splitlines()[0]})"
+            f"peft type {kind} cannot be held twice on one base, so there is no room for the frozen reference: merge "
+            f"the adapter into the base, or use LoRA ({str(error).splitlines()[0]})"
         ) from error
     state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
     set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name=target)
@@ -80,6 +81,8 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> Non
         ) from error
     if result.unexpected_keys:
         raise UserError(f"{folder}: the adapter has weights that the model lacks, first {result.unexpected_keys[0]!r}.")
+    if missing := get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys() - weights:
+        raise UserError(f"{folder}: the adapter lacks weights that the model has, first {min(missing)!r}.")
 
 
 @contextmanager
@@ -94,13 +97,15 @@ def evaluating(model: nn.Module):
 
 
 @contextmanager
-def fast_adapters(model: nn.Module, *, enabled: bool):
-    """Computes fp32 master adapters in autocast's dtype inside, without fp32 copies of the activations.
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
+    """Autocast to `dtype`, with fp32 master adapters computed in it; None leaves all as it is.
 
-    PEFT casts a bf16 input up to its adapter's fp32; under autocast that cast only costs time and memory, and no update
-    is lost because the weights stay fp32.
+    PEFT casts activations up to its fp32 adapters; autocast casts the weights down instead: no fp32 activations, and
+    no update is lost. Enter it around the backward pass too: checkpointing computes the adapters again there.
     """
-    with disable_input_dtype_casting(model, active=enabled):
+    device = next(model.parameters()).device.type
+    active = dtype is not None
+    with torch.autocast(device, dtype=dtype, enabled=active), disable_input_dtype_casting(model, active=active):
         yield
 
 

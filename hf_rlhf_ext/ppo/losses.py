@@ -30,8 +30,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    All tensors are (B, T). Returns the scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction of
-    tokens whose surrogate was clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
+    All tensors are (B, T). Returns the scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction
+    of tokens whose surrogate was clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
     ratio = log_ratio.exp()  # (B, T)
@@ -58,9 +58,9 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of the value head, the worse of the clipped and unclipped one.
 
-    As in OpenAI's baselines and Huang et al. 2022 ("The 37 implementation details of PPO", no. 9): the new value may move
-    by at most `clip_range` from the rollout's; `None` turns the clip off. All tensors are (B, T), in units of reward.
-    Returns the scalar loss (reward²) and the fraction of tokens where the clip bound.
+    As in OpenAI's baselines and Huang et al. 2022 ("The 37 implementation details of PPO", no. 9): the new value may
+    move by at most `clip_range` from the rollout's; `None` turns the clip off. All tensors are (B, T), in units of
+    reward. Returns the scalar loss (reward²) and the fraction of tokens where the clip bound.
     """
     error = (values - returns).masked_fill(~mask, 0.0).square()
     if clip_range is None:

@@ -16,9 +16,9 @@ from .advantages import completion_mask
 class Rollout:
     """B completions with everything that PPO's update needs; T and L are the longest completion and sequence.
 
-    `input_ids` (B, L) int64: prompt and completion, padded right. `prompt_lengths`, `completion_lengths` (B,) int64: the
-    stop token counts. `old_logprobs`, `ref_logprobs`, `values`, `advantages`, `returns` (B, T) fp32, zero in the padding.
-    `order` (epochs, B) int64: the permutation of each inner epoch.
+    `input_ids` (B, L) int64: prompt and completion, padded right. `prompt_lengths`, `completion_lengths` (B,) int64:
+    the stop token counts. `old_logprobs`, `ref_logprobs`, `values`, `advantages`, `returns` (B, T) fp32, zero in the
+    padding. `order` (epochs, B) int64: the permutation of each inner epoch.
     """
 
     input_ids: Tensor
@@ -67,7 +67,7 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[i
     for position in range(rollout * size, (rollout + 1) * size):
         epoch, offset = divmod(position, n_prompts)
         if epoch not in permutations:
-            generator = torch.Generator().manual_seed(seed + epoch)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             permutations[epoch] = torch.randperm(n_prompts, generator=generator).tolist()
         rows.append(permutations[epoch][offset])
     return rows

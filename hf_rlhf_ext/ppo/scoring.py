@@ -2,17 +2,19 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..compat import get_callable_name, is_async_callable
 from ..errors import UserError
-from ..modeling.loading import adapter_base, load_tokenizer
+from ..modeling.loading import load_tokenizer
 from ..reward.scorer import RewardScorer
 
 RewardFunc = str | nn.Module | Callable[..., list[float | None]]
@@ -45,8 +47,9 @@ class RewardFunctions:
         for name, given in (("reward_weights", reward_weights), ("reward_processing_classes", tokenizers)):
             if given is not None and len(given) != len(funcs):
                 raise UserError(f"{name} has {len(given)} entries for {len(funcs)} {option}: give one each.")
-        self.funcs = [_as_callable(f, t, device) for f, t in zip(funcs, tokenizers, strict=True)]
-        self.names = [get_callable_name(func) for func in self.funcs]
+        self.funcs = [_as_callable(f, t, device, option) for f, t in zip(funcs, tokenizers, strict=True)]
+        names = [get_callable_name(func) for func in self.funcs]
+        self.names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
         self.weights = torch.tensor(reward_weights or [1.0] * len(funcs), dtype=torch.float32)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Tensor:
@@ -79,19 +82,17 @@ class RewardFunctions:
         return (scores * self.weights.to(scores.device)).nansum(dim=1)
 
 
-def _as_callable(func: RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | None) -> Callable:
+def _as_callable(
+    func: RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | None, option: str
+) -> Callable:
     if isinstance(func, str | Path):
-        if adapter_base(str(func)) is not None:
-            func = RewardScorer.from_pretrained(str(func))
-        else:
-            func, tokenizer = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1), tokenizer or func
-    if isinstance(func, nn.Module):
-        if tokenizer is None or isinstance(tokenizer, str | Path):
-            tokenizer = load_tokenizer(str(tokenizer or func.config.name_or_path))
-        func = RewardScorer(func, tokenizer)
-    if not callable(func):
-        raise UserError(f"reward_funcs: {func!r} is neither callable, a model, nor a path.")
-    if isinstance(func, RewardScorer) and device is not None:
+        func = RewardScorer.from_pretrained(func)
+        func.tokenizer = tokenizer or func.tokenizer
+    elif isinstance(func, nn.Module):
+        func = RewardScorer(func, tokenizer or load_tokenizer(func.config.name_or_path))
+    elif not callable(func):
+        raise UserError(f"{option}: {func!r} is neither callable, a model, nor a path.")
+    if isinstance(func, RewardScorer) and device is not None and not getattr(func.model, "is_quantized", False):
         func.model.to(device)
     return func
 
@@ -100,19 +101,22 @@ def _run_all(coroutines: list) -> list:
     async def gather() -> list:
         return await asyncio.gather(*coroutines)
 
-    return asyncio.run(gather()) if coroutines else []
+    if not coroutines:
+        return []
+    with ThreadPoolExecutor(1) as pool:  # a thread of its own: a notebook's has an event loop running already
+        return pool.submit(asyncio.run, gather()).result()
 
 
 def _checked(output: Any, expected: int, name: str) -> list[float]:
     """One function's answer as floats, None as NaN; raises `UserError` for anything else."""
-    scores = output.tolist() if isinstance(output, Tensor) else list(output) if output is not None else None
+    scores = list(output) if isinstance(output, Iterable) and getattr(output, "ndim", 1) else None
     if scores is None or len(scores) != expected:
-        found = "None" if scores is None else f"{len(scores)} scores"
+        found = repr(output) if scores is None else f"{len(scores)} scores"
         raise UserError(f"reward function {name!r} returned {found} for {expected} completions: return one score each.")
     for i, score in enumerate(scores):
         if score is None:
             scores[i] = math.nan
-        elif not isinstance(score, int | float) and not hasattr(score, "item"):
+        elif not isinstance(score, Real) and getattr(score, "ndim", 1) != 0:
             raise UserError(f"reward function {name!r} returned {score!r} for completion {i}: return a number.")
         elif not math.isfinite(score):
             raise UserError(

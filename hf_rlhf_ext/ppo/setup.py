@@ -60,7 +60,8 @@ def build_policy(
 def attach_value_head(model: nn.Module) -> ScalarHead:
     """Hangs a zero-initialised fp32 value head on the policy, so that the optimizer and devices see it.
 
-    Zero is the right first guess where rewards have mean zero. PEFT must be attached already: `all-linear` would wrap it.
+    Zero is the right first guess where rewards have mean zero. PEFT must be attached already: `all-linear` would wrap
+    it.
     """
     config = model.config.get_text_config()
     head = ScalarHead(config.hidden_size, bias=True)

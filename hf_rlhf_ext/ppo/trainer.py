@@ -7,17 +7,12 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ..compat import (
-    BaseTrainer,
-    disable_dropout_in_model,
-    print_prompt_completions_sample,
-    unwrap_model_for_generation,
-)
+from ..compat import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from ..data.text import decode_completion
 from ..errors import UserError
-from ..modeling.adapters import active_adapter, evaluating, fast_adapters, merged_adapter
+from ..modeling.adapters import active_adapter, evaluating, merged_adapter, mixed_precision
 from ..modeling.loading import load_tokenizer
 from ..modeling.logprobs import chunked_logprobs, completion_hidden_states, scatter_to_mask
 from .advantages import completion_mask, explained_variance, generalized_advantages, token_rewards, whiten
@@ -85,6 +80,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         name = model if isinstance(model, str) else model.config.name_or_path
         processing_class = processing_class if processing_class is not None else load_tokenizer(name)
         self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train")
+        set_seed(args.seed)  # new adapters are drawn before Trainer does it
         model, self.reference = build_policy(model, peft_config)
         self.value_head = attach_value_head(model)
         if args.disable_dropout:
@@ -120,7 +116,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         return self.accelerator.prepare(tick_dataloader(self.args, self.args.world_size))
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
-        with self._fast_adapters():  # around the backward pass too: checkpointing recomputes the forward there
+        with self._mixed_precision():  # around the backward pass too: checkpointing recomputes the forward there
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -169,19 +165,20 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the value head in a group of its own at `value_learning_rate`."""
         optimizer = super().create_optimizer(model)
-        head = list(self.value_head.parameters())
+        head = set(self.value_head.parameters())
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if not any(p is q for q in head)]
-        rate = self.args.value_learning_rate or self.args.learning_rate
-        optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+            group["params"] = [p for p in group["params"] if p not in head]
+        args = self.args
+        rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+        optimizer.add_param_group({"params": list(self.value_head.parameters()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
         """Clips policy and value head each by itself: together, a large critic gradient would starve the policy."""
-        head = list(self.value_head.parameters())
-        policy = [p for p in model.parameters() if not any(p is q for q in head)]
+        head = set(self.value_head.parameters())
+        policy = [p for p in model.parameters() if p not in head]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # also unscales fp16 gradients
-        self._record("value_grad_norm", nn.utils.clip_grad_norm_(head, self.args.max_grad_norm))
+        self._record("value_grad_norm", nn.utils.clip_grad_norm_(list(head), self.args.max_grad_norm))
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -238,11 +235,11 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
             pad_token_id=self.processing_class.pad_token_id,
             **(args.generation_kwargs or {}),
         )
+        model = self.accelerator.unwrap_model(self.model)
         with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
             evaluating(model),  # eval mode: gradient checkpointing and dropout are off, the cache works
             merged_adapter(model, enabled=args.merge_for_generation),
-            self.compute_loss_context_manager(),
+            self._mixed_precision(),
         ):
             return generate_completions(model, prompt_ids, config, self.accelerator.device)
 
@@ -284,7 +281,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         stats = {
             name: torch.zeros(mask.shape, device=device) for name in ("logprobs", "entropies", "values", "ref_logprobs")
         }
-        with evaluating(self.model), self.compute_loss_context_manager(), self._fast_adapters():
+        with evaluating(self.model), self._mixed_precision():
             for rows in torch.arange(len(lengths), device=device).split(self.args.per_device_train_batch_size):
                 width, length = int(lengths[rows].max()), int((prompt_lengths + lengths)[rows].max())
                 micro = {"input_ids": input_ids[rows, :length], "prompt_lengths": prompt_lengths[rows]}
@@ -321,9 +318,9 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         outputs = [logprobs, entropies, self.value_head(hidden).squeeze(-1)] if with_values else [logprobs, entropies]
         return tuple(scatter_to_mask(output, mask) for output in outputs)
 
-    def _fast_adapters(self):
-        mixed = self.args.bf16 or self.args.fp16
-        return fast_adapters(self.model, enabled=mixed and isinstance(self.model, PeftModel))
+    def _mixed_precision(self):
+        args = self.args
+        return mixed_precision(self.model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
 
     # ---- Logging ----
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +10,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.collators import pad_right
 from ..data.text import check_tokenizer, encode_completion, encode_prompt, is_messages
 from ..errors import UserError
+from ..modeling.adapters import mixed_precision
 from ..modeling.heads import install_fp32_score
 from ..modeling.loading import adapter_base, load_base_model, load_tokenizer
 
@@ -85,18 +84,6 @@ def score_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     scores = seen[-1].squeeze(-1)  # (N, L), or (N, virtual + L) under prompt tuning
     last = attention_mask.sum(1) - 1 + scores.shape[1] - input_ids.shape[1]
     return scores.gather(1, last[:, None]).squeeze(1)
-
-
-@contextmanager
-def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
-    """Autocast to `dtype`, with fp32 adapters computed in it; `None` leaves all as it is.
-
-    PEFT casts activations up to its fp32 adapters; autocast casts the weights down instead, with no fp32 activations.
-    """
-    device = next(model.parameters()).device.type
-    active = dtype is not None
-    with torch.autocast(device, dtype=dtype, enabled=active), disable_input_dtype_casting(model, active=active):
-        yield
 
 
 class RewardScorer:

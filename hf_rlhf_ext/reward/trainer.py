@@ -23,11 +23,12 @@ from ..data.schema import LoadReport, to_comparisons
 from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
+from ..modeling.adapters import mixed_precision
 from ..modeling.heads import ScalarHead, install_fp32_score
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty
-from .scorer import RewardNormalization, RewardScorer, mixed_precision, score_head, score_sequences
+from .scorer import RewardNormalization, RewardScorer, score_head, score_sequences
 
 logger = logging.getLogger(__name__)
 
@@ -253,10 +254,12 @@ class BradleyTerryTrainer(RewardTrainer):
         n_pairs, both = len(i), np.concatenate([scores_i, scores_j])
         pairs = {"targets": targets, "weights": weights, "margins": margins}
         pairs["pairs"] = np.arange(2 * n_pairs).reshape(2, -1).T
+        interval = preference.bootstrap_accuracy_ci(scores_i - scores_j, targets, prompts)
         losses = self._pair_losses(torch.from_numpy(both), {name: torch.from_numpy(x) for name, x in pairs.items()})
         metrics = {
             "loss": losses.sum().item() / max(weights.sum(), 1e-300),
             **preference.preference_report(scores_i - scores_j, targets, weights, length_deltas),
+            **dict(zip(("accuracy_low", "accuracy_high"), interval, strict=True)),
             "mean_reward": float(both.mean()),
             "min_reward": float(both.min()),
             "max_reward": float(both.max()),

@@ -1,5 +1,9 @@
+import re
+from pathlib import Path
+
 import pytest
 
+import hf_rlhf_ext
 from hf_rlhf_ext.metrics.names import METRICS, describe, find_metric
 
 
@@ -37,3 +41,11 @@ def test_a_key_without_an_entry_is_refused_by_name():
     with pytest.raises(KeyError, match="objective/klll"):
         describe(["loss", "objective/klll"])
     assert find_metric("rewards/gold") is None
+
+
+def test_every_name_that_the_trainers_spell_is_explained():
+    root = Path(hf_rlhf_ext.__file__).parent
+    source = "".join(path.read_text() for folder in ("ppo", "reward") for path in (root / folder).glob("*.py"))
+    names = set(re.findall(r'"((?:objective|policy|loss|val|completions|sampling)/\w+)"', source))
+    assert len(names) > 10
+    assert not [name for name in sorted(names) if find_metric(name) is None]

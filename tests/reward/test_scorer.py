@@ -36,9 +36,9 @@ def train(tiny_config, chat_tokenizer, tmp_path):
 
     def run(*, peft=True, dtype=torch.float32, bf16=False, normalization=None):
         torch.manual_seed(0)
-        model = LlamaForSequenceClassification(tiny_config).to(dtype)
-        model.save_pretrained(tmp_path / "base")
-        model.config._name_or_path = model.name_or_path = str(tmp_path / "base")
+        LlamaForSequenceClassification(tiny_config).to(dtype).save_pretrained(tmp_path / "base")
+        # Not the model itself: `.to(bfloat16)` rounds the rotary frequencies too, a load does not.
+        model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", dtype=dtype)
         rows = [{"prompt": p, "chosen": c + " happy", "rejected": c} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
         args = BradleyTerryConfig(
             output_dir=str(tmp_path / "reward"), use_cpu=True, bf16=bf16, report_to="none", learning_rate=1e-2,
@@ -151,9 +151,10 @@ def test_without_the_file_scores_are_raw_and_it_is_said(train, caplog):
     assert "has no reward_normalization.json: scores are raw" in caplog.text
 
 
-def test_a_loaded_base_can_be_passed(train, tiny_config):
-    trainer = train()
-    base = LlamaForSequenceClassification.from_pretrained(trainer.model.get_base_model().config._name_or_path)
+def test_a_loaded_base_can_be_passed(train):
+    trainer = train(dtype=torch.bfloat16)
+    path = trainer.model.get_base_model().config._name_or_path
+    base = LlamaForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
     scorer = RewardScorer.from_pretrained(trainer.args.output_dir, base=base, batch_size=5, device="cpu")
     assert scorer.raw(PROMPTS, COMPLETIONS) == in_process_scorer(trainer).raw(PROMPTS, COMPLETIONS)
 

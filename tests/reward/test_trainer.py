@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.heads import ScalarHead
+from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.scorer import RewardScorer, score_sequences
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
@@ -129,6 +130,29 @@ def test_scores_are_read_by_length_when_pad_is_eos(seqcls, chat_tokenizer, make_
     assert (pooled - expected).abs().max() > 1e-3  # Transformers' own pooling reads another token
 
 
+def test_4bit_base_keeps_fp32_adapters_and_reloads_to_the_bit(make_trainer, seqcls, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    seqcls.save_pretrained(tmp_path / "base")
+
+    def base():
+        return load_base_model(str(tmp_path / "base"), task="reward", dtype="bfloat16", load_in_4bit=True)
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    adapted = get_peft_model(base(), config)
+    before = trainable(adapted)
+    trainer = make_trainer(comparisons(4), model=adapted, peft=None, bf16=True, max_steps=2)
+    for name, value in trainable(trainer.model).items():  # TRL has cast them to bf16 and lost bits on the way
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+    assert {p.dtype for p in trainable(make_trainer(comparisons(4), model=base()).model).values()} == {torch.float32}
+    trainer.train()
+    trainer.save_model()
+    prompts, completions = ["Tell me:", "Tell a story:"], ["a sunny day", "happy"]
+    scorer = RewardScorer(trainer.model, trainer.processing_class, autocast=torch.bfloat16)
+    assert RewardScorer.from_pretrained(trainer.args.output_dir).raw(prompts, completions) == scorer.raw(
+        prompts, completions
+    )
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_is_the_same_however_batched(make_trainer, checkpointing, tiny_config):
     data, weights = comparisons(10), []
@@ -158,8 +182,8 @@ def test_loss_is_the_same_however_batched(make_trainer, checkpointing, tiny_conf
 
 def test_first_step_is_the_gradient_of_the_formula(make_trainer, seqcls, chat_tokenizer):
     data = comparisons(4)
-    trainer = make_trainer(data, peft=None, max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
-                           lr_scheduler_type="constant", normalize_rewards=False)  # fmt: skip
+    options = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "normalize_rewards": False}
+    trainer = make_trainer(data, peft=None, lr_scheduler_type="constant", center_rewards_coefficient=0.3, **options)
     before = seqcls.score.weight.detach().clone()
     rows, total, loss = data.to_list(), 0.0, 0.0
     for row in rows:
@@ -172,6 +196,7 @@ def test_first_step_is_the_gradient_of_the_formula(make_trainer, seqcls, chat_to
         for (i, j), t, w, m in zip(row["pairs"], row["targets"], row["weights"], row["margins"], strict=True):
             p = torch.sigmoid(scores[i] - scores[j] - m)
             loss, total = loss - w * (t * p.log() + (1 - t) * (1 - p).log()), total + w
+            loss = loss + 0.3 * w * (scores[i] + scores[j]) ** 2
     (expected,) = torch.autograd.grad(loss / total, [seqcls.score.weight])
     trainer.train()
     torch.testing.assert_close(before - seqcls.score.weight.detach(), expected, rtol=1e-4, atol=1e-6)
@@ -225,7 +250,7 @@ def test_head_and_adapters_are_fp32_on_a_bf16_base_and_computed_in_bf16(make_tra
     assert isinstance(trainer.model.get_base_model().score.modules_to_save["default"], ScalarHead)
     lora = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     seen = []
-    lora.register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    lora.lora_A["default"].register_forward_hook(lambda _, args, output: seen.append((args[0].dtype, output.dtype)))
     before = trainable(trainer.model)
     trainer.train()
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}  # no fp32 activations

@@ -1,0 +1,139 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
+# ///
+"""PPO with a KL leash from an SFT adapter (or a base model) towards a reward model or a reward function.
+
+python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
+    --reward_model runs/reward --dataset_name prompts.jsonl
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from peft import PeftModel
+
+from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
+from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, train_and_heldout
+
+
+@dataclass
+class RewardArguments:
+    """What the policy is rewarded by."""
+
+    reward_model: list[str] = field(
+        default_factory=list, metadata={"help": "Folders or Hub ids of reward models (adapters or whole models)."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions by import path: `my_package.rewards.politeness`."}
+    )
+    final_rows: int | None = field(
+        default=None, metadata={"help": "Held-out prompts for the comparison before/after. If `None`, all of them."}
+    )
+
+    def __post_init__(self):
+        if not self.reward_model and not self.reward_funcs:
+            raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs package.module.function.")
+
+    def load(self) -> list[str | Callable]:
+        return [*self.reward_model, *map(_imported, self.reward_funcs)]
+
+
+class PPOResult(NamedTuple):
+    """Held-out completions of the policy before and after PPO (prompt by prompt), and the trainer's log."""
+
+    before: list[EvaluatedCompletion]
+    after: list[EvaluatedCompletion]
+    log_history: list[dict[str, Any]]
+    report: dict[str, Any]
+
+
+def train_ppo(
+    data: DataArguments,
+    rewards: RewardArguments,
+    model_args: ModelArguments,
+    args: PPOConfig,
+    *,
+    test: Dataset | None = None,
+    eval_reward_funcs: list[Callable] | None = None,
+) -> PPOResult:
+    """Trains, compares held-out completions before and after, and saves policy, value head and report.
+
+    `eval_rows` held-out prompts are sampled at every evaluation in training; `test` (by default the same ones) is for
+    the comparison of the two ends.
+    """
+    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
+    split = data.dataset_test_split
+    train, heldout = train_and_heldout(rows, data, load_rows(data.dataset_name, split) if split else None)
+    test = test if test is not None else heldout
+    if rewards.final_rows is not None:
+        test = test.select(range(min(rewards.final_rows, len(test))))
+    model, tokenizer = load_policy(
+        model_args.model_name_or_path, revision=model_args.revision, is_trainable=True, **model_args.base_options()
+    )
+    trainer = PPOTrainer(
+        model,
+        rewards.load(),
+        args=args,
+        train_dataset=train,
+        eval_dataset=heldout if len(heldout) else None,
+        processing_class=tokenizer,
+        eval_reward_funcs=eval_reward_funcs,
+        peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
+    )
+    before = trainer.sample_and_score(test) if len(test) else []
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    after = trainer.sample_and_score(test) if len(test) else []
+    updates = trainer.state.global_step // trainer.args.steps_per_rollout
+    measured = {"updates": updates, "kl_coef": trainer.kl_coef} | (compare(before, after) if len(test) else {})
+    report = {"ppo": measured, "versions": versions(), "command": " ".join(sys.argv)}
+    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return PPOResult(before, after, trainer.state.log_history, report)
+
+
+def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]) -> dict[str, Any]:
+    """Means before and after over the same prompts, and the interval of the paired gain in the training reward."""
+    gains = [b.score - a.score for a, b in zip(before, after, strict=True)]
+    return {
+        "proxy_before": fmean(row.score for row in before),
+        "proxy_after": fmean(row.score for row in after),
+        "proxy_gain_ci95": list(bootstrap_mean_ci(gains)),
+        "kl": fmean(row.kl for row in after),
+        "mean_length_before": fmean(row.n_tokens for row in before),
+        "mean_length_after": fmean(row.n_tokens for row in after),
+    }
+
+
+def _imported(path: str) -> Callable:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"reward_funcs: cannot import {path!r} ({error}): give package.module.function.") from error
+
+
+def main() -> None:
+    data, rewards, model_args, args = parse_recipe(
+        (DataArguments, RewardArguments, ModelArguments, PPOConfig), description=__doc__
+    )
+    result = train_ppo(data, rewards, model_args, args)
+    for name, value in result.report["ppo"].items():
+        print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")
+    print(f"Saved the policy in {args.output_dir}; load it with hf_rlhf_ext.load_policy.")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

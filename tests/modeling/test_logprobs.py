@@ -1,0 +1,182 @@
+"""Chunked log-probabilities against log_softmax of the full logits, and no tensor as large as those ever made."""
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
+
+from hf_rlhf_ext.modeling.logprobs import (
+    captured_hidden_states,
+    chunked_logprobs,
+    completion_hidden_states,
+    scatter_to_mask,
+)
+
+PROMPT_LENGTHS = torch.tensor([2, 5, 1])
+LENGTHS = torch.tensor([4, 1, 3])
+MASK = torch.arange(4) < LENGTHS[:, None]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation inside held in memory of its own, not in that of `known` ones."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.numel = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return output
+
+
+@pytest.fixture
+def head_and_hidden():
+    """An LM head (H 8 → V 50), hidden states (N 10) and targets."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 50, bias=False), torch.randn(10, 8, requires_grad=True), torch.randint(50, (10,))
+
+
+@pytest.fixture
+def sequences(tiny_config):
+    """Input ids (3, 6) of ragged prompts and completions, padded right with nonsense."""
+    torch.manual_seed(1)
+    return torch.randint(3, tiny_config.vocab_size, (3, 6))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 128])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (1.3, 2.0)])
+def test_values_and_gradients_equal_those_of_full_logits(head_and_hidden, chunk_size, temperature, softcap):
+    head, hidden, targets = head_and_hidden
+    logits = head(hidden) if softcap is None else softcap * torch.tanh(head(hidden) / softcap)
+    full = torch.log_softmax(logits / temperature, -1)
+    expected = full.gather(1, targets[:, None]).squeeze(1), -(full.exp() * full).sum(1)
+    weights = torch.randn(2, 10)
+
+    def gradients(logprobs, entropies):
+        loss = (weights[0] * logprobs).sum() + (weights[1] * entropies).sum()
+        return torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
+
+    got = chunked_logprobs(
+        hidden,
+        head,
+        targets,
+        temperature=temperature,
+        softcap=softcap,
+        chunk_size=chunk_size,
+        entropy_requires_grad=True,
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients(*got), gradients(*expected), rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_carries_no_gradient_unless_asked_for(head_and_hidden):
+    head, hidden, targets = head_and_hidden
+    logprobs, entropies = chunked_logprobs(hidden, head, targets, chunk_size=4)
+    assert logprobs.requires_grad and not entropies.requires_grad
+    with torch.no_grad():
+        again = chunked_logprobs(hidden, head, targets, chunk_size=7)
+    torch.testing.assert_close((logprobs.detach(), entropies), again, rtol=0, atol=1e-6)
+    assert not again[0].requires_grad
+
+
+def test_half_precision_logits_are_reduced_in_fp32(head_and_hidden):
+    head, hidden, targets = head_and_hidden
+    got, _ = chunked_logprobs(hidden.bfloat16(), head.bfloat16(), targets)
+    expected = torch.log_softmax(head(hidden.bfloat16()).float(), -1).gather(1, targets[:, None]).squeeze(1)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_scatter_to_mask_keeps_order_and_gradient():
+    x = torch.arange(1.0, 9.0, requires_grad=True)
+    out = scatter_to_mask(x, MASK)
+    assert out.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]
+    (out * torch.arange(12.0).reshape(3, 4)).sum().backward()
+    assert x.grad.tolist() == [0, 1, 2, 3, 4, 8, 9, 10]
+
+
+def variants(tiny_llama, kind):
+    """The model with a random adapter of some kind, in eval mode."""
+    configs = {
+        "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }
+    torch.manual_seed(2)
+    model = get_peft_model(tiny_llama, configs[kind]) if kind in configs else tiny_llama
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "prompt"])
+def test_hidden_states_predict_what_the_whole_model_predicts(tiny_llama, sequences, kind):
+    model = variants(tiny_llama, kind)
+    hidden = completion_hidden_states(model, model, sequences, PROMPT_LENGTHS, MASK)
+    targets = torch.cat([row[p : p + n] for row, p, n in zip(sequences, PROMPT_LENGTHS, LENGTHS, strict=True)])
+    logprobs, _ = chunked_logprobs(hidden, tiny_llama.get_output_embeddings(), targets, chunk_size=3)
+    expected = []
+    for row, prompt, length in zip(sequences, PROMPT_LENGTHS, LENGTHS, strict=True):  # alone, without any padding
+        logits = model(input_ids=row[None, : prompt + length]).logits[0, -length - 1 : -1]
+        expected.append(torch.log_softmax(logits, -1).gather(1, row[prompt : prompt + length, None]).squeeze(1))
+    torch.testing.assert_close(logprobs, torch.cat(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "prompt"])
+def test_what_stands_in_the_padding_changes_nothing(tiny_llama, sequences, kind):
+    model = variants(tiny_llama, kind)
+    real = torch.arange(6) < (PROMPT_LENGTHS + LENGTHS)[:, None]
+    other = torch.where(real, sequences, (sequences + 1) % 300)
+    first, second = (completion_hidden_states(model, model, ids, PROMPT_LENGTHS, MASK) for ids in (sequences, other))
+    assert torch.equal(first, second)
+
+
+def test_the_hook_goes_even_after_an_exception(tiny_llama):
+    with pytest.raises(RuntimeError, match="stop"), captured_hidden_states(tiny_llama):
+        raise RuntimeError("stop")
+    assert not tiny_llama.model._forward_hooks
+
+
+def loss_and_gradients(model, lm_head, sequences, chunk_size):
+    targets = torch.cat([row[p : p + n] for row, p, n in zip(sequences, PROMPT_LENGTHS, LENGTHS, strict=True)])
+    hidden = completion_hidden_states(model, model, sequences, PROMPT_LENGTHS, MASK)
+    logprobs, entropies = chunked_logprobs(hidden, lm_head, targets, chunk_size=chunk_size, entropy_requires_grad=True)
+    loss = -(logprobs + 0.1 * entropies).mean()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.autograd.grad(loss, trained)
+
+
+def test_no_tensor_of_all_logits_is_ever_made(tiny_config):
+    tiny_config.vocab_size = 5000  # so that one row of logits is larger than any other activation
+    base = LlamaForCausalLM(tiny_config)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    sequences = torch.randint(3, 5000, (3, 6))
+
+    def largest(chunk_size):
+        with LargestTensor(known=model.parameters()) as seen:
+            loss_and_gradients(model, base.lm_head, sequences, chunk_size)
+        return seen.numel
+
+    # The model's own head is asked for one position a sequence, ours for a chunk of completion tokens.
+    assert largest(2) == len(sequences) * 5000
+    assert largest(4) == 4 * 5000
+    assert largest(128) == LENGTHS.sum() * 5000  # the recorder does see what is large
+
+
+def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama, sequences):
+    model = variants(tiny_llama, "lora").train()
+    calls = []
+    tiny_llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain = loss_and_gradients(model, tiny_llama.lm_head, sequences, 3)
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable()
+    checkpointed = loss_and_gradients(model, tiny_llama.lm_head, sequences, 3)
+    assert len(calls) == 3  # once more in the forward pass, and recomputed in the backward pass
+    for got, expected in zip(checkpointed, plain, strict=True):
+        assert torch.equal(got, expected)

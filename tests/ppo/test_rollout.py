@@ -1,0 +1,172 @@
+"""Rollouts: which prompts, how completions are sampled and where they stop, and how a rollout is stored."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
+from hf_rlhf_ext.ppo.rollout import (
+    Rollout,
+    cut_at_stop,
+    generate_completions,
+    generation_config_of,
+    pack_sequences,
+    prompt_indices,
+    sampling_config,
+    stop_token_ids,
+)
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    defaults = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop_ids": [2], "pad_token_id": 0}
+    return sampling_config(**(defaults | changes))
+
+
+@pytest.fixture
+def rollout():
+    """Three completions of 2, 3 and 1 tokens after prompts of 1, 2 and 4."""
+    lengths = torch.tensor([2, 3, 1])
+    per_token = {
+        name: torch.randn(3, 3).masked_fill(torch.arange(3) >= lengths[:, None], 0.0)
+        for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+    }
+    return Rollout(
+        input_ids=torch.arange(15).reshape(3, 5),
+        prompt_lengths=torch.tensor([1, 2, 4]),
+        completion_lengths=lengths,
+        order=torch.tensor([[2, 0, 1], [0, 1, 2]]),
+        **per_token,
+    )
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        ([5, 6, 7], [5, 6, 7]),
+        ([5, 2, 7], [5, 2]),
+        ([5, 7, 2], [5, 7, 2]),
+        ([1, 2, 5], [1]),  # the first of several stops
+        ([2, 2, 2], [2]),  # pad == eos: one real stop, then padding
+    ],
+)
+def test_cut_at_stop(ids, expected):
+    assert cut_at_stop(ids, {1, 2}) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 9), n=st.integers(1, 13), seed=st.integers(0, 99), count=st.integers(1, 6))
+def test_prompts_are_a_function_of_seed_and_number_and_every_epoch_a_permutation(size, n, seed, count):
+    rollouts = [prompt_indices(number, size, n, seed) for number in range(count)]
+    assert all(len(rows) == size for rows in rollouts)  # also where the data set is smaller than a rollout
+    assert prompt_indices(count - 1, size, n, seed) == rollouts[-1]  # asked alone, as after a resume
+    stream = [row for rows in rollouts for row in rows]
+    for start in range(0, len(stream) - n + 1, n):
+        assert sorted(stream[start : start + n]) == list(range(n))
+
+
+def test_epochs_and_seeds_have_their_own_permutations():
+    epochs = {tuple(prompt_indices(number, 50, 50, seed)) for number in range(2) for seed in (0, 1, 2)}
+    assert len(epochs) == 6
+
+
+def test_stop_ids_come_from_tokenizer_and_generation_config(stories_path):
+    model, tokenizer = load_base_model(str(stories_path), dtype="float32"), load_tokenizer(str(stories_path))
+    assert tokenizer.eos_token_id == 2
+    assert stop_token_ids(tokenizer, model, None) == [1, 2]  # a story ends with <s>, which the tokenizer does not say
+    assert stop_token_ids(tokenizer, get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) == [1, 2]
+    assert stop_token_ids(tokenizer, model, [7, 3, 7]) == [3, 7]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(tokenizer, model, None) == [2]
+
+
+@pytest.mark.parametrize("pad", ["own", "eos"])
+def test_completions_end_at_their_first_stop_whatever_the_pad(stories_path, pad):
+    model, tokenizer = load_base_model(str(stories_path), dtype="float32"), load_tokenizer(str(stories_path))
+    prompts = [tokenizer(text)["input_ids"][:-1] for text in ["The end. The", "Once", "They all lived happily ever"]]
+    stops = [1, tokenizer.convert_tokens_to_ids("▁the"), tokenizer.convert_tokens_to_ids(".")]
+    settings = config(stop_ids=stops, pad_token_id=0 if pad == "own" else stops[-1], max_new_tokens=40)
+    torch.manual_seed(0)
+    completions = generate_completions(model, prompts, settings, CPU)
+    assert len({len(ids) for ids in completions}) > 1  # ragged: shorter rows were padded by `generate`
+    for ids in completions:
+        assert not set(ids[:-1]) & set(stops)
+        assert ids[-1] in stops or len(ids) == 40
+
+
+def test_left_padding_does_not_change_a_greedy_completion(tiny_llama):
+    prompts = [[5, 6, 7, 8, 9], [11], [12, 13]]
+    greedy = config(top_k=1)
+    together = generate_completions(tiny_llama, prompts, greedy, CPU)
+    alone = [generate_completions(tiny_llama, [ids], greedy, CPU)[0] for ids in prompts]
+    assert together == alone
+
+
+def test_nothing_leaks_from_the_generation_config_of_the_model(tiny_llama):
+    prompts = [[5, 6, 7], [8, 9]]
+    tiny_llama.lm_head.weight.data *= 50  # a random model is almost uniform: penalties would not show
+
+    def sample(**given):
+        torch.manual_seed(3)
+        return generate_completions(tiny_llama, prompts, config(**given), CPU)
+
+    plain = sample()
+    tiny_llama.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=2,
+        typical_p=0.2,
+        min_p=0.9,
+        epsilon_cutoff=0.01,
+        bad_words_ids=[[plain[0][0]]],
+        suppress_tokens=[plain[1][0]],
+        forced_eos_token_id=3,
+        min_new_tokens=30,
+        max_new_tokens=2,
+        num_beams=2,
+        num_return_sequences=2,
+    )
+    assert sample() == plain
+    assert sample(repetition_penalty=5.0) != plain  # what the caller gives still counts
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_generation_config_is_put_back_after_an_exception_too(tiny_llama, peft):
+    base, own = tiny_llama, tiny_llama.generation_config
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])) if peft else tiny_llama
+    before, ours = model.generation_config, config()
+    with pytest.raises(RuntimeError, match="stop"), generation_config_of(model, ours):
+        assert model.generation_config is ours and base.generation_config is ours
+        raise RuntimeError("stop")
+    assert model.generation_config is before and base.generation_config is own
+
+
+def test_pack_sequences():
+    ids, prompt_lengths, lengths = pack_sequences([[5, 6], [7]], [[8, 2], [9, 10, 2]], 2, CPU)
+    assert ids.tolist() == [[5, 6, 8, 2], [7, 9, 10, 2]]
+    assert (prompt_lengths.tolist(), lengths.tolist()) == ([2, 1], [2, 3])
+
+
+def test_select_trims_to_its_own_longest(rollout):
+    batch = rollout.select(torch.tensor([0]))
+    assert batch["input_ids"].tolist() == [[0, 1, 2]]  # one prompt token, two of the completion
+    assert batch["mask"].tolist() == [[True, True]]
+    assert torch.equal(batch["advantages"], rollout.advantages[:1, :2])
+    batch = rollout.select(torch.tensor([2, 1]))
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [5, 6, 7, 8, 9]]
+    assert batch["mask"].tolist() == [[True, False, False], [True, True, True]]
+    assert batch["prompt_lengths"].tolist() == [4, 2]
+
+
+def test_a_rollout_survives_saving_to_the_bit(rollout, tmp_path):
+    rollout.save(tmp_path / "rollout.safetensors")
+    loaded = Rollout.load(tmp_path / "rollout.safetensors", CPU)
+    for name, tensor in vars(rollout).items():
+        assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
+    assert torch.equal(loaded.mask, rollout.mask)

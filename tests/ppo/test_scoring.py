@@ -1,0 +1,174 @@
+"""Reward functions as TRL's GRPOTrainer takes them, and every wrong answer by its text."""
+
+import asyncio
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
+
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.adapters import save_adapter
+from hf_rlhf_ext.modeling.heads import install_fp32_score
+from hf_rlhf_ext.ppo.scoring import RewardFunctions
+from hf_rlhf_ext.reward.scorer import RewardNormalization, RewardScorer
+
+PROMPTS, COMPLETIONS = ["a", "b", "c"], ["x", "yy", "zzz"]
+
+
+def length(completions, **kwargs):
+    return [len(text) for text in completions]
+
+
+async def slow_length(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [float(len(text)) for text in completions]
+
+
+class AsyncReward:
+    async def __call__(self, prompts, completions, **kwargs):
+        return [1.0] * len(prompts)
+
+
+def score(func, **kwargs):
+    return RewardFunctions(func, **kwargs)(PROMPTS, COMPLETIONS, completion_ids=[[1], [2], [3]], target=[3, 2, 1])
+
+
+def test_a_callable_gets_prompts_completions_and_columns():
+    seen = {}
+
+    def reward(prompts, completions, target, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions, target=target)
+        return torch.tensor([1.0, 2.0, 3.0])
+
+    scores = score(reward)
+    assert scores.tolist() == [[1.0], [2.0], [3.0]] and scores.dtype == torch.float32
+    expected = {"prompts": PROMPTS, "completions": COMPLETIONS, "target": [3, 2, 1], "completion_ids": [[1], [2], [3]]}
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1, 2, 3]), [np.float32(1), torch.tensor(2.0), 3]],
+)
+def test_every_kind_of_numbers_is_taken(answer):
+    assert score(lambda **kwargs: answer).flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_list_with_weights_and_async_callables():
+    rewards = RewardFunctions([length, slow_length, AsyncReward(), functools.partial(length)], [1.0, 0.5, -2.0, 0.0])
+    scores = rewards(PROMPTS, COMPLETIONS)
+    assert scores.tolist() == [[1, 1, 1, 1], [2, 2, 1, 2], [3, 3, 1, 3]]
+    assert rewards.combine(scores).tolist() == [-0.5, 1.0, 2.5]
+    assert rewards.names == ["length_0", "slow_length", "AsyncReward", "length_3"]  # no two alike in the logs
+
+
+def test_async_rewards_work_where_an_event_loop_is_running_already():
+    async def notebook_cell():
+        return RewardFunctions(slow_length)(PROMPTS, COMPLETIONS)
+
+    assert asyncio.run(notebook_cell()).flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_none_leaves_a_row_to_the_other_functions():
+    rewards = RewardFunctions([lambda **kwargs: [1.0, None, 3.0], length], [2.0, 1.0])
+    scores = rewards(PROMPTS, COMPLETIONS)
+    assert scores[1, 0].isnan()
+    assert rewards.combine(scores).tolist() == [3.0, 2.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ([1.0, 2.0], "reward function 'reward' returned 2 scores for 3 completions: return one score each."),
+        (None, "reward function 'reward' returned None for 3 completions: return one score each."),
+        (0.5, "reward function 'reward' returned 0.5 for 3 completions: return one score each."),
+        ([1.0, math.nan, 0.0], "'reward' returned nan for completion 1: return a finite number, or None where"),
+        ([1.0, 0.0, -math.inf], "'reward' returned -inf for completion 2: return a finite number"),
+        (torch.tensor([1.0, 2.0, math.inf]), "'reward' returned inf for completion 2: return a finite number"),
+        ([1.0, "2", 0.0], "reward function 'reward' returned '2' for completion 1: return a number."),
+        ("abc", "reward function 'reward' returned 'a' for completion 0: return a number."),
+        ([[1.0], 2.0, 0.0], "reward function 'reward' returned [1.0] for completion 0: return a number."),
+        (np.ones((3, 1)), "return a number."),
+        ([1.0, 2.0, None], "returned None for completion 2 of 3: at least one function must score every completion."),
+    ],
+)
+def test_wrong_answers_are_named(answer, message):
+    def reward(**kwargs):
+        return answer
+
+    with pytest.raises(UserError) as error:
+        score(reward)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "funcs, options, message",
+    [
+        ([], {}, "reward_funcs: give at least one callable, reward model or path."),
+        (None, {"option": "eval_reward_funcs"}, "eval_reward_funcs: give at least one callable"),
+        (7, {}, "reward_funcs: 7 is neither callable, a model, nor a path."),
+        ([length, length], {"reward_weights": [1.0]}, "reward_weights has 1 entries for 2 reward_funcs: give one"),
+        ([length], {"processing_classes": [None, None]}, "reward_processing_classes has 2 entries for 1 reward_funcs"),
+        ("./no/such/folder", {}, "reward model: no folder at ./no/such/folder: check the path, or give a Hub id."),
+    ],
+)
+def test_wrong_arguments_are_named(funcs, options, message):
+    with pytest.raises(UserError) as error:
+        RewardFunctions(funcs, **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# Reward models: an object, the path of a whole model, and the path of an adapter all give the scores of RewardScorer.
+
+
+@pytest.fixture
+def seqcls(tiny_config):
+    tiny_config.num_labels = 1
+    torch.manual_seed(0)
+    return install_fp32_score(LlamaForSequenceClassification(tiny_config).eval())
+
+
+def test_a_reward_model_object(seqcls, chat_tokenizer):
+    rewards = RewardFunctions([seqcls, length], processing_classes=[chat_tokenizer, None])
+    expected = RewardScorer(seqcls, chat_tokenizer)(PROMPTS, COMPLETIONS)
+    assert rewards(PROMPTS, COMPLETIONS)[:, 0].tolist() == expected
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("as_path", [str, lambda path: path])
+def test_the_path_of_a_whole_model_with_its_normalisation(seqcls, chat_tokenizer, tmp_path, as_path):
+    seqcls.save_pretrained(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)
+    RewardNormalization(mean=0.3, std=2.0, n=9, base_dtype="float32").save(tmp_path)
+    raw = RewardScorer(seqcls, chat_tokenizer)(PROMPTS, COMPLETIONS)
+    got = RewardFunctions(as_path(tmp_path))(PROMPTS, COMPLETIONS).flatten()
+    torch.testing.assert_close(got, (torch.tensor(raw) - 0.3) / 2.0)
+
+
+def test_the_path_of_a_reward_adapter(seqcls, chat_tokenizer, tmp_path):
+    seqcls.config.name_or_path = seqcls.name_or_path = str(tmp_path / "base")
+    seqcls.save_pretrained(tmp_path / "base")
+    model = get_peft_model(seqcls, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, "default", tmp_path / "adapter")
+    chat_tokenizer.save_pretrained(tmp_path / "adapter")
+    RewardNormalization(mean=-1.0, std=0.5, n=9, base_dtype="float32").save(tmp_path / "adapter")
+    expected = RewardScorer(model.eval(), chat_tokenizer, mean=-1.0, std=0.5)(PROMPTS, COMPLETIONS)
+    got = RewardFunctions(str(tmp_path / "adapter"))(PROMPTS, COMPLETIONS)
+    assert got.flatten().tolist() == torch.tensor(expected).tolist()
+
+
+def test_another_architecture_without_a_score_head_is_one_line(chat_tokenizer, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    small = BertConfig(vocab_size=384, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
+    BertForSequenceClassification(small).save_pretrained(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="BertForSequenceClassification has no linear `score` head: take a decoder"):
+        RewardFunctions(str(tmp_path))
