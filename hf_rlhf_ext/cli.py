@@ -5,12 +5,14 @@ Nothing here imports torch; `parse_recipe` imports TRL's parser when it is calle
 
 import difflib
 import json
+import logging
 import os
 import platform
 import shutil
 import sys
+import warnings
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
     from argparse import Action, ArgumentParser
 
 MARKER = "hf_rlhf_ext.json"  # in every folder that `prepare_output_dir` made: only those are ever overwritten
+
+# What other libraries say that nobody who runs a recipe can act on, or that our own error says again: each by its text.
+# Only recipes import this module, before those libraries.
+warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "datasets.packaged_modules.json.json": "Failed to load JSON from file",
+    "datasets.packaged_modules.csv.csv": "Failed to read file",
+    "datasets.packaged_modules.parquet.parquet": "Failed to read ",
+}
+for _logger, _start in _NOISE.items():
+    logging.getLogger(_logger).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
 
 _REPORTED = (
     "hf-rlhf-ext",
@@ -62,14 +76,18 @@ def versions() -> dict[str, str]:
 
 
 def parse_recipe(
-    dataclass_types: type | Iterable[type], argv: Sequence[str] | None = None, *, description: str | None = None
+    dataclass_types: type | Iterable[type],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Fills the dataclasses from `--config FILE.yaml` and the command line, which wins: TRL's `TrlParser`, made strict.
 
-    `argv` defaults to `sys.argv[1:]`. Returns one instance a dataclass, in order. Raises `UserError`, in one line that
-    names the file or option and the nearest known name, for: a config file that is missing, unreadable, not YAML, not
-    a mapping or names a key twice; an unknown key or option; a value of the wrong type; whatever a dataclass refuses
-    with a `ValueError`. `--help` prints the options and exits, as argparse does.
+    `argv` defaults to `sys.argv[1:]`; `defaults` replace those of the dataclasses. Returns one instance a dataclass, in
+    order. Raises `UserError`, in one line that names the file or option and the nearest known name, for: a config file
+    that is missing, unreadable, not YAML, not a mapping or names a key twice; an unknown key or option; a value of the
+    wrong type; whatever a dataclass refuses with a `ValueError`. `--help` prints the options and exits.
     """
     from trl import TrlParser
 
@@ -77,6 +95,7 @@ def parse_recipe(
     epilog = "--config FILE.yaml reads any of these options from a file; the command line wins."
     parser = TrlParser(types, description=description, epilog=epilog)
     parser.error = _raise_user_error  # argparse would print its whole usage, some 150 lines
+    parser.set_defaults(**(defaults or {}))
     options, config_path = _split_config(list(sys.argv[1:] if argv is None else argv))
     if {"-h", "--help"} & set(options):
         parser.parse_args(["--help"])  # exits; a config file that is wrong must not keep anyone from the help
@@ -209,6 +228,7 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
     if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate
         return
     folder = Path(output_dir)
+    resume = bool(resume) and str(resume).lower() != "false"  # the command line hands text on
     if resume and overwrite:
         raise UserError("resume and overwrite contradict each other: pass one of them")
     if folder.exists() and not folder.is_dir():

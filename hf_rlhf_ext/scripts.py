@@ -1,14 +1,17 @@
 """Options that the recipes share, beside TRL's configs, and how they hold rows out."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig
+from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
 from .errors import UserError
-from .modeling.loading import EMBEDDED_MODEL
+from .modeling.loading import EMBEDDED_MODEL, preferred_dtype
 
 
 @dataclass
@@ -56,15 +59,17 @@ class ModelArguments(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a model."})
 
-    def base_options(self) -> dict[str, Any]:
-        """Arguments for `load_base_model` and `load_policy` beside the name."""
+    def base_options(self, args: TrainingArguments) -> dict[str, Any]:
+        """Arguments for `load_base_model` and `load_policy` beside the name.
+
+        `args` is the trainer's config: TRL keeps `trust_remote_code` there.
+        """
         return {
             "dtype": self.dtype,
             "load_in_4bit": self.load_in_4bit,
             "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
+            "trust_remote_code": getattr(args, "trust_remote_code", False),
         }
 
     @property
@@ -76,6 +81,16 @@ class ModelArguments(ModelConfig):
         """The adapter's configuration for `CAUSAL_LM` or `SEQ_CLS`, None where all weights are trained."""
         self.lora_task_type = task_type
         return get_peft_config(self)
+
+
+def machine_defaults() -> dict[str, bool]:
+    """Defaults of a trainer's config that depend on the machine: TRL's are those of a card with bf16.
+
+    Without an accelerator Trainer must be told `use_cpu`; where bf16 would be slow or unknown, fp16 or fp32 is better.
+    """
+    dtype = preferred_dtype()
+    defaults = {} if dtype == torch.bfloat16 else {"bf16": False, "fp16": dtype == torch.float16}
+    return defaults | {"use_cpu": not torch.accelerator.is_available()}
 
 
 def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None = None) -> tuple[Dataset, Dataset]:
@@ -91,11 +106,22 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
         raise UserError(f"{data.dataset_name}: {len(train)} rows, none left to train on at eval_rows={data.eval_rows}.")
     heldout = test
     if heldout is None:
-        seen = {str(prompt) for prompt in train.select(range(rows))["prompt"]}
-        new = (i for i in range(rows, len(train)) if str(train[i]["prompt"]) not in seen)
+        seen = {_prompt(row) for row in train.select(range(rows))}
+        new = (i for i in range(rows, len(train)) if _prompt(train[i]) not in seen)
         heldout = train.select([i for i, _ in zip(new, range(data.eval_rows), strict=False)])
     elif data.eval_rows:
         heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
     if len(heldout) < data.eval_rows:
         raise UserError(f"{data.dataset_name}: {len(heldout)} held-out rows for eval_rows={data.eval_rows}: lower it.")
     return train.select(range(rows)), heldout
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    """What tells two prompts apart: the prompt, a conversation without its last turn, or all of a row of plain text."""
+    return str(row["prompt"] if "prompt" in row else row["messages"][:-1] if "messages" in row else row)
+
+
+def public_name(model_name_or_path: str) -> str:
+    """What a card may call a model: its id on the Hub, of a local folder or file only the last component."""
+    path = Path(model_name_or_path).expanduser()
+    return path.resolve().name if path.exists() else model_name_or_path

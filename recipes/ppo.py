@@ -5,10 +5,16 @@
 """PPO with a KL leash from an SFT adapter (or a base model) towards a reward model or a reward function.
 
 python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
-    --reward_model runs/reward --dataset_name prompts.jsonl
+    --reward_model runs/reward --dataset_name prompts/
 """
 
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+
+# isort: split
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +27,11 @@ from datasets import Dataset
 from peft import PeftModel
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
 from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, train_and_heldout
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, train_and_heldout
 
 
 @dataclass
@@ -73,6 +79,7 @@ def train_ppo(
     `eval_rows` held-out prompts are sampled at every evaluation in training; `test` (by default the same ones) is for
     the comparison of the two ends.
     """
+    reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
     split = data.dataset_test_split
@@ -81,11 +88,11 @@ def train_ppo(
     if rewards.final_rows is not None:
         test = test.select(range(min(rewards.final_rows, len(test))))
     model, tokenizer = load_policy(
-        model_args.model_name_or_path, revision=model_args.revision, is_trainable=True, **model_args.base_options()
+        model_args.model_name_or_path, revision=model_args.revision, is_trainable=True, **model_args.base_options(args)
     )
     trainer = PPOTrainer(
         model,
-        rewards.load(),
+        reward_funcs,
         args=args,
         train_dataset=train,
         eval_dataset=heldout if len(heldout) else None,
@@ -99,7 +106,8 @@ def train_ppo(
     after = trainer.sample_and_score(test) if len(test) else []
     updates = trainer.state.global_step // trainer.args.steps_per_rollout
     measured = {"updates": updates, "kl_coef": trainer.kl_coef} | (compare(before, after) if len(test) else {})
-    report = {"ppo": measured, "versions": versions(), "command": " ".join(sys.argv)}
+    report = {"ppo": measured, "versions": versions()}
+    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return PPOResult(before, after, trainer.state.log_history, report)
 
@@ -119,15 +127,18 @@ def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion])
 
 def _imported(path: str) -> Callable:
     module, _, name = path.rpartition(".")
+    sys.path.insert(0, os.getcwd())  # where a user's own module usually is; Python puts only the script's folder there
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"reward_funcs: cannot import {path!r} ({error}): give package.module.function.") from error
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def main() -> None:
     data, rewards, model_args, args = parse_recipe(
-        (DataArguments, RewardArguments, ModelArguments, PPOConfig), description=__doc__
+        (DataArguments, RewardArguments, ModelArguments, PPOConfig), description=__doc__, defaults=machine_defaults()
     )
     result = train_ppo(data, rewards, model_args, args)
     for name, value in result.report["ppo"].items():

@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import PeftModel
 from ppo import PPOResult, RewardArguments, train_ppo
 from quickstart_data import GoldReward, SimulatedAnnotator, make_demonstrations, make_prompts
 from quickstart_report import check_report, peak_memory_gb, print_table, write_samples
@@ -108,8 +107,10 @@ class Progress:
         print(header, flush=True)
         start = time.monotonic()
         measured = stage()
-        self.state["stages"][name] = {"seconds": round(time.monotonic() - start, 1), "measured": measured}
-        self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], peak_memory_gb())
+        seconds, memory = round(time.monotonic() - start, 1), peak_memory_gb()
+        print(f"{header}: {seconds:.0f} s, peak memory so far {memory:.2f} GB", flush=True)
+        self.state["stages"][name] = {"seconds": seconds, "measured": measured}
+        self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], memory)
         self.path.with_suffix(".tmp").write_text(json.dumps(self.state, indent=2))
         self.path.with_suffix(".tmp").replace(self.path)  # whole or not at all
         return measured
@@ -233,6 +234,7 @@ class Quickstart:
             kl_coef=0.05,
             eval_strategy="steps",
             eval_steps=4,  # once an update
+            eval_on_start=True,
             save_steps=16,
             save_total_limit=1,
             resume_from_checkpoint=last_complete_checkpoint(output_dir),
@@ -250,7 +252,7 @@ class Quickstart:
         return summarize(result, test["category"])
 
 
-def sample(model: PeftModel, tokenizer, prompts: list, k: int, seed: int) -> list[list]:
+def sample(model: torch.nn.Module, tokenizer, prompts: list, k: int, seed: int) -> list[list]:
     """`k` completions of each prompt, as messages."""
     config = sampling_config(
         max_new_tokens=NEW_TOKENS,

@@ -7,7 +7,12 @@
 python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml --dataset_name preferences.jsonl
 """
 
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+
+# isort: split
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,10 @@ from datasets import Dataset
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_comparisons
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
 from hf_rlhf_ext.hub.card import write_card
+from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, train_and_heldout
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
 
 
 def train_reward(
@@ -39,12 +44,14 @@ def train_reward(
     train, heldout = train_and_heldout(rows, data, test)
     trainer = BradleyTerryTrainer(
         load_base_model(
-            model_args.model_name_or_path, task="reward", revision=model_args.revision, **model_args.base_options()
+            model_args.model_name_or_path, task="reward", revision=model_args.revision, **model_args.base_options(args)
         ),
         args=args,
         train_dataset=train,
         eval_dataset=heldout if len(heldout) else None,
-        processing_class=load_tokenizer(model_args.model_name_or_path, revision=model_args.revision),
+        processing_class=load_tokenizer(
+            model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
+        ),
         peft_config=model_args.peft_config("SEQ_CLS"),
         normalization_dataset=normalization_dataset,
     )
@@ -57,15 +64,20 @@ def train_reward(
         measured |= {name: metrics[f"eval_{name}"] for name in ("accuracy", "nll", "longer_wins_baseline")}
         measured |= {"accuracy_ci95": [metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]]}
         measured |= {"heldout_pairs": int(metrics["eval_pairs"])}
-    report = {"reward_model": measured | (extra_report or {}), "versions": versions(), "command": " ".join(sys.argv)}
+    report = {"reward_model": measured | (extra_report or {}), "versions": versions()}
+    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     if len(heldout):
-        write_card(args.output_dir, "reward_model", report, base_model=model_args.model_name_or_path)
+        write_card(args.output_dir, "reward_model", report, base_model=public_name(model_args.model_name_or_path))
+    else:
+        (Path(args.output_dir) / "README.md").unlink(missing_ok=True)  # PEFT's empty form, which names local folders
     return report
 
 
 def main() -> None:
-    data, model_args, args = parse_recipe((DataArguments, ModelArguments, BradleyTerryConfig), description=__doc__)
+    data, model_args, args = parse_recipe(
+        (DataArguments, ModelArguments, BradleyTerryConfig), description=__doc__, defaults=machine_defaults()
+    )
     report = train_reward(data, model_args, args)
     for name, value in report["reward_model"].items():
         print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")

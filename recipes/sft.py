@@ -7,18 +7,29 @@
 python recipes/sft.py --config recipes/configs/smollm2-135m/sft.yaml --dataset_name demonstrations.jsonl
 """
 
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+
+# isort: split
 import json
+import shlex
+import sys
 from pathlib import Path
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
 from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.data.text import check_tokenizer, is_messages
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub.card import write_card
+from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, train_and_heldout
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
 
 
 def train_sft(
@@ -29,24 +40,45 @@ def train_sft(
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
     test = load_rows(data.dataset_name, data.dataset_test_split) if data.dataset_test_split else None
     train, heldout = train_and_heldout(rows, data, test)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
+    )
+    check_demonstrations(rows, tokenizer, args.dataset_text_field, data.dataset_name)
     trainer = SFTTrainer(
-        load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options()),
+        load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
         args=args,
         train_dataset=train,
         eval_dataset=heldout if len(heldout) else None,
-        processing_class=load_tokenizer(model_args.model_name_or_path, revision=model_args.revision),
+        processing_class=tokenizer,
         peft_config=model_args.peft_config("CAUSAL_LM"),
     )
-    result = trainer.train(resume_from_checkpoint=resolve_checkpoint(args.resume_from_checkpoint, args.output_dir))
-    metrics = result.metrics | (trainer.evaluate() if len(heldout) else {})
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= trainer.evaluate() if len(heldout) else {}
     trainer.save_model()
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
-    (Path(args.output_dir) / "report.json").write_text(json.dumps({"sft": metrics}, indent=2) + "\n")
+    report = {"sft": metrics, "versions": versions(), "command": strip_local_paths("python " + shlex.join(sys.argv))}
+    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_card(args.output_dir, "sft", report, base_model=public_name(model_args.model_name_or_path))
     return trainer.model, trainer.processing_class
 
 
+def check_demonstrations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> None:
+    """Raises `UserError` for columns that SFTTrainer cannot use, and for messages without a chat template."""
+    columns = set(rows.column_names)
+    if not any(needed <= columns for needed in ({"prompt", "completion"}, {"messages"}, {text_field}, {"input_ids"})):
+        raise UserError(
+            f"{name}: found columns {', '.join(sorted(columns))}; demonstrations need prompt and completion, or "
+            f"messages, or {text_field}: rename yours."
+        )
+    check_tokenizer(tokenizer, needs_chat_template=is_messages(rows[0].get("messages", rows[0].get("prompt"))))
+
+
 def main() -> None:
-    data, model_args, args = parse_recipe((DataArguments, ModelArguments, SFTConfig), description=__doc__)
+    data, model_args, args = parse_recipe(
+        (DataArguments, ModelArguments, SFTConfig), description=__doc__, defaults=machine_defaults()
+    )
     train_sft(data, model_args, args)
     print(f"Saved the SFT policy in {args.output_dir}. Next: judge its completions, then recipes/reward.py.")
 

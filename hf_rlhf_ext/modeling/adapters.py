@@ -97,15 +97,25 @@ def evaluating(model: nn.Module):
 
 
 @contextmanager
-def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
-    """Autocast to `dtype`, with fp32 master adapters computed in it; None leaves all as it is.
+def adapters_in_autocast_dtype(model: nn.Module, *, enabled: bool = True):
+    """Lets autocast compute fp32 master adapters in its dtype, instead of PEFT casting activations up to fp32.
 
-    PEFT casts activations up to its fp32 adapters; autocast casts the weights down instead: no fp32 activations, and
-    no update is lost. Enter it around the backward pass too: checkpointing computes the adapters again there.
+    No fp32 activations, and no update is lost. Enter it around the backward pass too: checkpointing computes the
+    adapters again there.
     """
-    device = next(model.parameters()).device.type
-    active = dtype is not None
-    with torch.autocast(device, dtype=dtype, enabled=active), disable_input_dtype_casting(model, active=active):
+    with disable_input_dtype_casting(model, active=enabled):
+        yield
+
+
+@contextmanager
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
+    """Autocast to `dtype` with the adapters computed in it; None leaves all as it is.
+
+    Never around an optimizer step: autocast keeps its casts of fp32 weights until the outermost context ends, so every
+    later forward inside would see the old weights.
+    """
+    device, active = next(model.parameters()).device.type, dtype is not None
+    with torch.autocast(device, dtype=dtype, enabled=active), adapters_in_autocast_dtype(model, enabled=active):
         yield
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,8 @@ EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded model is a 4-bit (Q4_1) conversion of; model cards name it."""
+
+_LOCAL = (".", "/", "~")  # what a Hub id never starts with
 
 _AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 
@@ -110,7 +113,7 @@ def load_policy(
         is_trainable: keep the adapter's parameters trainable, to go on from it (PPO from an SFT adapter).
         base_options: passed to `load_base_model` (dtype, load_in_4bit, …).
     """
-    folder_or_repo = str(folder_or_repo)
+    folder_or_repo = os.path.expanduser(folder_or_repo)
     base_id = adapter_base(folder_or_repo, revision)
     if base_id is None:
         model = load_base_model(folder_or_repo, revision=revision, **base_options)
@@ -126,8 +129,8 @@ def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None
     """The base model id in `adapter_config.json`, or None where the folder or repository is not an adapter."""
     if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
         return None
-    local = Path(folder_or_repo)
-    if local.is_dir():
+    local = Path(folder_or_repo).expanduser()
+    if local.is_dir() or folder_or_repo.startswith(_LOCAL):
         path = local / "adapter_config.json"
     else:
         from transformers.utils import cached_file
@@ -190,12 +193,14 @@ def resolve_location(name: str, revision: str | None) -> tuple[str, dict[str, st
         folder = Path(spec.origin).parent
         return str(unpacked_gguf(next(folder.glob("*.gguf")))), {}
     if name.endswith(".gguf"):
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"model_name_or_path: no GGUF file at {name}: check the path.")
         return str(unpacked_gguf(path)), {}
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UserError(f"model_name_or_path: no folder at {name}: check the path, or give a Hub id.")
+    if name.startswith(_LOCAL):
+        if not Path(name).expanduser().is_dir():
+            raise UserError(f"model_name_or_path: no folder at {name}: check the path, or give a Hub id.")
+        return str(Path(name).expanduser()), {}
     return name, {"revision": revision} if revision else {}
 
 

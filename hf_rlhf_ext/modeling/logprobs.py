@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..compat import selective_log_softmax_and_entropy
+from ..errors import UserError
+from .adapters import evaluating
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def chunked_logprobs(
         hidden: (N, H) hidden states, any floating dtype.
         head: the model's output embedding (an LM head, H → V).
         targets: (N,) token ids.
-        softcap: `final_logit_softcapping` of the model's config (Gemma 2), if it has one.
+        softcap: see `final_softcap`.
         entropy_requires_grad: for an entropy bonus.
 
     Returns:
@@ -91,6 +93,27 @@ def chunked_logprobs(
         )
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def final_softcap(model: nn.Module) -> float | None:
+    """`final_logit_softcapping` of the model's config (Gemma 2), None for most."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_output_head(model: nn.Module, ids: list[int]) -> None:
+    """Raises `UserError` unless the model's logits after `ids` are its output head's, as `chunked_logprobs` assumes."""
+    tokens = torch.tensor([ids[:16]], device=model.device)
+    with evaluating(model), captured_hidden_states(model) as captured:
+        ordered = torch.log_softmax(model(input_ids=tokens, logits_to_keep=1).logits[0, -1].float(), -1).sort()
+        expected, targets = (torch.cat([x[:4], x[-4:]]) for x in ordered)  # the likeliest and the unlikeliest
+        hidden = captured[0][0, -1:].expand(8, -1)
+        got, _ = chunked_logprobs(hidden, model.get_output_embeddings(), targets, softcap=final_softcap(model))
+    if not torch.allclose(got, expected, rtol=0.05, atol=0.25):  # bf16 logits of 20 are rounded to 0.125
+        raise UserError(
+            f"model: {type(model).__name__} scales its logits after the output head, which PPOTrainer does not repeat: "
+            "take another model (Granite and Cohere do this; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
+        )
 
 
 def scatter_to_mask(x: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpointing import resolve_checkpoint
+from ..errors import UserError
 from ..modeling.adapters import load_adapter_weights, save_adapter
 from .rollout import Rollout
 from .setup import REFERENCE_ADAPTER
@@ -61,6 +62,8 @@ class CheckpointMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
+        if not (folder / STATE_FILE).is_file():
+            raise UserError(f"{folder} has no {STATE_FILE}: it was saved with save_only_model=True or elsewhere.")
         self._load_weights(folder)
         if self.reference.adapter is not None:
             load_adapter_weights(self.model, REFERENCE_ADAPTER, folder / REFERENCE_ADAPTER)

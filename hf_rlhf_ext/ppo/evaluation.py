@@ -61,7 +61,7 @@ class EvaluationMixin:
             dataset: rows with `prompt`, and the columns that the reward functions take.
             seed: of the sampling; `args.seed` if None, so that two policies are compared on common random numbers.
         """
-        prompt_ids = encode_prompts(dataset, self.processing_class, self.args, "eval")
+        prompt_ids = encode_prompts(dataset, self.processing_class, self.args, "eval", self._max_positions)
         device = self.accelerator.device
         rows: list[EvaluatedCompletion] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

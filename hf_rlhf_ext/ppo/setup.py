@@ -15,7 +15,6 @@ from ..data.text import check_tokenizer, encode_prompt, is_messages
 from ..errors import UserError
 from ..modeling.adapters import copy_adapter
 from ..modeling.heads import ScalarHead
-from ..modeling.loading import load_policy
 from .config import PPOConfig
 
 REFERENCE_ADAPTER = "ref"
@@ -34,16 +33,14 @@ class Reference:
 
 
 def build_policy(
-    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, Reference]:
     """The trainable policy and its reference.
 
-    A path or id of an adapter, or a `PeftModel`, is trained further, with a frozen copy of its active adapter as the
-    reference (the SFT policy). A base model with `peft_config` gets a new adapter, and the reference is the bare base.
-    A base model alone is trained whole, with a frozen copy as the reference.
+    A `PeftModel` is trained further, with a frozen copy of its active adapter as the reference (the SFT policy). A
+    base model with `peft_config` gets a new adapter, and the reference is the bare base. A base model alone is trained
+    whole, with a frozen copy as the reference.
     """
-    if isinstance(model, str):
-        model, _ = load_policy(model, is_trainable=True)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise UserError("peft_config was given, but the model has an adapter already: leave one of them out.")
@@ -72,9 +69,11 @@ def attach_value_head(model: nn.Module) -> ScalarHead:
 
 
 def encode_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
 ) -> list[list[int]]:
     """Token ids of every prompt, after checking the data set; raises `UserError` with split and row."""
+    room = max_positions - args.max_completion_length
+    limit = room if args.max_prompt_length is None else min(room, args.max_prompt_length)
     if isinstance(dataset, IterableDataset):
         raise UserError(f"{split}_dataset is streamed: PPO needs to draw prompts by row, pass a `datasets.Dataset`.")
     if "prompt" not in dataset.column_names:
@@ -91,10 +90,11 @@ def encode_prompts(
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise UserError(f"{split}_dataset row {row}: `prompt` has no tokens: remove the row or add a begin token.")
-        if args.max_prompt_length is not None and len(ids) > args.max_prompt_length:
+        if len(ids) > limit:
+            option = "max_prompt_length" if limit < room else f"max_completion_length of {max_positions} positions"
             raise UserError(
-                f"{split}_dataset row {row}: `prompt` has {len(ids)} tokens, {len(ids) - args.max_prompt_length} over "
-                f"max_prompt_length={args.max_prompt_length}: raise it, or shorten or drop the row."
+                f"{split}_dataset row {row}: `prompt` has {len(ids)} tokens, {len(ids) - limit} over the {limit} that "
+                f"{option} leaves: change that option, or shorten or drop the row."
             )
         encoded.append(ids)
     return encoded

@@ -1,5 +1,6 @@
 """`PPOTrainer`: PPO with a KL leash on `transformers.Trainer`'s own loop. It wires; the mathematics is next door."""
 
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -12,9 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..compat import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from ..data.text import decode_completion
 from ..errors import UserError
-from ..modeling.adapters import active_adapter, evaluating, merged_adapter, mixed_precision
-from ..modeling.loading import load_tokenizer
-from ..modeling.logprobs import chunked_logprobs, completion_hidden_states, scatter_to_mask
+from ..modeling.adapters import active_adapter, adapters_in_autocast_dtype, evaluating, merged_adapter, mixed_precision
+from ..modeling.loading import load_policy, load_tokenizer
+from ..modeling.logprobs import (
+    check_output_head,
+    chunked_logprobs,
+    completion_hidden_states,
+    final_softcap,
+    scatter_to_mask,
+)
 from .advantages import completion_mask, explained_variance, generalized_advantages, token_rewards, whiten
 from .checkpoints import CheckpointMixin
 from .config import PPOConfig
@@ -77,9 +84,14 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
             raise UserError("train_dataset is required: rows with a column 'prompt'.")
         if args.world_size > 1 or args.n_gpu > 1:
             raise UserError("PPOTrainer runs in one process on one device for now: start it with plain `python`.")
-        name = model if isinstance(model, str) else model.config.name_or_path
-        processing_class = processing_class if processing_class is not None else load_tokenizer(name)
-        self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train")
+        if isinstance(model, str):
+            model, tokenizer = load_policy(model, is_trainable=True)
+            processing_class = tokenizer if processing_class is None else processing_class
+        elif processing_class is None:
+            processing_class = load_tokenizer(model.config.name_or_path)
+        self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train", self._max_positions)
+        check_output_head(model, self._train_prompts[0])
         set_seed(args.seed)  # new adapters are drawn before Trainer does it
         model, self.reference = build_policy(model, peft_config)
         self.value_head = attach_value_head(model)
@@ -116,7 +128,8 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         return self.accelerator.prepare(tick_dataloader(self.args, self.args.world_size))
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
-        with self._mixed_precision():  # around the backward pass too: checkpointing recomputes the forward there
+        # No autocast out here: the rollout's forwards would leave their casts of the weights to the training one.
+        with adapters_in_autocast_dtype(self.model, enabled=self.args.bf16 or self.args.fp16):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +150,8 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """One micro-batch's share of the mini-batch's loss."""
         args, mask, denominator = self.args, inputs["mask"], inputs["minibatch_tokens"]
-        logprobs, entropies, values = self._forward(model, inputs)
+        with self._mixed_precision():
+            logprobs, entropies, values = self._forward(model, inputs)
         loss, stats = policy_loss(
             logprobs,
             inputs["old_logprobs"],
@@ -305,13 +319,12 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         hidden = completion_hidden_states(model, unwrapped, input_ids, prompt_lengths, mask)
         rows, steps = mask.nonzero(as_tuple=True)
-        causal_lm = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         logprobs, entropies = chunked_logprobs(
             hidden,
-            causal_lm.get_output_embeddings(),
+            unwrapped.get_output_embeddings(),
             input_ids[rows, prompt_lengths[rows] + steps],
             temperature=self.args.temperature,
-            softcap=getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None),
+            softcap=final_softcap(unwrapped),
             chunk_size=self.args.logprobs_chunk_size,
             entropy_requires_grad=self.args.entropy_coef != 0,
         )

@@ -1,0 +1,114 @@
+"""Recipes that nobody runs go stale: every YAML parses against its recipe, every header asks for what exists."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from hf_rlhf_ext.cli import parse_recipe
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.scripts import machine_defaults
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
+SCRIPTS = [path for path in sorted(RECIPES.glob("*.py")) if "run_recipe(main)" in path.read_text()]
+HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n", re.MULTILINE)  # PEP 723
+REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML leaves to the command line, beside the data set
+
+
+def dataclasses(recipe: str) -> tuple[type, ...]:
+    from trl import SFTConfig
+
+    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
+    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
+    from recipes.ppo import RewardArguments
+
+    trainers = {"sft": (SFTConfig,), "reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
+    return (DataArguments, ModelArguments, *trainers[recipe])
+
+
+def parse(path: Path, *options: str):
+    argv = ["--config", str(path), "--dataset_name", "data.jsonl", *REQUIRED.get(path.stem, ()), *options]
+    return parse_recipe(dataclasses(path.stem), argv, defaults=machine_defaults())
+
+
+def header(script: Path) -> dict:
+    (found,) = HEADER.findall(script.read_text())  # exactly one
+    return tomllib.loads("".join(line[2:] or "\n" for line in found.splitlines(keepends=True)))
+
+
+def test_every_stage_has_a_config_and_a_script():
+    assert {path.stem for path in CONFIGS} == {"sft", "reward", "ppo"}
+    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_yaml_parses_and_every_value_arrives(path):
+    parsed = parse(path)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        (owner,) = [arguments for arguments in parsed if hasattr(arguments, key)]
+        found = getattr(owner, key)
+        found = getattr(found, "value", found)  # enumerations
+        assert found == ([] if value == "none" and key == "report_to" else value), key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_machine_is_assumed(path):
+    """Dtype and device come from the machine: a YAML that sets them works on some cards only."""
+    assert not {"bf16", "fp16", "use_cpu", "dtype", "trust_remote_code"} & set(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("stale, near", [("learning_rte", "learning_rate"), ("per_device_batch_size", "per_device_")])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_stale_key_fails(path, stale, near, tmp_path):
+    spoilt = tmp_path / path.name
+    spoilt.write_text(path.read_text() + f"{stale}: 1\n")
+    with pytest.raises(UserError, match=f"unknown key `{stale}`: did you mean `{near}"):
+        parse(spoilt)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_defaults_fit_the_machine_and_yield_to_the_user(recipe):
+    """TRL's own defaults are bf16 on a card: on a CPU its configs refuse to be made without `use_cpu`."""
+    import torch
+
+    argv = ["--dataset_name", "data.jsonl", *REQUIRED.get(recipe, ())]
+    *_, args = parse_recipe(dataclasses(recipe), argv, defaults=machine_defaults())
+    assert args.use_cpu is not torch.accelerator.is_available()
+    *_, args = parse_recipe(dataclasses(recipe), [*argv, "--bf16", "false"], defaults=machine_defaults())
+    assert args.bf16 is False
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_inline_metadata_can_be_installed(script):
+    metadata = header(script)
+    assert metadata.keys() == {"requires-python", "dependencies"}
+    pythons = SpecifierSet(metadata["requires-python"])
+    assert "3.11" in pythons and "3.10" not in pythons
+    for requirement in map(Requirement, metadata["dependencies"]):
+        assert not requirement.specifier.contains("999.0"), f"{requirement} has no upper bound"
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
+            f"not what is here: {requirement}"
+        )
+        assert requirement.extras <= set(importlib.metadata.metadata(requirement.name).get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_command_in_the_docstring_parses(script):
+    """What `--help` shows first must not be wrong: its options exist, and the files of the checkout are there."""
+    text = script.read_text()
+    command = re.search(rf"^python recipes/{script.stem}\.py ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
+    words = command.replace("\\\n", " ").split()
+    for config in (Path(word) for word in words if word.endswith(".yaml")):
+        assert (RECIPES.parent / config).is_file()
+    known = {word for word in words if word.startswith("--")} - {"--config"}
+    if script.stem == "quickstart":
+        assert known == {"--size", "--seed", "--output_dir"}
+    else:
+        fields = {name for arguments in dataclasses(script.stem) for name in arguments.__dataclass_fields__}
+        assert {word.removeprefix("--") for word in known} <= fields

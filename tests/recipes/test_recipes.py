@@ -1,0 +1,178 @@
+"""Every recipe on a tiny model: what it leaves, that it loads, and that it can be resumed, refused and repeated."""
+
+import getpass
+import json
+import math
+import os
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hf_rlhf_ext import RewardScorer, load_policy
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+COMMON_WORDS = {"user", "model", "base", "root", "localhost", "runner"}  # names that ordinary text contains
+
+
+@pytest.fixture(scope="module")
+def runs(start):
+    """The three stages as three processes: SFT and reward model at the same time, then PPO from both."""
+    with ThreadPoolExecutor() as pool:
+        sft = pool.submit(start, "sft", max_steps=2, eval_rows=2)
+        reward = pool.submit(start, "reward", train_rows=8, eval_rows=4)
+        done = {"sft": sft.result(), "reward": reward.result()}
+    done["ppo"] = start(
+        "ppo", model_name_or_path="runs/sft", reward_model="runs/reward", reward_funcs="my_rewards.length"
+    )
+    return done
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def outside_checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and not any("checkpoint-" in part for part in p.parts)]
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_it_ends_well_and_stderr_is_progress_bars_only(runs, recipe):
+    assert runs[recipe].code == 0, runs[recipe].err
+    assert runs[recipe].said == []
+    assert f"in runs/{recipe}" in runs[recipe].out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_sft_leaves_a_trained_adapter_that_loads(runs, workspace):
+    folder = workspace / "runs" / "sft"
+    model, tokenizer = load_policy(str(folder))
+    lora_b = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert lora_b and all(p.abs().max() > 0 for p in lora_b)  # LoRA starts from B = 0
+    assert tokenizer.chat_template
+    measured = report(folder)
+    assert math.isfinite(measured["sft"]["train_loss"]) and math.isfinite(measured["sft"]["eval_loss"])
+    assert "SFT policy" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_reward_leaves_report_card_and_scorer(runs, workspace):
+    folder = workspace / "runs" / "reward"
+    measured = report(folder)["reward_model"]
+    assert (measured["pairs"], measured["heldout_pairs"]) == (8, 4)
+    low, high = measured["accuracy_ci95"]
+    assert 0 <= low <= measured["accuracy"] <= high <= 1 and 0 <= measured["longer_wins_baseline"] <= 1
+    assert measured["nll"] == pytest.approx(math.log(2), abs=0.1)  # two steps from scores near zero
+    normalization = json.loads((folder / "reward_normalization.json").read_text())
+    assert normalization["std"] > 0 and normalization["base_model"] is None  # a local folder is nobody else's business
+    assert "Pairwise accuracy" in (folder / "README.md").read_text()
+    scores = RewardScorer.from_pretrained(folder)(["How was it?"] * 2, ["Sunny!", "A sad day."])
+    assert all(map(math.isfinite, scores)) and scores[0] != scores[1]
+    assert "--reward_model runs/reward" in runs["reward"].out
+
+
+@pytest.mark.slow
+def test_ppo_trains_on_the_sft_adapter_towards_both_rewards(runs, workspace):
+    folder = workspace / "runs" / "ppo"
+    measured = report(folder)["ppo"]
+    assert (
+        measured["updates"] == 1
+        and measured["mean_length_before"] > 0
+        and all(math.isfinite(measured[name]) for name in ("proxy_before", "proxy_after", "kl", "mean_length_after"))
+    )
+    assert "rewards/reward_model/mean" in runs["ppo"].out and "rewards/length/mean" in runs["ppo"].out
+    assert adapter_bytes(folder) != adapter_bytes(workspace / "runs" / "sft")
+    model, _ = load_policy(str(folder))
+    assert list(model.peft_config) == ["default"]  # the reference stays in the checkpoints
+    assert (folder / "value_head.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_nothing_that_is_saved_is_a_pickle_or_names_the_machine(runs, workspace, recipes_path, recipe):
+    folder = workspace / "runs" / recipe
+    files = outside_checkpoints(folder)
+    assert not [path for path in files if any(path.match(pattern) for pattern in PICKLES)]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config.pop("base_model_name_or_path") == str(workspace / "base")  # a local base can be found in no other way
+    folders = [str(workspace), str(Path.home()), os.getcwd(), str(recipes_path)]
+    names = {getpass.getuser(), socket.gethostname()} - COMMON_WORDS
+    for path in files:
+        content = json.dumps(config).encode() if path.name == "adapter_config.json" else path.read_bytes()
+        assert not [name for name in folders if name.encode() in content], path
+        if path.suffix != ".safetensors":
+            assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", content.decode())], path
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_resumed_refused_or_overwritten(runs, call, workspace):
+    changes = {"model_name_or_path": "runs/sft", "reward_model": "runs/reward", "reward_funcs": "my_rewards.length"}
+    given = {"sft": {"max_steps": 2, "eval_rows": 2}, "reward": {"train_rows": 8, "eval_rows": 4}, "ppo": changes}
+    for recipe, options in given.items():
+        before = adapter_bytes(workspace / "runs" / recipe)
+        refused = call(recipe, **options)
+        assert refused.code == 2 and f"error: runs/{recipe} is not empty: pass --resume_from_checkpoint" in refused.err
+        assert call(recipe, **options, resume_from_checkpoint="true").code == 0
+        assert adapter_bytes(workspace / "runs" / recipe) == before, recipe  # nothing was left to train
+    contradiction = call("sft", **given["sft"], resume_from_checkpoint="true", overwrite="true")
+    assert contradiction.code == 2 and "contradict each other" in contradiction.err
+    (workspace / "runs" / "reward" / "stale.txt").touch()
+    assert call("reward", **given["reward"], overwrite="true").code == 0
+    assert not (workspace / "runs" / "reward" / "stale.txt").exists()
+    assert (workspace / "runs" / "reward" / "report.json").is_file()
+
+
+def test_ppo_from_a_base_model_with_a_reward_function(call, workspace):
+    done = call("ppo", reward_funcs="my_rewards.length", output_dir="runs/ppo-base")
+    assert done.code == 0, done.err
+    model, _ = load_policy(str(workspace / "runs" / "ppo-base"))
+    assert "default" in model.peft_config
+    assert report(workspace / "runs" / "ppo-base")["ppo"]["proxy_before"] > 0  # characters
+
+
+def test_sft_takes_the_other_columns_of_trl_too(call, workspace, write_jsonl, tmp_path):
+    rows = [[{"role": "user", "content": f"Day {i}?"}, {"role": "assistant", "content": "Sunny!"}] for i in range(6)]
+    for name, data in {"messages": rows, "text": [f"Day {i} was sunny." for i in range(6)]}.items():
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{name: row} for row in data])
+        done = call("sft", dataset_name=path, eval_rows=2, max_steps=1, output_dir=tmp_path / name)
+        assert done.code == 0, done.err
+        assert math.isfinite(report(tmp_path / name)["sft"]["eval_loss"])
+
+
+def test_without_held_out_rows_there_is_no_card_with_empty_results(call, tmp_path):
+    done = call("reward", output_dir=tmp_path / "reward", max_steps=1)
+    assert done.code == 0, done.err
+    assert "accuracy" not in report(tmp_path / "reward")["reward_model"]
+    assert not (tmp_path / "reward" / "README.md").exists()  # PEFT's own form would name the base's folder
+
+
+def test_all_weights_can_be_trained(call, tmp_path):
+    done = call("sft", use_peft="false", max_steps=1, output_dir=tmp_path / "sft", save_strategy="no")
+    assert done.code == 0, done.err
+    assert (tmp_path / "sft" / "model.safetensors").is_file()
+    assert str(tmp_path) not in (tmp_path / "sft" / "config.json").read_text()
+    load_policy(str(tmp_path / "sft"))
+
+
+@pytest.mark.slow
+def test_your_own_file_of_comparisons(call, shared_data, tmp_path):
+    """The documented example on real transcripts, with the tiny model: docs/ has the numbers of SmolLM2."""
+    done = call(
+        "reward",
+        dataset_name=shared_data / "hh_helpful_train.jsonl",
+        train_rows=40,
+        eval_rows=20,
+        max_length=4096,  # the tiny tokenizer needs a token for every two letters
+        output_dir=tmp_path / "reward",
+    )
+    assert done.code == 0, done.err
+    measured = report(tmp_path / "reward")["reward_model"]
+    assert (measured["pairs"], measured["heldout_pairs"]) == (40, 20)
+    assert 0 <= measured["accuracy"] <= 1 and 0.2 <= measured["longer_wins_baseline"] <= 0.8

@@ -1,0 +1,246 @@
+"""Contracts: what we rely on in TRL's internals and in the methods that our trainers override.
+
+When one of these fails after an upgrade, upstream changed something that a trainer here is built on.
+"""
+
+import functools
+import inspect
+import warnings
+from importlib import import_module
+
+import pytest
+import torch
+import transformers
+import trl
+from peft import LoraConfig, get_peft_model
+
+from hf_rlhf_ext import compat
+from hf_rlhf_ext.ppo.trainer import PPOTrainer
+from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def parameters(func):
+    return list(inspect.signature(func).parameters)
+
+
+def defaults(func):
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(func).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", compat._TRL_NAMES)
+def test_every_name_resolves_to_what_the_table_says(name):
+    module, attribute = compat._TRL_NAMES[name]
+    assert getattr(compat, name) is getattr(import_module(module), attribute)
+
+
+def test_every_name_has_a_contract_here():
+    source = inspect.getsource(inspect.getmodule(test_every_name_has_a_contract_here))
+    assert [name for name in compat._TRL_NAMES if f"def test_contract_of_{name}(" not in source] == []
+
+
+def test_every_name_is_used():
+    package = import_module("hf_rlhf_ext").__path__[0]
+    from pathlib import Path
+
+    sources = [path.read_text() for path in Path(package).rglob("*.py") if path.name != "compat.py"]
+    assert [name for name in compat._TRL_NAMES if not any(name in source for source in sources)] == []
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'hf_rlhf_ext.compat' has no attribute 'nonsense'"):
+        compat.nonsense  # noqa: B018
+
+
+def test_contract_of_BaseTrainer():
+    assert compat.BaseTrainer.__bases__ == (transformers.Trainer,)
+    own = {name for name in vars(compat.BaseTrainer) if not name.startswith("__")}
+    assert own == {
+        "loss_is_scaled_for_ga",
+        "_tag_names",
+        "_name",
+        "_paper",
+        "_template_file",
+        "_send_telemetry",
+        "create_model_card",
+    }
+    assert compat.BaseTrainer.loss_is_scaled_for_ga is None
+    assert issubclass(PPOTrainer, compat.BaseTrainer)
+
+
+def test_contract_of_BaseConfig(tmp_path):
+    assert compat.BaseConfig.__bases__ == (transformers.TrainingArguments,)
+    args = compat.BaseConfig(str(tmp_path), use_cpu=True)
+    assert (args.bf16, args.gradient_checkpointing, args.logging_steps) == (True, True, 10)
+    assert "lr_scheduler_kwargs" in compat.BaseConfig._VALID_DICT_FIELDS  # ours are added to these
+
+
+def test_contract_of_disable_dropout_in_model(tiny_llama):
+    assert parameters(compat.disable_dropout_in_model) == ["model"]
+    model = get_peft_model(tiny_llama, LoraConfig(lora_dropout=0.5, target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    compat.disable_dropout_in_model(model.train())
+    first, second = (model(input_ids=IDS).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_contract_of_print_prompt_completions_sample(capsys):
+    func = compat.print_prompt_completions_sample
+    assert parameters(func)[:6] == ["prompts", "completions", "rewards", "advantages", "step", "num_samples"]
+    messages = [{"role": "user", "content": "Say hi"}]
+    func(["The sky", messages], [" is blue", "hi"], {"gold": [1.25, -2.5]}, None, 42, 2)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("42", "The sky", "is blue", "Say hi", "gold", "1.25", "-2.50"))
+
+
+def test_contract_of_get_callable_name():
+    def gold():
+        pass
+
+    class Scorer:
+        def __call__(self):
+            pass
+
+    assert [compat.get_callable_name(f) for f in (gold, functools.partial(gold), Scorer())] == [
+        "gold",
+        "gold",
+        "Scorer",
+    ]
+
+
+def test_contract_of_is_async_callable():
+    async def later():
+        pass
+
+    class Later:
+        async def __call__(self):
+            pass
+
+    assert all(compat.is_async_callable(func) for func in (later, functools.partial(later), Later()))
+    assert not any(compat.is_async_callable(func) for func in (len, functools.partial(len)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_contract_of_selective_log_softmax_and_entropy(temperature, with_entropy):
+    func = compat.selective_log_softmax_and_entropy
+    assert parameters(func)[:4] == ["logits", "index", "entropy_requires_grad", "temperature"]  # passed by position
+    logits, index = torch.randn(6, 11, dtype=torch.float64, requires_grad=True), torch.randint(11, (6,))
+    logprobs, entropies = func(logits, index, with_entropy, temperature)
+    full = torch.log_softmax(logits / temperature, -1)
+    torch.testing.assert_close(logprobs, full[range(6), index])
+    torch.testing.assert_close(entropies.detach(), -(full.exp() * full).sum(-1).detach())
+    assert logprobs.requires_grad and entropies.requires_grad is with_entropy
+
+
+def test_contract_of_suppress_seqcls_warning(tiny_llama, tmp_path, caplog):
+    tiny_llama.save_pretrained(tmp_path)
+    with compat.suppress_seqcls_warning():
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    assert "score.weight" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["other", None])
+def test_contract_of_use_adapter(tiny_llama, name):
+    assert parameters(compat.use_adapter) == ["model", "adapter_name"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama, config).eval()
+    model.add_adapter("other", config)
+    expected = model(input_ids=IDS).logits
+    with pytest.raises(RuntimeError, match="stop"), compat.use_adapter(model, name):
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+        raise RuntimeError("stop")
+    assert model.active_adapter == "default" and torch.equal(model(input_ids=IDS).logits, expected)
+
+
+# Overridden methods: (upstream class, method) -> the parameters that ours takes in the same places.
+
+SIGNATURES = {
+    "_clip_grad_norm": ["self", "model"],
+    "_load_best_model": ["self"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
+    "_prepare_inputs": ["self", "inputs"],
+    "_save": ["self", "output_dir", "state_dict"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_set_signature_columns_if_needed": ["self"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "create_optimizer": ["self", "model"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "floating_point_ops": ["self", "inputs"],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "get_train_dataloader": ["self"],
+    "log": ["self", "logs", "start_time"],
+    "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+}
+UPSTREAM = {"trl.RewardTrainer": trl.RewardTrainer, "transformers.Trainer": transformers.Trainer}
+OVERRIDDEN = [(owner, name) for owner, names in compat.OVERRIDDEN_METHODS.items() for name in names]
+
+
+@pytest.mark.parametrize("owner, name", OVERRIDDEN)
+def test_an_overridden_method_exists_and_takes_what_ours_takes(owner, name):
+    method = getattr(UPSTREAM[owner], name)
+    assert parameters(method) == SIGNATURES[name]
+    for ours in (PPOTrainer, BradleyTerryTrainer):
+        func = getattr(ours, name, None)
+        if func is None or func is getattr(transformers.Trainer, name, None) or name not in overrides(ours):
+            continue
+        bound = inspect.signature(func)
+        arguments = dict.fromkeys(parameters(method)[1:])
+        required = [key for key in arguments if key not in defaults(method)]
+        bound.bind(None, *(None for _ in required))  # as upstream calls it, by position
+        bound.bind(None, **arguments)  # and by name
+
+
+def overrides(ours):
+    """Methods of TRL's and Transformers' trainers that a class of this library has its own version of."""
+    own = [cls for cls in ours.__mro__ if cls.__module__.startswith("hf_rlhf_ext")]
+    upstream = [cls for cls in ours.__mro__ if cls.__module__.startswith(("trl", "transformers"))]
+    named = {name for cls in own for name, value in vars(cls).items() if inspect.isfunction(value)} - {"__init__"}
+    return {name for name in named if any(name in vars(cls) for cls in upstream)}
+
+
+@pytest.mark.parametrize(
+    "ours, owners",
+    [(PPOTrainer, ["transformers.Trainer"]), (BradleyTerryTrainer, ["trl.RewardTrainer", "transformers.Trainer"])],
+)
+def test_the_list_names_every_override(ours, owners):
+    listed = {name for owner in owners for name in compat.OVERRIDDEN_METHODS[owner]}
+    assert overrides(ours) - listed == set()
+
+
+def test_the_list_names_nothing_else():
+    assert {name for _, name in OVERRIDDEN} - overrides(PPOTrainer) - overrides(BradleyTerryTrainer) == set()
+
+
+# Behaviour of Trainer's own loop that the trainers count on.
+
+
+def test_trainer_scales_no_loss_that_says_it_is_scaled():
+    assert "self.loss_is_scaled_for_ga is not None" in inspect.getsource(transformers.Trainer.training_step)
+
+
+def test_a_checkpoint_is_complete_when_trainer_state_json_is_there():
+    source = inspect.getsource(transformers.Trainer._save_checkpoint)
+    order = [source.index(text) for text in ("self.save_model(", "self._save_rng_state(", "self.state.save_to_json(")]
+    assert order == sorted(order)
+
+
+def test_importing_compat_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compat.require_supported_trl() is None

@@ -1,0 +1,60 @@
+"""The README's code runs and its commands parse."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(" ".join(line.strip().rstrip("\\") for line in block.splitlines()))
+    for block in re.findall(r"^    \.venv/bin/python recipes/(?:.*\\\n)*.*", README, re.MULTILINE)
+]
+
+
+def _dataclasses(stage: str):
+    from trl import SFTConfig
+
+    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
+    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
+    from recipes.ppo import RewardArguments
+
+    configs = {"sft": (SFTConfig,), "reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
+    return (DataArguments, ModelArguments, *configs[stage])
+
+
+def test_readme_shows_what_this_file_checks():
+    assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1])
+def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
+    from hf_rlhf_ext.cli import parse_recipe
+    from hf_rlhf_ext.scripts import machine_defaults
+
+    monkeypatch.chdir(ROOT)
+    script, *options = command[1:]
+    assert (ROOT / script).is_file()
+    if "--help" not in options:
+        parse_recipe(_dataclasses(Path(script).stem), options, defaults=machine_defaults())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_python_of_the_readme_runs(code, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_every_make_target_of_the_readme_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
