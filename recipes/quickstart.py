@@ -10,7 +10,6 @@ Finished stages are kept: a second run goes on where the first one stopped.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -63,7 +62,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(320, 80, 192, 64, 4, 3, 4, 16, 32, 24, 96, 4),
+    "full": Size(320, 60, 192, 64, 4, 3, 4, 16, 32, 24, 96, 4),
     "small": Size(32, 4, 12, 8, 4, 1, 4, 2, 8, 10, 20, 1),
 }
 
@@ -97,6 +96,8 @@ class Progress:
                     f"{folder} holds a run with other settings ({self.state['settings']}): pass another --output_dir, "
                     "or --overwrite true to start afresh."
                 )
+        else:  # at once, so that a run that is stopped in its first stage can go on too
+            self.path.write_text(json.dumps(self.state, indent=2))
 
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the stage measured; runs it unless an earlier run finished it."""
@@ -166,7 +167,7 @@ class Quickstart:
         args = SFTConfig(
             **self.common("sft"),
             max_steps=self.size.sft_steps,
-            learning_rate=2e-4,
+            learning_rate=5e-4,
             per_device_train_batch_size=8,
             save_strategy="no",
             max_length=256,
@@ -378,11 +379,8 @@ def main() -> None:
     ppo = progress.run("ppo", quickstart.ppo)
     report = write_report(quickstart, progress, reward, ppo)
     print_table(report)
-    problems = check_report(folder)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(1)
+    if problems := check_report(folder):
+        raise SystemExit("\n".join(f"error: {problem}" for problem in problems))  # on stderr, with exit status 1
     print(
         f"Report: {folder}/report.json · plot: {folder}/frontier.png · read {folder}/samples.md · card: "
         f"{folder}/policy/README.md\nNext:\n"

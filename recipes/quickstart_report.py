@@ -186,7 +186,38 @@ def peak_memory_gb() -> float:
     return max(usages) * unit / 1e9
 
 
-if __name__ == "__main__":  # python recipes/quickstart_report.py runs/quickstart
-    found = check_report(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+def results_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of several runs, one row a seed, for the README."""
+    columns = ["seed", "reward model accuracy (95 % CI)", "longer wins", "ceiling", "gold before → after"]
+    columns += ["gain (95 % CI)", "KL, nats", "tokens before → after", "minutes", "peak GB"]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for report in reports:
+        model, ppo = report["reward_model"], report["ppo"]
+        cells = [
+            str(report["seed"]),
+            "{:.3f} ({:.3f} to {:.3f})".format(model["accuracy"], *model["accuracy_ci95"]),
+            f"{model['longer_wins_baseline']:.3f}",
+            f"{model['annotator_ceiling']:.3f}",
+            " → ".join(_pair(ppo, "gold", ".3f")),
+            "{:+.3f} ({:+.3f} to {:+.3f})".format(ppo["gold_gain"], *ppo["gold_gain_ci95"]),
+            f"{ppo['kl']:.1f}",
+            " → ".join(_pair(ppo, "mean_length", ".1f")),
+            f"{sum(report['seconds'].values()) / 60:.1f}",
+            f"{report['peak_memory_gb']:.2f}",
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main(arguments: list[str]) -> int:
+    """`FOLDER` checks a run and says what is missing; `--table REPORT.json …` prints the README's table."""
+    if arguments[:1] == ["--table"]:
+        print(results_table([json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments[1:]]))
+        return 0
+    found = check_report(arguments[0] if arguments else "runs/quickstart")
     print("\n".join(found) or "complete", file=sys.stderr if found else sys.stdout)
-    sys.exit(bool(found))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -58,3 +58,13 @@ def test_every_make_target_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`make ([a-z-]+)", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_table_of_the_readme_is_that_of_the_committed_reports():
+    import json
+
+    from recipes.quickstart_report import results_table
+
+    reports = sorted((ROOT / "docs" / "quickstart").glob("seed*.json"))
+    assert len(reports) == 3
+    assert results_table([json.loads(path.read_text(encoding="utf-8")) for path in reports]) in README

@@ -169,6 +169,16 @@ def test_no_tensor_of_all_logits_is_ever_made(tiny_config):
     assert largest(128) == LENGTHS.sum() * 5000  # the recorder does see what is large
 
 
+def test_no_logits_are_kept_for_the_backward_pass(head_and_hidden):
+    head, hidden, targets = head_and_hidden
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        chunked_logprobs(hidden, head, targets, chunk_size=4)[0].sum().backward()
+        assert not [shape for shape in kept if shape[-1:] == (50,)]  # V
+        torch.log_softmax(head(hidden), -1).sum().backward()
+        assert (10, 50) in kept  # the recorder does see what is kept
+
+
 def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama, sequences):
     model = variants(tiny_llama, "lora").train()
     calls = []

@@ -12,11 +12,6 @@ def letter_reward(completions, **kwargs):
     return [text.count("e") - 0.2 * len(text) for text in completions]
 
 
-def trained_weights(trainer) -> dict[str, torch.Tensor]:
-    """Copies of everything that the optimizer changes, the value head included."""
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
 @pytest.fixture
 def lora():
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

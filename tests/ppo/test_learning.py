@@ -30,7 +30,7 @@ def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, tmp_path
         per_device_train_batch_size=32,
         num_mini_batches=2,
         num_ppo_epochs=2,
-        max_steps=56,
+        max_steps=44,
         learning_rate=3e-3,
         value_learning_rate=2e-2,
         value_clip_range=None,

@@ -18,8 +18,6 @@ OPTIONS = {
     "reward_clip": 1.0,
     "missing_eos_penalty": 0.75,
     "value_learning_rate": 3e-2,
-    "max_grad_norm": 0.1,  # small enough to bind
-    "adam_epsilon": 1e-5,  # Adam divides by the gradient: keeps rounding errors of tiny ones from deciding its sign
     "max_steps": 8,
     "logprobs_chunk_size": 5,
 }
@@ -107,8 +105,15 @@ def run(make_trainer, **options):
     return recorder, trainer, start
 
 
-def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokenizer):
-    recorder, trainer, start = run(make_trainer)
+@pytest.mark.parametrize(
+    "max_grad_norm, adam_epsilon",
+    [
+        (0.1, 1e-5),  # clipping binds; rounding errors of tiny gradients do not decide Adam's sign
+        (100.0, 1e-2),  # no clipping, and an Adam that is not indifferent to the scale of the loss
+    ],
+)
+def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokenizer, max_grad_norm, adam_epsilon):
+    recorder, trainer, start = run(make_trainer, max_grad_norm=max_grad_norm, adam_epsilon=adam_epsilon)
     lengths = [len(ids) for _, completions, _ in recorder.rollouts for ids in completions]
     stops = trainer._stop_ids
     stopped = [ids[-1] in stops for _, completions, _ in recorder.rollouts for ids in completions]
@@ -125,10 +130,9 @@ def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokeniz
 
 @pytest.mark.parametrize("batch, accumulation", [(2, 2), (1, 4)])
 def test_gradient_accumulation_changes_nothing(make_trainer, batch, accumulation):
-    whole, *_ = run(make_trainer, max_steps=4)
-    parts, *_ = run(
-        make_trainer, max_steps=4, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
-    )
+    plain = {"max_steps": 4, "optim": "sgd", "max_grad_norm": 1e3, "learning_rate": 0.1}  # the loss's scale shows
+    whole, *_ = run(make_trainer, **plain)
+    parts, *_ = run(make_trainer, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **plain)
     assert parts.rollouts[0] == whole.rollouts[0]
     for got, expected in zip(parts.weights, whole.weights, strict=True):
         for name in expected:

@@ -129,6 +129,7 @@ def test_a_finished_run_is_resumed_refused_or_overwritten(runs, call, workspace)
     assert (workspace / "runs" / "reward" / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_ppo_from_a_base_model_with_a_reward_function(call, workspace):
     done = call("ppo", reward_funcs="my_rewards.length", output_dir="runs/ppo-base")
     assert done.code == 0, done.err
@@ -137,6 +138,7 @@ def test_ppo_from_a_base_model_with_a_reward_function(call, workspace):
     assert report(workspace / "runs" / "ppo-base")["ppo"]["proxy_before"] > 0  # characters
 
 
+@pytest.mark.slow
 def test_sft_takes_the_other_columns_of_trl_too(call, workspace, write_jsonl, tmp_path):
     rows = [[{"role": "user", "content": f"Day {i}?"}, {"role": "assistant", "content": "Sunny!"}] for i in range(6)]
     for name, data in {"messages": rows, "text": [f"Day {i} was sunny." for i in range(6)]}.items():

@@ -1,0 +1,246 @@
+"""The quickstart around its stages: what it keeps, what it refuses, and how it ends. `.ci/run` runs the real one."""
+
+import importlib
+import json
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_rlhf_ext.cli import MARKER, parse_recipe
+from hf_rlhf_ext.errors import UserError
+
+SETTINGS = {"seed": 0, "size": "small", "noise": 0.2}
+
+
+@pytest.fixture(scope="module")
+def quickstart(recipes_path):
+    """The script as a module; its neighbours are importable as they are when it runs as a script."""
+    sys.path.insert(0, str(recipes_path))
+    try:
+        return importlib.import_module("quickstart")
+    finally:
+        sys.path.remove(str(recipes_path))
+
+
+@pytest.fixture
+def progress(quickstart, tmp_path):
+    return lambda **changes: quickstart.Progress(tmp_path, SETTINGS | changes)
+
+
+# Progress
+
+
+def test_a_finished_stage_is_not_run_again(progress, capsys):
+    first = progress()
+    assert first.run("data", lambda: {"train": 7}) == {"train": 7}
+    assert capsys.readouterr().out.splitlines()[0] == "[1/6] data"
+    second = progress()
+    assert second.run("data", lambda: pytest.fail("it ran again")) == {"train": 7}
+    assert capsys.readouterr().out == "[1/6] data: finished earlier, kept (FRESH=1 or --overwrite true starts afresh)\n"
+    assert second.run("sft", lambda: {}) == {} and second.seconds.keys() == {"data", "sft"}
+
+
+def test_a_stage_that_fails_is_run_again(progress):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        progress().run("data", stopped)  # the very first stage: nothing is finished yet
+    assert progress().seconds == {}
+    assert progress().run("data", lambda: {"train": 7}) == {"train": 7}
+
+
+def test_other_settings_are_refused_before_anything_is_done(progress, tmp_path):
+    progress().run("data", lambda: {})
+    before = (tmp_path / "progress.json").read_text()
+    for changes in ({"seed": 1}, {"size": "full"}, {"noise": 0.0}):
+        with pytest.raises(
+            UserError, match=r"holds a run with other settings \(.*'seed': 0.*\): pass another"
+        ) as caught:
+            progress(**changes)
+        assert "--overwrite true" in str(caught.value)
+    assert (tmp_path / "progress.json").read_text() == before
+
+
+def test_progress_is_written_whole_or_not_at_all(progress, tmp_path):
+    progress().run("data", lambda: {"train": 7})
+    before = (tmp_path / "progress.json").read_text()
+    with pytest.raises(TypeError):
+        progress().run("sft", lambda: {"not": object()})  # JSON has no such thing
+    assert (tmp_path / "progress.json").read_text() == before
+    (tmp_path / "progress.tmp").mkdir()  # stands for a disk that fails while the new state is written
+    with pytest.raises(OSError):
+        progress().run("sft", dict)
+    assert (tmp_path / "progress.json").read_text() == before
+
+
+def test_seconds_and_memory_are_those_of_all_runs(progress, tmp_path):
+    progress().run("data", dict)
+    state = json.loads((tmp_path / "progress.json").read_text())
+    assert 0.05 < state["peak_memory_gb"] < 100 and 0 <= state["stages"]["data"]["seconds"] < 5
+    state["peak_memory_gb"], state["stages"]["data"]["seconds"] = 1e6, 123.0
+    (tmp_path / "progress.json").write_text(json.dumps(state))
+    resumed = progress()
+    resumed.run("sft", dict)
+    assert resumed.state["peak_memory_gb"] == 1e6 and resumed.seconds["data"] == 123.0
+
+
+# Data
+
+
+def rows(categories: str) -> list[dict]:
+    return [{"category": category, "prompt": f"{category}{k}"} for k, category in enumerate(categories)]
+
+
+@pytest.mark.parametrize(
+    "categories, n, minimum, expected",
+    [
+        ("aaaabc", 3, 1, "abc"),  # rare ones first
+        ("aaaabc", 5, 1, "abcaa"),  # then in the order given
+        ("aabbab", 4, 2, "aabb"),
+        ("aaaabc", 6, 1, "abcaaa"),
+        ("aaaa", 2, 0, "aa"),
+        ("abc", 2, 1, "abc"),  # the minimum wins over n
+    ],
+)
+def test_every_category_gets_its_minimum(quickstart, categories, n, minimum, expected):
+    chosen = quickstart._with_minimum(rows(categories), n, minimum)
+    assert "".join(row["category"] for row in chosen) == expected
+    assert len({row["prompt"] for row in chosen}) == len(chosen)
+
+
+@pytest.mark.parametrize("size", ["full", "small"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_prompts_are_disjoint_and_cover_every_category(quickstart, tmp_path, size, seed):
+    args = quickstart.QuickstartArguments(output_dir=str(tmp_path), size=size, seed=seed)
+    measured = quickstart.Quickstart(args).make_data()
+    plan = quickstart.SIZES[size]
+    assert measured["test"] == plan.test_prompts and measured["validation"] == plan.dev_prompts
+
+    def read(path: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "data" / path).read_text().splitlines()]
+
+    parts = {name: read(f"prompts/{name}.jsonl") for name in ("train", "validation", "test")}
+    parts["judged"] = read("judged/test.jsonl")
+    texts = {name: [row["prompt"][0]["content"] for row in part] for name, part in parts.items()}
+    for name in ("validation", "test", "judged"):
+        others = [text for other, part in texts.items() if other != name for text in part]
+        assert len(set(texts[name])) == len(texts[name]) and not set(texts[name]) & set(others), name
+    counts = [sum(row["category"] == name for row in parts["test"]) for name in {r["category"] for r in parts["test"]}]
+    assert len(counts) == 10 and min(counts) >= plan.min_per_category
+
+
+# The whole, from finished stages
+
+
+@pytest.fixture
+def finished(quickstart, tmp_path, monkeypatch):
+    """Writes a folder whose stages are all finished, and runs `main` on it."""
+    reward = {"pairs": 60, "heldout_pairs": 20, "accuracy": 0.7, "accuracy_ci95": [0.5, 0.9], "nll": 0.6}
+    reward |= {"longer_wins_baseline": 0.5, "annotator_ceiling": 0.85}
+    ppo = {"updates": 2, "kl_coef": 0.05, "kl": 3.0, "gold_before": 0.1, "gold_after": 0.3, "gold_gain": 0.2}
+    ppo |= {"gold_gain_ci95": [0.1, 0.3], "proxy_before": 0.0, "proxy_after": 1.0, "proxy_gain_ci95": [0.5, 1.5]}
+    ppo |= {"mean_length_before": 20.0, "mean_length_after": 21.0}
+    from recipes.quickstart_report import CATEGORIES
+
+    measured = {
+        "ppo": ppo,
+        "categories": {name: {"n": 2, "gold_before": 0.1, "gold_after": 0.3} for name in CATEGORIES},
+        "points": [{"update": k, "kl": float(k), "gold": 0.1 * k, "proxy": 0.5 * k} for k in range(3)],
+        "samples": [{"prompt": f"Day {k}?", "before": "Rain.", "after": "Sunny!"} for k in range(5)],
+    }
+    stages = {"data": {}, "sft": {"steps": 4}, "comparisons": {"test_ceiling": 0.85}, "reward_model": reward}
+    stages["ppo"] = measured
+
+    def run(*options: str, **spoilt) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / MARKER).write_text("{}")
+        ppo.update(spoilt)
+        state = {"settings": SETTINGS, "peak_memory_gb": 1.5}
+        state["stages"] = {name: {"seconds": 1.0, "measured": value} for name, value in stages.items()}
+        (folder / "progress.json").write_text(json.dumps(state))
+        argv = ["quickstart.py", "--size", "small", "--output_dir", str(folder), *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        quickstart.run_recipe(quickstart.main)
+        return folder
+
+    run.stages = stages
+    return run
+
+
+def test_a_complete_run_ends_well_and_names_three_commands_that_work(finished, capsys):
+    folder = finished()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["ppo"]["gold_gain_ci95"] == [0.1, 0.3] and report["peak_memory_gb"] >= 1.5
+    for name in ("frontier.png", "samples.md", "policy/README.md", "reward_model/README.md", "sft/README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    text = capsys.readouterr().out
+    make, *recipes = text[text.index("Next:\n") :].splitlines()[1:]
+    assert make.strip() == "make quickstart SEED=1"
+    assert [Path(shlex.split(line)[1]).name for line in recipes] == ["ppo.py", "reward.py"]
+    for line in recipes:
+        _, script, *options = shlex.split(line)
+        parse_recipe(_dataclasses(Path(script).stem), options, defaults=_defaults())
+
+
+def _dataclasses(stage: str):
+    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
+    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
+    from recipes.ppo import RewardArguments
+
+    configs = {"reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
+    return (DataArguments, ModelArguments, *configs[stage])
+
+
+def _defaults():
+    from hf_rlhf_ext.scripts import machine_defaults
+
+    return machine_defaults()
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda ppo: ppo["ppo"].update(proxy_gain_ci95=[math.nan, 1]), "report.ppo.proxy_gain_ci95[0] is nan"),
+        (lambda ppo: ppo["categories"].pop("extract"), "report: `categories.extract.n` is None, not a number"),
+        (lambda ppo: ppo["categories"]["chat"].update(n=0), "report: `categories.chat.n` is 0"),
+    ],
+    ids=["not finite", "missing", "empty"],
+)
+def test_a_run_with_a_problem_fails(finished, change, problem):
+    """Text as the exit status: Python writes it to stderr and ends with 1."""
+    change(finished.stages["ppo"])
+    with pytest.raises(SystemExit) as caught:
+        finished()
+    assert all(line.startswith("error: ") for line in caught.value.code.splitlines())
+    assert f"error: {problem}" in caught.value.code
+
+
+def test_a_reward_model_without_a_finite_number_fails_too(finished):
+    finished.stages["reward_model"]["nll"] = math.nan
+    with pytest.raises(SystemExit) as caught:  # by the card, which is written first
+        finished()
+    assert caught.value.code
+
+
+def test_other_settings_are_one_line_and_status_two(finished, capsys):
+    with pytest.raises(SystemExit) as caught:
+        finished("--seed", "1")
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: .* holds a run with other settings", line)
+
+
+def test_a_folder_of_someone_else_is_refused(quickstart, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for options in ([], ["--overwrite"]):
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path), *options])
+        with pytest.raises(SystemExit) as caught:
+            quickstart.run_recipe(quickstart.main)
+        assert caught.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path} ")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
