@@ -68,7 +68,7 @@ def _read_file(path: Path, split: str | None) -> Dataset:
     try:
         return load_dataset(builder, data_files=str(path), split=split or "train", **_OPTIONS.get(builder, {}))
     except Exception as error:  # each builder raises errors of its own
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = next(iter(str(error.__cause__ or error).splitlines()), "it is empty")
         raise PreferenceDataError(f"{path.name}: cannot be read as {builder}: {reason}") from error
 
 

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -79,7 +81,7 @@ def load_base_model(
     if task == "reward":
         kwargs["num_labels"] = 1
     path, location = resolve_location(model_name_or_path, revision)
-    with suppress_seqcls_warning():
+    with suppress_seqcls_warning(), found_or_refused("model_name_or_path", model_name_or_path):
         model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs)
     model.config.name_or_path = model.name_or_path = model_name_or_path
     if load_in_4bit:
@@ -92,7 +94,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding left as generation needs; pad falls back to eos (we never find pads by id)."""
     path, location = resolve_location(model_name_or_path, revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
+    with found_or_refused("tokenizer", model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,11 +121,31 @@ def load_policy(
     if base_id is None:
         model = load_base_model(folder_or_repo, revision=revision, **base_options)
         return model, load_tokenizer(folder_or_repo, revision=revision)
-    model = PeftModel.from_pretrained(
-        load_base_model(base_id, **base_options), folder_or_repo, revision=revision, is_trainable=is_trainable
-    )
+    base = load_base_model(base_id, **base_options)
+    model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
     tokenizer_saved = not Path(folder_or_repo).is_dir() or (Path(folder_or_repo) / "tokenizer_config.json").is_file()
     return model, load_tokenizer(folder_or_repo if tokenizer_saved else base_id)
+
+
+def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options) -> PeftModel:
+    """`PeftModel.from_pretrained`; raises `UserError` for an adapter that was trained on another base."""
+    try:
+        return PeftModel.from_pretrained(base, str(folder_or_repo), **options)
+    except (RuntimeError, ValueError) as error:  # shapes that differ, or target modules that are not there
+        raise UserError(
+            f"{folder_or_repo}: this adapter does not fit the base model {base.name_or_path}: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+
+
+@contextlib.contextmanager
+def found_or_refused(option: str, name: str) -> Iterator[None]:
+    """Turns what Transformers and the Hub raise for a name that leads nowhere into one line."""
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        lost = "" if Path(name).expanduser().exists() else "is no folder here, and as a Hub id it "
+        raise UserError(f"{option}: {name} {lost}cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
@@ -136,7 +159,8 @@ def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None
         from transformers.utils import cached_file
 
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(folder_or_repo, "adapter_config.json", revision=revision, **quiet)
+        with found_or_refused("model_name_or_path", folder_or_repo):
+            found = cached_file(folder_or_repo, "adapter_config.json", revision=revision, **quiet)
         path = Path(found) if found else local / "adapter_config.json"
     return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from ..data.text import check_tokenizer, encode_completion, encode_prompt, is_me
 from ..errors import UserError
 from ..modeling.adapters import mixed_precision
 from ..modeling.heads import install_fp32_score
-from ..modeling.loading import adapter_base, load_base_model, load_tokenizer
+from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -210,11 +210,12 @@ def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
     if isinstance(folder_or_repo, Path) or local.is_absolute() or str(folder_or_repo).startswith("."):
         raise UserError(f"reward model: no folder at {folder_or_repo}: check the path, or give a Hub id.")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    return Path(
-        snapshot_download(
-            str(folder_or_repo), revision=revision, allow_patterns=patterns, ignore_patterns=["checkpoint-*/*"]
+    with found_or_refused("reward model", str(folder_or_repo)):
+        return Path(
+            snapshot_download(
+                str(folder_or_repo), revision=revision, allow_patterns=patterns, ignore_patterns=["checkpoint-*/*"]
+            )
         )
-    )
 
 
 def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options: dict) -> PreTrainedModel | PeftModel:
@@ -223,12 +224,14 @@ def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options
         model = load_base_model(str(folder), task="reward", **options)
         _restore_fp32_head(model, folder)
         return model
+    if PeftConfig.from_pretrained(str(folder)).task_type == TaskType.CAUSAL_LM:
+        raise UserError(f"reward model: {folder} is a policy adapter, without a score head: give a reward model's.")
     base = base or base_id
     if not base:
         raise UserError(f"{folder.name}: the adapter names no base model: pass base= a model or its id.")
     model = load_base_model(base, task="reward", **options) if isinstance(base, str) else base
     install_fp32_score(model)  # before PEFT: it copies the head as it is, in the base's dtype otherwise
-    return PeftModel.from_pretrained(model, str(folder))
+    return attach_adapter(model, folder)
 
 
 def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:
