@@ -5,7 +5,7 @@
 """PPO with a KL leash from an SFT adapter (or a base model) towards a reward model or a reward function.
 
 python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
-    --reward_model runs/reward --dataset_name prompts/
+    --reward_model runs/reward --dataset_name prompts.jsonl
 """
 
 # First: it hides what the libraries below say whenever they are imported.
@@ -25,13 +25,15 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, train_and_heldout
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
 
 
 @dataclass
@@ -105,11 +107,20 @@ def train_ppo(
     trainer.save_model()
     after = trainer.sample_and_score(test) if len(test) else []
     updates = trainer.state.global_step // trainer.args.steps_per_rollout
-    measured = {"updates": updates, "kl_coef": trainer.kl_coef} | (compare(before, after) if len(test) else {})
+    measured = {"updates": updates, "kl_coef": trainer.kl_coef, "rewards": trainer.rewards.names}
+    measured["start"] = "an adapter" if trainer.reference.adapter else "the base model"
+    measured |= compare(before, after) if len(test) else {}
     report = {"ppo": measured, "versions": versions()}
     report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    if len(test):
+        write_card(args.output_dir, "policy", report, base_model=public_name(base_name(model)))
     return PPOResult(before, after, trainer.state.log_history, report)
+
+
+def base_name(model: PreTrainedModel | PeftModel) -> str:
+    """Name of the model under the adapter."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).config.name_or_path
 
 
 def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ python recipes/quickstart.py --size full --seed 0 --output_dir runs/quickstart
 Finished stages are kept: a second run goes on where the first one stopped.
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -108,6 +109,7 @@ class Progress:
         print(header, flush=True)
         start = time.monotonic()
         measured = stage()
+        gc.collect()  # trainers hold cycles: without it the models of two stages are in memory at once
         seconds, memory = round(time.monotonic() - start, 1), peak_memory_gb()
         print(f"{header}: {seconds:.0f} s, peak memory so far {memory:.2f} GB", flush=True)
         self.state["stages"][name] = {"seconds": seconds, "measured": measured}
@@ -387,7 +389,7 @@ def main() -> None:
         f"  make quickstart SEED={args.seed + 1}\n"
         f"  .venv/bin/python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml "
         f"--model_name_or_path {folder}/sft --reward_model {folder}/reward_model "
-        f"--dataset_name {folder}/data/prompts --output_dir runs/ppo\n"
+        f"--dataset_name {folder}/data/prompts --dataset_test_split validation --output_dir runs/ppo\n"
         f"  .venv/bin/python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml "
         f"--dataset_name YOUR_PAIRS.jsonl --output_dir runs/reward"
     )

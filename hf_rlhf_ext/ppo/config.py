@@ -28,6 +28,8 @@ class PPOConfig(BaseConfig):
         default=True, metadata={"help": "Turn dropout off, so that the first ratio of an update is exactly 1."}
     )
 
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a model."})
+
     # Rollouts
     max_completion_length: int = field(
         default=256, metadata={"help": "Most new tokens of a completion, the stop token included."}
@@ -86,7 +88,8 @@ class PPOConfig(BaseConfig):
         },
     )
     kl_horizon: int = field(
-        default=10000, metadata={"help": "Completions over which an error of 1 moves `kl_coef` by about a factor e."}
+        default=10000,
+        metadata={"help": "Completions over which an error clipped at ±20 % moves `kl_coef` by a factor of e^±0.2."},
     )
 
     # PPO

@@ -32,7 +32,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, kl_target: float, kl_horizon: 
         kl_coef: β in force, reward per nat.
         kl: measured KL(policy ‖ reference), nats per completion, mean over the rollout.
         kl_target: nats per completion to aim at.
-        kl_horizon: completions over which an error of 1 moves β by a factor of about e.
+        kl_horizon: completions over which an error of ±0.2, where it is clipped, moves β by a factor of about e^±0.2.
         n_sequences: completions in the rollout.
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)

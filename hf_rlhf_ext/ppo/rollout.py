@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..modeling.logprobs import contiguous_head_inputs
 from .advantages import completion_mask
 
 
@@ -134,7 +135,7 @@ def generate_completions(
     for row, ids in enumerate(prompt_ids):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    with generation_config_of(model, config):
+    with generation_config_of(model, config), contiguous_head_inputs(model):
         output = model.generate(
             input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
         )

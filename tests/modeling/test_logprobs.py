@@ -11,6 +11,7 @@ from hf_rlhf_ext.modeling.logprobs import (
     captured_hidden_states,
     chunked_logprobs,
     completion_hidden_states,
+    contiguous_head_inputs,
     scatter_to_mask,
 )
 
@@ -190,3 +191,14 @@ def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama, sequen
     assert len(calls) == 3  # once more in the forward pass, and recomputed in the backward pass
     for got, expected in zip(checkpointed, plain, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_output_head_gets_contiguous_states_where_transformers_slices(tiny_llama):
+    seen = []
+    tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    ids = torch.arange(3, 15).view(2, 6)
+    tiny_llama(input_ids=ids, logits_to_keep=1)
+    with contiguous_head_inputs(tiny_llama):
+        tiny_llama(input_ids=ids, logits_to_keep=1)
+    tiny_llama(input_ids=ids, logits_to_keep=1)
+    assert seen == [False, True, False]
