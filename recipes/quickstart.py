@@ -63,7 +63,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(320, 60, 192, 64, 4, 3, 4, 16, 32, 24, 96, 4),
+    "full": Size(320, 50, 144, 32, 4, 2, 4, 12, 32, 24, 80, 4),
     "small": Size(32, 4, 12, 8, 4, 1, 4, 2, 8, 10, 20, 1),
 }
 
@@ -78,7 +78,7 @@ class QuickstartArguments:
         default="full", metadata={"help": "full: about 20 minutes on 2 cores; small: a test.", "choices": list(SIZES)}
     )
     noise: float = field(
-        default=0.2,
+        default=0.1,
         metadata={"help": "Noise of the simulated annotator, in units of the gold reward; 0 judges without error."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Start afresh: forget the stages that are finished."})
@@ -227,7 +227,7 @@ class Quickstart:
         args = PPOConfig(
             **self.common("policy") | {"logging_steps": 1},
             max_steps=size.updates * 4,
-            learning_rate=2e-4,
+            learning_rate=3e-4,
             value_learning_rate=1e-3,
             per_device_train_batch_size=size.rollout // 2,
             per_device_eval_batch_size=32,
@@ -236,7 +236,7 @@ class Quickstart:
             max_completion_length=NEW_TOKENS,
             kl_coef=0.05,
             eval_strategy="steps",
-            eval_steps=4,  # once an update
+            eval_steps=8 if size.updates > 2 else 4,  # every second update
             eval_on_start=True,
             save_steps=16,
             save_total_limit=1,

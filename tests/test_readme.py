@@ -68,3 +68,12 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
     reports = sorted((ROOT / "docs" / "quickstart").glob("seed*.json"))
     assert len(reports) == 3
     assert results_table([json.loads(path.read_text(encoding="utf-8")) for path in reports]) in README
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_help_of_every_recipe_prints(stage, capsys):
+    from hf_rlhf_ext.cli import parse_recipe
+
+    with pytest.raises(SystemExit) as stop:  # a stray % in a help text would be a ValueError
+        parse_recipe(_dataclasses(stage), ["--help"])
+    assert stop.value.code == 0 and "--learning_rate" in capsys.readouterr().out

@@ -89,7 +89,7 @@ class PPOConfig(BaseConfig):
     )
     kl_horizon: int = field(
         default=10000,
-        metadata={"help": "Completions over which an error clipped at ±20 % moves `kl_coef` by a factor of e^±0.2."},
+        metadata={"help": "Completions over which an error of ±0.2, the clip, moves `kl_coef` by a factor e^±0.2."},
     )
 
     # PPO
