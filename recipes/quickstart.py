@@ -42,6 +42,7 @@ from hf_rlhf_ext.scripts import DataArguments, ModelArguments
 
 STAGES = ("data", "sft", "comparisons", "reward_model", "ppo", "report")
 NEW_TOKENS = 32
+SYSTEM = {"role": "system", "content": "Answer in one or two sentences."}  # the template's own is three times as long
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(320, 50, 144, 32, 4, 2, 4, 12, 32, 24, 80, 4),
+    "full": Size(320, 40, 144, 32, 4, 3, 4, 12, 32, 24, 80, 4),
     "small": Size(32, 4, 12, 8, 4, 1, 4, 2, 8, 10, 20, 1),
 }
 
@@ -150,7 +151,10 @@ class Quickstart:
     def make_data(self) -> dict[str, Any]:
         """Demonstrations and prompts; what is held out is about topics that no training text mentions."""
         size, seed = self.size, self.args.seed
-        write_rows(self.data / "demonstrations.jsonl", make_demonstrations(size.demonstrations, seed))
+        demonstrations = make_demonstrations(size.demonstrations, seed)
+        write_rows(
+            self.data / "demonstrations.jsonl", [row | {"prompt": [SYSTEM, *row["prompt"]]} for row in demonstrations]
+        )
         train = make_prompts(max(size.judged_prompts, size.updates * size.rollout), seed)
         n_other = size.judged_heldout + size.dev_prompts
         n_heldout = n_other + size.test_prompts
@@ -169,7 +173,7 @@ class Quickstart:
         args = SFTConfig(
             **self.common("sft"),
             max_steps=self.size.sft_steps,
-            learning_rate=5e-4,
+            learning_rate=2e-4,
             per_device_train_batch_size=8,
             save_strategy="no",
             max_length=256,
@@ -196,11 +200,12 @@ class Quickstart:
             measured |= {f"{split}_ceiling": judged.ceiling}
         return measured
 
-    def reward_model(self, ceiling: float) -> dict[str, Any]:
+    def reward_model(self, heldout: int, ceiling: float) -> dict[str, Any]:
         args = BradleyTerryConfig(
             **self.common("reward_model"),
             num_train_epochs=self.size.reward_epochs,
-            learning_rate=2e-4,
+            learning_rate=3e-4,
+            warmup_steps=5,
             per_device_train_batch_size=self.size.reward_batch,
             per_device_eval_batch_size=8,
             save_strategy="no",
@@ -209,7 +214,7 @@ class Quickstart:
         data = DataArguments(
             dataset_name=str(self.data / "comparisons"),
             dataset_test_split="test",
-            eval_rows=self.size.judged_heldout // 2,
+            eval_rows=heldout,
             overwrite=True,
         )
         demonstrations = load_rows(str(self.data / "demonstrations.jsonl"))
@@ -354,7 +359,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _as_messages(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
-    return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    return [row | {"prompt": [SYSTEM, {"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
 def _with_minimum(rows: list[dict[str, str]], n: int, minimum: int) -> list[dict[str, str]]:
@@ -377,7 +382,9 @@ def main() -> None:
     progress.run("data", quickstart.make_data)
     progress.run("sft", quickstart.sft)
     judged = progress.run("comparisons", quickstart.compare)
-    reward = progress.run("reward_model", lambda: quickstart.reward_model(judged["test_ceiling"]))
+    reward = progress.run(
+        "reward_model", lambda: quickstart.reward_model(judged["test_prompts"], judged["test_ceiling"])
+    )
     ppo = progress.run("ppo", quickstart.ppo)
     report = write_report(quickstart, progress, reward, ppo)
     print_table(report)

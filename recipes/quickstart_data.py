@@ -200,8 +200,8 @@ class Judgements(NamedTuple):
     """Comparison rows, and what their noise allows.
 
     rows: comparison rows (prompt, completions, pairs, targets, weights, category, source, row).
-    ceiling: expected accuracy of the noise-free gold order on these pairs, the mean of max(p, 1 - p); NaN if none.
-    gold_accuracy: the accuracy that order has on the labels as drawn, equal golds counted as half; NaN if none.
+    ceiling: expected accuracy of the noise-free gold order on the pairs that are no ties, the mean of max(p, 1 - p).
+    gold_accuracy: the accuracy that order has on their labels as drawn. Both are NaN where every pair is a tie.
     dropped: row numbers of the prompts whose completions were all the same.
     """
 
@@ -216,8 +216,9 @@ class SimulatedAnnotator:
     """Judges all pairs of a prompt's completions by a noisy look at the gold reward (Bradley & Terry 1952).
 
     P(i beats j) = sigmoid((gold_i - gold_j) / noise), one 0/1 draw a pair. `noise` is in units of gold: two completions
-    that lie `noise` apart are judged in gold's order 73 % of the time; at 0 always, with a coin for equal golds. A draw
-    depends on the seed, the row number and the texts only, not on the order or batching of rows, or of completions.
+    that lie `noise` apart are judged in gold's order 73 % of the time; at 0 always. Equal golds are a tie: whoever sees
+    no difference says so, instead of tossing a coin. A draw depends on the seed, the row number and the texts only, not
+    on the order or batching of rows, or of completions.
     """
 
     noise: float = 0.3
@@ -254,8 +255,8 @@ class SimulatedAnnotator:
             pairs = list(combinations(range(len(texts)), 2))
             chances = [self.preference(golds[i], golds[j]) for i, j in pairs]
             targets = [self._draw(number, texts[i], texts[j], p) for (i, j), p in zip(pairs, chances, strict=True)]
-            ceilings += [max(p, 1 - p) for p in chances]
-            agreements += [0.5 if p == 0.5 else float((p > 0.5) == t) for p, t in zip(chances, targets, strict=True)]
+            ceilings += [max(p, 1 - p) for p in chances if p != 0.5]
+            agreements += [float((p > 0.5) == t) for p, t in zip(chances, targets, strict=True) if p != 0.5]
             judged.append(
                 {
                     "prompt": row["prompt"],
@@ -271,7 +272,9 @@ class SimulatedAnnotator:
         return Judgements(judged, _mean(ceilings), _mean(agreements), dropped)
 
     def _draw(self, row: int, text_i: str, text_j: str, chance: float) -> float:
-        """1.0 with probability `chance`, else 0.0, from a hash of seed, row and the two texts in sorted order."""
+        """1.0 with probability `chance`, else 0.0, from a hash of seed, row and two texts; 0.5 is a tie."""
+        if chance == 0.5:
+            return 0.5
         first, second = sorted((text_i, text_j))
         key = "\0".join((str(self.seed), str(row), first, second)).encode()
         uniform = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64  # in [0, 1)

@@ -7,7 +7,7 @@ import pytest
 
 from hf_rlhf_ext.metrics.preference import (
     accuracy_with_ties,
-    annotator_ceiling,
+    bootstrap_accuracy_ci,
     bootstrap_mean_ci,
     longer_wins_baseline,
     pairwise_accuracy,
@@ -51,12 +51,18 @@ def test_report_leaves_out_what_the_data_leave_undefined():
     assert set(preference_report([1.0], [0.5], [1.0], [1])) == {"pairs", "nll", "accuracy_ties"}
 
 
-def test_annotator_ceiling_is_what_the_best_model_reaches():
-    probabilities = np.array([0.9, 0.2, 0.5, 0.7])
-    assert annotator_ceiling(probabilities) == pytest.approx((0.9 + 0.8 + 0.5 + 0.7) / 4)
-    labels = np.random.default_rng(0).random((20000, 4)) < probabilities
-    best = np.mean([np.mean(labels[:, k] == (p > 0.5)) for k, p in enumerate(probabilities)])
-    assert best == pytest.approx(annotator_ceiling(probabilities), abs=0.01)
+def test_accuracy_interval_resamples_prompts_not_pairs():
+    # Each prompt's six pairs are all right or all wrong: 40 independent facts, not 240.
+    right = np.arange(40) < 26
+    deltas = np.repeat(np.where(right, 1.0, -1.0), 6)
+    low, high = bootstrap_accuracy_ci(deltas, np.ones(240), np.repeat(np.arange(40), 6))
+    half_width = 1.96 * np.sqrt(0.65 * 0.35 / 40)  # the normal approximation over prompts
+    assert low == pytest.approx(0.65 - half_width, abs=0.02) and high == pytest.approx(0.65 + half_width, abs=0.02)
+    with_ties = bootstrap_accuracy_ci(
+        np.append(deltas, 5.0), np.append(np.ones(240), 0.5), np.append(np.repeat(np.arange(40), 6), 40)
+    )
+    assert with_ties == (low, high)  # a row labelled a tie does not count
+    assert all(np.isnan(bootstrap_accuracy_ci(np.ones(3), np.ones(3), np.zeros(3))))  # one prompt says nothing
 
 
 def test_bootstrap_interval_covers_and_is_repeatable():

@@ -123,12 +123,10 @@ def test_gold_is_vader_on_text_and_messages_and_empty_is_worst():
 # --- annotator -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gap, noise", [(0.5, 0.5), (-0.9, 0.4), (0.0, 0.3), (1.2, 2.0)])
+@pytest.mark.parametrize("gap, noise", [(0.5, 0.5), (-0.9, 0.4), (1.2, 2.0)])
 def test_draw_frequencies_are_bradley_terry(gap, noise):
     n = 20_000
     rows = [{"prompt": "p", "completions": [str(gap), "0.0"], "row": i} for i in range(n)]
-    if gap == 0:
-        rows = [{"prompt": "p", "completions": ["0", "0.0"], "row": i} for i in range(n)]
     judged = SimulatedAnnotator(noise=noise, seed=1, gold=lookup_gold).judge(rows)
     p = 1 / (1 + math.exp(-gap / noise))
     wins = sum(row["targets"][0] for row in judged.rows) / n
@@ -137,15 +135,16 @@ def test_draw_frequencies_are_bradley_terry(gap, noise):
     assert abs(judged.gold_accuracy - max(p, 1 - p)) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_ceiling_is_the_mean_over_pairs_worked_by_hand():
-    # golds 0, ln 3, ln 3 at noise 1: P = 1/4, 1/4, 1/2, so the ceiling is (3/4 + 3/4 + 1/2) / 3 = 2/3.
+def test_ceiling_is_the_mean_over_decided_pairs_worked_by_hand():
+    # golds 0, ln 3, ln 3, ln 9 at noise 1: P = 1/4, 1/4, 1/10, a tie, 1/4, 1/4: the ceiling is (4 * 3/4 + 9/10) / 5.
     ln3 = math.log(3)
-    row = {"prompt": "p", "completions": ["0", f"{ln3}", f"{ln3} "], "category": "chat"}
+    row = {"prompt": "p", "completions": ["0", f"{ln3}", f"{ln3} ", f"{2 * ln3}"], "category": "chat"}
     judged = SimulatedAnnotator(noise=1.0, gold=lookup_gold).judge([row])
-    assert judged.ceiling == pytest.approx(2 / 3, abs=1e-12)
-    assert judged.rows[0]["pairs"] == [[0, 1], [0, 2], [1, 2]]
-    assert judged.rows[0]["weights"] == [pytest.approx(1 / 3)] * 3
-    assert set(judged.rows[0]["targets"]) <= {0.0, 1.0}
+    assert judged.ceiling == pytest.approx(3.9 / 5, abs=1e-12)
+    assert judged.rows[0]["pairs"] == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert judged.rows[0]["weights"] == [pytest.approx(1 / 6)] * 6
+    targets = judged.rows[0]["targets"]
+    assert targets[3] == 0.5 and set(targets[:3] + targets[4:]) <= {0.0, 1.0}
     assert judged.rows[0]["category"] == "chat" and judged.rows[0]["row"] == 0
 
 
