@@ -65,9 +65,10 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
 
     from recipes.quickstart_report import results_table
 
-    reports = sorted((ROOT / "docs" / "quickstart").glob("seed*.json"))
-    assert reports
-    assert results_table([json.loads(path.read_text(encoding="utf-8")) for path in reports]) in README
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("docs/quickstart/seed*.json"))]
+    shown = [line for line in README.splitlines() if line.startswith("| ") and "→" in line]
+    expected = [line for line in results_table(reports).splitlines() if "→" in line] if reports else []
+    assert shown == expected  # no number without the report it comes from
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

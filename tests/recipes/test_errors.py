@@ -152,11 +152,12 @@ def test_columns_that_are_missing(refusal, write_jsonl, file, tmp_path):
 def test_more_held_out_rows_than_there_are(refusal):
     assert refusal("sft", eval_rows=12) == "demonstrations.jsonl: 12 rows, none left to train on at eval_rows=12."
     assert refusal("reward", train_rows=10, eval_rows=5) == "pairs.jsonl: 2 held-out rows for eval_rows=5: lower it."
-    assert refusal("ppo", eval_rows=9) == "prompts: 4 held-out rows for eval_rows=9: lower it."
+    ppo = refusal("ppo", eval_rows=9, dataset_test_split="validation")
+    assert ppo == "prompts: 4 held-out rows for eval_rows=9: lower it."
 
 
 def test_a_split_that_is_not_there(refusal):
-    assert refusal("ppo", dataset_name="prompts/train.jsonl") == (
+    assert refusal("ppo", dataset_name="prompts/train.jsonl", dataset_test_split="validation") == (
         "train.jsonl: a file has no split 'validation': leave it out, or pass 'train[:500]'."
     )
     assert "'tset'" in refusal("sft", dataset_name="prompts", dataset_test_split="tset")

@@ -13,7 +13,7 @@ import pytest
 from hf_rlhf_ext.cli import MARKER, parse_recipe
 from hf_rlhf_ext.errors import UserError
 
-SETTINGS = {"seed": 0, "size": "small", "noise": 0.2}
+SETTINGS = {"seed": 0, "size": "small", "noise": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_held_out_prompts_are_disjoint_and_cover_every_category(quickstart, tmp_
 
     parts = {name: read(f"prompts/{name}.jsonl") for name in ("train", "validation", "test")}
     parts["judged"] = read("judged/test.jsonl")
-    texts = {name: [row["prompt"][0]["content"] for row in part] for name, part in parts.items()}
+    texts = {name: [row["prompt"][-1]["content"] for row in part] for name, part in parts.items()}
     for name in ("validation", "test", "judged"):
         others = [text for other, part in texts.items() if other != name for text in part]
         assert len(set(texts[name])) == len(texts[name]) and not set(texts[name]) & set(others), name
