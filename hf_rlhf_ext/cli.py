@@ -29,6 +29,7 @@ MARKER = "hf_rlhf_ext.json"  # in every folder that `prepare_output_dir` made: o
 # What other libraries say that nobody who runs a recipe can act on, or that our own error says again: each by its text.
 # Only recipes import this module, before those libraries.
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", r"Could not find a config file in embedded:", UserWarning)
 _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "datasets.packaged_modules.json.json": "Failed to load JSON from file",
