@@ -69,7 +69,7 @@ class ModelArguments(ModelConfig):
             "dtype": self.dtype,
             "load_in_4bit": self.load_in_4bit,
             "attn_implementation": self.attn_implementation,
-            "trust_remote_code": getattr(args, "trust_remote_code", False),
+            "trust_remote_code": args.trust_remote_code,
         }
 
     @property

@@ -85,7 +85,8 @@ def train_ppo(
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
     split = data.dataset_test_split
-    train, heldout = train_and_heldout(rows, data, load_rows(data.dataset_name, split) if split else None)
+    heldout = load_rows(data.dataset_name, split, data.dataset_revision) if split else None
+    train, heldout = train_and_heldout(rows, data, heldout)
     test = test if test is not None else heldout
     if rewards.final_rows is not None:
         test = test.select(range(min(rewards.final_rows, len(test))))

@@ -38,7 +38,8 @@ def train_sft(
     """Trains on rows that TRL's SFTTrainer takes and saves adapter, tokenizer and figures in `args.output_dir`."""
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
-    test = load_rows(data.dataset_name, data.dataset_test_split) if data.dataset_test_split else None
+    split = data.dataset_test_split
+    test = load_rows(data.dataset_name, split, data.dataset_revision) if split else None
     train, heldout = train_and_heldout(rows, data, test)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code

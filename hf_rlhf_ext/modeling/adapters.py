@@ -14,6 +14,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainingArguments
 
 from ..compat import use_adapter
 from ..errors import UserError
@@ -105,6 +106,11 @@ def adapters_in_autocast_dtype(model: nn.Module, *, enabled: bool = True):
     """
     with disable_input_dtype_casting(model, active=enabled):
         yield
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """What `bf16` and `fp16` ask for, as `mixed_precision` takes it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 @contextmanager

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..compat import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
 from ..data.text import decode_completion
 from ..errors import UserError
-from ..modeling.adapters import active_adapter, adapters_in_autocast_dtype, evaluating, merged_adapter, mixed_precision
+from ..modeling.adapters import (
+    active_adapter,
+    adapters_in_autocast_dtype,
+    autocast_dtype,
+    evaluating,
+    merged_adapter,
+    mixed_precision,
+)
 from ..modeling.loading import load_policy, load_tokenizer
 from ..modeling.logprobs import (
     check_output_head,
@@ -332,8 +339,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         return tuple(scatter_to_mask(output, mask) for output in outputs)
 
     def _mixed_precision(self):
-        args = self.args
-        return mixed_precision(self.model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
+        return mixed_precision(self.model, autocast_dtype(self.args))
 
     # ---- Logging ----
 

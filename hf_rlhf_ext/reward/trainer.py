@@ -23,7 +23,7 @@ from ..data.schema import LoadReport, to_comparisons
 from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
-from ..modeling.adapters import mixed_precision
+from ..modeling.adapters import autocast_dtype, mixed_precision
 from ..modeling.heads import ScalarHead, install_fp32_score
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
@@ -158,7 +158,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return autocast_dtype(self.args)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Around the backward too: gradient checkpointing computes the adapters again there.
