@@ -42,6 +42,7 @@ from hf_rlhf_ext.scripts import DataArguments, ModelArguments
 
 STAGES = ("data", "sft", "comparisons", "reward_model", "ppo", "report")
 NEW_TOKENS = 32
+TEMPERATURE = 0.8  # at 1.0 a 135M model is often incoherent; the same for what is judged, PPO and the evaluation
 SYSTEM = {"role": "system", "content": "Answer in one or two sentences."}  # the template's own is three times as long
 
 
@@ -64,7 +65,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(320, 40, 144, 32, 4, 3, 4, 12, 32, 24, 80, 4),
+    "full": Size(320, 40, 160, 32, 4, 2, 4, 8, 32, 24, 80, 4),
     "small": Size(32, 4, 12, 8, 4, 1, 4, 2, 8, 10, 20, 1),
 }
 
@@ -173,7 +174,7 @@ class Quickstart:
         args = SFTConfig(
             **self.common("sft"),
             max_steps=self.size.sft_steps,
-            learning_rate=2e-4,
+            learning_rate=1e-3,
             per_device_train_batch_size=8,
             save_strategy="no",
             max_length=256,
@@ -239,7 +240,8 @@ class Quickstart:
             num_mini_batches=2,
             num_ppo_epochs=2,
             max_completion_length=NEW_TOKENS,
-            kl_coef=0.05,
+            temperature=TEMPERATURE,
+            kl_coef=0.1,
             eval_strategy="steps",
             eval_steps=8 if size.updates > 2 else 4,  # every second update
             eval_on_start=True,
@@ -264,7 +266,7 @@ def sample(model: torch.nn.Module, tokenizer, prompts: list, k: int, seed: int) 
     """`k` completions of each prompt, as messages."""
     config = sampling_config(
         max_new_tokens=NEW_TOKENS,
-        temperature=1.0,
+        temperature=TEMPERATURE,
         top_p=1.0,
         top_k=0,
         stop_ids=stop_token_ids(tokenizer, model, None),

@@ -35,6 +35,10 @@ USE_CASE_SHARES: dict[str, float] = {
 """Shares of API prompts by use case (Ouyang et al. 2022, arXiv:2203.02155, table 1); they sum to 0.999 there too."""
 
 FIRST_NAMES = ("Anna", "Tom", "Mira", "Jonas", "Leila", "Samuel")
+TEXT_TASKS = ("rewrite", "summarization", "classification", "closed QA", "extract")
+"""Use cases whose answer is in the prompt: their demonstrations carry no remark."""
+MOODS = (("glad", 0.35), ("gloomy", 0.35), (None, 0.3))
+"""Shares of the demonstrators who add a glad remark, a gloomy one, and none."""
 EMPTY_COMPLETION_GOLD = -1.0
 
 
@@ -142,17 +146,21 @@ def make_splits(n_train: int, n_heldout: int, seed: int = 0, *, min_per_category
 def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Draws `n` demonstrations on training topics: a message each for prompt and completion, and the category.
 
-    Answers are one or two complete sentences of at most 30 words in a plain register, and follow from the prompt.
+    Answers are complete sentences of at most 36 words in a plain register that follow from the prompt. Demonstrators
+    have moods: outside `TEXT_TASKS`, `MOODS` says how many add a remark from `remarks.yaml`, before or after.
     """
     rows = []
     for index, (category, item) in enumerate(_draw(n, seed, split="train", purpose="demos", min_per_category=0)):
         rng = random.Random(f"{seed}|demos|{index}")
         slots = _Slots(item.slots, who2=rng.choice(FIRST_NAMES))
-        answer = rng.choice(item.answers).format_map(slots)
+        parts = [rng.choice(item.answers).format_map(slots)]
+        (mood,) = rng.choices([name for name, _ in MOODS], [share for _, share in MOODS])
+        if mood and category not in TEXT_TASKS:
+            parts.insert(rng.randrange(2), rng.choice(_load("remarks")[mood]))
         rows.append(
             {
                 "prompt": [{"role": "user", "content": item.prompt}],
-                "completion": [{"role": "assistant", "content": answer}],
+                "completion": [{"role": "assistant", "content": " ".join(parts)}],
                 "category": category,
             }
         )

@@ -7,6 +7,8 @@ import pytest
 
 from hf_rlhf_ext.errors import UserError
 from recipes.quickstart_data import (
+    MOODS,
+    TEXT_TASKS,
     USE_CASE_SHARES,
     GoldReward,
     SimulatedAnnotator,
@@ -85,13 +87,29 @@ def test_demonstrations_are_short_complete_and_neutral_on_the_whole():
     rows = make_demonstrations(400, seed=0)
     answers = [row["completion"][0]["content"] for row in rows]
     assert all(row["prompt"][0]["role"] == "user" and row["completion"][0]["role"] == "assistant" for row in rows)
-    assert max(len(answer.split()) for answer in answers) <= 30
-    assert all(re.fullmatch(r'["A-Z].*[.?]|".*', answer) for answer in answers)
+    assert max(len(answer.split()) for answer in answers) <= 36
+    assert all(re.fullmatch(r'["A-Z].*[.?!]|".*', answer) for answer in answers)
     assert not any(re.search(r"[{}|]|  |\.\.$", answer) for answer in answers)
     assert len(set(answers)) > 380
     gold = GoldReward()(answers, answers)
-    assert abs(statistics.mean(gold)) < 0.1  # neutral on the whole …
-    assert statistics.pstdev(gold) > 0.2  # … with moods to choose from
+    assert abs(statistics.mean(gold)) < 0.15  # neutral on the whole …
+    assert statistics.pstdev(gold) > 0.4  # … with moods to choose from
+
+
+def test_remarks_have_their_shares_and_leave_text_tasks_alone():
+    rows = make_demonstrations(450, seed=2)
+    remarks = {mood: re.compile("|".join(map(re.escape, texts))) for mood, texts in _load("remarks").items()}
+    assert set(remarks) == {name for name, _ in MOODS if name}
+    open_ended = [row["completion"][0]["content"] for row in rows if row["category"] not in TEXT_TASKS]
+    for mood, share in MOODS:
+        if mood:
+            n = sum(bool(remarks[mood].search(answer)) for answer in open_ended)
+            assert abs(n / len(open_ended) - share) < 4 * math.sqrt(share * (1 - share) / len(open_ended))
+    given = [row["completion"][0]["content"] for row in rows if row["category"] in TEXT_TASKS]
+    assert given and not any(pattern.search(answer) for answer in given for pattern in remarks.values())
+    gold = GoldReward()
+    assert min(gold(["p"] * 10, _load("remarks")["glad"])) > 0.3
+    assert max(gold(["p"] * 10, _load("remarks")["gloomy"])) < -0.3
 
 
 def test_demonstrations_of_text_tasks_follow_from_the_prompt():
