@@ -24,7 +24,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint format bench clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint format bench study-noise clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -68,7 +68,7 @@ test-gpu: $(STAMP)  ## the tests that need one CUDA device
 lint: $(STAMP)  ## what CI checks before the tests; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@$(PY) tests/library_size.py 4000
+	@$(PY) tests/library_size.py 5000
 
 format: $(STAMP)  ## rewrites files in place
 	$(PY) -m ruff check --fix .
@@ -77,6 +77,9 @@ format: $(STAMP)  ## rewrites files in place
 bench: $(STAMP)  ## the benchmarks (tests/benchmarks/bench_*.py), on an otherwise idle machine; never in CI
 	@if [ -d tests/benchmarks ]; then $(OFFLINE) $(MALLOC) $(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS); \
 	else echo "no benchmarks yet: tests/benchmarks is not there"; fi
+
+study-noise: $(STAMP)  ## reward models on noisy labels (about 15 minutes, resumable): docs/study/label_noise.json and .png
+	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/label_noise.py
 
 clean:  ## removes builds and caches; never .venv, never runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

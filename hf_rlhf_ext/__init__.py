@@ -12,7 +12,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .data.collators import DataCollatorForComparisons
-    from .data.formats import load_comparisons
+    from .data.formats import load_comparisons, load_demonstrations
+    from .data.quality import quality_report
     from .modeling.loading import load_base_model, load_policy, load_tokenizer
     from .ppo.config import PPOConfig
     from .ppo.trainer import PPOTrainer
@@ -29,8 +30,10 @@ _HOMES = {
     "RewardScorer": "reward.scorer",
     "load_base_model": "modeling.loading",
     "load_comparisons": "data.formats",
+    "load_demonstrations": "data.formats",
     "load_policy": "modeling.loading",
     "load_tokenizer": "modeling.loading",
+    "quality_report": "data.quality",
 }
 
 __all__ = [
@@ -43,8 +46,10 @@ __all__ = [
     "UserError",
     "load_base_model",
     "load_comparisons",
+    "load_demonstrations",
     "load_policy",
     "load_tokenizer",
+    "quality_report",
 ]
 
 require_supported_trl()

@@ -1,6 +1,6 @@
 """Options that the recipes share, beside TRL's configs, and how they hold rows out."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
+from .data.mixture import categorise, filter_by_rating, load_mix, sample_mix
+from .data.refine import filter_comparisons, weigh_by_reliability
 from .errors import UserError
 from .modeling.loading import EMBEDDED_MODEL, preferred_dtype
 
@@ -20,6 +22,9 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, file (json, jsonl, csv, parquet, .gz of these), or folder."}
+    )
+    dataset_format: str | None = field(
+        default=None, metadata={"help": "Format of the rows, by its name in the README. If `None`, it is detected."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -35,6 +40,77 @@ class DataArguments:
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("dataset_name is required: a Hub id, a file, or a folder (--dataset_name data.jsonl).")
+
+
+@dataclass
+class ComparisonArguments:
+    """What is done with judgements before they are used."""
+
+    reliability: bool = field(
+        default=False, metadata={"help": "Targets from single votes by each annotator's reliability (Dawid-Skene)."}
+    )
+    drop_contradictions: bool = field(default=False, metadata={"help": "Leave out pairs that were judged both ways."})
+    max_length_gap: int | None = field(
+        default=None, metadata={"help": "Leave out pairs whose sides differ by more words than this."}
+    )
+    min_agreement: float | None = field(
+        default=None, metadata={"help": "Leave out pairs of which a smaller share of the votes agrees."}
+    )
+
+
+@dataclass
+class DemonstrationArguments:
+    """Which demonstrations are trained on, by rating and by use case."""
+
+    every_turn: bool = field(
+        default=True, metadata={"help": "Train on every answer of a conversation (false: on the last one)."}
+    )
+    min_rating: float | None = field(
+        default=None,
+        metadata={"help": "Leave out rows rated lower; rows without a rating are demonstrations, they stay."},
+    )
+    mix: str | None = field(
+        default=None, metadata={"help": "`instructgpt`, or a YAML file of category: share, to sample rows to."}
+    )
+    mix_rows: int | None = field(
+        default=None, metadata={"help": "Rows of the mix. If `None`, as many as the scarcest category allows."}
+    )
+    mix_seed: int = field(default=0, metadata={"help": "Seed of the draw."})
+    category_column: str = field(
+        default="category", metadata={"help": "Column of the use case; Dolly's are translated."}
+    )
+    category_rules: str | None = field(
+        default=None, metadata={"help": "YAML file of category: [expressions to find in a prompt], for other rows."}
+    )
+
+
+def refine(rows: Dataset, options: ComparisonArguments) -> Dataset:
+    """Comparisons after the filters and the reliability model that were asked for; says what they did."""
+    if options.drop_contradictions or options.max_length_gap is not None or options.min_agreement is not None:
+        rows, report = filter_comparisons(
+            rows,
+            drop_contradictions=options.drop_contradictions,
+            max_length_gap=options.max_length_gap,
+            min_agreement=options.min_agreement,
+        )
+        print(report.summary())
+    if options.reliability:
+        rows, accuracies = weigh_by_reliability(rows)
+        print("annotators' accuracy: " + ", ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
+    return rows
+
+
+def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tuple[Dataset, dict[str, Any]]:
+    """Demonstrations by rating and mix as asked for, and what that did, for the report."""
+    done: dict[str, Any] = {}
+    if options.min_rating is not None:
+        rows, done["rating"] = filter_by_rating(rows, options.min_rating)
+    if options.mix is not None:
+        rows = categorise(rows, options.category_column, options.category_rules)
+        rows, mixed = sample_mix(rows, load_mix(options.mix), rows=options.mix_rows, seed=options.mix_seed)
+        done["mix"] = asdict(mixed)
+        print(mixed.summary())
+    return rows, done
 
 
 @dataclass

@@ -58,6 +58,9 @@ class RewardArguments:
         return [*self.reward_model, *map(_imported, self.reward_funcs)]
 
 
+ARGUMENTS = (DataArguments, RewardArguments, ModelArguments, PPOConfig)
+
+
 class PPOResult(NamedTuple):
     """Held-out completions of the policy before and after PPO (prompt by prompt), and the trainer's log."""
 
@@ -149,9 +152,7 @@ def _imported(path: str) -> Callable:
 
 
 def main() -> None:
-    data, rewards, model_args, args = parse_recipe(
-        (DataArguments, RewardArguments, ModelArguments, PPOConfig), description=__doc__, defaults=machine_defaults()
-    )
+    data, rewards, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
     result = train_ppo(data, rewards, model_args, args)
     for name, value in result.report["ppo"].items():
         print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")

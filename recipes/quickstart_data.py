@@ -16,23 +16,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from hf_rlhf_ext.data.mixture import apportion
 from hf_rlhf_ext.errors import UserError
 
 DATA_DIR = Path(__file__).with_name("quickstart")
-
-USE_CASE_SHARES: dict[str, float] = {
-    "generation": 0.456,
-    "open QA": 0.124,
-    "brainstorming": 0.112,
-    "chat": 0.084,
-    "rewrite": 0.066,
-    "summarization": 0.042,
-    "classification": 0.035,
-    "other": 0.035,
-    "closed QA": 0.026,
-    "extract": 0.019,
-}
-"""Shares of API prompts by use case (Ouyang et al. 2022, arXiv:2203.02155, table 1); they sum to 0.999 there too."""
 
 FIRST_NAMES = ("Anna", "Tom", "Mira", "Jonas", "Leila", "Samuel")
 TEXT_TASKS = ("rewrite", "summarization", "classification", "closed QA", "extract")
@@ -94,25 +81,6 @@ def _items(category: str, split: str, rng: random.Random) -> list[_Item]:
     return list({item.prompt: item for item in in_turn}.values())
 
 
-def apportion(n: int, *, min_per_category: int = 0) -> dict[str, int]:
-    """Splits `n` over the use cases by largest remainder (Hamilton), then lifts small ones to the minimum.
-
-    What the lifted categories gain is taken from the largest one. Raises `UserError` when `n` cannot hold the minimum.
-    """
-    if n < max(1, min_per_category * len(USE_CASE_SHARES)):
-        raise UserError(f"n={n} prompts cannot give {min_per_category} to each of {len(USE_CASE_SHARES)} categories.")
-    total = sum(USE_CASE_SHARES.values())
-    quotas = {name: n * share / total for name, share in USE_CASE_SHARES.items()}
-    counts = {name: math.floor(quota) for name, quota in quotas.items()}
-    by_remainder = sorted(quotas, key=lambda name: counts[name] - quotas[name])
-    for name in by_remainder[: n - sum(counts.values())]:
-        counts[name] += 1
-    while min(counts.values()) < min_per_category:
-        counts[min(counts, key=counts.__getitem__)] += 1
-        counts[max(counts, key=counts.__getitem__)] -= 1
-    return counts
-
-
 def _draw(n: int, seed: int, *, split: str, purpose: str, min_per_category: int) -> list[tuple[str, _Item]]:
     drawn = []
     for category, count in apportion(n, min_per_category=min_per_category).items():
@@ -129,7 +97,7 @@ def _draw(n: int, seed: int, *, split: str, purpose: str, min_per_category: int)
 
 
 def make_prompts(n: int, seed: int = 0, *, split: str = "train", min_per_category: int = 0) -> list[dict[str, str]]:
-    """Draws `n` distinct prompts `{prompt, category}` (plain text) over the ten use cases, in shuffled order.
+    """Draws `n` distinct prompts `{prompt, category}` (plain text) over InstructGPT's ten use cases, in shuffled order.
 
     `split` is "train" or "heldout": two sets of topics with nothing in common. The same arguments give the same list.
     """

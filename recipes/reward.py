@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
 # ///
-"""Bradley-Terry reward model on comparisons: pairs or K completions a prompt, from any file that TRL could read.
+"""Bradley-Terry reward model on comparisons: pairs or K completions a prompt, from any public format.
 
 python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml --dataset_name preferences.jsonl
 """
@@ -24,7 +24,17 @@ from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
+from hf_rlhf_ext.scripts import (
+    ComparisonArguments,
+    DataArguments,
+    ModelArguments,
+    machine_defaults,
+    public_name,
+    refine,
+    train_and_heldout,
+)
+
+ARGUMENTS = (DataArguments, ComparisonArguments, ModelArguments, BradleyTerryConfig)
 
 
 def train_reward(
@@ -32,15 +42,18 @@ def train_reward(
     model_args: ModelArguments,
     args: BradleyTerryConfig,
     *,
+    comparisons: ComparisonArguments | None = None,
     normalization_dataset: Dataset | None = None,
     extra_report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates on held-out comparisons, and saves adapter, head, normalisation, report and card."""
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    name, revision = data.dataset_name, data.dataset_revision
-    rows, load_report = load_comparisons(name, data.dataset_train_split, revision)
+    name, read = data.dataset_name, {"format": data.dataset_format, "revision": data.dataset_revision}
+    rows, load_report = load_comparisons(name, split=data.dataset_train_split, **read)
     print(load_report.summary())
-    test = load_comparisons(name, data.dataset_test_split, revision)[0] if data.dataset_test_split else None
+    split = data.dataset_test_split
+    test = load_comparisons(name, split=split, **read)[0] if split else None
+    rows = refine(rows, comparisons or ComparisonArguments())
     train, heldout = train_and_heldout(rows, data, test)
     trainer = BradleyTerryTrainer(
         load_base_model(
@@ -75,10 +88,8 @@ def train_reward(
 
 
 def main() -> None:
-    data, model_args, args = parse_recipe(
-        (DataArguments, ModelArguments, BradleyTerryConfig), description=__doc__, defaults=machine_defaults()
-    )
-    report = train_reward(data, model_args, args)
+    data, comparisons, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
+    report = train_reward(data, model_args, args, comparisons=comparisons)
     for name, value in report["reward_model"].items():
         print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")
     print(f"Saved the reward model in {args.output_dir}. Next: recipes/ppo.py --reward_model {args.output_dir}")

@@ -22,29 +22,48 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
-from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.data.formats import UnknownFormat, load_demonstrations, load_rows
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
-from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
+from hf_rlhf_ext.scripts import (
+    DataArguments,
+    DemonstrationArguments,
+    ModelArguments,
+    choose_demonstrations,
+    machine_defaults,
+    public_name,
+    train_and_heldout,
+)
+
+ARGUMENTS = (DataArguments, DemonstrationArguments, ModelArguments, SFTConfig)
+TRAINED = ("prompt", "completion", "messages", "tools", "text", "input_ids", "labels")
+"""Columns that SFTTrainer reads; the others say where a row is from."""
 
 
 def train_sft(
-    data: DataArguments, model_args: ModelArguments, args: SFTConfig
+    data: DataArguments,
+    model_args: ModelArguments,
+    args: SFTConfig,
+    *,
+    demonstrations: DemonstrationArguments | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Trains on rows that TRL's SFTTrainer takes and saves adapter, tokenizer and figures in `args.output_dir`."""
+    """Trains on demonstrations of any public format and saves adapter, tokenizer and figures in `args.output_dir`."""
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
-    split = data.dataset_test_split
-    test = load_rows(data.dataset_name, split, data.dataset_revision) if split else None
+    options = demonstrations or DemonstrationArguments()
+    read = {"text_field": args.dataset_text_field, "every_turn": options.every_turn}
+    rows = read_demonstrations(data, data.dataset_train_split, **read)
+    test = read_demonstrations(data, data.dataset_test_split, **read) if data.dataset_test_split else None
+    rows, chosen = choose_demonstrations(rows, options)
     train, heldout = train_and_heldout(rows, data, test)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
     )
-    check_demonstrations(rows, tokenizer, args.dataset_text_field, data.dataset_name)
+    first = rows[0].get("messages", rows[0].get("prompt"))
+    check_tokenizer(tokenizer, needs_chat_template=is_messages(first))
+    train, heldout = (part.select_columns([c for c in part.column_names if c in TRAINED]) for part in (train, heldout))
     trainer = SFTTrainer(
         load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
         args=args,
@@ -59,28 +78,30 @@ def train_sft(
         metrics |= trainer.evaluate() if len(heldout) else {}
     trainer.save_model()
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
-    report = {"sft": metrics, "versions": versions(), "command": strip_local_paths("python " + shlex.join(sys.argv))}
+    report = {"sft": metrics | chosen, "versions": versions()}
+    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     write_card(args.output_dir, "sft", report, base_model=public_name(model_args.model_name_or_path))
     return trainer.model, trainer.processing_class
 
 
-def check_demonstrations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> None:
-    """Raises `UserError` for columns that SFTTrainer cannot use, and for messages without a chat template."""
-    columns = set(rows.column_names)
-    if not any(needed <= columns for needed in ({"prompt", "completion"}, {"messages"}, {text_field}, {"input_ids"})):
-        raise UserError(
-            f"{name}: found columns {', '.join(sorted(columns))}; demonstrations need prompt and completion, or "
-            f"messages, or {text_field}: rename yours."
-        )
-    check_tokenizer(tokenizer, needs_chat_template=is_messages(rows[0].get("messages", rows[0].get("prompt"))))
+def read_demonstrations(data: DataArguments, split: str, text_field: str, *, every_turn: bool) -> Dataset:
+    """`load_demonstrations`; plain text and token ids, which are none but which SFTTrainer takes, as they are."""
+    name, read = data.dataset_name, {"split": split, "revision": data.dataset_revision}
+    try:
+        rows, report = load_demonstrations(name, data.dataset_format, every_turn=every_turn, **read)
+    except UnknownFormat:
+        rows = load_rows(name, **read)
+        if data.dataset_format is None and {text_field, "input_ids"} & set(rows.column_names):
+            return rows
+        raise
+    print(report.summary())
+    return rows
 
 
 def main() -> None:
-    data, model_args, args = parse_recipe(
-        (DataArguments, ModelArguments, SFTConfig), description=__doc__, defaults=machine_defaults()
-    )
-    train_sft(data, model_args, args)
+    data, demonstrations, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
+    train_sft(data, model_args, args, demonstrations=demonstrations)
     print(f"Saved the SFT policy in {args.output_dir}. Next: judge its completions, then recipes/reward.py.")
 
 

@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert "hf_rlhf_ext-0.1.0.dist-info/licenses/LICENSE" in info
     assert {name for name in names - info if not name.startswith("hf_rlhf_ext/")} == set()
     package = ROOT / "hf_rlhf_ext"
-    wanted = [*package.rglob("*.py"), package / "py.typed", *(package / "hub" / "templates").glob("*")]
+    wanted = [*package.rglob("*.py"), package / "py.typed", *package.glob("*/templates/*")]
     assert names - info == {str(path.relative_to(ROOT)) for path in wanted if path.is_file()}
 
 
@@ -74,7 +74,7 @@ def test_the_metadata(wheel):
     meta = Parser().parsestr(archive.read("hf_rlhf_ext-0.1.0.dist-info/METADATA").decode())
     assert (meta["Name"], meta["Version"], meta["Requires-Python"]) == ("hf-rlhf-ext", "0.1.0", ">=3.11")
     assert meta["License-Expression"] == "Apache-2.0"
-    assert set(meta.get_all("Provides-Extra")) >= {"quickstart", "quant", "test", "dev"}
+    assert set(meta.get_all("Provides-Extra")) >= {"quickstart", "quant", "data", "test", "dev"}
 
 
 def test_the_tested_versions_are_within_the_ranges(wheel):

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,7 @@ COMMANDS = [
 
 
 def _dataclasses(stage: str):
-    from trl import SFTConfig
-
-    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
-    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
-    from recipes.ppo import RewardArguments
-
-    configs = {"sft": (SFTConfig,), "reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
-    return (DataArguments, ModelArguments, *configs[stage])
+    return import_module(f"recipes.{stage}").ARGUMENTS
 
 
 def test_readme_shows_what_this_file_checks():
@@ -42,7 +36,8 @@ def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
     script, *options = command[1:]
     assert (ROOT / script).is_file()
     if "--help" not in options:
-        parse_recipe(_dataclasses(Path(script).stem), options, defaults=machine_defaults())
+        stage = Path(script).stem
+        parse_recipe(_dataclasses(stage), options, defaults={} if stage == "inspect_data" else machine_defaults())
 
 
 @pytest.mark.slow
@@ -71,10 +66,19 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
     assert shown == expected  # no number without the report it comes from
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_formats_of_the_readme_are_those_of_the_readers():
+    from hf_rlhf_ext.data.registry import COMPARISONS, DEMONSTRATIONS
+
+    shown = set(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", README, re.MULTILINE))
+    assert shown == {(fmt.name, fmt.example) for fmt in (*COMPARISONS, *DEMONSTRATIONS) if fmt.name != "unpaired"} | {
+        ("unpaired", "trl-lib/kto-mix-14k, LLaMA-Factory's kto_en_demo")
+    }
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data"])
 def test_help_of_every_recipe_prints(stage, capsys):
     from hf_rlhf_ext.cli import parse_recipe
 
     with pytest.raises(SystemExit) as stop:  # a stray % in a help text would be a ValueError
         parse_recipe(_dataclasses(stage), ["--help"])
-    assert stop.value.code == 0 and "--learning_rate" in capsys.readouterr().out
+    assert stop.value.code == 0 and "--dataset_name" in capsys.readouterr().out

@@ -1,84 +1,246 @@
-"""Readers: from wherever rows live to a data set, and from there to comparisons and a report."""
+"""Readers: any public preference or instruction data set becomes comparisons or demonstrations, and a report."""
 
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, config, load_from_disk
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
 
-from .schema import LoadReport, PreferenceDataError, to_comparisons
+from .registry import COMPARISONS, DEMONSTRATIONS, Format
+from .schema import (
+    Comparison,
+    LoadReport,
+    PreferenceDataError,
+    Unusable,
+    as_dataset,
+    group_by_prompt,
+    own_row,
+    settle,
+    with_defaults,
+)
+from .sources import AnyDataset, Source, load_rows, open_source
 
-# Columns of text are text: pandas would read the reply "42" as a number and "NA" as missing.
-_OPTIONS = {"csv": {"converters": dict.fromkeys(("prompt", "chosen", "rejected", "category"), str)}}
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+__all__ = ["UnknownFormat", "load_comparisons", "load_demonstrations", "load_rows", "to_comparisons"]
+
+
+class UnknownFormat(PreferenceDataError):
+    """No known format has the columns of the data."""
+
+
+_FORMAT_VERSION = 1
+"""Part of every cache key: a change of what a reader makes of a row must not meet yesterday's result."""
 
 
 def load_comparisons(
-    source: str | Path | Dataset | DatasetDict, split: str | None = None, revision: str | None = None
-) -> tuple[Dataset, LoadReport]:
-    """Reads preference data as comparison rows: `load_rows`, then `data.schema.to_comparisons` with its `LoadReport`.
-
-    Raises `PreferenceDataError` as both do.
-    """
-    name = Path(source).name if isinstance(source, str | Path) else ""
-    return to_comparisons(load_rows(source, split, revision), source=name)
-
-
-def load_rows(
-    source: str | Path | Dataset | DatasetDict, split: str | None = None, revision: str | None = None
-) -> Dataset:
-    """Rows as they are.
+    source: str | Path | AnyDataset,
+    format: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    *,
+    group: bool = True,
+    streaming: bool = False,
+) -> tuple[Dataset | IterableDataset, LoadReport]:
+    """Reads preference data of any public shape as comparison rows (`data.schema`).
 
     Args:
-        source: a data set in memory, a file (.json, .jsonl, .parquet, .csv, each also with .gz), a folder written by
-            `save_to_disk`, a folder of files named after their splits, or a data set id on the Hub.
-        split: which of several; slices such as `"train[:500]"` work for files and the Hub; None where there is one.
-        revision: branch, tag or commit on the Hub.
+        source: what `load_rows` takes: a data set, a file, a folder, a Hub id.
+        format: a name in `COMPARISONS`; None detects it from columns and first values.
+        split, revision: as `load_rows`.
+        group: merge the rows of a prompt into one (`schema.group_by_prompt`); a streamed source is not grouped.
+        streaming: convert while iterating; the report is complete when the iteration is.
+
+    Returns:
+        The rows, and a report of what became of every row of the source (`rows_in == kept + all dropped`). Data over
+        10,000 rows or 8 MB are converted once and kept in the data sets cache.
 
     Raises:
-        PreferenceDataError: no such file, an unknown ending, an unreadable file, no such split.
+        PreferenceDataError: an unreadable source, an unknown format (the message lists what was looked for), no usable
+            row, a comparison row that breaks the schema, text and messages mixed.
     """
-    if isinstance(source, Dataset | DatasetDict):
-        return _pick(source, split, "data set")
-    path = Path(source).expanduser()
-    if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return _pick(load_from_disk(str(path)), split, path.name)
-    if path.is_file():
-        return _read_file(path, split)
-    if not path.is_dir() and (_builder(path) or path.is_absolute() or str(source).startswith((".", "~"))):
-        raise PreferenceDataError(f"dataset: no file or saved data set at {source}: check the path.")
-    name = str(path) if path.is_dir() else str(source)
+    opened = open_source(source, split, revision, streaming)
+    return _load(opened, COMPARISONS, format, group=group and not streaming, streaming=streaming)
+
+
+def load_demonstrations(
+    source: str | Path | AnyDataset,
+    format: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    *,
+    every_turn: bool = False,
+    streaming: bool = False,
+) -> tuple[Dataset | IterableDataset, LoadReport]:
+    """Reads instruction data of any public shape: `prompt`, `completion`; `category`, `rating`, `tools` where given.
+
+    The last answer of a conversation is the completion, everything before it the prompt; `every_turn` makes a row of
+    each answer. Otherwise as `load_comparisons`.
+    """
+    opened = open_source(source, split, revision, streaming)
+    return _load(opened, DEMONSTRATIONS, format, streaming=streaming, every_turn=every_turn)
+
+
+def to_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
+    """`load_comparisons` of a data set in memory, without grouping: a row in is a row out."""
+    if not isinstance(dataset, Dataset):
+        raise PreferenceDataError(
+            f"{source or 'data set'}: expected a datasets.Dataset, got {type(dataset).__name__}: pick one split, "
+            "without streaming."
+        )
+    if len(dataset) == 0:
+        raise PreferenceDataError(f"{source or 'data set'}: the data set has no rows: check path, split and filters.")
+    return _load(Source(source, dataset), COMPARISONS, None)
+
+
+def detect(rows: Iterable[dict[str, Any] | str], formats: tuple[Format, ...], name: str, asked: str | None) -> Format:
+    """The format of the rows by their columns and the first value of each; `asked` names it instead."""
+    if asked is not None:
+        found = [fmt for fmt in formats if fmt.name == asked]
+        if not found:
+            known = ", ".join(dict.fromkeys(fmt.name for fmt in formats))
+            raise PreferenceDataError(f"{name or 'data set'}: no format {asked!r}; known are {known}.")
+    first = _first_values(rows)
+    for fmt in found if asked else formats:
+        if fmt.matches(first):
+            return fmt
+    columns = ", ".join(sorted(map(str, first))) or "(none)"
+    wanted = "; ".join(f"{fmt.name} ({fmt.columns.replace(' ', ', ')})" for fmt in (found if asked else formats))
+    hint = " Is the delimiter a comma?" if len(first) == 1 and any(mark in columns for mark in ";\t|") else ""
+    where = name or "data set"
+    raise UnknownFormat(f"{where}: found columns {columns}; looked for {wanted}: rename yours.{hint}")
+
+
+def _first_values(rows: Iterable[dict[str, Any] | str]) -> dict[str, Any]:
+    first: dict[str, Any] = {}
+    for n, row in enumerate(rows):
+        if n >= 100:
+            break
+        if isinstance(row, dict):
+            for column, value in row.items():
+                if first.get(column) is None:
+                    first[column] = value
+    return first
+
+
+def _load(
+    source: Source,
+    formats: tuple[Format, ...],
+    name: str | None,
+    *,
+    group: bool = False,
+    streaming: bool = False,
+    **options: Any,
+) -> tuple[Dataset | IterableDataset, LoadReport]:
+    fmt = detect(source.rows, formats, source.name, name)
+    report = LoadReport(source=source.name)
+    if streaming:
+        if fmt.gathers:
+            raise PreferenceDataError(f"{source.name}: format {fmt.name} needs all rows at once: leave streaming out.")
+        rows = _Stream(source, fmt, report, options)
+        return IterableDataset.from_generator(_stream, gen_kwargs={"load": rows}), report
+    key = Hasher.hash((_FORMAT_VERSION, source.fingerprint, fmt.name, group, options)) if source.fingerprint else None
+    cached = Path(config.HF_DATASETS_CACHE) / "hf_rlhf_ext" / key if key and source.large else None
+    if cached and (cached / "report.json").is_file():
+        return load_from_disk(str(cached / "rows")), LoadReport(**json.loads((cached / "report.json").read_text()))
+    rows = list(converted(source, fmt, report, **options))
+    if not rows:
+        raise PreferenceDataError(f"{report.summary()}: no usable row is left, check the source.")
+    dataset = as_dataset(group_by_prompt(rows) if group else rows, source.name)
+    if cached is None:
+        return dataset, report
+    _keep(cached, dataset, report)
+    return load_from_disk(str(cached / "rows")), report
+
+
+def _keep(folder: Path, dataset: Dataset, report: LoadReport) -> None:
+    """Writes rows and report under another name and renames, so that a half-written folder is never read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    dataset.save_to_disk(str(unfinished / "rows"))
+    (unfinished / "report.json").write_text(json.dumps(asdict(report)))
     try:
-        data = load_dataset(name, split=split, revision=revision)
-    except Exception as error:  # each builder and the Hub client raise errors of their own
-        reason = str(error).splitlines()[0]
-        raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
-    return _pick(data, None, str(source))
+        unfinished.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(unfinished)
 
 
-def _builder(path: Path) -> str | None:
-    name = path.name.removesuffix(".gz")
-    return _BUILDERS.get(Path(name).suffix)
+class _Stream:
+    """What a streamed data set iterates; copied by nothing, so that the caller's report is the one that fills."""
+
+    def __init__(self, source: Source, fmt: Format, report: LoadReport, options: dict[str, Any]):
+        self.source, self.fmt, self.report, self.options = source, fmt, report, options
+
+    def __iter__(self) -> Iterator[Comparison]:
+        self.report.rows_in = self.report.kept = 0
+        self.report.dropped.clear()
+        self.report.flagged.clear()
+        for row in converted(self.source, self.fmt, self.report, **self.options):
+            yield with_defaults(row) if "pairs" in row else row
 
 
-def _read_file(path: Path, split: str | None) -> Dataset:
-    builder = _builder(path)
-    if builder is None:
-        raise PreferenceDataError(f"{path.name}: unknown ending; known are {', '.join(_BUILDERS)}, each also with .gz.")
-    if split is not None and split.split("[")[0] != "train":
-        raise PreferenceDataError(f"{path.name}: a file has no split {split!r}: leave it out, or pass 'train[:500]'.")
+def _stream(load: _Stream) -> Iterator[Comparison]:
+    yield from load
+
+
+def converted(source: Source, fmt: Format, report: LoadReport, **options: Any) -> Iterator[Comparison]:
+    """Rows of the source in the schema, in its order; the report gets every row that is none, with the reason."""
+
+    def readable() -> Iterator[tuple[int, dict[str, Any]]]:
+        shown = tqdm(source.rows, desc=source.name or "rows", unit=" rows", disable=not source.large)
+        for index, row in enumerate(shown):
+            report.rows_in += 1
+            if isinstance(row, str):
+                report.drop(row, index)
+            else:
+                yield index, row
+
+    if fmt.gathers:
+        results = fmt.convert(readable())
+    else:
+        results = (([index], _converted(fmt, row, index, source.name, options)) for index, row in readable())
+    for indices, found in results:
+        try:
+            yield from _finished(found, indices, report, row_is_ours=fmt.convert is own_row)
+        except Unusable as reason:
+            for index in indices:
+                report.drop(str(reason), index)
+
+
+def _converted(fmt: Format, row: dict[str, Any], index: int, name: str, options: dict[str, Any]) -> Any:
     try:
-        return load_dataset(builder, data_files=str(path), split=split or "train", **_OPTIONS.get(builder, {}))
-    except Exception as error:  # each builder raises errors of its own
-        reason = next(iter(str(error.__cause__ or error).splitlines()), "it is empty")
-        raise PreferenceDataError(f"{path.name}: cannot be read as {builder}: {reason}") from error
+        if fmt.convert is own_row:
+            return own_row(row, source=name, index=index)
+        found = fmt.convert(row, **options)
+    except Unusable as reason:
+        return reason
+    except KeyError as missing:  # a column that other rows have
+        return Unusable(f"{missing.args[0]} is missing")
+    extra = {name: row[name] for name in ("category", "source") if isinstance(row.get(name), str)}
+    return [extra | one for one in found] if isinstance(found, list) else extra | found
 
 
-def _pick(data: Dataset | DatasetDict, split: str | None, name: str) -> Dataset:
-    if isinstance(data, Dataset):
-        if split is not None:
-            raise PreferenceDataError(f"{name}: it has no splits: leave split={split!r} out.")
-        return data
-    if split is None and len(data) == 1:
-        return next(iter(data.values()))
-    if split not in data:
-        raise PreferenceDataError(f"{name}: splits are {', '.join(data)}: pass split= one of them (got {split!r}).")
-    return data[split]
+def _finished(found: Any, indices: list[int], report: LoadReport, *, row_is_ours: bool) -> list[Comparison]:
+    if isinstance(found, Unusable):
+        raise found
+    rows: list[Comparison] = []
+    reason: Unusable | None = None
+    for row in found if isinstance(found, list) else [found]:
+        try:
+            row = settle(row) if "pairs" in row and not row_is_ours else row
+        except Unusable as error:
+            reason = error
+            continue
+        rows.append({"source": report.source or None, "row": min(indices, default=-1)} | row)
+    if not rows:
+        raise reason or Unusable("no usable part")
+    partly = {f"partly left out: {reason}"} if reason else set()
+    for flag in sorted(partly.union(*(row.get("flags") or () for row in rows))):
+        for index in indices:
+            report.flag(flag, index)
+    report.kept += len(indices)
+    return rows

@@ -1,4 +1,4 @@
-"""The comparison row: one prompt, K completions, any number of judgements; and the way in for TRL's preference rows.
+"""The comparison row: one prompt, K completions, any number of judgements; and the report of what became of a source.
 
 Columns: `prompt` (str or messages), `completions` (K ≥ 2 distinct str or messages), `pairs` ([i, j]: completion i
 against completion j), `targets` (P(i ≻ j): 1.0 a win, 0.5 a tie), `weights` (1 / number of pairs of the prompt by
@@ -7,22 +7,24 @@ of reward), `votes`, `flags`, `category`, `source`, `row`.
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError
-from .text import is_messages
-from .transcripts import is_transcript, split_at_common_history, split_messages, split_text
+from .text import is_messages, is_text, text_key
+
+Comparison = dict[str, Any]
 
 REQUIRED = ("prompt", "completions", "pairs", "targets")
+_VOTE = {"annotator": Value("string"), "pair": List(Value("int64")), "label": Value("float64")}
 _FIXED_FEATURES = {
     "pairs": List(List(Value("int64"))),
     "targets": List(Value("float64")),
     "weights": List(Value("float64")),
     "margins": List(Value("float64")),
+    "votes": List(_VOTE),
     "flags": List(Value("string")),
     "category": Value("string"),
     "source": Value("string"),
@@ -32,6 +34,10 @@ _FIXED_FEATURES = {
 
 class PreferenceDataError(UserError):
     """Preference data that cannot be used: the message names source, row, column and the mend."""
+
+
+class Unusable(Exception):
+    """A source row that holds nothing usable; its text is the reason that the report counts it under."""
 
 
 @dataclass
@@ -46,6 +52,9 @@ class LoadReport:
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped.setdefault(reason, []).append(row)
+
+    def flag(self, name: str, row: int) -> None:
+        self.flagged.setdefault(name, []).append(row)
 
     def summary(self) -> str:
         """One line: counts, and the first rows of each reason."""
@@ -77,7 +86,7 @@ def _check_texts(prompt: Any, completions: Any, refuse) -> None:
     if not isinstance(completions, list) or len(completions) < 2:
         refuse("completions", "has fewer than two entries", "a comparison needs at least two completions")
     for k, completion in enumerate(completions):
-        if isinstance(prompt, str) != isinstance(completion, str) or not _is_text(completion):
+        if isinstance(prompt, str) != isinstance(completion, str) or not is_text(completion):
             kind = "string" if isinstance(prompt, str) else "list of messages"
             refuse("completions", f"entry {k} is a {type(completion).__name__}", f"the prompt is a {kind}: give that")
         if completion in completions[:k]:
@@ -100,126 +109,100 @@ def _check_judgements(row: dict[str, Any], n_completions: int, refuse) -> None:
         if pair[0] == pair[1]:
             refuse("pairs", f"holds {list(pair)}", "a completion cannot be compared with itself")
     for value in row["targets"]:
-        if not _is_number(value) or not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             refuse("targets", f"holds {value!r}", "P(i ≻ j) lies between 0 and 1")
     for value in row.get("weights") or ():
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             refuse("weights", f"holds {value!r}", "weights are finite and not negative")
     for value in row.get("margins") or ():
-        if not _is_number(value):
+        if not is_number(value):
             refuse("margins", f"holds {value!r}", "margins are finite numbers, i minus j")
 
 
-def to_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
-    """Turns TRL preference rows, or rows that are comparison rows already, into validated comparison rows.
+def settle(row: Comparison) -> Comparison:
+    """A converted row with what every source may hold put right, or `Unusable`.
 
-    TRL rows: `prompt`, `chosen`, `rejected` as text or messages; or `chosen` and `rejected` alone, whole conversations
-    with the prompt implicit: messages and HH-RLHF transcripts are split at the common history, other text where the two
-    begin to differ. Columns `margin` and `category` are kept. Rows whose sides are equal or not text are dropped and
-    counted; empty completions are kept and flagged.
+    Completions that are not text are left out with their pairs, completions that differ in white space only are merged,
+    and both are flagged, as empty ones are. `votes` keep pointing at their completions; an empty optional column is
+    left out.
+    """
+    flags, kept = set(row.get("flags") or ()), []
+    home: dict[int, int] = {}
+    place: dict[str, int] = {}
+    for k, completion in enumerate(row["completions"]):
+        if not is_text(completion) or isinstance(completion, str) != isinstance(row["prompt"], str):
+            flags.add("completion_not_text")
+            continue
+        key = text_key(completion)
+        if key in place:
+            flags.add("equal_completions_merged")
+        else:
+            place[key] = len(kept)
+            kept.append(completion)
+        home[k] = place[key]
+    pairs = [(home.get(i), home.get(j)) for i, j in row["pairs"]]
+    usable = [n for n, (i, j) in enumerate(pairs) if i is not None and j is not None and i != j]
+    if not usable:
+        raise Unusable("completions are equal" if len(kept) < len(home) else "fewer than two completions are text")
+    settled = row | {"completions": kept, "pairs": [list(pairs[n]) for n in usable]}
+    for column in ("targets", "weights", "margins"):
+        if row.get(column):
+            settled[column] = [row[column][n] for n in usable]
+    votes = [vote | {"pair": [home.get(k) for k in vote["pair"]]} for vote in row.get("votes") or ()]
+    votes = [vote for vote in votes if None not in vote["pair"] and vote["pair"][0] != vote["pair"][1]]
+    settled["votes"] = votes or None
+    if any(is_empty(completion) for completion in kept):
+        flags.add("empty_completion")
+    return settled | {"flags": sorted(flags)}
+
+
+def own_row(row: Comparison, *, source: str = "", index: int | None = None) -> Comparison:
+    """A comparison row as it is, after `validate_comparison`; empty completions are flagged."""
+    validate_comparison(row, source=source, index=index)
+    flags = set(row.get("flags") or ()) | ({"empty_completion"} if any(map(is_empty, row["completions"])) else set())
+    return {name: value for name, value in row.items() if value is not None} | {"flags": sorted(flags)}
+
+
+def group_by_prompt(rows: list[Comparison]) -> list[Comparison]:
+    """One row a prompt: completions without repeats, all judgements, those of different rows side by side.
+
+    Prompts and completions are the same where they differ in white space only. Weights that a source gave are kept;
+    otherwise each pair of a prompt weighs 1 / number of its pairs. Order, `row` and `category` are those of the first.
+    """
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for row in rows:
+        groups.setdefault((text_key(row["prompt"]), str(row.get("category"))), []).append(row)
+    return [_merged(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _merged(group: list[Comparison]) -> Comparison:
+    completions: dict[str, Any] = {}
+    merged: Comparison = group[0] | {name: [] for name in ("pairs", "targets", "flags", "votes", "margins", "weights")}
+    for row in group:
+        for completion in row["completions"]:
+            completions.setdefault(text_key(completion), completion)
+        place = {key: k for k, key in enumerate(completions)}
+        home = [place[text_key(completion)] for completion in row["completions"]]
+        merged["pairs"] += [[home[i], home[j]] for i, j in row["pairs"]]
+        merged["targets"] += row["targets"]
+        merged["flags"] = sorted({*merged["flags"], *row["flags"]})
+        merged["votes"] += [vote | {"pair": [home[k] for k in vote["pair"]]} for vote in row.get("votes") or ()]
+        for column, default in (("margins", 0.0), ("weights", None)):
+            merged[column] += row.get(column) or [default] * len(row["pairs"])
+    merged["completions"] = list(completions.values())
+    if None in merged["weights"]:
+        del merged["weights"]
+    return merged | {"votes": merged["votes"] or None}
+
+
+def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
+    """Rows as a data set whose column types do not depend on which rows happen to be first or empty.
+
+    Weights default to 1 / number of pairs, margins to 0.
 
     Raises:
-        PreferenceDataError: no rows, no usable columns, an invalid comparison row, text and messages mixed.
+        PreferenceDataError: some rows are text, others messages.
     """
-    columns = _column_names(dataset, source)
-    if {"prompt", "completions", "pairs", "targets"} <= columns:
-        convert = _own_row
-    elif {"chosen", "rejected"} <= columns:
-        convert = _trl_row
-    else:
-        raise PreferenceDataError(
-            f"{source or 'data set'}: found columns {', '.join(sorted(columns)) or '(none)'}; preference data need "
-            f"chosen and rejected (with or without prompt), or {', '.join(REQUIRED)}: rename yours."
-        )
-    report = LoadReport(source=source, rows_in=len(dataset))
-    rows = list(_converted(dataset, convert, report))
-    if not rows:
-        raise PreferenceDataError(f"{report.summary()}: no usable row is left, check the source.")
-    return _as_dataset(rows, source), report
-
-
-def _column_names(dataset: Any, source: str) -> set[str]:
-    where = source or "data set"
-    if not isinstance(dataset, Dataset):
-        raise PreferenceDataError(
-            f"{where}: expected a datasets.Dataset, got {type(dataset).__name__}: pick one split, without streaming."
-        )
-    if len(dataset) == 0:
-        raise PreferenceDataError(f"{where}: the data set has no rows: check the path, the split and any filter.")
-    return set(dataset.column_names)
-
-
-def _converted(rows: Iterable[dict], convert, report: LoadReport) -> Iterator[dict]:
-    for index, row in enumerate(rows):
-        converted = convert(row, index, report)
-        if converted is None:
-            continue
-        if any(_is_empty(completion) for completion in converted["completions"]):
-            converted["flags"] = sorted({*converted["flags"], "empty_completion"})
-        for flag in converted["flags"]:
-            report.flagged.setdefault(flag, []).append(index)
-        report.kept += 1
-        yield converted
-
-
-def _own_row(row: dict[str, Any], index: int, report: LoadReport) -> dict[str, Any]:
-    """A comparison row with every optional column that training reads filled in."""
-    validate_comparison(row, source=report.source, index=index)
-    n_pairs = len(row["pairs"])
-    return row | {
-        "weights": row.get("weights") or [1 / n_pairs] * n_pairs,
-        "margins": row.get("margins") or [0.0] * n_pairs,
-        "flags": row.get("flags") or [],
-        "row": index if row.get("row") is None else row["row"],
-    }
-
-
-def _trl_row(row: dict[str, Any], index: int, report: LoadReport) -> dict[str, Any] | None:
-    """A TRL preference row as a comparison of two, or None (counted in `report`) where it holds no usable one."""
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    margin = row.get("margin")
-    for column in ("chosen", "rejected"):
-        if not _is_text(row[column]):
-            return report.drop(f"{column} is not text", index)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        return report.drop("one side is text, the other messages", index)
-    if prompt is not None and not _is_text(prompt):
-        return report.drop("prompt is not text", index)
-    if margin is not None and not _is_number(margin):
-        return report.drop("margin is not a finite number", index)
-    if chosen == rejected:
-        return report.drop("chosen and rejected are equal", index)
-    flags: list[str] = []
-    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):  # TRL: such a prompt is in both sides too
-        prompt, chosen, rejected, flags = _split(chosen, rejected)
-        if prompt is None:
-            return report.drop("the two sides share no prompt", index)
-        if chosen == rejected:
-            return report.drop("chosen and rejected are equal", index)
-    return {
-        "prompt": prompt,
-        "completions": [chosen, rejected],
-        "pairs": [[0, 1]],
-        "targets": [1.0],
-        "weights": [1.0],
-        "margins": [float(margin or 0.0)],
-        "flags": flags,
-        "category": row.get("category"),
-        "source": report.source or None,
-        "row": index,
-    }
-
-
-def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any, list[str]]:
-    if not isinstance(chosen, str):
-        return *split_messages(chosen, rejected), []
-    if is_transcript(chosen) and is_transcript(rejected):
-        return split_at_common_history(chosen, rejected)
-    return *split_text(chosen, rejected), []
-
-
-def _as_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
-    """Rows as a data set whose column types do not depend on which rows happen to be first or empty."""
     if len({isinstance(row["prompt"], str) for row in rows}) > 1:
         first = isinstance(rows[0]["prompt"], str)
         other = next(k for k, row in enumerate(rows) if isinstance(row["prompt"], str) != first)
@@ -228,6 +211,7 @@ def _as_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
             f"{source or 'data set'}: row {rows[0]['row']} is {kinds[0]}, row {rows[other]['row']} is {kinds[1]}: "
             "give all rows one kind, or load them as two data sets."
         )
+    rows = [with_defaults(row) if "pairs" in row else row for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
     columns = {name: [row.get(name) for row in rows] for name in names}
@@ -235,14 +219,16 @@ def _as_dataset(rows: list[dict[str, Any]], source: str) -> Dataset:
     return Dataset.from_dict(columns, features=Features({n: _FIXED_FEATURES.get(n) or inferred[n] for n in names}))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or is_messages(value)
+def with_defaults(row: Comparison) -> Comparison:
+    """Weights of 1 / number of pairs and margins of 0 where the row has none."""
+    n = len(row["pairs"])
+    return row | {"weights": row.get("weights") or [1 / n] * n, "margins": row.get("margins") or [0.0] * n}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_empty(completion: Any) -> bool:
+def is_empty(completion: Any) -> bool:
     text = completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)
     return not text.strip()

@@ -5,6 +5,7 @@ A completion is a string or a list of messages, is tokenised on its own (as a po
 token) and ends with exactly one stop token, `tokenizer.eos_token_id`.
 """
 
+import json
 from typing import Any
 
 from ..errors import UserError
@@ -19,6 +20,24 @@ def is_messages(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(message, dict) and "role" in message and "content" in message for message in value)
     )
+
+
+def is_text(value: Any) -> bool:
+    """True for a string and for messages."""
+    return isinstance(value, str) or is_messages(value)
+
+
+def text_key(value: str | Messages) -> str:
+    """What two texts (or conversations) must share to count as the same: everything but the amount of white space."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    plain = [m | {"content": " ".join(str(m.get("content") or "").split())} for m in value]
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
+def plain_text(value: str | Messages) -> str:
+    """What a person reads: the string, or the contents of the messages, a line apart."""
+    return value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
 
 
 def check_tokenizer(tokenizer, *, needs_chat_template: bool) -> None:

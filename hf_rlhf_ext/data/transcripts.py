@@ -31,11 +31,11 @@ def split_at_common_history(
     replies = [text[cut + len(_ASSISTANT) :] for text in (chosen, rejected)]
     flags = ["histories_differ"] if any("\n\nHuman:" in reply for reply in replies) else []
     messages = [[{"role": "assistant", "content": reply.strip()}] for reply in replies]
-    return _history(chosen[:cut].strip()), *messages, flags
+    return read_transcript(chosen[:cut].strip()), *messages, flags
 
 
-def _history(text: str) -> Messages:
-    """Turns of a transcript; neighbours of one role are joined, as chat templates want roles to alternate."""
+def read_transcript(text: str) -> Messages:
+    """Turns of an HH-RLHF transcript; neighbours of one role are joined, as chat templates want roles to alternate."""
     parts = _TURN.split(text)[1:]  # [speaker, words, speaker, words, …]
     turns: Messages = []
     for speaker, words in zip(parts[::2], parts[1::2], strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -110,3 +111,19 @@ def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]])
         bottom, top = axes.get_ylim()
         padding = max(0.08 * (top - bottom), (0.2 - (top - bottom)) / 2)
         axes.set_ylim(bottom - padding, top + padding)
+
+
+def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) -> bytes:
+    """A small histogram as the bytes of a PNG: `counts` (N) of the bins between `edges` (N + 1)."""
+    figure = Figure(figsize=(5, 2.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.stairs(counts, edges, fill=True, color=PROXY_COLOUR)
+    if min(edges) < 0 < max(edges):
+        axes.axvline(0, color=INK, linewidth=1)
+    axes.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
+    axes.tick_params(labelsize=TICK_SIZE, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    target = BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()

@@ -19,7 +19,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl import RewardTrainer
 
 from ..data.collators import DataCollatorForComparisons
-from ..data.schema import LoadReport, to_comparisons
+from ..data.formats import to_comparisons
+from ..data.schema import LoadReport
 from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
@@ -43,7 +44,7 @@ class BradleyTerryTrainer(RewardTrainer):
         model: a decoder with one label (`load_base_model(..., task="reward")`), a `PeftModel` of one, or a name or path
             for `load_base_model`, the embedded model included.
         args: options; `max_length` and `overflow` decide about long rows.
-        train_dataset, eval_dataset: TRL preference rows or comparison rows (`data.schema.to_comparisons`); evaluation
+        train_dataset, eval_dataset: TRL preference rows or comparison rows (`data.formats.to_comparisons`); evaluation
             also takes a dict of them.
         processing_class: tokenizer; default is the model's.
         peft_config: any PEFT config with `task_type="SEQ_CLS"`.

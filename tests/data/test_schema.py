@@ -8,8 +8,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rlhf_ext.data.formats import load_comparisons
-from hf_rlhf_ext.data.schema import PreferenceDataError, to_comparisons, validate_comparison
+from hf_rlhf_ext.data.formats import load_comparisons, to_comparisons
+from hf_rlhf_ext.data.schema import PreferenceDataError, validate_comparison
 from hf_rlhf_ext.data.transcripts import split_text
 
 
@@ -157,7 +157,10 @@ def test_split_text_agrees_with_trl_where_trl_is_right():
     "data, message",
     [
         (Dataset.from_dict({"chosen": [], "rejected": []}), "mine: the data set has no rows"),
-        (Dataset.from_dict({"text": ["a"], "better": ["b"]}), "mine: found columns better, text; preference data need"),
+        (
+            Dataset.from_dict({"text": ["a"], "better": ["b"]}),
+            "mine: found columns better, text; looked for comparisons (prompt,",
+        ),
         (Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["a"]}), "no usable row is left"),
         (DatasetDict(), "mine: expected a datasets.Dataset, got DatasetDict: pick one split"),
         (
@@ -184,11 +187,11 @@ def test_load_comparisons_from_files_folders_and_memory(tmp_path):
     DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
     expected = to_comparisons(data)[0].remove_columns("row").to_list()
     for name in ("pairs.jsonl", "pairs.json", "pairs.parquet", "pairs.jsonl.gz", "saved", "splits"):
-        found, report = load_comparisons(tmp_path / name)
+        found, report = load_comparisons(tmp_path / name, group=False)
         assert found.remove_columns(["row", "source"]).to_list() == expected, name
         assert report.source == name and report.kept == 4
-    assert load_comparisons(data)[0].remove_columns("row").to_list() == expected
-    head, _ = load_comparisons(tmp_path / "pairs.csv", split="train[:2]")
+    assert load_comparisons(data, group=False)[0].remove_columns("row").to_list() == expected
+    head, _ = load_comparisons(tmp_path / "pairs.csv", split="train[:2]", group=False)
     assert head.remove_columns(["row", "source"]).to_list() == expected[:2]  # numbers in columns of text stay text
 
 

@@ -1,5 +1,6 @@
 """Recipes that nobody runs go stale: every YAML parses against its recipe, every header asks for what exists."""
 
+import importlib
 import importlib.metadata
 import re
 import tomllib
@@ -22,14 +23,7 @@ REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML leaves to t
 
 
 def dataclasses(recipe: str) -> tuple[type, ...]:
-    from trl import SFTConfig
-
-    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
-    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
-    from recipes.ppo import RewardArguments
-
-    trainers = {"sft": (SFTConfig,), "reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
-    return (DataArguments, ModelArguments, *trainers[recipe])
+    return importlib.import_module(f"recipes.{recipe}").ARGUMENTS
 
 
 def parse(path: Path, *options: str):
@@ -44,7 +38,7 @@ def header(script: Path) -> dict:
 
 def test_every_stage_has_a_config_and_a_script():
     assert {path.stem for path in CONFIGS} == {"sft", "reward", "ppo"}
-    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart"}
+    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart", "inspect_data"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -120,9 +120,11 @@ def test_files_that_cannot_be_read(refusal, file, recipe):
         "dataset: no file or saved data set at nope.jsonl: check the path."
     )
     page = file("page.jsonl", HTML)
-    assert refusal(recipe, dataset_name=page).startswith("page.jsonl: cannot be read as json: JSON parse error")
+    reason = "JSON parse error" if recipe == "ppo" else "line 1 is not JSON, it looks like HTML"
+    assert refusal(recipe, dataset_name=page).startswith(f"page.jsonl: cannot be read as json: {reason}")
     broken = file("broken.jsonl", '{"prompt": "a"\n')
-    assert refusal(recipe, dataset_name=broken).startswith("broken.jsonl: cannot be read as json: JSON parse error")
+    reason = "JSON parse error" if recipe == "ppo" else "line 1 is not JSON: "
+    assert refusal(recipe, dataset_name=broken).startswith(f"broken.jsonl: cannot be read as json: {reason}")
     assert refusal(recipe, dataset_name=file("rows.xlsx", "x")).startswith("rows.xlsx: unknown ending; known are .json")
 
 
@@ -134,19 +136,17 @@ def test_an_empty_data_set(refusal, file, recipe):
 
 def test_columns_that_are_missing(refusal, write_jsonl, file, tmp_path):
     questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": f"What is {i}?"} for i in range(8)])
-    assert refusal("sft", dataset_name=questions) == (
-        f"{questions}: found columns question; demonstrations need prompt and completion, or messages, or text: "
-        "rename yours."
-    )
-    assert refusal("reward", dataset_name=questions) == (
-        "questions.jsonl: found columns question; preference data need chosen and rejected (with or without prompt), "
-        "or prompt, completions, pairs, targets: rename yours."
-    )
+    for recipe, looked_for in {"sft": "orca (system_prompt, ", "reward": "comparisons (prompt, completions, "}.items():
+        line = refusal(recipe, dataset_name=questions)
+        assert line.startswith(f"questions.jsonl: found columns question; looked for {looked_for}")
+        assert line.endswith(": rename yours.")
+    unknown = refusal("sft", dataset_name=questions, dataset_format="alpca")
+    assert unknown.startswith("questions.jsonl: no format 'alpca'; known are orca, dolly, alpaca, ")
     assert refusal("ppo", dataset_name=questions, config=None) == (
         "train_dataset has no column 'prompt', only ['question']: rename yours to 'prompt'."
     )
     page = file("page.csv", HTML)  # to a csv reader a web page is a table
-    assert refusal("sft", dataset_name=page).startswith(f"{page}: found columns <!DOCTYPE html>; demonstrations need")
+    assert refusal("sft", dataset_name=page).startswith("page.csv: found columns <!DOCTYPE html>; looked for orca")
 
 
 def test_more_held_out_rows_than_there_are(refusal):

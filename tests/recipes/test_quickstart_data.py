@@ -5,16 +5,15 @@ import statistics
 
 import pytest
 
+from hf_rlhf_ext.data.mixture import USE_CASE_SHARES, apportion
 from hf_rlhf_ext.errors import UserError
 from recipes.quickstart_data import (
     MOODS,
     TEXT_TASKS,
-    USE_CASE_SHARES,
     GoldReward,
     SimulatedAnnotator,
     _items,
     _load,
-    apportion,
     make_demonstrations,
     make_prompts,
     make_splits,

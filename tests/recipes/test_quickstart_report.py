@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from recipes.quickstart_data import USE_CASE_SHARES
+from hf_rlhf_ext.data.mixture import USE_CASE_SHARES
 from recipes.quickstart_report import CATEGORIES, FILES, check_report, peak_memory_gb, print_table, write_samples
 
 REPORT = {

@@ -1,0 +1,77 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-rlhf-ext[data]==0.1.*"]
+# ///
+"""What preference data are worth, before a GPU is rented: a table, report.json and a page to look at.
+
+python recipes/inspect_data.py --dataset_name preferences.jsonl --output_dir runs/inspect
+"""
+
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+
+# isort: split
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_rlhf_ext import load_comparisons, quality_report
+from hf_rlhf_ext.data.quality import QualityReport
+from hf_rlhf_ext.data.quality_page import write_quality_page
+from hf_rlhf_ext.data.refine import weigh_by_reliability
+from hf_rlhf_ext.scripts import ComparisonArguments, DataArguments, refine, train_and_heldout
+
+
+@dataclass
+class InspectArguments:
+    """Where the report goes."""
+
+    output_dir: str = field(default="runs/inspect", metadata={"help": "Folder for report.json and report.html."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample of which languages are counted."})
+
+
+ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)
+
+
+def inspect_data(data: DataArguments, options: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
+    """Reads, refines as asked, measures, and writes report.json and report.html."""
+    prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
+    read = {"format": data.dataset_format, "revision": data.dataset_revision}
+    rows, load_report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **read)
+    print(load_report.summary())
+    test = None
+    if data.dataset_test_split:
+        test, _ = load_comparisons(data.dataset_name, split=data.dataset_test_split, **read)
+    rows = refine(rows, options)
+    train, heldout = train_and_heldout(rows, data, test)
+    report = quality_report(train, heldout if len(heldout) else None, source=load_report.source, seed=args.seed)
+    folder = Path(args.output_dir)
+    written = {"load": asdict(load_report), "figures": report.figures, "notes": report.notes}
+    written |= {"verdict": report.verdict, "versions": versions()}
+    if report.figures["annotators"]:
+        written["reliability"] = weigh_by_reliability(train)[1]
+    (folder / "report.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_quality_page(report, folder / "report.html", load_report)
+    print_table(report)
+    return written
+
+
+def print_table(report: QualityReport) -> None:
+    table = Table("figure", "value", "what it means for training", title=report.verdict, title_justify="left")
+    for row in report.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    data, options, args = parse_recipe(ARGUMENTS, description=__doc__)
+    inspect_data(data, options, args)
+    print(f"Page: {args.output_dir}/report.html · figures: {args.output_dir}/report.json. Next: recipes/reward.py")
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,83 @@
+"""What recipes do with data beyond reading them: formats, ratings, mixes, filters, reliability, and the report."""
+
+import json
+
+import pytest
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def inspect(call, **changes):
+    options = {"config": None, "model_name_or_path": None, "max_steps": None}
+    return call("inspect_data", **(options | changes))
+
+
+@pytest.fixture
+def judged(tmp_path, write_jsonl):
+    """Comparisons by three annotators, the last of whom is contrary; one prompt is judged both ways."""
+    rows = [
+        {
+            "instruction": f"Tell me about day {k}.",
+            "input": "",
+            "response1": "A sunny day.",
+            "response2": "No.",
+            "annotator1": 1,
+            "annotator2": 1 if k else 2,
+            "annotator3": 2,
+        }
+        for k in range(12)
+    ]
+    return write_jsonl(tmp_path / "judged.jsonl", rows)
+
+
+def test_inspect_writes_table_page_and_report(call, judged, tmp_path):
+    done = inspect(call, dataset_name=judged, eval_rows=2, output_dir=tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "judged.jsonl: 12 of 12 rows kept" in done.out and "krippendorff alpha" in done.out
+    written = report(tmp_path / "out")
+    assert written["figures"]["prompts"] == 10 and written["figures"]["leaked_prompts"] is not None
+    assert written["reliability"]["annotator3"] < written["reliability"]["annotator1"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Doubtful: 10 prompts are few" in page and str(tmp_path) not in page
+    refused = inspect(call, dataset_name=judged, output_dir=tmp_path / "out")
+    assert refused.code == 2 and "is not empty" in refused.err
+
+
+def test_reward_takes_reliability_and_filters(call, judged, tmp_path):
+    filters = {"reliability": "true", "drop_contradictions": "true", "max_length_gap": 5, "min_agreement": 0.6}
+    done = call("reward", dataset_name=judged, max_steps=1, output_dir=tmp_path / "reward", **filters)
+    assert done.code == 0, done.err
+    assert "annotators' accuracy: annotator1" in done.out and "filter: 12 of 12 rows kept" in done.out
+    strict = call("reward", dataset_name=judged, output_dir=tmp_path / "none", min_agreement=0.9)
+    assert strict.code == 2 and "the filters leave nothing, loosen them" in strict.err
+
+
+def test_sft_takes_public_formats_ratings_and_a_mix(call, tmp_path, write_jsonl):
+    kinds = ["brainstorming", "creative_writing", "open_qa", "summarization"]
+    rows = [
+        {"instruction": f"Day {k}?", "response": "Sunny!", "category": kinds[k % 4], "rating": 7 if k % 5 else 3}
+        for k in range(80)
+    ]
+    data = write_jsonl(tmp_path / "dolly.jsonl", rows)
+    options = {"min_rating": 7, "mix": "instructgpt", "mix_rows": 24}
+    done = call("sft", dataset_name=data, max_steps=1, output_dir=tmp_path / "sft", **options)
+    assert done.code == 0, done.err
+    chosen = report(tmp_path / "sft")["sft"]
+    assert chosen["rating"] == {"rated_kept": 64, "rated_dropped": 16, "unrated_kept": 0}
+    assert chosen["mix"]["obtained"]["generation"] == 11 and chosen["mix"]["obtained"]["chat"] == 0
+    assert "generation 0.611 of 0.456" in done.out  # 11 of the 18 rows that Dolly's categories give
+    wrong = call("sft", dataset_name=data, output_dir=tmp_path / "x", mix=tmp_path / "nope.yaml")
+    assert wrong.code == 2 and "error: mix: cannot read" in wrong.err
+
+
+def test_every_answer_of_a_conversation_is_trained_on(call, tmp_path, write_jsonl):
+    talk = ["Day 1?", "Sunny!", "And day 2?", "A sad day."]
+    data = write_jsonl(tmp_path / "talks.jsonl", [{"conversations": [*talk[:2], f"{k}?", "Sunny!"]} for k in range(8)])
+    for every_turn, rows in (("true", 16), ("false", 8)):
+        folder = tmp_path / every_turn
+        options = {"every_turn": every_turn, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+        done = call("sft", dataset_name=data, output_dir=folder, save_strategy="no", **options)
+        assert done.code == 0, done.err
+        assert f"{rows}/{rows}" in done.err  # optimizer steps of one row each
