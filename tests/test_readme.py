@@ -69,7 +69,7 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
 def test_formats_of_the_readme_are_those_of_the_readers():
     from hf_rlhf_ext.data.registry import COMPARISONS, DEMONSTRATIONS
 
-    shown = set(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", README, re.MULTILINE))
+    shown = set(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \| yes \|", README, re.MULTILINE))
     assert shown == {(fmt.name, fmt.example) for fmt in (*COMPARISONS, *DEMONSTRATIONS) if fmt.name != "unpaired"} | {
         ("unpaired", "trl-lib/kto-mix-14k, LLaMA-Factory's kto_en_demo")
     }

@@ -160,7 +160,7 @@ def test_a_split_that_is_not_there(refusal):
     assert refusal("ppo", dataset_name="prompts/train.jsonl", dataset_test_split="validation") == (
         "train.jsonl: a file has no split 'validation': leave it out, or pass 'train[:500]'."
     )
-    assert "'tset'" in refusal("sft", dataset_name="prompts", dataset_test_split="tset")
+    assert "'tset'" in refusal("ppo", dataset_name="prompts", dataset_test_split="tset")
 
 
 # Models
