@@ -211,6 +211,7 @@ class Quickstart:
             per_device_eval_batch_size=8,
             save_strategy="no",
             max_length=256,
+            layout="plain",  # that of the runs that docs/quickstart records
         )
         data = DataArguments(
             dataset_name=str(self.data / "comparisons"),

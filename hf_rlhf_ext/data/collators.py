@@ -9,21 +9,29 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
 
-LAYOUTS = ("plain",)
+LAYOUTS = ("shared_prefix", "plain")
 
 
 @dataclass(frozen=True)
 class DataCollatorForComparisons:
-    """Turns tokenised comparison rows into one batch: every completion once, after its prompt, in a row of its own.
+    """Turns tokenised comparison rows into one batch, or into micro-batches of at most `max_tokens` tokens.
 
     Rows hold `prompt_ids`, `completion_ids` (K lists), `pairs`, `targets`, `weights` and, if the source has them,
-    `margins`. With N completions and P pairs in all, padded on the right to L tokens, a batch holds
+    `margins`. A batch of B prompts with N completions and P pairs in all holds, in either layout,
 
-    - `input_ids`, `attention_mask`: (N, L) int64, rows in the order of prompts and their completions;
-    - `pairs`: (P, 2) int64, row numbers of `input_ids`;
+    - `pairs`: (P, 2) int64, numbers of completions in the batch;
     - `targets`, `weights`, `margins`: (P,) fp32, margins 0 where a row has none;
     - `prompt_index`: (P,) int64, which prompt of the batch a pair belongs to;
-    - `completion_counts`: (B,) int64, K of each prompt; `completion_lengths`: (N,) int64, tokens without the prompt.
+    - `completion_counts`: (B,) int64, K of each prompt; `completion_lengths`: (N,) int64, tokens without the prompt;
+
+    and, padded on the right to L tokens, in the layout
+
+    - `"plain"`, a row for every completion after its prompt: `input_ids`, `attention_mask` (N, L) int64;
+    - `"shared_prefix"`, a row `[prompt, y1 … yK]` for every prompt: `input_ids`, `segments`, `positions` (B, L) int64
+      (`modeling.prefix`), and `score_at` (N, 2) int64, row and column of each completion's last token.
+
+    With `max_tokens` the result is `{"micro_batches": [batch, …]}`: prompts sorted by length and packed so that rows
+    times L stays within it; a prompt that exceeds it alone is a micro-batch of its own.
 
     It never truncates: the trainer has settled over-long rows (`overflow`) while their row number was known.
     """
@@ -31,20 +39,42 @@ class DataCollatorForComparisons:
     pad_token_id: int
     layout: str = "plain"
     pad_to_multiple_of: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise UserError(f"layout: {self.layout!r} does not exist; there is {', '.join(map(repr, LAYOUTS))}.")
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sequences = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.max_tokens is None:
+            return self._batch(rows)
+        return {"micro_batches": [self._batch(part) for part in self._packed(rows)]}
+
+    def _packed(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        parts: list[list[dict[str, Any]]] = []
+        n_rows = 0
+        for row in sorted(rows, key=self._length):
+            height = 1 if self.layout == "shared_prefix" else len(row["completion_ids"])
+            if parts and (n_rows + height) * self._length(row) <= self.max_tokens:  # sorted: this one is the longest
+                parts[-1].append(row)
+                n_rows += height
+            else:
+                parts.append([row])
+                n_rows = height
+        return parts
+
+    def _length(self, row: dict[str, Any]) -> int:
+        lengths = list(map(len, row["completion_ids"]))
+        return len(row["prompt_ids"]) + (sum(lengths) if self.layout == "shared_prefix" else max(lengths))
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         counts = torch.tensor([len(row["completion_ids"]) for row in rows])  # (B,)
         first_rows = (counts.cumsum(0) - counts).tolist()
         pairs = [[first + i, first + j] for row, first in zip(rows, first_rows, strict=True) for i, j in row["pairs"]]
         prompt_index = [index for index, row in enumerate(rows) for _ in row["pairs"]]
         margins = [m for row in rows for m in row.get("margins") or [0.0] * len(row["pairs"])]
         return {
-            **pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of),
+            **(self._shared(rows) if self.layout == "shared_prefix" else self._plain(rows)),
             "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
             "targets": torch.tensor([t for row in rows for t in row["targets"]], dtype=torch.float32),
             "weights": torch.tensor([w for row in rows for w in row["weights"]], dtype=torch.float32),
@@ -54,16 +84,41 @@ class DataCollatorForComparisons:
             "completion_lengths": torch.tensor([len(ids) for row in rows for ids in row["completion_ids"]]),
         }
 
+    def _plain(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
+        return pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of)
+
+    def _shared(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "segments": [], "positions": []}
+        score_at = []
+        for number, row in enumerate(rows):
+            start = len(row["prompt_ids"])
+            ids, segments, positions = list(row["prompt_ids"]), [0] * start, list(range(start))
+            for k, completion in enumerate(row["completion_ids"], start=1):
+                ids += completion
+                segments += [k] * len(completion)
+                positions += range(start, start + len(completion))
+                score_at.append([number, len(ids) - 1])
+            for name, values in zip(columns, (ids, segments, positions), strict=True):
+                columns[name].append(values)
+        fill = {"input_ids": self.pad_token_id, "segments": -1, "positions": 0}
+        padded = {name: _padded(values, fill[name], self.pad_to_multiple_of) for name, values in columns.items()}
+        return padded | {"score_at": torch.tensor(score_at)}
+
 
 def pad_right(sequences: list[list[int]], pad_token_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:
     """N token lists as `input_ids` and `attention_mask`, (N, L) int64; L rounded up to `multiple_of` if given."""
-    input_ids = pad_sequence(
-        [torch.tensor(ids, dtype=torch.int64) for ids in sequences], batch_first=True, padding_value=pad_token_id
-    )
-    if multiple_of:
-        missing = -input_ids.shape[1] % multiple_of
-        input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=pad_token_id)
+    input_ids = _padded(sequences, pad_token_id, multiple_of)
     lengths = torch.tensor([len(ids) for ids in sequences])
     # From lengths, not `input_ids != pad_token_id`: where pad is also eos, that would hide a real eos.
     attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
     return {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+
+
+def _padded(sequences: list[list[int]], value: int, multiple_of: int | None) -> Tensor:
+    """N lists as (N, L) int64, filled up on the right."""
+    padded = pad_sequence(
+        [torch.tensor(ids, dtype=torch.int64) for ids in sequences], batch_first=True, padding_value=value
+    )
+    missing = -padded.shape[1] % multiple_of if multiple_of else 0
+    return torch.nn.functional.pad(padded, (0, missing), value=value)

@@ -28,10 +28,19 @@ class BradleyTerryConfig(RewardConfig):
         },
     )
     layout: str = field(
-        default="plain",
+        default="auto",
         metadata={
-            "help": "How completions are laid out in a batch: `plain` is one row a completion.",
-            "choices": list(LAYOUTS),
+            "help": "How completions are laid out in a batch: `plain` is one row a completion, `shared_prefix` one row "
+            "a prompt, in which its completions see the prompt and themselves: the same scores for fewer tokens. "
+            "`auto` takes the latter where a probe shows that the model's scores are the same.",
+            "choices": ["auto", *LAYOUTS],
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, padding included, that one forward pass holds at most: the prompts of a batch are sorted "
+            "by length and split accordingly. Changes memory and speed, never the loss. If `None`, one pass."
         },
     )
     normalize_rewards: bool = field(
@@ -51,8 +60,10 @@ class BradleyTerryConfig(RewardConfig):
         super().__post_init__()
         if self.overflow not in OVERFLOWS:
             raise UserError(f"overflow: {self.overflow!r} does not exist; choose one of {', '.join(OVERFLOWS)}.")
-        if self.layout not in LAYOUTS:
-            raise UserError(f"layout: {self.layout!r} does not exist; there is {', '.join(LAYOUTS)}.")
+        if self.layout not in ("auto", *LAYOUTS):
+            raise UserError(f"layout: {self.layout!r} does not exist; there is auto, {', '.join(LAYOUTS)}.")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise UserError(f"max_tokens_per_batch: must be positive, got {self.max_tokens_per_batch}.")
         if self.normalization_max_rows < 2:
             raise UserError(f"normalization_max_rows: at least 2 rows are needed, got {self.normalization_max_rows}.")
         if self.batch_eval_metrics:

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..modeling.heads import ScalarHead, install_fp32_score
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty
-from .scorer import RewardNormalization, RewardScorer, score_head, score_sequences
+from .scorer import RewardNormalization, RewardScorer, score_batch, score_head, shared_prefix_problem
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class BradleyTerryTrainer(RewardTrainer):
         _check_head_is_trained(peft_config)
         set_seed(args.seed)  # the head is drawn at load
         model, processing_class = _resolve_model(model, processing_class, args)
+        self.layout = _resolve_layout(model, peft_config, args.layout)
         self.data_reports: dict[str, LoadReport] = {}
         self.normalization: RewardNormalization | None = None
         self._user_metrics = compute_metrics
@@ -88,7 +90,7 @@ class BradleyTerryTrainer(RewardTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or _collator(processing_class, args),
+            data_collator=data_collator or _collator(processing_class, args, self.layout),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -151,7 +153,8 @@ class BradleyTerryTrainer(RewardTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and Σ weights of all its pairs on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        total = sum((batch["weights"].sum() for batch in batches), torch.tensor(0.0)).to(device)
+        parts = [part for batch in batches for part in _micro_batches(batch)]
+        total = sum((part["weights"].sum() for part in parts), torch.tensor(0.0)).to(device)
         return batches, self.accelerator.reduce(total, reduction="sum")
 
     def _mixed_precision(self, model: nn.Module):
@@ -162,12 +165,21 @@ class BradleyTerryTrainer(RewardTrainer):
         return autocast_dtype(self.args)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        *first, last = _micro_batches(inputs)
+        with self.accelerator.no_sync(model) if first else nullcontext():  # processes differ in how many they have
+            losses = [self._micro_step(model, part, num_items_in_batch) for part in first]
+        return sum(losses, self._micro_step(model, last, num_items_in_batch))
+
+    def _micro_step(self, model, inputs, num_items_in_batch):
         # Around the backward too: gradient checkpointing computes the adapters again there.
         with self._mixed_precision(model):
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def floating_point_ops(self, inputs):
+        return sum(super(BradleyTerryTrainer, self).floating_point_ops(part) for part in _micro_batches(inputs))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        scores = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])  # (N,)
+        scores = score_batch(model, inputs)  # (N,)
         losses = self._pair_losses(scores, inputs)  # (P,)
         if num_items_in_batch is None:
             loss = losses.sum() / inputs["weights"].sum().clamp(min=torch.finfo(losses.dtype).tiny)
@@ -199,7 +211,7 @@ class BradleyTerryTrainer(RewardTrainer):
             "margin": agreement.sum(),
             "score": scores.sum(),
             "scores": torch.tensor(float(len(scores)), device=scores.device),
-            "tokens": inputs["attention_mask"].sum(),
+            "tokens": (inputs["segments"] >= 0 if "segments" in inputs else inputs["attention_mask"]).sum(),
         }
         for name, value in new.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.float()
@@ -231,9 +243,16 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, scores (B, Kmax), labels (B, Pmax, 6)): the exact loss comes from these; or (loss, None, None)."""
-        inputs = self._prepare_inputs(inputs)
+        *parts, inputs = _micro_batches(self._prepare_inputs(inputs))
+        if parts:
+            found = [self.prediction_step(model, part, prediction_loss_only, ignore_keys) for part in [*parts, inputs]]
+            losses, scores, labels = zip(*found, strict=True)
+            if prediction_loss_only:
+                weights = torch.stack([part["weights"].sum() for part in [*parts, inputs]])
+                return (torch.stack(losses) * weights).sum() / weights.sum().clamp(min=1e-30), None, None
+            return None, _stacked(scores), _stacked(labels)
         with torch.no_grad(), self._mixed_precision(model):
-            scores = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])
+            scores = score_batch(model, inputs)
         if prediction_loss_only:
             losses = self._pair_losses(scores, inputs)
             return losses.sum() / inputs["weights"].sum().clamp(min=torch.finfo(losses.dtype).tiny), None, None
@@ -301,7 +320,7 @@ class BradleyTerryTrainer(RewardTrainer):
             base_dtype=str(base.dtype).removeprefix("torch."),
             autocast=str(autocast).removeprefix("torch.") if autocast else None,
             load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)),
-            layout=self.args.layout,
+            layout=self.layout,
             base_model=None if name is None or os.path.exists(name) or Path(name).is_absolute() else name,
         )
 
@@ -355,9 +374,36 @@ def _as_scalar_head(linear: nn.Linear) -> ScalarHead:
     return head.requires_grad_(linear.weight.requires_grad)
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig) -> DataCollatorForComparisons:
+def _collator(tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig, layout: str) -> DataCollatorForComparisons:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return DataCollatorForComparisons(pad, layout=args.layout, pad_to_multiple_of=args.pad_to_multiple_of)
+    return DataCollatorForComparisons(
+        pad, layout=layout, pad_to_multiple_of=args.pad_to_multiple_of, max_tokens=args.max_tokens_per_batch
+    )
+
+
+def _resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str) -> str:
+    """The layout of the batches; "auto" is the shared prefix where this model gives the same scores in it."""
+    if asked == "plain":
+        return asked
+    config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    virtual = config is not None and config.is_prompt_learning
+    problem = "virtual tokens go before every row" if virtual else shared_prefix_problem(model)
+    if problem is None:
+        return "shared_prefix"
+    if asked == "shared_prefix":
+        raise UserError(f"layout: 'shared_prefix' does not work with this model, {problem}: pass layout='plain'.")
+    logger.info("layout: plain rows, since %s.", problem)
+    return "plain"
+
+
+def _micro_batches(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
+    return inputs.get("micro_batches") or [inputs]
+
+
+def _stacked(values: tuple[Tensor, ...]) -> Tensor:
+    """Tensors (b, K, …) of different K as one (B, Kmax, …), padded with -100."""
+    rows = [row for value in values for row in value]
+    return pad_sequence(rows, batch_first=True, padding_value=-100.0)
 
 
 def _repair_fp32(model: nn.Module, before: dict[str, Tensor]) -> None:

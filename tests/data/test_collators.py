@@ -56,8 +56,8 @@ def test_pad_to_multiple_of():
 
 
 def test_unknown_layout_names_what_exists():
-    with pytest.raises(UserError, match="layout: 'shared_prefix' does not exist; there is 'plain'"):
-        DataCollatorForComparisons(PAD, layout="shared_prefix")
+    with pytest.raises(UserError, match="layout: 'packed' does not exist; there is 'shared_prefix', 'plain'"):
+        DataCollatorForComparisons(PAD, layout="packed")
 
 
 def test_tokenised_rows_end_in_one_stop_token(chat_tokenizer):

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import LlamaForSequenceClassification
+from transformers import BloomConfig, BloomForSequenceClassification, LlamaForSequenceClassification
 from trl import TrlParser
 
 from hf_rlhf_ext.errors import UserError
@@ -120,7 +123,7 @@ def test_logged_eval_accuracy_is_the_true_one(make_trainer):
 def test_scores_are_read_by_length_when_pad_is_eos(seqcls, chat_tokenizer, make_trainer):
     chat_tokenizer.pad_token = chat_tokenizer.eos_token
     row = comparisons(1, k=4).to_list()[0]
-    trainer = make_trainer(Dataset.from_list([row]), peft=None)
+    trainer = make_trainer(Dataset.from_list([row]), peft=None, layout="plain")
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         scores = score_sequences(trainer.model, batch["input_ids"], batch["attention_mask"])
@@ -231,17 +234,101 @@ def test_best_model_is_chosen_by_the_true_accuracy(make_trainer):
     assert all(p.dtype == torch.float32 for p in trainable(trainer.model).values())
 
 
-def test_training_logs_true_means_over_steps(make_trainer):
-    trainer = make_trainer(comparisons(8), max_steps=2, logging_steps=2, learning_rate=0.0, normalize_rewards=False)
+@pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
+@pytest.mark.parametrize("budget", [None, 60])
+def test_training_logs_true_means_over_steps(make_trainer, layout, budget):
+    batches = {"layout": layout, "max_tokens_per_batch": budget}
+    trainer = make_trainer(
+        comparisons(8), max_steps=2, logging_steps=2, learning_rate=0.0, normalize_rewards=False, **batches
+    )
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)
     trainer_metrics = trainer.evaluate(comparisons(8))
     for name in ("accuracy", "margin"):  # nothing moved, and both saw every pair once
         assert log[name] == pytest.approx(trainer_metrics[f"eval_{name}"], abs=1e-6)
     assert log["num_tokens"] == sum(
-        len(row["prompt_ids"]) * len(row["completion_ids"]) + sum(map(len, row["completion_ids"]))
+        len(row["prompt_ids"]) * (len(row["completion_ids"]) if layout == "plain" else 1)
+        + sum(map(len, row["completion_ids"]))
         for row in trainer.train_dataset
     )
+
+
+def test_layouts_and_budgets_learn_and_measure_the_same(make_trainer, tiny_config):
+    def run(folder, **batches):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            comparisons(12), model=LlamaForSequenceClassification(tiny_config), folder=folder, max_steps=3,
+            gradient_accumulation_steps=2, per_device_train_batch_size=2, center_rewards_coefficient=0.1, **batches,
+        )  # fmt: skip
+        trainer.train()
+        return trainable(trainer.model), trainer.evaluate(comparisons(7, seed=9)), trainer
+
+    expected, measured, _ = run("plain", layout="plain")
+    for k, batches in enumerate([{"layout": "plain", "max_tokens_per_batch": 70}, {}, {"max_tokens_per_batch": 40}]):
+        found, metrics, trainer = run(f"other{k}", **batches)
+        assert trainer.layout == batches.get("layout", "shared_prefix")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5)
+        for name in ("eval_accuracy", "eval_nll", "eval_loss", "eval_mean_reward", "eval_longer_wins_baseline"):
+            assert metrics[name] == pytest.approx(measured[name], abs=1e-5), name
+
+
+def test_a_model_that_cannot_share_a_prefix_takes_plain_rows_and_says_why(make_trainer, chat_tokenizer, caplog):
+    config = BloomConfig(vocab_size=len(chat_tokenizer), hidden_size=32, n_layer=1, n_head=2, num_labels=1)
+    config.pad_token_id = chat_tokenizer.pad_token_id
+    bloom = BloomForSequenceClassification(config)
+    with caplog.at_level("INFO"):
+        assert make_trainer(comparisons(4), model=bloom, peft=None).layout == "plain"
+    assert "layout: plain rows, since its backbone takes no position ids." in caplog.text
+    with pytest.raises(UserError, match="'shared_prefix' does not work with this model, its backbone takes no"):
+        make_trainer(comparisons(4), model=bloom, peft=None, layout="shared_prefix")
+    prompts = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    assert make_trainer(comparisons(4), peft=prompts).layout == "plain"
+
+
+TWO_PROCESSES = """
+import sys, torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification, AutoTokenizer
+from datasets import load_from_disk
+from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer
+
+folder, batch = sys.argv[1], int(sys.argv[2])
+args = BradleyTerryConfig(
+    folder + f"/out{batch}", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=3,
+    per_device_train_batch_size=batch, max_tokens_per_batch=60, learning_rate=1e-2, disable_tqdm=True, seed=3,
+    normalize_rewards=False, data_seed=5,
+)
+trainer = BradleyTerryTrainer(
+    LlamaForSequenceClassification.from_pretrained(folder + "/base", dtype=torch.float32), args,
+    load_from_disk(folder + "/rows"), processing_class=AutoTokenizer.from_pretrained(folder + "/base"),
+    peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
+)
+trainer.train()
+weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+torch.save(weights, f"{folder}/weights{batch}-{args.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_numbers_of_micro_batches_equal_one(seqcls, chat_tokenizer, tmp_path):
+    seqcls.save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    comparisons(12).save_to_disk(tmp_path / "rows")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for processes, batch in ((1, 4), (2, 2)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable] if processes == 1 else launch
+        done = subprocess.run(
+            [*command, str(tmp_path / "train.py"), str(tmp_path), str(batch)],
+            env=env, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, first, second = (torch.load(tmp_path / f"weights{name}.pt") for name in ("4-0", "2-0", "2-1"))
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=0, atol=5e-5)
 
 
 def test_head_and_adapters_are_fp32_on_a_bf16_base_and_computed_in_bf16(make_trainer, seqcls):
@@ -362,7 +449,7 @@ def test_normalisation_file_is_written_beside_the_adapter(make_trainer, chat_tok
     assert found["std"] == pytest.approx(np.std(scores), rel=1e-4)
     assert found | {"mean": 0, "std": 0} == {
         "mean": 0, "std": 0, "n": 8, "base_dtype": "float32", "autocast": None, "load_in_4bit": False,
-        "layout": "plain", "base_model": None,
+        "layout": "shared_prefix", "base_model": None,
     }  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""The shared-prefix layout: one row `[prompt, y1 … yK]` in which every completion sees the prompt and itself.
+
+Position ids restart after the prompt, so that each completion's hidden states are those of a row of its own, with the
+prompt computed once. Batches hold `segments` (B, L): 0 in the prompt, k in completion k, -1 in padding.
+"""
+
+import inspect
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+WINDOWED = "sliding_attention"
+FULL = "full_attention"
+
+
+def prefix_mask(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    """Who attends to whom, (B, 1, L, L) bool: a token sees earlier tokens of the prompt and of its own segment.
+
+    `window` limits the distance in *position*, as a row of its own would have it. Padding sees itself: a query without
+    any key would be NaN.
+    """
+    length = segments.shape[1]
+    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    mask = same & earlier & (segments >= 0)[:, None, :]
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None, :] < window
+    mask |= torch.eye(length, dtype=torch.bool, device=segments.device)
+    return mask[:, None]
+
+
+def model_inputs(model: nn.Module, input_ids: Tensor, segments: Tensor, positions: Tensor) -> dict:
+    """What `model(...)` takes for a batch in this layout: ids, position ids, and masks as its layers want them."""
+    config = _base(model).config.get_text_config()
+    types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+
+    def mask(limit: int | None) -> Tensor:
+        allowed = prefix_mask(segments, positions, limit)
+        if config._attn_implementation != "eager":
+            return allowed
+        # Eager adds its mask: a bool one would shift the scores by one instead of hiding anything.
+        dtype = torch.get_autocast_dtype(input_ids.device.type) if torch.is_autocast_enabled() else _base(model).dtype
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    if WINDOWED in types:  # one mask for all layers would be passed through and be silently wrong
+        masks = {FULL: mask(None), WINDOWED: mask(window)}
+    else:
+        masks = mask(None if types else window)  # Mistral has a window and no layer types
+    return {"input_ids": input_ids, "position_ids": positions, "attention_mask": masks}
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why the layout cannot be used with this model, as far as its configuration tells; None where it may."""
+    base = _base(model)
+    config = base.config.get_text_config()
+    odd = set(getattr(config, "layer_types", None) or ()) - {FULL, WINDOWED}
+    if odd:
+        return f"it has layers of type {', '.join(sorted(odd))}"
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True) is not None:
+        return "it is no decoder"
+    if getattr(base, "_is_stateful", False):
+        return "it carries a state from token to token"
+    if any("local" in str(kind) for kind in getattr(config, "attention_layers", None) or ()):
+        return "it has local attention"
+    backbone = getattr(base, base.base_model_prefix, base)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return "its backbone takes no position ids"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation}, not sdpa or eager"
+    return None
+
+
+def _base(model: nn.Module) -> nn.Module:
+    model = getattr(model, "module", model)  # under DDP
+    return model.get_base_model() if isinstance(model, PeftModel) else model

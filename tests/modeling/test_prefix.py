@@ -1,0 +1,160 @@
+"""The shared-prefix layout against rows of their own: masks by brute force, scores and gradients by architecture."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hf_rlhf_ext.data.collators import DataCollatorForComparisons
+from hf_rlhf_ext.modeling.prefix import prefix_mask, why_not
+from hf_rlhf_ext.reward.scorer import score_batch, shared_prefix_problem
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "num_labels": 1,
+}
+WINDOW = {"sliding_window": 5}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+# name -> (config, options beside SIZES)
+ARCHITECTURES = {
+    "llama": (hf.LlamaConfig, {}),
+    "qwen2": (hf.Qwen2Config, {}),
+    "qwen2-sliding": (hf.Qwen2Config, WINDOW | MIXED | {"use_sliding_window": True}),
+    "qwen3": (hf.Qwen3Config, {}),
+    "gemma": (hf.GemmaConfig, {}),
+    "gemma2": (hf.Gemma2Config, WINDOW | MIXED | {"attn_implementation": "eager"}),
+    "gemma3": (hf.Gemma3TextConfig, WINDOW | MIXED),
+    "mistral": (hf.MistralConfig, {"sliding_window": None}),
+    "mistral-sliding": (hf.MistralConfig, WINDOW),
+    "phi3": (hf.Phi3Config, {"sliding_window": None}),
+    "gpt2": (hf.GPT2Config, {}),
+    "gpt-neox": (hf.GPTNeoXConfig, {}),
+    "opt": (hf.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+
+
+def make(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    config_class, options = ARCHITECTURES[name]
+    attention = options.get("attn_implementation", "sdpa")
+    sizes = SIZES | {k: v for k, v in options.items() if k != "attn_implementation"}
+    config = config_class(**sizes, attn_implementation=attention)
+    for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    model = hf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).to(dtype)
+    with torch.no_grad():  # the default initialisation is so small that a wrong mask would hardly show
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def rows(seed=0, n=3):
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(n):
+        k = int(rng.integers(2, 5))
+        completions = [rng.integers(1, 64, rng.integers(1, 9)).tolist() for _ in range(k)]
+        pairs = [[i, j] for i in range(k) for j in range(i)]
+        row = {"prompt_ids": rng.integers(1, 64, rng.integers(1, 12)).tolist(), "completion_ids": completions}
+        made.append(row | {"pairs": pairs, "targets": [1.0] * len(pairs), "weights": [1.0] * len(pairs)})
+    return made
+
+
+def scores_and_gradients(model, layout, data):
+    model.zero_grad()
+    scores = score_batch(model, DataCollatorForComparisons(0, layout=layout)(data))
+    torch.tanh(scores * torch.arange(1, len(scores) + 1)).sum().backward()
+    return scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
+    # Norms and rotary angles are fp32 in most of these, also where the weights are float64; Gemma 2's own padded rows
+    # are NaN in float64 (eager attention, a window, and fully masked padding).
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-7))[: 1 if name == "gemma2" else 2]:
+        model = make(name, dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        plain, plain_gradient = scores_and_gradients(model, "plain", rows())
+        shared, shared_gradient = scores_and_gradients(model, "shared_prefix", rows())
+        assert plain.abs().max() > 0.05  # there is something to get wrong
+        assert (shared - plain).abs().max() <= tolerance * max(1.0, plain.abs().max())
+        assert (shared_gradient - plain_gradient).norm() <= tolerance * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_probe_accepts_what_works(name):
+    assert shared_prefix_problem(make(name).eval()) is None
+
+
+def test_the_probe_refuses_a_mask_that_is_ignored(monkeypatch):
+    model = make("llama")
+    forward = type(model).forward
+
+    def deaf(self, *args, attention_mask=None, **kwargs):
+        return forward(self, *args, attention_mask=None, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", deaf)
+    assert "apart from plain rows" in shared_prefix_problem(model)
+
+
+def test_architectures_that_cannot_are_told_from_their_configuration():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_labels": 1, "pad_token_id": 0}
+    bloom = hf.BloomForSequenceClassification(hf.BloomConfig(**sizes, n_layer=1, n_head=2))
+    assert "takes no position ids" in shared_prefix_problem(bloom)
+    neo = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+    local = hf.GPTNeoForSequenceClassification(hf.GPTNeoConfig(**sizes, **neo, max_position_embeddings=64))
+    assert why_not(local) == "it has local attention"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    prompt=st.integers(1, 5), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), padding=st.integers(0, 3),
+    window=st.none() | st.integers(1, 6),
+)  # fmt: skip
+def test_the_mask_is_that_of_rows_of_their_own(prompt, lengths, padding, window):
+    segments = [0] * prompt + [k for k, n in enumerate(lengths, 1) for _ in range(n)] + [-1] * padding
+    positions = [*range(prompt), *(prompt + i for n in lengths for i in range(n)), *[0] * padding]
+    mask = prefix_mask(torch.tensor([segments]), torch.tensor([positions]), window)[0, 0]
+    for q, (sq, pq) in enumerate(zip(segments, positions, strict=True)):
+        for k, (sk, pk) in enumerate(zip(segments, positions, strict=True)):
+            in_row = sk in (0, sq) and sq >= 0 and sk >= 0 and pk <= pq and not (sq == 0 and sk > 0)
+            expected = (in_row and (window is None or pq - pk < window)) or q == k
+            if sq >= 0 and sk >= 0:
+                assert bool(mask[q, k]) == expected
+            if sq >= 0 > sk:
+                assert not mask[q, k]  # nobody looks at padding
+    assert mask.any(-1).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), order=st.permutations(range(3)), budget=st.integers(1, 200))
+def test_scores_do_not_depend_on_order_neighbours_or_budget(seed, order, budget):
+    model, data = make("llama").eval(), rows(seed)
+    expected = {}
+    with torch.no_grad():
+        for k, row in enumerate(data):
+            expected[k] = score_batch(model, DataCollatorForComparisons(0, layout="plain")([row]))
+        shuffled = [data[k] | {"completion_ids": data[k]["completion_ids"][::-1]} for k in order]
+        for layout in ("plain", "shared_prefix"):
+            found = score_batch(model, DataCollatorForComparisons(0, layout=layout)(shuffled))
+            assert_close(found, torch.cat([expected[k].flip(0) for k in order]), atol=1e-5, rtol=1e-5)
+            parts = DataCollatorForComparisons(0, layout=layout, max_tokens=budget)(data)["micro_batches"]
+            assert sum(len(part["completion_counts"]) for part in parts) == 3
+            for part in parts:
+                assert part["input_ids"].numel() <= budget or len(part["completion_counts"]) == 1
+            found = torch.cat([score_batch(model, part) for part in parts]).sort().values
+            assert_close(found, torch.cat(list(expected.values())).sort().values, atol=1e-5, rtol=1e-5)
