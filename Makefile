@@ -24,7 +24,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint format bench study-noise clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint format bench bench-reward study-noise clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -77,6 +77,9 @@ format: $(STAMP)  ## rewrites files in place
 bench: $(STAMP)  ## the benchmarks (tests/benchmarks/bench_*.py), on an otherwise idle machine; never in CI
 	@if [ -d tests/benchmarks ]; then $(OFFLINE) $(MALLOC) $(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS); \
 	else echo "no benchmarks yet: tests/benchmarks is not there"; fi
+
+bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about ten minutes on idle cores)
+	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/reward_model.py
 
 study-noise: $(STAMP)  ## reward models on noisy labels (about 15 minutes, resumable): docs/study/label_noise.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/label_noise.py

@@ -1,5 +1,6 @@
 """The README's code runs and its commands parse."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -56,8 +58,6 @@ def test_every_make_target_of_the_readme_exists():
 
 
 def test_table_of_the_readme_is_that_of_the_committed_reports():
-    import json
-
     from recipes.quickstart_report import results_table
 
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("docs/quickstart/seed*.json"))]
@@ -73,6 +73,16 @@ def test_formats_of_the_readme_are_those_of_the_readers():
     assert shown == {(fmt.name, fmt.example) for fmt in (*COMPARISONS, *DEMONSTRATIONS) if fmt.name != "unpaired"} | {
         ("unpaired", "trl-lib/kto-mix-14k, LLaMA-Factory's kto_en_demo")
     }
+
+
+def test_noise_table_of_the_readme_is_that_of_the_committed_study():
+    results = json.loads((ROOT / "docs" / "study" / "label_noise.json").read_text(encoding="utf-8"))["accuracy"]
+    for level in ("0.0", "0.1", "0.2", "0.3", "0.4"):
+        cells = []
+        for method in ("single", "split", "reliability"):
+            values = [results[f"{level}|{method}|{seed}"] for seed in range(3)]
+            cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}")
+        assert f"| {float(level):.0%} | {' | '.join(cells)} |" in README
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data"])

@@ -7,6 +7,7 @@ from trl import RewardConfig
 from ..data.collators import LAYOUTS
 from ..data.tokenization import OVERFLOWS
 from ..errors import UserError
+from .losses import TIE_MODELS
 
 
 @dataclass
@@ -25,6 +26,25 @@ class BradleyTerryConfig(RewardConfig):
             "first tokens; `truncate_completion` cuts a completion's last tokens before its stop token. Counted and "
             "logged, for training and evaluation data alike.",
             "choices": list(OVERFLOWS),
+        },
+    )
+    tie_model: str = field(
+        default="soft",
+        metadata={
+            "help": "What a target of 0.5 says: `soft` is half a win for each side; `rao_kupper` and `davidson` give "
+            "ties a probability of their own, with `tie_threshold`.",
+            "choices": list(TIE_MODELS),
+        },
+    )
+    tie_threshold: float = field(
+        default=1.0, metadata={"help": "Rao-Kupper's log θ or Davidson's ν, in units of reward: how common ties are."}
+    )
+    ranking_loss: str = field(
+        default="bradley_terry",
+        metadata={
+            "help": "Loss of a prompt whose completions are ranked in full, without ties: `bradley_terry` over all its "
+            "pairs as in InstructGPT, or `plackett_luce`. Other prompts keep their pairs.",
+            "choices": ["bradley_terry", "plackett_luce"],
         },
     )
     layout: str = field(
@@ -60,6 +80,12 @@ class BradleyTerryConfig(RewardConfig):
         super().__post_init__()
         if self.overflow not in OVERFLOWS:
             raise UserError(f"overflow: {self.overflow!r} does not exist; choose one of {', '.join(OVERFLOWS)}.")
+        if self.tie_model not in TIE_MODELS:
+            raise UserError(f"tie_model: {self.tie_model!r} does not exist; there is {', '.join(TIE_MODELS)}.")
+        if not self.tie_threshold > 0:
+            raise UserError(f"tie_threshold: must be positive, got {self.tie_threshold}.")
+        if self.ranking_loss not in ("bradley_terry", "plackett_luce"):
+            raise UserError(f"ranking_loss: {self.ranking_loss!r}: choose bradley_terry or plackett_luce.")
         if self.layout not in ("auto", *LAYOUTS):
             raise UserError(f"layout: {self.layout!r} does not exist; there is auto, {', '.join(LAYOUTS)}.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:

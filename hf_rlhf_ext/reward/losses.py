@@ -1,7 +1,12 @@
 """The mathematics of reward modelling: pure functions on tensors."""
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+TIE_MODELS = ("soft", "rao_kupper", "davidson")
 
 
 def bradley_terry_loss(
@@ -28,6 +33,89 @@ def bradley_terry_loss(
     if margins is not None:
         delta = delta - margins
     return -weights * (targets * logsigmoid(delta) + (1 - targets) * logsigmoid(-delta))
+
+
+def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
+    """t (1 - ε) + ε / 2: labels that are wrong with probability ε / 2 (Szegedy et al. 2016, arXiv:1512.00567, sec. 7).
+
+    Ties stay ties.
+    """
+    return targets * (1 - smoothing) + smoothing / 2
+
+
+def tie_model_loss(
+    scores_i: Tensor,
+    scores_j: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    margins: Tensor | None = None,
+    *,
+    model: str,
+    threshold: float,
+) -> Tensor:
+    """As `bradley_terry_loss`, with a probability of a tie of its own; a target of exactly 0.5 is a tie.
+
+    With Δ = r_i - r_j - m and η = `threshold` > 0,
+
+        rao_kupper:  P(i ≻ j) = σ(Δ - η),   P(tie) = 1 - σ(Δ - η) - σ(-Δ - η)
+        davidson:    P(i ≻ j) = e^{Δ/2} / Z,   P(tie) = η / Z,   Z = e^{Δ/2} + e^{-Δ/2} + η
+
+    Rao & Kupper 1967, JASA 62 (η = log θ), and Davidson 1970, JASA 65 (η = ν). Other targets share the two wins.
+
+    Raises:
+        ValueError: an unknown model, or a threshold that is not positive.
+    """
+    if model not in ("rao_kupper", "davidson") or not threshold > 0:
+        raise ValueError(f"model={model!r}, threshold={threshold}: rao_kupper or davidson, with a positive threshold.")
+    delta = scores_i - scores_j - (0 if margins is None else margins)
+    if model == "rao_kupper":
+        win, lose = logsigmoid(delta - threshold), logsigmoid(-delta - threshold)
+        # 1 - σ(Δ-η) - σ(-Δ-η) = σ(Δ+η) σ(-Δ+η) (1 - e^{-2η})
+        tie = logsigmoid(delta + threshold) + logsigmoid(threshold - delta) + math.log(-math.expm1(-2 * threshold))
+    else:
+        log_z = torch.logsumexp(torch.stack([delta / 2, -delta / 2, torch.full_like(delta, math.log(threshold))]), 0)
+        win, lose, tie = delta / 2 - log_z, -delta / 2 - log_z, math.log(threshold) - log_z
+    log_likelihood = torch.where(targets == 0.5, tie, targets * win + (1 - targets) * lose)
+    return -weights * log_likelihood
+
+
+def plackett_luce_loss(scores: Tensor) -> Tensor:
+    """-log P of a full ranking (K,) given best first, a scalar in nats; for K = 2 the Bradley-Terry loss.
+
+        P = Π_k exp(r_k) / Σ_{l ≥ k} exp(r_l)
+
+    Plackett 1975, J. R. Stat. Soc. C 24; Luce 1959. Each choice among the rest counts once, unlike the C(K, 2) pairs.
+    """
+    return (torch.logcumsumexp(scores.flip(0), 0).flip(0) - scores).sum()
+
+
+def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
+    """Indices (n,) from best to worst where pairs (P, 2) and targets order all n completions strictly, else None."""
+    wins = torch.zeros(n, dtype=torch.int64, device=pairs.device)
+    decided = (targets == 0) | (targets == 1)
+    if len(pairs) != n * (n - 1) // 2 or not bool(decided.all()):
+        return None
+    wins.index_add_(0, torch.where(targets == 1, pairs[:, 0], pairs[:, 1]), torch.ones_like(pairs[:, 0]))
+    order = wins.argsort(descending=True)
+    # Each number of wins once: a tournament with distinct scores has no circles (Landau 1953).
+    return order if bool((wins[order] == torch.arange(n - 1, -1, -1, device=pairs.device)).all()) else None
+
+
+def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Pair losses (P,), in which every fully ranked prompt has its Plackett-Luce loss instead, on its first pair.
+
+    `batch` has `pairs`, `targets`, `weights`, `prompt_index` (P, …) and `completion_counts` (B,) as the collator makes
+    them. The ranking weighs as much as the pairs it replaces; prompts without a full strict ranking keep their pairs.
+    """
+    losses = losses.clone()
+    starts = (batch["completion_counts"].cumsum(0) - batch["completion_counts"]).tolist()
+    for prompt, (start, n) in enumerate(zip(starts, batch["completion_counts"].tolist(), strict=True)):
+        of_prompt = (batch["prompt_index"] == prompt).nonzero().squeeze(1)
+        order = ranking_of(batch["pairs"][of_prompt] - start, batch["targets"][of_prompt], n)
+        if n > 2 and order is not None:
+            losses[of_prompt] = 0.0
+            losses[of_prompt[0]] = batch["weights"][of_prompt].sum() * plackett_luce_loss(scores[start + order])
+    return losses
 
 
 def centering_penalty(scores_i: Tensor, scores_j: Tensor, weights: Tensor) -> Tensor:

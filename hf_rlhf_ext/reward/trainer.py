@@ -29,7 +29,7 @@ from ..modeling.adapters import autocast_dtype, mixed_precision
 from ..modeling.heads import ScalarHead, install_fp32_score
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
-from .losses import bradley_terry_loss, centering_penalty
+from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .scorer import RewardNormalization, RewardScorer, score_batch, score_head, shared_prefix_problem
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,14 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _pair_losses(self, scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         scores_i, scores_j = scores[inputs["pairs"]].unbind(1)
-        losses = bradley_terry_loss(scores_i, scores_j, inputs["targets"], inputs["weights"], inputs["margins"])
+        args, targets = self.args, smooth_targets(inputs["targets"], self.args.label_smoothing_factor)
+        given = (scores_i, scores_j, targets, inputs["weights"], inputs["margins"])
+        if args.tie_model == "soft":
+            losses = bradley_terry_loss(*given)
+        else:
+            losses = tie_model_loss(*given, model=args.tie_model, threshold=args.tie_threshold)
+        if args.ranking_loss == "plackett_luce" and "completion_counts" in inputs:
+            losses = rank_prompts(losses, scores, inputs)
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * centering_penalty(
                 scores_i, scores_j, inputs["weights"]

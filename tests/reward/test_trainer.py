@@ -18,7 +18,7 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.heads import ScalarHead
 from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
-from hf_rlhf_ext.reward.scorer import RewardScorer, score_sequences
+from hf_rlhf_ext.reward.scorer import RewardScorer, score_batch, score_sequences
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
 WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "quick brown"]
@@ -284,6 +284,34 @@ def test_a_model_that_cannot_share_a_prefix_takes_plain_rows_and_says_why(make_t
         make_trainer(comparisons(4), model=bloom, peft=None, layout="shared_prefix")
     prompts = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     assert make_trainer(comparisons(4), peft=prompts).layout == "plain"
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
+def test_losses_of_the_options_are_those_of_the_equations(make_trainer, layout):
+    """One batch, each option against the formula on scores read from the model."""
+    ranked = {"prompt": "Tell day:", "completions": ["a sunny day", "day", "happy fox"]}
+    ranked["pairs"] = [[0, 1], [0, 2], [1, 2]]
+    rows = [ranked | {"targets": [1.0, 0.0, 0.0]}, {**ranked, "pairs": [[0, 1]], "targets": [0.5]}]  # 2 > 0 > 1; a tie
+    data = Dataset.from_list([row | {"weights": [1.0] * len(row["pairs"])} for row in rows])
+
+    def loss(**options):
+        trainer = make_trainer(data, peft=None, layout=layout, **options)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        return trainer.compute_loss(trainer.model, batch), score_batch(trainer.model, batch)
+
+    plain, (a, b, c, *tied) = loss()
+    win = torch.nn.functional.logsigmoid
+    expected = [-win(a - b), -win(c - a), -win(c - b), -(win(tied[0] - tied[1]) + win(tied[1] - tied[0])) / 2]
+    torch.testing.assert_close(plain, sum(expected) / 4)
+    ranking = -(c - torch.logsumexp(torch.stack([a, b, c]), 0) + win(a - b))  # c first, then a of a and b
+    torch.testing.assert_close(loss(ranking_loss="plackett_luce")[0], (3 * ranking + expected[3]) / 4)
+    half = (tied[0] - tied[1]) / 2
+    tie = -torch.log(0.5 / (torch.exp(half) + torch.exp(-half) + 0.5))
+    found, _ = loss(tie_model="davidson", tie_threshold=0.5, label_smoothing_factor=0.0)
+    wins = [-torch.log(torch.exp(x / 2) / (torch.exp(x / 2) + torch.exp(-x / 2) + 0.5)) for x in (a - b, c - a, c - b)]
+    torch.testing.assert_close(found, (sum(wins) + tie) / 4)
+    smooth = [-(0.95 * win(x) + 0.05 * win(-x)) for x in (a - b, c - a, c - b)]
+    torch.testing.assert_close(loss(label_smoothing_factor=0.1)[0], (sum(smooth) + expected[3]) / 4)
 
 
 TWO_PROCESSES = """

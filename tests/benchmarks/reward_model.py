@@ -1,0 +1,207 @@
+"""Reward-model training beside TRL's RewardTrainer: pairs a second and peak memory, in turn, each in its own process.
+
+make bench-reward       # about ten minutes on two idle cores; RLHF_SHARED names the shared data folder
+
+SmolLM2-135M in bf16, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows of at most 1,024 tokens in file
+order (no length grouping on either side), the same allocator settings. TRL: padded pairs. Ours: shared prefix,
+micro-batches of at most 1,600 tokens. K-wise rows put K replies of the file under one prompt; TRL gets all their pairs.
+The first optimizer step warms up and is not counted. The limit is a bare forward and backward on rows of 400 tokens.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import combinations
+from pathlib import Path
+
+DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data" / "hh_helpful_train.jsonl"
+MAX_TOKENS = 1600
+# name -> (trainer, completions a prompt, prompts or pairs a step, steps after the warm-up, micro-batch, checkpointing)
+RUNS = {
+    "trl, micro-batch 16": ("trl", 2, 16, 3, 16, False),
+    "ours, 16 prompts": ("ours", 2, 16, 6, 16, False),
+    "trl, 16, checkpointing": ("trl", 2, 16, 3, 16, True),
+    "ours, 16, checkpointing": ("ours", 2, 16, 6, 16, True),
+    "trl, micro-batch 4": ("trl", 2, 16, 4, 4, False),
+    "trl, K = 4 as pairs": ("trl", 4, 24, 2, 4, False),
+    "ours, K = 4": ("ours", 4, 8, 3, 8, False),
+    "trl, K = 9 as pairs": ("trl", 9, 36, 2, 4, False),
+    "ours, K = 9": ("ours", 9, 4, 3, 4, False),
+}
+
+
+def comparison_rows(n: int, k: int) -> list[dict]:
+    """`n` rows of the file; with k > 2, replies of the rows that follow are put under the same prompt."""
+    from hf_rlhf_ext import load_comparisons
+
+    rows = load_comparisons(str(DATA), split="train[:600]", group=False)[0].to_list()
+    if k == 2:
+        return rows[:n]
+    replies = [completion for row in rows for completion in row["completions"]]
+    made = []
+    for index in range(n):
+        pairs = [list(pair) for pair in combinations(range(k), 2)]
+        row = {"prompt": rows[index]["prompt"], "completions": replies[index * k : (index + 1) * k]}
+        made.append(row | {"pairs": pairs, "targets": [1.0] * len(pairs), "weights": None, "margins": None})
+    return made
+
+
+def child(name: str) -> dict[str, float]:
+    """Trains and prints pairs, seconds, tokens and peak memory."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_base_model, load_tokenizer
+
+    kind, k, per_step, steps, micro, checkpointing = RUNS[name]
+    rows = comparison_rows(per_step * (steps + 1), k)
+    pairs_a_prompt = k * (k - 1) // 2
+    common = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": True,
+        "learning_rate": 2e-4,
+        "gradient_checkpointing": checkpointing,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": steps + 1,
+        "max_length": 1024,
+        "seed": 0,
+    }
+    peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = load_base_model(task="reward", dtype="bfloat16"), load_tokenizer()
+        if kind == "trl":
+            data = [
+                {"chosen": row["prompt"] + row["completions"][i], "rejected": row["prompt"] + row["completions"][j]}
+                for row in rows
+                for i, j in row["pairs"]
+            ][: per_step * (steps + 1)]
+            args = RewardConfig(
+                folder,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=per_step // micro,
+                dataset_num_proc=None,
+                **common,
+            )
+            trainer = RewardTrainer(
+                model, args, train_dataset=Dataset.from_list(data), processing_class=tokenizer, peft_config=peft_config
+            )
+            n_pairs = per_step * steps
+        else:
+            args = BradleyTerryConfig(
+                folder,
+                per_device_train_batch_size=per_step,
+                max_tokens_per_batch=MAX_TOKENS,
+                normalize_rewards=False,
+                overflow="drop",
+                **common,
+            )
+            trainer = BradleyTerryTrainer(
+                model, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
+            )
+            n_pairs = per_step * steps * pairs_a_prompt
+        trainer.add_callback(Clock())
+        trainer.train()
+    seconds = marks[-1] - marks[0]
+    tokens = trainer._total_train_tokens if kind == "trl" else int(trainer._sums["tokens"])
+    tokens_per_s = tokens * steps / (steps + 1) / seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens_per_s, "peak_gb": peak}
+
+
+def bare_limit() -> dict[str, float]:
+    """Tokens a second of forward and backward alone, with our adapters, on full rows of 400 tokens (4 a pass)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from hf_rlhf_ext import load_base_model
+    from hf_rlhf_ext.modeling.adapters import mixed_precision
+
+    model = load_base_model(task="reward", dtype="bfloat16")
+    model.config.pad_token_id = 0
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(model, config).train()
+    ids = torch.randint(5, 1000, (4, 400))
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with mixed_precision(model, torch.bfloat16):
+            model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+        seconds.append(time.perf_counter() - start)
+    return {"tokens_per_s": ids.numel() * 3 / sum(seconds[1:])}
+
+
+def score_difference() -> dict[str, float]:
+    """Largest difference of scores in fp32 on the same weights: padded rows, pooled as TRL does, and shared prefix."""
+    import torch
+
+    from hf_rlhf_ext import DataCollatorForComparisons, load_base_model, load_tokenizer
+    from hf_rlhf_ext.data.collators import pad_right
+    from hf_rlhf_ext.data.tokenization import tokenise_row
+    from hf_rlhf_ext.reward.scorer import score_batch
+
+    model, tokenizer = load_base_model(task="reward", dtype="float32").eval(), load_tokenizer()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    rows = [row | tokenise_row(row, tokenizer) for row in comparison_rows(8, 2)]
+    with torch.no_grad():
+        shared = score_batch(model, DataCollatorForComparisons(0, layout="shared_prefix")(rows))
+        sequences = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
+        pooled = model(**pad_right(sequences, tokenizer.pad_token_id)).logits[:, 0]
+    return {"max_score_diff": float((shared - pooled).abs().max())}
+
+
+def in_a_process(name: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    found = {}
+    print(f"{'':26} pairs/s  tokens/s  peak GB", flush=True)
+    for name in RUNS:
+        found[name] = in_a_process(name)
+        one = found[name]
+        print(f"{name:26} {one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}", flush=True)
+    limit, difference = in_a_process("limit")["tokens_per_s"], in_a_process("difference")["max_score_diff"]
+    print(f"{'bare forward and backward':26} {'':7}  {limit:8.0f}")
+
+    def ratio(ours: str, trl: str, what: str = "pairs_per_s") -> float:
+        return round(found[ours][what] / found[trl][what], 3)
+
+    ours = "ours, 16 prompts"
+    results = {
+        "pairs_ratio": ratio(ours, "trl, micro-batch 16"),
+        "pairs_ratio_checkpointing": ratio("ours, 16, checkpointing", "trl, 16, checkpointing"),
+        "pairs_ratio_best": ratio(ours, "trl, micro-batch 4"),
+        "memory_ratio": ratio(ours, "trl, micro-batch 16", "peak_gb"),
+        "max_score_diff": difference,
+        "k4_ratio": ratio("ours, K = 4", "trl, K = 4 as pairs"),
+        "k9_ratio": ratio("ours, K = 9", "trl, K = 9 as pairs"),
+        "limit_fraction": round(found[ours]["tokens_per_s"] / limit, 3),
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        special = {"limit": bare_limit, "difference": score_difference}
+        print(json.dumps(special[sys.argv[1]]() if sys.argv[1] in special else child(sys.argv[1])))
