@@ -32,6 +32,8 @@ _REWARD_MODEL = {
     "accuracy_high": Metric("fraction", "upper end of it"),
     "accuracy_ties": Metric("fraction", "comparisons given the right one of three labels, a tie being one of them"),
     "nll": Metric("nats/pair", "Bradley-Terry negative log-likelihood of the judgements, weighted; log 2 is a coin's"),
+    "brier": Metric("1", "mean squared error of σ(Δ) against the judgements; 0.25 is a coin's"),
+    "ece": Metric("fraction", "expected calibration error: mean gap between σ(|Δ|) and how often that side wins"),
     "margin": Metric("reward", "mean score of the preferred minus the other side"),
     "min_reward": Metric("reward", "lowest raw score"),
     "mean_reward": Metric("reward", "mean raw score, before normalisation"),

@@ -7,7 +7,7 @@ Shared shapes: `deltas` (P,) are r_i - r_j of P pairs in units of reward; `targe
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 TIE_THRESHOLD = math.log(3)
 """|Δ| in reward below which σ(Δ) is nearer to 0.5 than to 0 or 1: the model says "tie"."""
@@ -37,6 +37,37 @@ def preference_nll(deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray 
     return float(np.sum(weights * losses) / np.sum(weights)) if np.sum(weights) > 0 else math.nan
 
 
+def brier_score(deltas: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of (σ(Δ) - t)² (Brier 1950); 0.25 is a coin's on decided pairs."""
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    return float(np.mean((special.expit(deltas) - targets) ** 2)) if len(deltas) else math.nan
+
+
+def reliability_bins(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) -> list[dict[str, float]]:
+    """Bins of equal width in the probability σ(|Δ|) of the side that scores higher, from 0.5 to 1; empty ones left out.
+
+    Each has `n`, `confidence` (mean probability) and `accuracy` (mean share of wins of that side, soft targets as they
+    are): a calibrated model has the two equal.
+    """
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    confidence, right = special.expit(np.abs(deltas)), np.where(deltas >= 0, targets, 1 - targets)
+    index = np.clip(((confidence - 0.5) * 2 * n_bins).astype(int), 0, n_bins - 1)
+    found = []
+    for here in (index == b for b in range(n_bins)):
+        if here.any():
+            means = {"confidence": float(confidence[here].mean()), "accuracy": float(right[here].mean())}
+            found.append({"n": int(here.sum())} | means)
+    return found
+
+
+def calibration_error(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) -> float:
+    """ECE: the mean gap of confidence and accuracy over `reliability_bins`, weighted by n (Guo et al. 2017)."""
+    bins = reliability_bins(deltas, targets, n_bins)
+    total = sum(entry["n"] for entry in bins)
+    gaps = sum(entry["n"] * abs(entry["confidence"] - entry["accuracy"]) for entry in bins)
+    return gaps / total if total else math.nan
+
+
 def longer_wins_baseline(length_deltas: np.ndarray, targets: np.ndarray) -> float:
     """Accuracy of "the longer one is better" on decided pairs; equal lengths count one half.
 
@@ -61,6 +92,8 @@ def preference_report(
     deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
     decided = targets != 0.5
     report: dict[str, float] = {"pairs": len(deltas), "nll": preference_nll(deltas, targets, weights)}
+    if len(deltas):
+        report |= {"brier": brier_score(deltas, targets), "ece": calibration_error(deltas, targets)}
     if decided.any():
         report["accuracy"] = pairwise_accuracy(deltas, targets)
         report["margin"] = float(np.mean(deltas[decided] * np.sign(targets[decided] - 0.5)))

@@ -9,10 +9,13 @@ from hf_rlhf_ext.metrics.preference import (
     accuracy_with_ties,
     bootstrap_accuracy_ci,
     bootstrap_mean_ci,
+    brier_score,
+    calibration_error,
     longer_wins_baseline,
     pairwise_accuracy,
     preference_nll,
     preference_report,
+    reliability_bins,
 )
 
 
@@ -48,7 +51,26 @@ def test_report_leaves_out_what_the_data_leave_undefined():
     assert report["pairs"] == 3 and report["accuracy"] == 0.5 and report["margin"] == 0.5
     assert report["longer_wins_baseline"] == 0.5 and report["accuracy_ties"] == pytest.approx(2 / 3)
     assert "accuracy_ties" not in preference_report([1.0], [1.0], [1.0], [1])
-    assert set(preference_report([1.0], [0.5], [1.0], [1])) == {"pairs", "nll", "accuracy_ties"}
+    assert set(preference_report([1.0], [0.5], [1.0], [1])) == {"pairs", "nll", "brier", "ece", "accuracy_ties"}
+
+
+def test_brier_and_calibration_worked_by_hand():
+    three = math.log(3)  # σ = 3/4
+    assert brier_score([three, -three], [1.0, 1.0]) == pytest.approx((1 / 16 + 9 / 16) / 2)
+    # Two bins of [0.5, 1]: 3/4 falls into the upper one, right once in two; σ(0.1) into the lower one, always right.
+    bins = reliability_bins([three, -three, 0.1, -0.1], [1.0, 1.0, 1.0, 0.0], n_bins=2)
+    assert [(b["n"], b["accuracy"]) for b in bins] == [(2, 1.0), (2, 0.5)]
+    assert bins[1]["confidence"] == pytest.approx(0.75) and bins[0]["confidence"] == pytest.approx(0.52498, abs=1e-5)
+    gaps = abs(1 - bins[0]["confidence"]) + 0.25
+    assert calibration_error([three, -three, 0.1, -0.1], [1.0, 1.0, 1.0, 0.0], n_bins=2) == pytest.approx(gaps / 2)
+
+
+def test_a_model_that_knows_its_chances_is_calibrated():
+    rng = np.random.default_rng(0)
+    deltas = rng.normal(0, 2, 200_000)
+    targets = (rng.random(200_000) < 1 / (1 + np.exp(-deltas))).astype(float)
+    assert calibration_error(deltas, targets) < 0.01 < calibration_error(3 * deltas, targets)
+    assert brier_score(deltas, targets) < brier_score(3 * deltas, targets)
 
 
 def test_accuracy_interval_resamples_prompts_not_pairs():
