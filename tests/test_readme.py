@@ -39,7 +39,11 @@ def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
     assert (ROOT / script).is_file()
     if "--help" not in options:
         stage = Path(script).stem
-        parse_recipe(_dataclasses(stage), options, defaults={} if stage == "inspect_data" else machine_defaults())
+        parse_recipe(
+            _dataclasses(stage),
+            options,
+            defaults={} if stage in ("inspect_data", "check_reward") else machine_defaults(),
+        )
 
 
 @pytest.mark.slow
@@ -85,7 +89,7 @@ def test_noise_table_of_the_readme_is_that_of_the_committed_study():
         assert f"| {float(level):.0%} | {' | '.join(cells)} |" in README
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data", "check_reward"])
 def test_help_of_every_recipe_prints(stage, capsys):
     from hf_rlhf_ext.cli import parse_recipe
 

@@ -127,3 +127,22 @@ def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) ->
     target = BytesIO()
     figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
+
+
+def plot_reliability(bins: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """A PNG of `metrics.preference.reliability_bins`: on the diagonal, chances are what the model says."""
+    figure = Figure(figsize=(5, 4.6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=2)
+    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=PROXY_COLOUR)
+    for entry in bins:
+        axes.annotate(
+            f"{entry['n']}", (entry["confidence"], entry["accuracy"]), xytext=(4, -11), textcoords="offset points"
+        )
+    axes.set_xlabel("confidence, σ(|Δ|)", fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path

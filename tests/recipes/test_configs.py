@@ -38,7 +38,7 @@ def header(script: Path) -> dict:
 
 def test_every_stage_has_a_config_and_a_script():
     assert {path.stem for path in CONFIGS} == {"sft", "reward", "ppo"}
-    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart", "inspect_data"}
+    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart", "inspect_data", "check_reward"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -81,3 +81,18 @@ def test_every_answer_of_a_conversation_is_trained_on(call, tmp_path, write_json
         done = call("sft", dataset_name=data, output_dir=folder, save_strategy="no", **options)
         assert done.code == 0, done.err
         assert f"{rows}/{rows}" in done.err  # optimizer steps of one row each
+
+
+@pytest.mark.slow
+def test_check_reward_reports_on_a_trained_model(call, tmp_path):
+    trained = call("reward", max_steps=1, output_dir=tmp_path / "reward")
+    assert trained.code == 0, trained.err
+    options = {"config": None, "model_name_or_path": None, "reward_model": tmp_path / "reward", "eval_rows": 6}
+    done = call("check_reward", output_dir=tmp_path / "check", **options)
+    assert done.code == 0, done.err
+    written = report(tmp_path / "check")
+    assert written["figures"]["pairs"] == 6 and set(written["probes"]) >= {"empty", "flattery", "refusal"}
+    assert "probe 'refusal' beats the chosen answer" in done.out and written["verdict"].split()[0] in ("Not", "Nothing")
+    assert (tmp_path / "check" / "reliability.png").read_bytes()[:4] == b"\x89PNG"
+    missing = call("check_reward", output_dir=tmp_path / "x", **(options | {"reward_model": None}))
+    assert missing.code == 2 and "reward_model is required" in missing.err

@@ -1,0 +1,82 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-rlhf-ext==0.1.*"]
+# ///
+"""Is this reward model ready for PPO? Accuracy, calibration and probes on held-out comparisons, with a verdict.
+
+python recipes/check_reward.py --reward_model runs/reward --dataset_name heldout.jsonl --output_dir runs/check
+"""
+
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+
+# isort: split
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_rlhf_ext import RewardScorer, UserError, load_comparisons
+from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
+from hf_rlhf_ext.metrics.plots import plot_reliability
+from hf_rlhf_ext.scripts import DataArguments
+
+
+@dataclass
+class CheckArguments:
+    """Which reward model is checked, and where the report goes."""
+
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the reward model."})
+    output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and reliability.png."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences per forward pass."})
+
+    def __post_init__(self):
+        if self.reward_model is None:
+            raise UserError("reward_model is required: a folder or a Hub id (--reward_model runs/reward).")
+
+
+ARGUMENTS = (DataArguments, CheckArguments)
+
+
+def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
+    """Scores the comparisons (`eval_rows` of them, if given) and writes report.json and reliability.png."""
+    prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
+    split = data.dataset_test_split or data.dataset_train_split
+    rows, report = load_comparisons(data.dataset_name, data.dataset_format, split=split, revision=data.dataset_revision)
+    print(report.summary())
+    rows = rows.select(range(min(data.eval_rows or len(rows), len(rows))))
+    scorer = RewardScorer.from_pretrained(args.reward_model, batch_size=args.batch_size)
+    checked = check_reward(scorer.raw, rows)
+    folder = Path(args.output_dir)
+    plot_reliability(checked.reliability, folder / "reliability.png")
+    written = asdict(checked) | {"verdict": checked.verdict, "versions": versions()}
+    (folder / "report.json").write_text(json.dumps(written, indent=2) + "\n")
+    return checked
+
+
+def print_table(checked: RewardCheck) -> None:
+    table = Table("figure", "value", title=checked.verdict, title_justify="left")
+    low, high = checked.figures["accuracy_ci95"]
+    for name in ("pairs", "accuracy", "longer_wins_baseline", "nll", "brier", "ece"):
+        value = checked.figures[name]
+        table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
+    table.add_row("accuracy, 95 % interval", f"{low:.3f} to {high:.3f}")
+    for title, buckets in checked.buckets.items():
+        for name, found in buckets.items():
+            table.add_row(f"accuracy, {title} {name}", f"{found['accuracy']:.3f} on {found['n']}")
+    for name, share in checked.probes.items():
+        table.add_row(f"probe '{name}' beats the chosen answer", f"{share:.0%}")
+    Console().print(table)
+
+
+def main() -> None:
+    data, args = parse_recipe(ARGUMENTS, description=__doc__)
+    checked = check(data, args)
+    print_table(checked)
+    print(f"Report: {args.output_dir}/report.json · diagram: {args.output_dir}/reliability.png")
+
+
+if __name__ == "__main__":
+    run_recipe(main)
