@@ -5,29 +5,42 @@ prompt computed once. Batches hold `segments` (B, L): 0 in the prompt, k in comp
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 WINDOWED = "sliding_attention"
 FULL = "full_attention"
+FLEX = "flex_attention"
+
+
+def mask_function(segments: Tensor, positions: Tensor, window: int | None = None) -> Callable[..., Tensor]:
+    """Who attends to whom, as FlexAttention's `mask_mod(batch, head, query, key)` (index tensors that broadcast).
+
+    A token sees earlier tokens of the prompt and of its own segment; `window` limits the distance in *position*, as a
+    row of its own would have it. Padding sees itself: a query without any key would be NaN.
+    """
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        to = segments[batch, key]
+        seen = ((to == 0) | (to == segments[batch, query])) & (key <= query) & (to >= 0)
+        if window is not None:
+            seen = seen & (positions[batch, query] - positions[batch, key] < window)
+        return seen | (query == key)
+
+    return sees
 
 
 def prefix_mask(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """Who attends to whom, (B, 1, L, L) bool: a token sees earlier tokens of the prompt and of its own segment.
-
-    `window` limits the distance in *position*, as a row of its own would have it. Padding sees itself: a query without
-    any key would be NaN.
-    """
-    length = segments.shape[1]
-    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    mask = same & earlier & (segments >= 0)[:, None, :]
-    if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
-    mask |= torch.eye(length, dtype=torch.bool, device=segments.device)
-    return mask[:, None]
+    """`mask_function` of (B, L) segments and positions as a tensor, (B, 1, L, L) bool."""
+    rows, length = segments.shape
+    index = torch.arange(length, device=segments.device)
+    batch = torch.arange(rows, device=segments.device)[:, None, None, None]
+    return mask_function(segments, positions, window)(batch, None, index[:, None], index)
 
 
 def model_inputs(model: nn.Module, input_ids: Tensor, segments: Tensor, positions: Tensor) -> dict:
@@ -35,7 +48,11 @@ def model_inputs(model: nn.Module, input_ids: Tensor, segments: Tensor, position
     config = _base(model).config.get_text_config()
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
 
-    def mask(limit: int | None) -> Tensor:
+    def mask(limit: int | None) -> Any:
+        if config._attn_implementation == FLEX:
+            n_rows, length = segments.shape
+            sees = mask_function(segments, positions, limit)
+            return create_block_mask(sees, n_rows, None, length, length, device=segments.device)
         allowed = prefix_mask(segments, positions, limit)
         if config._attn_implementation != "eager":
             return allowed
@@ -66,8 +83,10 @@ def why_not(model: nn.Module) -> str | None:
     backbone = getattr(base, base.base_model_prefix, base)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "its backbone takes no position ids"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation}, not sdpa or eager"
+    if config._attn_implementation not in ("sdpa", "eager", FLEX):
+        return f"its attention is {config._attn_implementation}, not sdpa, eager or {FLEX}"
+    if config._attn_implementation == FLEX and base.device.type == "cpu":
+        return f"{FLEX} has no backward pass on a CPU"
     return None
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hf_rlhf_ext.data.collators import DataCollatorForComparisons
-from hf_rlhf_ext.modeling.prefix import prefix_mask, why_not
+from hf_rlhf_ext.modeling.prefix import mask_function, prefix_mask, why_not
 from hf_rlhf_ext.reward.scorer import score_batch, shared_prefix_problem
 
 SIZES = {
@@ -158,3 +158,33 @@ def test_scores_do_not_depend_on_order_neighbours_or_budget(seed, order, budget)
                 assert part["input_ids"].numel() <= budget or len(part["completion_counts"]) == 1
             found = torch.cat([score_batch(model, part) for part in parts]).sort().values
             assert_close(found, torch.cat(list(expected.values())).sort().values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow  # FlexAttention compiles on its first call
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_flex_attention_scores_the_same(name):
+    model, data = make(name).eval(), rows()
+    batch = DataCollatorForComparisons(0, layout="shared_prefix")(data)
+    with torch.no_grad():
+        expected = score_batch(model, batch)
+        model.set_attn_implementation("flex_attention")
+        found = score_batch(model, batch)
+    assert expected.abs().max() > 0.05
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert why_not(model) == "flex_attention has no backward pass on a CPU"
+
+
+def test_the_mask_function_is_what_flex_attention_calls():
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch = DataCollatorForComparisons(0, layout="shared_prefix")(rows(n=5))
+    segments, positions = batch["segments"], batch["positions"]
+    for window in (None, 3):
+        called = create_mask(
+            mask_function(segments, positions, window),
+            *segments.shape[:1],
+            None,
+            *[segments.shape[1]] * 2,
+            device="cpu",
+        )
+        assert torch.equal(called, prefix_mask(segments, positions, window))
