@@ -14,12 +14,13 @@ Messages = list[dict[str, Any]]
 
 
 def is_messages(value: Any) -> bool:
-    """True for a non-empty list of `{"role": …, "content": …}` mappings."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and "role" in message and "content" in message for message in value)
-    )
+    """True for a non-empty list of `{"role": …, "content": …}` mappings; content is text, a list of parts, or None."""
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    fits = isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+    return fits and isinstance(value["content"], str | list | None)
 
 
 def is_text(value: Any) -> bool:
@@ -31,7 +32,11 @@ def text_key(value: str | Messages) -> str:
     """What two texts (or conversations) must share to count as the same: everything but the amount of white space."""
     if isinstance(value, str):
         return " ".join(value.split())
-    plain = [m | {"content": " ".join(str(m.get("content") or "").split())} for m in value]
+    plain = [
+        {name: entry for name, entry in m.items() if entry is not None}  # None is what Arrow fills gaps with
+        | {"content": " ".join(str(m.get("content") or "").split())}
+        for m in value
+    ]
     return json.dumps(plain, sort_keys=True, default=str)
 
 
@@ -70,8 +75,9 @@ def encode_prompt(tokenizer, prompt: str | Messages) -> list[int]:
     if not isinstance(prompt, str):
         return tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
-    # Encoder-style tokenizers close every text with a stop token, which a prompt must not have.
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    # T5's tokenizer closes every text with a stop token, which a prompt must not have; an encoder's separator stays.
+    closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and tokenizer.sep_token_id is None
+    return ids[:-1] if closed else ids
 
 
 def completion_text(tokenizer, prompt: str | Messages, completion: str | Messages) -> str:
@@ -82,7 +88,7 @@ def completion_text(tokenizer, prompt: str | Messages, completion: str | Message
     """
     if isinstance(completion, str):
         return completion
-    if len(completion) == 1 and isinstance(completion[0].get("content"), str):
+    if len(completion) == 1 and isinstance(completion[0].get("content"), str) and not completion[0].get("tool_calls"):
         return completion[0]["content"]
     before = render_prompt(tokenizer, prompt)
     whole = tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)

@@ -33,13 +33,47 @@ class ScalarHead(nn.Linear):
             return super().forward(hidden.to(self.weight.dtype))
 
 
-def install_fp32_score(model: nn.Module) -> nn.Module:
-    """Replaces `model.score` of a one-label sequence-classification model by a `ScalarHead`; returns the model.
+def head_name(model: nn.Module) -> str | None:
+    """Dotted name of the linear layer that ends a sequence-classification model with one label; None without one.
 
-    Call it before PEFT attaches: `modules_to_save` copies the head as it is then.
+    `score` in decoders; in encoders `classifier`, or the last layer inside it.
     """
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear `score` head: take a decoder (Llama, Qwen, Gemma, …).")
-    if not isinstance(model.score, ScalarHead):
-        model.score = ScalarHead.from_linear(model.score)
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        return "score"
+    layers = getattr(model, "classifier", None)
+    if not isinstance(layers, nn.Module):
+        return None
+    found = [name for name, m in layers.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    return ".".join(filter(None, ("classifier", found[-1]))) if found else None
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """True for sequence classification on an encoder (BERT, DeBERTa, MiniLM …): one score a row, from `classifier`."""
+    return not hasattr(model, "score") and isinstance(getattr(model, "classifier", None), nn.Module)
+
+
+def untrained_layers(model: nn.Module) -> list[str]:
+    """Names of an encoder's layers that a checkpoint may lack: an adapter must carry them (`modules_to_save`)."""
+    outside = {name for name, m in model.named_children() if next(m.parameters(), None) is not None}
+    outside.discard(model.base_model_prefix)
+    poolers = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name.endswith(".pooler")}
+    return sorted(outside | poolers)
+
+
+def install_fp32_score(model: nn.Module) -> nn.Module:
+    """Makes the last layer of a sequence-classification model with one label a `ScalarHead`; returns the model.
+
+    Call it before PEFT attaches: `modules_to_save` copies the head as it is then. An encoder becomes fp32 throughout,
+    as layers beside the last one are new too.
+    """
+    name = head_name(model)
+    if name is None:
+        raise UserError(
+            f"{type(model).__name__} has no linear `score` or `classifier` head with one output: take a decoder "
+            "(Llama, Qwen, Gemma, …) or an encoder (BERT, DeBERTa, …)."
+        )
+    if is_encoder(model):
+        model.float()
+    if not isinstance(model.get_submodule(name), ScalarHead):
+        model.set_submodule(name, ScalarHead.from_linear(model.get_submodule(name)))
     return model

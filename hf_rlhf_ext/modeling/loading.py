@@ -27,7 +27,7 @@ from transformers import (
 
 from ..compat import suppress_seqcls_warning
 from ..errors import UserError
-from .heads import install_fp32_score
+from .heads import install_fp32_score, is_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,12 @@ EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the embedded model is a 4-bit (Q4_1) conversion of; model cards name it."""
+
+ENCODER_TEMPLATE = (
+    "{{ cls_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ sep_token }}{% endif %}"
+)
+"""For conversations on encoders, which have no template of their own: [CLS] turns [SEP], then the completion, [SEP]."""
 
 _LOCAL = (".", "/", "~")  # what a Hub id never starts with
 
@@ -67,6 +73,7 @@ def load_base_model(
         model_name_or_path: Hub id, folder, path of a `.gguf` file (unpacked at load), or `EMBEDDED_MODEL`.
         task: `"causal_lm"`, or `"reward"` for sequence classification with one label and an fp32 `ScalarHead`.
         dtype: `"auto"` is the dtype that this machine is fast in (`preferred_dtype`); or a name such as `"float32"`.
+            Encoders with a head are always fp32.
         load_in_4bit: NF4 with double quantisation (QLoRA, arXiv:2305.14314), computed in bf16 (fp16 on older cards).
         revision: branch, tag or commit on the Hub.
         attn_implementation, trust_remote_code, device_map: as in Transformers' `from_pretrained`.
@@ -83,9 +90,13 @@ def load_base_model(
     path, location = resolve_location(model_name_or_path, revision)
     with suppress_seqcls_warning(), found_or_refused("model_name_or_path", model_name_or_path):
         model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs)
+        if task == "reward" and is_encoder(model) and not load_in_4bit and kwargs["dtype"] != torch.float32:
+            model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs | {"dtype": torch.float32})
     model.config.name_or_path = model.name_or_path = model_name_or_path
     if load_in_4bit:
         keep_nf4_gradients_right(model)
+    if task == "reward" and load_in_4bit and is_encoder(model):
+        raise UserError(f"load_in_4bit: {model_name_or_path} is an encoder and trains in fp32: leave it out.")
     return install_fp32_score(model) if task == "reward" else model
 
 
@@ -97,8 +108,12 @@ def load_tokenizer(
     with found_or_refused("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
+    if tokenizer.eos_token is None:  # encoders end a text with their separator
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None and tokenizer.cls_token and tokenizer.sep_token:
+        tokenizer.chat_template = ENCODER_TEMPLATE
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = model_name_or_path
     for mark in ("is_local", "local_files_only"):  # of this machine: not for the tokenizer that we save
         tokenizer.init_kwargs.pop(mark, None)

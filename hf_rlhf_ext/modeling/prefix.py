@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
+from .heads import is_encoder
+
 WINDOWED = "sliding_attention"
 FULL = "full_attention"
 FLEX = "flex_attention"
@@ -74,8 +76,8 @@ def why_not(model: nn.Module) -> str | None:
     odd = set(getattr(config, "layer_types", None) or ()) - {FULL, WINDOWED}
     if odd:
         return f"it has layers of type {', '.join(sorted(odd))}"
-    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True) is not None:
-        return "it is no decoder"
+    if is_encoder(base):
+        return "it is an encoder"
     if getattr(base, "_is_stateful", False):
         return "it carries a state from token to token"
     if any("local" in str(kind) for kind in getattr(config, "attention_layers", None) or ()):

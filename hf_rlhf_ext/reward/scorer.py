@@ -18,7 +18,7 @@ from ..data.collators import LAYOUTS, DataCollatorForComparisons, pad_right
 from ..data.text import check_tokenizer, encode_completion, encode_prompt, is_messages
 from ..errors import UserError
 from ..modeling.adapters import mixed_precision
-from ..modeling.heads import install_fp32_score
+from ..modeling.heads import head_name, install_fp32_score, is_encoder
 from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.prefix import model_inputs, why_not
 
@@ -57,16 +57,22 @@ class RewardNormalization:
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 
 
-def score_head(model: nn.Module) -> nn.Module:
-    """The module named `score` of a sequence-classification model, under PEFT and DDP wrappers."""
+def bare_model(model: nn.Module) -> nn.Module:
+    """The Transformers model under DDP and PEFT wrappers."""
     model = extract_model_from_parallel(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(getattr(base, "score", None), nn.Module):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def score_head(model: nn.Module) -> nn.Module:
+    """The module named `score` (decoders) or `classifier` (encoders) of a sequence-classification model."""
+    base = bare_model(model)
+    head = getattr(base, "classifier" if is_encoder(base) else "score", None)
+    if not isinstance(head, nn.Module):
         raise UserError(
             f"model: {type(base).__name__} has no `score` head: load it with load_base_model(..., task='reward'), or "
-            "pass a decoder's sequence-classification model with num_labels=1."
+            "pass a sequence-classification model with num_labels=1."
         )
-    return base.score
+    return head
 
 
 def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -84,8 +90,10 @@ def score_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor)
 
     Transformers' own pooling takes the right-most token that is not `pad_token_id` and ignores the mask: with
     pad == eos it reads one token early. So a hook takes the score of every position, inside `model(...)` (a call of the
-    backbone would bypass DDP), and the mask's length says where to read.
+    backbone would bypass DDP), and the mask's length says where to read. An encoder gives one score a row itself.
     """
+    if is_encoder(bare_model(model)):
+        return model(input_ids=input_ids, attention_mask=attention_mask).logits.float().squeeze(-1)
     scores = _scores_by_position(model, {"input_ids": input_ids, "attention_mask": attention_mask})
     # (N, L), or (N, virtual + L) under prompt tuning
     last = attention_mask.sum(1) - 1 + scores.shape[1] - input_ids.shape[1]
@@ -235,6 +243,10 @@ class RewardScorer:
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Raw scores of token lists (prompt, completion, stop token), in their order."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for k, ids in enumerate(sequences):
+            if limit and len(ids) > limit:
+                raise UserError(f"completion {k} with its prompt: {len(ids)} tokens, the reward model takes {limit}.")
         order = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))  # longest first: out of memory at once
         scores = [0.0] * len(sequences)
         device, was_training = next(self.model.parameters()).device, self.model.training
@@ -286,8 +298,9 @@ def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options
 
 def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:
     """Reads the head again as saved: loading a whole model in bf16 has rounded it."""
+    head = head_name(model)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():
-                if name in ("score.weight", "score.bias"):
+                if name in (f"{head}.weight", f"{head}.bias"):
                     model.get_parameter(name).data.copy_(weights.get_tensor(name))

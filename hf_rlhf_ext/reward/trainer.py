@@ -12,25 +12,31 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, TaskType
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import RewardTrainer
 
-from ..data.collators import DataCollatorForComparisons
 from ..data.formats import to_comparisons
 from ..data.schema import LoadReport
 from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, mixed_precision
-from ..modeling.heads import ScalarHead, install_fp32_score
-from ..modeling.loading import load_base_model, load_tokenizer
+from ..modeling.heads import is_encoder, untrained_layers
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
-from .scorer import RewardNormalization, RewardScorer, score_batch, score_head, shared_prefix_problem
+from .scorer import RewardNormalization, RewardScorer, score_batch
+from .setup import (
+    check_head_is_trained,
+    length_limit,
+    make_collator,
+    repair_fp32,
+    resolve_layout,
+    resolve_model,
+    with_saved_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +83,13 @@ class BradleyTerryTrainer(RewardTrainer):
         args = args or BradleyTerryConfig(output_dir="reward_model")
         if not isinstance(args, BradleyTerryConfig):
             raise UserError(f"args: pass a BradleyTerryConfig, got {type(args).__name__}.")
-        _check_head_is_trained(peft_config)
+        check_head_is_trained(peft_config)
         set_seed(args.seed)  # the head is drawn at load
-        model, processing_class = _resolve_model(model, processing_class, args)
-        self.layout = _resolve_layout(model, peft_config, args.layout)
+        model, processing_class = resolve_model(model, processing_class, args)
+        if peft_config is not None and is_encoder(model):
+            peft_config = with_saved_layers(peft_config, untrained_layers(model))
+        self.layout = resolve_layout(model, peft_config, args.layout)
+        self.max_length = length_limit(model, processing_class, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
         self.normalization: RewardNormalization | None = None
         self._user_metrics = compute_metrics
@@ -90,7 +99,7 @@ class BradleyTerryTrainer(RewardTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or _collator(processing_class, args, self.layout),
+            data_collator=data_collator or make_collator(processing_class, args, self.layout),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -99,7 +108,7 @@ class BradleyTerryTrainer(RewardTrainer):
             peft_config=peft_config,
             **trainer_options,
         )
-        _repair_fp32(self.model, before)
+        repair_fp32(self.model, before)
         self._normalization_rows = self._prepare_normalization(normalization_dataset)
 
     # Data
@@ -112,7 +121,7 @@ class BradleyTerryTrainer(RewardTrainer):
             dataset = tokenise_comparisons(
                 dataset,
                 processing_class,
-                max_length=args.max_length,
+                max_length=self.max_length,
                 overflow=args.overflow,
                 report=report,
                 num_proc=args.dataset_num_proc,
@@ -138,7 +147,7 @@ class BradleyTerryTrainer(RewardTrainer):
         if "messages" in row:
             prompt, completion = row["messages"][:-1], row["messages"][-1:]
         ids = tokenise_row({"prompt": prompt, "completions": [completion]}, self.processing_class)
-        max_length = self.args.max_length
+        max_length = self.max_length
         if max_length is None:
             return ids
         where = f"normalization row {index}"
@@ -340,69 +349,6 @@ class BradleyTerryTrainer(RewardTrainer):
         """Nothing: TRL's card would overwrite ours, which the recipe writes with the measured results."""
 
 
-def _check_head_is_trained(peft_config: PeftConfig | None) -> None:
-    if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
-        return
-    if "score" not in (getattr(peft_config, "modules_to_save", None) or ()):
-        raise UserError(
-            f"peft_config: task_type is {getattr(peft_config.task_type, 'value', peft_config.task_type)}, so PEFT "
-            "would silently freeze the score head: pass task_type='SEQ_CLS'."
-        )
-
-
-def _resolve_model(model, processing_class, args: BradleyTerryConfig):
-    """(model with an fp32 score head, tokenizer)."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    if isinstance(model, str):
-        options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-        args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
-        model = load_base_model(model, task="reward", **options)
-    if processing_class is None:
-        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    head = score_head(model)
-    if isinstance(head, ModulesToSaveWrapper):
-        head.original_module = _as_scalar_head(head.original_module)
-        for adapter, module in head.modules_to_save.items():
-            head.modules_to_save[adapter] = _as_scalar_head(module)
-    elif not isinstance(model, PeftModel):
-        install_fp32_score(model)
-    if isinstance(model, PeftModel) and not any(p.requires_grad for p in head.parameters()):
-        raise UserError(
-            "model: the score head of this PeftModel is frozen: build it with task_type='SEQ_CLS', and load a saved "
-            "one with is_trainable=True."
-        )
-    return model, processing_class
-
-
-def _as_scalar_head(linear: nn.Linear) -> ScalarHead:
-    if isinstance(linear, ScalarHead):
-        return linear
-    head = ScalarHead.from_linear(linear)
-    return head.requires_grad_(linear.weight.requires_grad)
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig, layout: str) -> DataCollatorForComparisons:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return DataCollatorForComparisons(
-        pad, layout=layout, pad_to_multiple_of=args.pad_to_multiple_of, max_tokens=args.max_tokens_per_batch
-    )
-
-
-def _resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str) -> str:
-    """The layout of the batches; "auto" is the shared prefix where this model gives the same scores in it."""
-    if asked == "plain":
-        return asked
-    config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
-    virtual = config is not None and config.is_prompt_learning
-    problem = "virtual tokens go before every row" if virtual else shared_prefix_problem(model)
-    if problem is None:
-        return "shared_prefix"
-    if asked == "shared_prefix":
-        raise UserError(f"layout: 'shared_prefix' does not work with this model, {problem}: pass layout='plain'.")
-    logger.info("layout: plain rows, since %s.", problem)
-    return "plain"
-
-
 def _micro_batches(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
     return inputs.get("micro_batches") or [inputs]
 
@@ -411,15 +357,6 @@ def _stacked(values: tuple[Tensor, ...]) -> Tensor:
     """Tensors (b, K, …) of different K as one (B, Kmax, …), padded with -100."""
     rows = [row for value in values for row in value]
     return pad_sequence(rows, batch_first=True, padding_value=-100.0)
-
-
-def _repair_fp32(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Puts adapters and head of a PEFT model back to fp32: bf16 master weights lose small updates."""
-    if not isinstance(model, PeftModel):
-        return
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = before.get(name, parameter.data).float()
 
 
 def _pad_by_prompt(values: Tensor, counts: Tensor) -> Tensor:

@@ -165,10 +165,10 @@ def test_the_path_of_a_reward_adapter(seqcls, chat_tokenizer, tmp_path):
 
 
 def test_another_architecture_without_a_score_head_is_one_line(chat_tokenizer, tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import XLNetConfig, XLNetForSequenceClassification
 
-    small = BertConfig(vocab_size=384, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
-    BertForSequenceClassification(small).save_pretrained(tmp_path)
+    small = XLNetConfig(vocab_size=384, d_model=8, n_layer=1, n_head=1, d_inner=8, num_labels=1)
+    XLNetForSequenceClassification(small).save_pretrained(tmp_path)
     chat_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="BertForSequenceClassification has no linear `score` head: take a decoder"):
+    with pytest.raises(UserError, match="XLNetForSequenceClassification has no linear `score` or `classifier` head"):
         RewardFunctions(str(tmp_path))
