@@ -23,7 +23,7 @@ LAYERS = [
     {"modeling"},
     {"reward", "ppo", "evaluation", "collect", "hub", "cli", "scripts"},
 ]
-SIDEWAYS = {("ppo", "reward.scorer")}  # PPO scores with what the reward layer trained
+SIDEWAYS = {("ppo", "reward.scorer"), ("ppo", "reward.ensemble")}  # PPO scores with what the reward layer trained
 TRL_INTERNALS_IN = "compat"
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..compat import get_callable_name, is_async_callable
 from ..errors import UserError
 from ..modeling.loading import load_tokenizer
+from ..reward.ensemble import RewardEnsemble, load_reward
 from ..reward.scorer import RewardScorer
 
 RewardFunc = str | nn.Module | Callable[..., list[float | None]]
@@ -86,14 +87,16 @@ def _as_callable(
     func: RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | None, option: str
 ) -> Callable:
     if isinstance(func, str | Path):
-        func = RewardScorer.from_pretrained(func)
-        func.tokenizer = tokenizer or func.tokenizer
+        func = load_reward(func)
+        if isinstance(func, RewardScorer):
+            func.tokenizer = tokenizer or func.tokenizer
     elif isinstance(func, nn.Module):
         func = RewardScorer(func, tokenizer or load_tokenizer(func.config.name_or_path))
     elif not callable(func):
         raise UserError(f"{option}: {func!r} is neither callable, a model, nor a path.")
-    if isinstance(func, RewardScorer) and device is not None and not getattr(func.model, "is_quantized", False):
-        func.model.to(device)
+    for scorer in func.members if isinstance(func, RewardEnsemble) else [func]:
+        if isinstance(scorer, RewardScorer) and device is not None and not getattr(scorer.model, "is_quantized", False):
+            scorer.model.to(device)
     return func
 
 

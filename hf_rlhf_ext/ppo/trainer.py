@@ -216,7 +216,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         examples = [self.train_dataset[row] for row in rows]
         prompt_ids = [self._train_prompts[row] for row in rows]
         completion_ids = self._generate(prompt_ids)
-        per_func, scores = self._score(self.rewards, examples, completion_ids)
+        per_func, scores = self._score(self.rewards, examples, completion_ids, log_metric=self._record)
         batch, stats = self._rescore(prompt_ids, completion_ids)
         mask, lengths = stats["mask"], stats["lengths"]
         stopped = torch.tensor([ids[-1] in self._stop_ids for ids in completion_ids], device=mask.device)
@@ -264,7 +264,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         ):
             return generate_completions(model, prompt_ids, config, self.accelerator.device)
 
-    def _score(self, rewards: RewardFunctions, examples: list[dict], completion_ids: list[list[int]]):
+    def _score(self, rewards: RewardFunctions, examples: list[dict], completion_ids: list[list[int]], **extra: Any):
         """Scores of each function (B, F) and their weighted sum (B,); completions as text, or messages like prompts."""
         prompts = [example["prompt"] for example in examples]
         texts = [decode_completion(self.processing_class, ids) for ids in completion_ids]
@@ -279,6 +279,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
             completion_ids=completion_ids,
             trainer_state=self.state,
             **{key: value for key, value in columns.items() if key not in ("completion", "completion_ids")},
+            **extra,
         ).to(self.accelerator.device)
         return per_func, rewards.combine(per_func)
 

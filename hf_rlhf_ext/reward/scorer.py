@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import LAYOUTS, DataCollatorForComparisons, pad_right
-from ..data.text import check_tokenizer, encode_completion, encode_prompt, is_messages
+from ..data.text import (
+    Messages,
+    check_tokenizer,
+    completion_text,
+    encode_completion,
+    encode_prompt,
+    is_messages,
+    render_prompt,
+)
 from ..errors import UserError
-from ..modeling.adapters import mixed_precision
+from ..modeling.adapters import active_adapter, evaluating, mixed_precision
 from ..modeling.heads import head_name, install_fp32_score, is_encoder
 from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.prefix import model_inputs, why_not
@@ -153,6 +162,7 @@ class RewardScorer:
         mean, std: a reward is (score - mean) / std.
         batch_size: sequences per forward pass; sequences of similar length go together.
         autocast: dtype to compute in, None for that of the weights.
+        adapter: name of the adapter to score with, where a `PeftModel` holds several; None is the active one.
     """
 
     __name__ = "reward_model"  # TRL's trainers name a reward by this
@@ -166,13 +176,14 @@ class RewardScorer:
         std: float = 1.0,
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
+        adapter: str | None = None,
     ):
         if not std > 0:
             raise UserError(f"std: must be positive, got {std}.")
         check_tokenizer(tokenizer, needs_chat_template=False)
         score_head(model)  # refuses other models early
         self.model, self.tokenizer, self.mean, self.std = model, tokenizer, mean, std
-        self.batch_size, self.autocast = batch_size, autocast
+        self.batch_size, self.autocast, self.adapter = batch_size, autocast, adapter
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:  # without one, Transformers refuses batches
             text_config.pad_token_id = tokenizer.pad_token_id
@@ -249,9 +260,8 @@ class RewardScorer:
                 raise UserError(f"completion {k} with its prompt: {len(ids)} tokens, the reward model takes {limit}.")
         order = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))  # longest first: out of memory at once
         scores = [0.0] * len(sequences)
-        device, was_training = next(self.model.parameters()).device, self.model.training
-        self.model.eval()
-        try:
+        device = next(self.model.parameters()).device
+        with evaluating(self.model), active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
                 batch = pad_right([sequences[k] for k in chunk], self.tokenizer.pad_token_id)
@@ -260,9 +270,15 @@ class RewardScorer:
                     found = score_sequences(self.model, **batch)
                 for k, score in zip(chunk, found.tolist(), strict=True):
                     scores[k] = score
-        finally:
-            self.model.train(was_training)
         return scores
+
+    def text(self, prompt: str | Messages, completion: str | Messages) -> str:
+        """What is scored, as one string: what `pipeline("text-classification")` takes for a merged model."""
+        text = render_prompt(self.tokenizer, prompt) + completion_text(self.tokenizer, prompt, completion)
+        start = self.tokenizer.bos_token or ""
+        if start and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            text = text.removeprefix(start)  # the tokenizer adds it itself
+        return text.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token
 
 
 def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:

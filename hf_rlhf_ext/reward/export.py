@@ -1,0 +1,73 @@
+"""A reward model as one ordinary model folder, for people who have only Transformers."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..modeling.loading import resolve_dtype
+from .scorer import RewardNormalization, RewardScorer, bare_model
+
+_TRIED = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
+
+
+def export_merged(
+    folder_or_repo: str | Path, output_dir: str | Path, *, dtype: str | torch.dtype = "float32", **options: Any
+) -> float:
+    """Merges a reward adapter into an unquantised base and writes a folder for `AutoModelForSequenceClassification`.
+
+    `pipeline("text-classification")` on it gives the raw scores of `RewardScorer.text(prompt, completion)`, as the
+    folder has a pad token of its own (Transformers reads the score before the first pad token on the right) and
+    `problem_type="regression"` (which keeps the pipeline from a sigmoid). Mean and deviation are in
+    `reward_normalization.json` and, as `reward_mean` and `reward_std`, in `config.json`: a decoder's head has no bias
+    that could hold them.
+
+    Args:
+        folder_or_repo: what `RewardScorer.from_pretrained` loads, with `options` (`base`, `revision`, …).
+        output_dir: folder to write.
+        dtype: of the merged weights; bf16 moves scores by about 1e-2.
+
+    Returns:
+        The largest difference between merged and unmerged scores on three short texts, in units of the raw score.
+    """
+    found = RewardScorer.from_pretrained(folder_or_repo, **options)
+    prompts, completions = map(list, zip(*_TRIED, strict=True))
+    before = found.raw(prompts, completions)
+    options |= {"dtype": resolve_dtype(dtype), "load_in_4bit": False}
+    scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
+    model = scorer.model.merge_and_unload() if isinstance(scorer.model, PeftModel) else bare_model(scorer.model)
+    merged = RewardScorer(model, scorer.tokenizer, mean=scorer.mean, std=scorer.std)
+    difference = max(abs(a - b) for a, b in zip(before, merged.raw(prompts, completions), strict=True))
+    scorer.tokenizer.pad_token = own_pad_token(scorer.tokenizer)
+    config = model.config
+    config.get_text_config().pad_token_id = config.pad_token_id = scorer.tokenizer.pad_token_id
+    config.problem_type, config.id2label, config.label2id = "regression", {0: "reward"}, {"reward": 0}
+    config.reward_mean, config.reward_std = scorer.mean, scorer.std
+    model.save_pretrained(output_dir)
+    scorer.tokenizer.save_pretrained(output_dir)
+    recorded = RewardNormalization(mean=scorer.mean, std=scorer.std)
+    replace(recorded, base_dtype=str(options["dtype"]).removeprefix("torch.")).save(output_dir)
+    return difference
+
+
+def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A pad token that no text holds: the tokenizer's own, else a special token that nothing uses.
+
+    Raises:
+        UserError: every special token is in use.
+    """
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in used:
+        return tokenizer.pad_token
+    template = str(tokenizer.chat_template or "")
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in used and token not in template]
+    telling = [token for token in free if re.search("pad|reserved|unused|extra|dummy", token, re.IGNORECASE)]
+    if not free:
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: set pad_token.")
+    return (telling or free)[0]

@@ -1,0 +1,144 @@
+"""Ensembles of reward models, merged exports, and other people's trainers: real adapters of one base."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaForSequenceClassification, pipeline
+
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.ppo.scoring import RewardFunctions
+from hf_rlhf_ext.reward.config import BradleyTerryConfig
+from hf_rlhf_ext.reward.ensemble import RewardEnsemble, combine_rewards, load_reward
+from hf_rlhf_ext.reward.export import export_merged, own_pad_token
+from hf_rlhf_ext.reward.scorer import RewardScorer
+from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
+
+PROMPTS = ["Tell a story:", "Tell me:", "", "garden?"]
+COMPLETIONS = ["a sunny day", "", "the lazy dog " * 7, "happy"]
+
+
+@pytest.fixture
+def train(tiny_config, chat_tokenizer, tmp_path):
+    """Trains members of one saved base, each with its own seed; returns their folders."""
+    tiny_config.num_labels = 1
+
+    def run(n=1, base="base", bf16=False):
+        torch.manual_seed(0)
+        if not (tmp_path / base).is_dir():
+            LlamaForSequenceClassification(tiny_config).save_pretrained(tmp_path / base)
+        rows = [{"prompt": p, "chosen": c + " happy", "rejected": c} for p in PROMPTS for c in COMPLETIONS]
+        folders = []
+        for seed in range(n):
+            folders.append(str(tmp_path / f"{base}-member-{seed}"))
+            args = BradleyTerryConfig(
+                folders[-1], use_cpu=True, bf16=bf16, report_to="none", learning_rate=1e-2, max_steps=4, seed=seed,
+                disable_tqdm=True, save_strategy="no", model_init_kwargs={"dtype": "bfloat16" if bf16 else "float32"},
+            )  # fmt: skip
+            config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+            trainer = BradleyTerryTrainer(
+                str(tmp_path / base), args, Dataset.from_list(rows), processing_class=chat_tokenizer, peft_config=config
+            )
+            trainer.train()
+            trainer.save_model()
+        return folders
+
+    return run
+
+
+def test_combinations_worked_by_hand():
+    rewards = np.array([[1.0, 4.0], [3.0, 4.0]])
+    np.testing.assert_allclose(combine_rewards(rewards, "mean"), [2.0, 4.0])
+    np.testing.assert_allclose(combine_rewards(rewards, "min"), [1.0, 4.0])
+    np.testing.assert_allclose(combine_rewards(rewards, "conservative", 0.5), [1.5, 4.0])
+    np.testing.assert_allclose(combine_rewards(rewards, "conservative", 0.0), [2.0, 4.0])
+
+
+def test_members_on_one_base_score_as_each_alone_to_the_bit(train, tmp_path):
+    folders = train(3)
+    alone = [RewardScorer.from_pretrained(folder, device="cpu")(PROMPTS, COMPLETIONS) for folder in folders]
+    assert len({scores[0] for scores in alone}) == 3
+    ensemble = RewardEnsemble.from_pretrained(folders, device="cpu")
+    assert all(member.model is ensemble.members[0].model for member in ensemble.members)
+    assert ensemble.rewards(PROMPTS, COMPLETIONS).tolist() == alone
+    seen = {}
+    combined = ensemble(PROMPTS, COMPLETIONS, log_metric=seen.__setitem__, category=["a"] * 4)
+    np.testing.assert_allclose(combined, np.mean(alone, 0))
+    np.testing.assert_allclose(ensemble.disagreement(PROMPTS, COMPLETIONS), np.std(alone, 0))
+    assert seen == {"reward_disagreement": pytest.approx(np.std(alone, 0).mean())}
+
+    RewardEnsemble.save(tmp_path, [folder.rsplit("/", 1)[-1] for folder in folders], combine="min")
+    np.testing.assert_allclose(load_reward(tmp_path, device="cpu")(PROMPTS, COMPLETIONS), np.min(alone, 0))
+    by_path = RewardFunctions(str(tmp_path))
+    assert by_path.names == ["reward_ensemble"]
+    np.testing.assert_allclose(by_path(PROMPTS, COMPLETIONS).flatten(), np.min(alone, 0), rtol=1e-6)
+
+
+def test_members_of_other_bases_are_loaded_on_their_own_and_refusals_are_one_line(train, caplog):
+    one, other = train()[0], train(base="other")[0]
+    ensemble = RewardEnsemble.from_pretrained([one, other], combine="conservative", penalty=2.0, device="cpu")
+    assert ensemble.members[0].model is not ensemble.members[1].model and "loaded on its own" in caplog.text
+    alone = [RewardScorer.from_pretrained(folder, device="cpu")(PROMPTS, COMPLETIONS) for folder in (one, other)]
+    np.testing.assert_allclose(ensemble(PROMPTS, COMPLETIONS), np.mean(alone, 0) - 2 * np.std(alone, 0))
+    with pytest.raises(UserError, match="an ensemble has two or more, got 1"):
+        RewardEnsemble.from_pretrained([one])
+    with pytest.raises(UserError, match="no ensemble.json: give the folders of the members as a list"):
+        RewardEnsemble.from_pretrained(one)
+    with pytest.raises(UserError, match="combine='median', penalty=1.0: mean, min, conservative"):
+        RewardEnsemble(ensemble.members, combine="median")
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_a_plain_pipeline_gives_the_scores_of_a_merged_model(train, chat_tokenizer, tmp_path, pad_is_eos):
+    if pad_is_eos:
+        chat_tokenizer.pad_token = chat_tokenizer.eos_token
+    folder = train()[0]
+    scorer = RewardScorer.from_pretrained(folder, device="cpu")
+    assert export_merged(folder, tmp_path / "merged", device="cpu") < 1e-5
+    prompts = [*PROMPTS, [{"role": "user", "content": "Tell me about a day."}]]
+    completions = [*COMPLETIONS, [{"role": "assistant", "content": "a sunny day"}]]
+    pipe = pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu", batch_size=3)
+    texts = [scorer.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    found = [one["score"] for one in pipe(texts)]
+    expected = scorer.raw(prompts, completions)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(expected) > 0.1
+    assert pipe.model.config.reward_mean == scorer.mean and pipe.model.config.reward_std == scorer.std
+    merged = RewardScorer.from_pretrained(tmp_path / "merged", device="cpu")
+    np.testing.assert_allclose(merged(prompts, completions), scorer(prompts, completions), atol=1e-5)
+
+
+def test_merging_a_bf16_model_reports_what_it_moves(train, tmp_path):
+    assert 0 < export_merged(train(bf16=True)[0], tmp_path / "merged", device="cpu") < 0.05
+
+
+def test_a_pad_token_of_its_own(chat_tokenizer):
+    assert own_pad_token(chat_tokenizer) == "<|pad|>"
+    chat_tokenizer.pad_token = chat_tokenizer.eos_token
+    assert own_pad_token(chat_tokenizer) == "<|pad|>"  # not <|im_start|>: the template writes it
+    chat_tokenizer.chat_template += "<|pad|>"
+    with pytest.raises(UserError, match="no special token is free for padding"):
+        own_pad_token(chat_tokenizer)
+
+
+@pytest.mark.slow
+def test_trl_trains_a_policy_on_our_reward(train, tiny_llama, chat_tokenizer, tmp_path):
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    ensemble = RewardEnsemble.from_pretrained(train(2), device="cpu")
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS])
+    tiny_llama.save_pretrained(tmp_path / "policy-base")
+    chat_tokenizer.save_pretrained(tmp_path / "policy-base")
+    for config, trainer_class in ((GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)):
+        args = config(
+            str(tmp_path / "policy"), use_cpu=True, bf16=False, report_to="none", max_steps=1, logging_steps=1,
+            per_device_train_batch_size=4, num_generations=2, max_completion_length=4, save_strategy="no",
+        )  # fmt: skip
+        trainer = trainer_class(
+            str(tmp_path / "policy-base"), [ensemble.members[0], ensemble], args=args, train_dataset=data
+        )
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        assert {"rewards/reward_model/mean", "rewards/reward_ensemble/mean"} <= set(logged)
+        assert logged["reward_disagreement"] > 0
