@@ -12,24 +12,26 @@ from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versio
 
 # isort: split
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from hf_rlhf_ext import RewardScorer, UserError, load_comparisons
+from hf_rlhf_ext import UserError, load_comparisons
 from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
-from hf_rlhf_ext.metrics.plots import plot_reliability
+from hf_rlhf_ext.metrics.plots import plot_judged
+from hf_rlhf_ext.reward.ensemble import load_reward
 from hf_rlhf_ext.scripts import DataArguments
 
 
 @dataclass
 class CheckArguments:
-    """Which reward model is checked, and where the report goes."""
+    """Which reward model (or ensemble) is checked, and where the report goes."""
 
     reward_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the reward model."})
-    output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and reliability.png."})
+    output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and evaluation.png."})
     batch_size: int = field(default=32, metadata={"help": "Sequences per forward pass."})
 
     def __post_init__(self):
@@ -41,31 +43,35 @@ ARGUMENTS = (DataArguments, CheckArguments)
 
 
 def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
-    """Scores the comparisons (`eval_rows` of them, if given) and writes report.json and reliability.png."""
+    """Scores the comparisons (`eval_rows` of them, if given) and writes report.json and evaluation.png."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
     split = data.dataset_test_split or data.dataset_train_split
-    rows, report = load_comparisons(data.dataset_name, data.dataset_format, split=split, revision=data.dataset_revision)
+    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
     print(report.summary())
     rows = rows.select(range(min(data.eval_rows or len(rows), len(rows))))
-    scorer = RewardScorer.from_pretrained(args.reward_model, batch_size=args.batch_size)
+    scorer = load_reward(args.reward_model, batch_size=args.batch_size)
     checked = check_reward(scorer.raw, rows)
     folder = Path(args.output_dir)
-    plot_reliability(checked.reliability, folder / "reliability.png")
-    written = asdict(checked) | {"verdict": checked.verdict, "versions": versions()}
+    plot_judged(checked.judged, folder / "evaluation.png")
+    written = {name: value for name, value in vars(checked).items() if name != "judged"}
+    written |= {"verdict": checked.verdict, "versions": versions()}
     (folder / "report.json").write_text(json.dumps(written, indent=2) + "\n")
     return checked
 
 
 def print_table(checked: RewardCheck) -> None:
     table = Table("figure", "value", title=checked.verdict, title_justify="left")
-    low, high = checked.figures["accuracy_ci95"]
-    for name in ("pairs", "accuracy", "longer_wins_baseline", "nll", "brier", "ece"):
-        value = checked.figures[name]
+    figures = checked.figures
+    for name in ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece"):
+        value = figures[name]
         table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
-    table.add_row("accuracy, 95 % interval", f"{low:.3f} to {high:.3f}")
-    for title, buckets in checked.buckets.items():
-        for name, found in buckets.items():
-            table.add_row(f"accuracy, {title} {name}", f"{found['accuracy']:.3f} on {found['n']}")
+    for name in ("accuracy", "gain"):
+        interval = f"{figures[name + '_low']:.3f} to {figures[name + '_high']:.3f}"
+        table.add_row(f"{name}, 95 % interval", interval)
+    for title, groups in checked.groups.items():
+        for name, found in groups.items():
+            label = escape(f"accuracy, {title.replace('_', ' ')} {name}")
+            table.add_row(label, f"{found['accuracy']:.3f} on {found['n']}")
     for name, share in checked.probes.items():
         table.add_row(f"probe '{name}' beats the chosen answer", f"{share:.0%}")
     Console().print(table)
@@ -75,7 +81,7 @@ def main() -> None:
     data, args = parse_recipe(ARGUMENTS, description=__doc__)
     checked = check(data, args)
     print_table(checked)
-    print(f"Report: {args.output_dir}/report.json · diagram: {args.output_dir}/reliability.png")
+    print(f"Report: {args.output_dir}/report.json · plots: {args.output_dir}/evaluation.png")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_rlhf_ext import load_comparisons, quality_report
 from hf_rlhf_ext.data.quality import QualityReport
@@ -40,31 +41,40 @@ ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)
 def inspect_data(data: DataArguments, options: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
     """Reads, refines as asked, measures, and writes report.json and report.html."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
-    read = {"format": data.dataset_format, "revision": data.dataset_revision}
+    read = data.reading()
     rows, load_report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **read)
     print(load_report.summary())
     test = None
     if data.dataset_test_split:
-        test, _ = load_comparisons(data.dataset_name, split=data.dataset_test_split, **read)
+        test, test_report = load_comparisons(data.dataset_name, split=data.dataset_test_split, **read)
+        print(test_report.summary())
     rows = refine(rows, options)
     train, heldout = train_and_heldout(rows, data, test)
-    report = quality_report(train, heldout if len(heldout) else None, source=load_report.source, seed=args.seed)
+    known = {"source": load_report.source, "seed": args.seed, "order_known": load_report.order_known}
+    report = quality_report(train, heldout, **known)
     folder = Path(args.output_dir)
     written = {"load": asdict(load_report), "figures": report.figures, "notes": report.notes}
     written |= {"verdict": report.verdict, "versions": versions()}
     if report.figures["annotators"]:
         written["reliability"] = weigh_by_reliability(train)[1]
-    (folder / "report.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     write_quality_page(report, folder / "report.html", load_report)
     print_table(report)
     return written
 
 
 def print_table(report: QualityReport) -> None:
-    table = Table("figure", "value", "what it means for training", title=report.verdict, title_justify="left")
+    title = _plain(report.verdict)
+    table = Table("figure", "value", "what it means for training", title=title, title_justify="left")
     for row in report.rows():
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     Console().print(table)
+
+
+def _plain(text: str) -> Text:
+    """Text as it is: names from data are no markup, and no escape codes for the terminal."""
+    return Text("".join(c if c.isprintable() else " " for c in text))
 
 
 def main() -> None:

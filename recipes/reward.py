@@ -11,19 +11,25 @@ python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml --dat
 from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
 
 # isort: split
+import copy
 import json
 import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import set_seed
 
-from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_comparisons
+from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
+from hf_rlhf_ext.evaluation.reward_check import check_reward
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
+from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble
 from hf_rlhf_ext.scripts import (
     ComparisonArguments,
     DataArguments,
@@ -34,7 +40,28 @@ from hf_rlhf_ext.scripts import (
     train_and_heldout,
 )
 
-ARGUMENTS = (DataArguments, ComparisonArguments, ModelArguments, BradleyTerryConfig)
+
+@dataclass
+class EnsembleArguments:
+    """Several reward models instead of one, against over-optimisation."""
+
+    members: int = field(
+        default=1, metadata={"help": "Reward models to train, with seeds seed, seed + 1, … in member-0, member-1, …"}
+    )
+    combine: str = field(
+        default="mean",
+        metadata={"help": "How their rewards become one; conservative is mean - λ std.", "choices": list(COMBINATIONS)},
+    )
+    penalty: float = field(default=1.0, metadata={"help": "λ of the conservative reward."})
+
+    def __post_init__(self):
+        if self.members < 1:
+            raise UserError(f"members: {self.members}: train one or more.")
+
+
+ARGUMENTS = (DataArguments, ComparisonArguments, EnsembleArguments, ModelArguments, BradleyTerryConfig)
+MEASURED = ("accuracy", "nll", "brier", "ece", "longer_wins_baseline", "gain")
+"""What the report has of an evaluation."""
 
 
 def train_reward(
@@ -48,13 +75,7 @@ def train_reward(
 ) -> dict[str, Any]:
     """Trains, evaluates on held-out comparisons, and saves adapter, head, normalisation, report and card."""
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    name, read = data.dataset_name, {"format": data.dataset_format, "revision": data.dataset_revision}
-    rows, load_report = load_comparisons(name, split=data.dataset_train_split, **read)
-    print(load_report.summary())
-    split = data.dataset_test_split
-    test = load_comparisons(name, split=split, **read)[0] if split else None
-    rows = refine(rows, comparisons or ComparisonArguments())
-    train, heldout = train_and_heldout(rows, data, test)
+    train, heldout = _read(data, comparisons)
     trainer = BradleyTerryTrainer(
         load_base_model(
             model_args.model_name_or_path, task="reward", revision=model_args.revision, **model_args.base_options(args)
@@ -73,10 +94,9 @@ def train_reward(
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
     measured = {"pairs": sum(map(len, train["pairs"]))}
     if len(heldout):
-        metrics = trainer.evaluate()
-        measured |= {name: metrics[f"eval_{name}"] for name in ("accuracy", "nll", "longer_wins_baseline")}
-        measured |= {"accuracy_ci95": [metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]]}
-        measured |= {"heldout_pairs": int(metrics["eval_pairs"])}
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+        measured |= _measured(metrics) | {"groups": trainer.judged.groups()}
+        plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
     report = {"reward_model": measured | (extra_report or {}), "versions": versions()}
     report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -87,11 +107,63 @@ def train_reward(
     return report
 
 
+def train_ensemble(
+    data: DataArguments,
+    model_args: ModelArguments,
+    args: BradleyTerryConfig,
+    ensemble: EnsembleArguments,
+    *,
+    comparisons: ComparisonArguments | None = None,
+) -> dict[str, Any]:
+    """`train_reward` for each member, with its own seed, head and data order; then they are measured as one."""
+    folder, names = Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
+    reports = []
+    for k, name in enumerate(names):
+        member = copy.deepcopy(args)
+        member.output_dir, member.seed = str(folder / name), args.seed + k
+        set_seed(member.seed)
+        print(f"Member {k + 1} of {len(names)}, seed {member.seed}")
+        reports.append(train_reward(data, model_args, member, comparisons=comparisons)["reward_model"])
+    RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
+    measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports}
+    heldout = _read(data, comparisons)[1]
+    if len(heldout):
+        checked = check_reward(RewardEnsemble.from_pretrained(folder).raw, heldout, probes=False)
+        measured |= _measured(checked.figures) | {"groups": checked.groups}
+        plot_judged(checked.judged, folder / "evaluation.png")
+    report = {"reward_model": measured, "versions": versions()}
+    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple[Dataset, Dataset]:
+    """Comparisons to train on and held-out ones."""
+    name, split = data.dataset_name, data.dataset_test_split
+    rows, load_report = load_comparisons(name, split=data.dataset_train_split, **data.reading())
+    print(load_report.summary())
+    test = load_comparisons(name, split=split, **data.reading())[0] if split else None
+    return train_and_heldout(refine(rows, comparisons or ComparisonArguments()), data, test)
+
+
+def _measured(metrics: dict[str, float]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: metrics[name] for name in MEASURED if name in metrics}
+    found |= {f"{n}_ci95": [metrics[f"{n}_low"], metrics[f"{n}_high"]] for n in ("accuracy", "gain") if n in metrics}
+    return found | {"heldout_pairs": int(metrics["pairs"])}
+
+
 def main() -> None:
-    data, comparisons, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
-    report = train_reward(data, model_args, args, comparisons=comparisons)
+    data, comparisons, ensemble, model_args, args = parse_recipe(
+        ARGUMENTS, description=__doc__, defaults=machine_defaults()
+    )
+    set_seed(args.seed)  # the head is drawn when the model is loaded
+    if ensemble.members > 1:
+        report = train_ensemble(data, model_args, args, ensemble, comparisons=comparisons)
+    else:
+        report = train_reward(data, model_args, args, comparisons=comparisons)
     for name, value in report["reward_model"].items():
-        print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")
+        if not isinstance(value, dict | list):
+            print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")
     print(f"Saved the reward model in {args.output_dir}. Next: recipes/ppo.py --reward_model {args.output_dir}")
 
 

@@ -53,9 +53,9 @@ def train_sft(
     """Trains on demonstrations of any public format and saves adapter, tokenizer and figures in `args.output_dir`."""
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     options = demonstrations or DemonstrationArguments()
-    read = {"text_field": args.dataset_text_field, "every_turn": options.every_turn}
-    rows = read_demonstrations(data, data.dataset_train_split, **read)
-    test = read_demonstrations(data, data.dataset_test_split, **read) if data.dataset_test_split else None
+    text_field, split = args.dataset_text_field, data.dataset_test_split
+    rows = read_demonstrations(data, data.dataset_train_split, text_field, options)
+    test = read_demonstrations(data, split, text_field, options) if split else None
     rows, chosen = choose_demonstrations(rows, options)
     train, heldout = train_and_heldout(rows, data, test)
     tokenizer = load_tokenizer(
@@ -85,13 +85,13 @@ def train_sft(
     return trainer.model, trainer.processing_class
 
 
-def read_demonstrations(data: DataArguments, split: str, text_field: str, *, every_turn: bool) -> Dataset:
+def read_demonstrations(data: DataArguments, split: str, text_field: str, options: DemonstrationArguments) -> Dataset:
     """`load_demonstrations`; plain text and token ids, which are none but which SFTTrainer takes, as they are."""
-    name, read = data.dataset_name, {"split": split, "revision": data.dataset_revision}
+    name, turns = data.dataset_name, {"every_turn": options.every_turn, "category_column": options.category_column}
     try:
-        rows, report = load_demonstrations(name, data.dataset_format, every_turn=every_turn, **read)
+        rows, report = load_demonstrations(name, split=split, **data.reading(), **turns)
     except UnknownFormat:
-        rows = load_rows(name, **read)
+        rows = load_rows(name, split, data.dataset_revision, config=data.dataset_config)
         if data.dataset_format is None and {text_field, "input_ids"} & set(rows.column_names):
             return rows
         raise

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
+from .tokenization import CATEGORY_CODE
 
 LAYOUTS = ("shared_prefix", "plain")
 
@@ -22,6 +23,7 @@ class DataCollatorForComparisons:
     - `pairs`: (P, 2) int64, numbers of completions in the batch;
     - `targets`, `weights`, `margins`: (P,) fp32, margins 0 where a row has none;
     - `prompt_index`: (P,) int64, which prompt of the batch a pair belongs to;
+    - `categories`: (B,) int64, `category_code` of each row, -1 where it has none;
     - `completion_counts`: (B,) int64, K of each prompt; `completion_lengths`: (N,) int64, tokens without the prompt;
 
     and, padded on the right to L tokens, in the layout
@@ -81,6 +83,7 @@ class DataCollatorForComparisons:
             "margins": torch.tensor(margins, dtype=torch.float32),
             "prompt_index": torch.tensor(prompt_index, dtype=torch.int64),
             "completion_counts": counts,
+            "categories": torch.tensor([row.get(CATEGORY_CODE, -1) for row in rows]),
             "completion_lengths": torch.tensor([len(ids) for row in rows for ids in row["completion_ids"]]),
         }
 

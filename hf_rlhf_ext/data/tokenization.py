@@ -11,6 +11,7 @@ from .text import check_tokenizer, encode_completion, encode_prompt
 Overflow = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
+CATEGORY_CODE = "category_code"
 TOKENISED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weights", "margins")
 
 
@@ -69,7 +70,8 @@ def tokenise_comparisons(
     check_tokenizer(tokenizer, needs_chat_template=not isinstance(dataset[0]["prompt"], str))
     dataset = dataset.map(
         tokenise_row, fn_kwargs={"tokenizer": tokenizer}, num_proc=num_proc, desc=f"Tokenizing {name} dataset"
-    ).select_columns(list(TOKENISED_COLUMNS))
+    )
+    dataset = dataset.select_columns([*TOKENISED_COLUMNS, *({CATEGORY_CODE} & set(dataset.column_names))])
     over = [k for k, row in enumerate(dataset) if max_length is not None and longest(row) > max_length]
     if not over:
         return dataset

@@ -34,21 +34,22 @@ SERIOUS = 0.25
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """`figures` of `metrics.preference` with `accuracy_ci95`; accuracy by bucket of length gap and of margin; for each
-    probe the share of prompts in which it scores above the chosen answer; reliability bins for a diagram."""
+    """`figures` of `JudgedPairs.report`; accuracy by category, length gap (words) and margin; for each probe the share
+    of prompts in which it scores above the chosen answer; reliability bins; the judged pairs, for plots."""
 
     figures: dict[str, Any]
-    buckets: dict[str, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
     probes: dict[str, float]
     reliability: list[dict[str, float]]
+    judged: preference.JudgedPairs
 
     @property
     def problems(self) -> list[str]:
         """What speaks against using it as PPO's reward, in plain words."""
         found, f = [], self.figures
-        if f["accuracy_ci95"][0] <= 0.5:
+        if not f["accuracy_low"] > 0.5:
             found.append(f"its accuracy, {f['accuracy']:.3f}, is not distinguishable from a coin's")
-        if f["accuracy"] <= f["longer_wins_baseline"]:
+        if not f["gain"] > 0:
             found.append(f"counting words does as well ({f['longer_wins_baseline']:.3f}): it may score length")
         if f["ece"] > 0.1:
             found.append(f"its confidence is off by {f['ece']:.2f} on average: train less, or on more data")
@@ -67,8 +68,8 @@ class RewardCheck:
         )
 
 
-def check_reward(scorer: Scorer, rows: Iterable[dict[str, Any]]) -> RewardCheck:
-    """Scores comparison rows and probes of their preferred completions.
+def check_reward(scorer: Scorer, rows: Iterable[dict[str, Any]], *, probes: bool = True) -> RewardCheck:
+    """Scores comparison rows and, unless left out, probes of their preferred completions.
 
     The chosen answer of a prompt is the winner of its first decided pair; prompts without one have no probes.
 
@@ -77,15 +78,11 @@ def check_reward(scorer: Scorer, rows: Iterable[dict[str, Any]]) -> RewardCheck:
     """
     rows = list(rows)
     scores = _score_all(scorer, rows)
-    deltas, targets, weights, gaps, margins, prompts = _pairs(rows, scores)
-    if not (targets != 0.5).any():
+    judged = judged_pairs(rows, scores)
+    if not (judged.targets != 0.5).any():
         raise ValueError("check_reward: every judgement is a tie: give rows with winners.")
-    figures = preference.preference_report(deltas, targets, weights, gaps)
-    figures["accuracy_ci95"] = list(preference.bootstrap_accuracy_ci(deltas, targets, prompts))
-    buckets = {"length gap, words": _by_bucket(np.abs(gaps), deltas, targets)}
-    if margins.any():
-        buckets["margin"] = _by_bucket(np.abs(margins), deltas, targets)
-    return RewardCheck(figures, buckets, _probes(scorer, rows, scores), preference.reliability_bins(deltas, targets))
+    bins = preference.reliability_bins(judged.deltas, judged.targets)
+    return RewardCheck(judged.report(), judged.groups(), _probes(scorer, rows, scores) if probes else {}, bins, judged)
 
 
 def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
@@ -96,30 +93,18 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
     return [flat[end - len(row["completions"]) : end] for row, end in zip(rows, ends.tolist(), strict=True)]
 
 
-def _pairs(rows: list[dict[str, Any]], scores: list[list[float]]) -> tuple[np.ndarray, ...]:
-    """(P,) score gaps, targets, weights, gaps in words, margins, and the number of each pair's prompt."""
+def judged_pairs(rows: list[dict[str, Any]], scores: list[list[float]]) -> preference.JudgedPairs:
+    """Comparison rows with their K scores each; lengths in words."""
     found = []
     for number, (row, score) in enumerate(zip(rows, scores, strict=True)):
         words = [len(plain_text(completion).split()) for completion in row["completions"]]
         margins = row.get("margins") or [0.0] * len(row["pairs"])
         weights = row.get("weights") or [1 / len(row["pairs"])] * len(row["pairs"])
         judged = zip(row["pairs"], row["targets"], weights, margins, strict=True)
-        found += [(score[i] - score[j], t, w, words[i] - words[j], m, number) for (i, j), t, w, m in judged]
-    return tuple(np.array(column, float) for column in zip(*found, strict=True))
-
-
-def _by_bucket(values: np.ndarray, deltas: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Accuracy in four buckets with equally many decided pairs (fewer where values repeat)."""
-    decided = targets != 0.5
-    edges = np.unique(np.quantile(values[decided], [0, 0.25, 0.5, 0.75, 1]))
-    index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
-    found = {}
-    for k in range(max(1, len(edges) - 1)):
-        here = decided & (index == k)
-        if here.any():
-            name = f"{edges[k]:g} to {edges[min(k + 1, len(edges) - 1)]:g}"
-            found[name] = {"n": int(here.sum()), "accuracy": preference.pairwise_accuracy(deltas[here], targets[here])}
-    return found
+        found += [(score[i], score[j], t, w, m, words[i] - words[j], number) for (i, j), t, w, m in judged]
+    categories = [row.get("category") or "" for row in rows for _ in row["pairs"]]
+    columns = [np.array(column, float) for column in zip(*found, strict=True)]
+    return preference.JudgedPairs(*columns, np.array(categories, str))
 
 
 def _probes(scorer: Scorer, rows: list[dict[str, Any]], scores: list[list[float]]) -> dict[str, float]:

@@ -38,6 +38,12 @@ _REWARD_MODEL = {
     "min_reward": Metric("reward", "lowest raw score"),
     "mean_reward": Metric("reward", "mean raw score, before normalisation"),
     "max_reward": Metric("reward", "highest raw score"),
+    "gain": Metric("fraction", "accuracy minus longer_wins_baseline"),
+    "gain_low": Metric("fraction", "lower end of the 95 % bootstrap interval of `gain`, over prompts"),
+    "gain_high": Metric("fraction", "upper end of it"),
+    "accuracy/<group>/<name>": Metric(
+        "fraction", "accuracy in a category, or in a quartile of the length gap (tokens) or the margin"
+    ),
     "longer_wins_baseline": Metric("fraction", 'accuracy of "the longer completion is better" on the same comparisons'),
 }
 
@@ -82,6 +88,8 @@ def find_metric(key: str) -> Metric | None:
     for candidate in (key, re.sub(r"^(eval|train|test)[_/]", "", key)):
         if candidate in METRICS:
             return METRICS[candidate]
+        if re.fullmatch(r"accuracy/(category|length_gap|margin)/.+", candidate):
+            return METRICS["accuracy/<group>/<name>"]
         if match := re.fullmatch(r"rewards/.+/(mean|std)", candidate):
             return METRICS[f"rewards/<name>/{match[1]}"]
     return None

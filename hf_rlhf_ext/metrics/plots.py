@@ -5,13 +5,17 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .preference import JudgedPairs, longer_wins_baseline, reliability_bins
+
 # Okabe & Ito's palette: told apart with any common colour blindness; the markers differ too, for grey print.
 GOLD_COLOUR, PROXY_COLOUR, INK, GRID = "#D55E00", "#0072B2", "#333333", "#DDDDDD"
 LABEL_SIZE, TICK_SIZE = 11, 9.5
+MAX_GROUPS = 20  # bars that one panel can hold
 
 
 def plot_frontier(points: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "Reward against KL") -> Path:
@@ -129,20 +133,58 @@ def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) ->
     return target.getvalue()
 
 
-def plot_reliability(bins: Sequence[Mapping[str, float]], path: str | Path) -> Path:
-    """A PNG of `metrics.preference.reliability_bins`: on the diagonal, chances are what the model says."""
-    figure = Figure(figsize=(5, 4.6), dpi=140, layout="constrained")
+def plot_judged(judged: JudgedPairs, path: str | Path) -> Path:
+    """A PNG of an evaluation: reliability, scores of chosen and rejected sides, and accuracy by group."""
+    figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=2)
-    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=PROXY_COLOUR)
-    for entry in bins:
-        axes.annotate(
-            f"{entry['n']}", (entry["confidence"], entry["accuracy"]), xytext=(4, -11), textcoords="offset points"
-        )
-    axes.set_xlabel("confidence, σ(|Δ|)", fontsize=LABEL_SIZE, color=INK)
-    axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
+    panels = figure.subplots(2, 2).flatten()
+    _draw_reliability(panels[0], reliability_bins(judged.deltas, judged.targets))
+    _draw_scores(panels[1], judged)
+    groups = judged.groups()
+    _draw_groups(panels[2], {name: groups[name] for name in ("length_gap", "margin") if name in groups}, judged)
+    _draw_groups(panels[3], {name: groups[name] for name in ("category",) if name in groups}, judged)
+    for axes in panels:
+        axes.tick_params(labelsize=TICK_SIZE, colors=INK)
+        axes.spines[["top", "right"]].set_visible(False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", metadata={"Software": None})
     return path
+
+
+def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
+    """On the diagonal, chances are what the model says."""
+    axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=2)
+    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=PROXY_COLOUR)
+    for entry in bins:
+        place = (entry["confidence"], entry["accuracy"])
+        axes.annotate(f"{entry['n']}", place, xytext=(4, -11), textcoords="offset points", fontsize=TICK_SIZE - 1)
+    axes.set_xlabel("confidence, σ(|Δ|)", fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
+
+
+def _draw_scores(axes: Axes, judged: JudgedPairs) -> None:
+    first_won, decided = judged.targets > 0.5, judged.targets != 0.5
+    chosen = np.where(first_won, judged.scores_i, judged.scores_j)[decided]
+    rejected = np.where(first_won, judged.scores_j, judged.scores_i)[decided]
+    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=24)
+    for values, colour, name in ((rejected, GOLD_COLOUR, "rejected"), (chosen, PROXY_COLOUR, "chosen")):
+        axes.hist(values, edges, histtype="stepfilled", color=colour, alpha=0.45, label=name)
+    axes.legend(frameon=False, fontsize=TICK_SIZE)
+    axes.set_xlabel("raw score", fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel("completions", fontsize=LABEL_SIZE, color=INK)
+
+
+def _draw_groups(axes: Axes, groups: Mapping[str, Mapping[str, Mapping[str, float]]], judged: JudgedPairs) -> None:
+    named = [(f"{title.replace('_', ' ')} {name}", f) for title, one in groups.items() for name, f in one.items()]
+    if not named:
+        axes.axis("off")
+        return
+    named = named[:MAX_GROUPS][::-1]
+    labels = [f"{name} ({found['n']})".replace("$", r"\$") for name, found in named]  # no formulas
+    axes.barh(labels, [found["accuracy"] for _, found in named], color=PROXY_COLOUR)
+    longer = longer_wins_baseline(judged.length_deltas, judged.targets)
+    axes.axvline(longer, color=GOLD_COLOUR, linewidth=1.5, label=f"longer wins, {longer:.2f}")
+    axes.set_xlim(0, 1)
+    axes.legend(frameon=False, fontsize=TICK_SIZE, loc="lower right")
+    axes.set_xlabel("accuracy (pairs in brackets)", fontsize=LABEL_SIZE, color=INK)

@@ -5,6 +5,7 @@ Shared shapes: `deltas` (P,) are r_i - r_j of P pairs in units of reward; `targe
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special, stats
@@ -125,14 +126,107 @@ def bootstrap_accuracy_ci(
     Pairs of one prompt share completions, so they are not independent: an interval over pairs would be too narrow.
     `prompts` (P,) numbers the prompt of each pair.
     """
-    deltas, targets, prompts = (np.asarray(x) for x in (deltas, targets, prompts))
-    decided = targets != 0.5
-    right = np.where(deltas == 0, 0.5, np.sign(deltas) == np.sign(targets - 0.5))[decided]
-    _, group = np.unique(prompts[decided], return_inverse=True)
+    right, decided = _right(deltas, targets)
+    return clustered_mean_ci(right, np.asarray(prompts)[decided], level=level, seed=seed)
+
+
+def bootstrap_gain_ci(
+    deltas: np.ndarray,
+    length_deltas: np.ndarray,
+    targets: np.ndarray,
+    prompts: np.ndarray,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(low, high) of accuracy minus `longer_wins_baseline` on the same pairs, resampling prompts as above."""
+    right, decided = _right(deltas, targets)
+    longer, _ = _right(length_deltas, targets)
+    return clustered_mean_ci(right - longer, np.asarray(prompts)[decided], level=level, seed=seed)
+
+
+def clustered_mean_ci(
+    values: np.ndarray, groups: np.ndarray, *, level: float = 0.95, seed: int = 0, n_resamples: int = 9999
+) -> tuple[float, float]:
+    """(low, high) of the percentile bootstrap interval of the mean of `values` (N,), resampling whole `groups` (N,)."""
+    _, group = np.unique(groups, return_inverse=True)
     if group.size == 0 or group.max() == 0:
         return math.nan, math.nan
-    hits, n = np.bincount(group, weights=right), np.bincount(group)
-    draws = np.random.default_rng(seed).integers(0, len(n), size=(9999, len(n)))
-    accuracies = hits[draws].sum(1) / n[draws].sum(1)
-    low, high = np.quantile(accuracies, [(1 - level) / 2, (1 + level) / 2])
+    sums, n = np.bincount(group, weights=values), np.bincount(group)
+    rng, means = np.random.default_rng(seed), []
+    for size in np.diff(np.linspace(0, n_resamples, max(2, n_resamples * len(n) // 10**7 + 2)).astype(int)):
+        draws = rng.integers(0, len(n), size=(size, len(n)))  # in parts: a large set would fill the memory
+        means.append(sums[draws].sum(1) / n[draws].sum(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _right(deltas: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """1 where the preferred side is the larger one, 0.5 where both are equal (D,), and which pairs are decided (P,)."""
+    deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
+    decided = targets != 0.5
+    return np.where(deltas == 0, 0.5, np.sign(deltas) == np.sign(targets - 0.5))[decided], decided
+
+
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Everything about P judged pairs of an evaluation set; arrays (P,), beside the shared ones of this module:
+
+    `scores_i`, `scores_j` in reward, `weights`, `margins`, `length_deltas` in any unit, `prompts` the number of each
+    pair's prompt, `categories` their names, "" where a prompt has none.
+    """
+
+    scores_i: np.ndarray
+    scores_j: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    margins: np.ndarray
+    length_deltas: np.ndarray
+    prompts: np.ndarray
+    categories: np.ndarray
+
+    @property
+    def deltas(self) -> np.ndarray:
+        return self.scores_i - self.scores_j
+
+    def report(self) -> dict[str, float]:
+        """`preference_report` with intervals, the gain over `longer_wins_baseline`, and accuracy by group."""
+        report = preference_report(self.deltas, self.targets, self.weights, self.length_deltas)
+        given = self.targets, self.prompts
+        report |= zip(("accuracy_low", "accuracy_high"), bootstrap_accuracy_ci(self.deltas, *given), strict=True)
+        if "accuracy" in report:
+            report["gain"] = report["accuracy"] - report["longer_wins_baseline"]
+            gain = bootstrap_gain_ci(self.deltas, self.length_deltas, *given)
+            report |= zip(("gain_low", "gain_high"), gain, strict=True)
+        for title, groups in self.groups().items():
+            report |= {f"accuracy/{title}/{name}": found["accuracy"] for name, found in groups.items()}
+        return report
+
+    def groups(self) -> dict[str, dict[str, dict[str, float]]]:
+        """`n` and `accuracy` of decided pairs by category, and by quartile of |length gap| and of |margin|."""
+        found = {}
+        if (self.categories != "").any():
+            found["category"] = self._by(self.categories)
+        for title, values in (("length_gap", self.length_deltas), ("margin", self.margins)):
+            if values.any():
+                found[title] = self._by(self._quartile(np.abs(values)))
+        return found
+
+    def _quartile(self, values: np.ndarray) -> np.ndarray:
+        """Names such as "2 to 6" of ranges with about equally many decided pairs (fewer where values repeat)."""
+        decided = values[self.targets != 0.5]
+        edges = np.unique(np.quantile(decided, [0, 0.25, 0.5, 0.75, 1])) if len(decided) else np.zeros(1)
+        index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
+        return np.array([f"{edges[k]:.4g} to {edges[min(k + 1, len(edges) - 1)]:.4g}" for k in index])
+
+    def _by(self, names: np.ndarray) -> dict[str, dict[str, float]]:
+        right, decided = _right(self.deltas, self.targets)
+        names = names[decided]
+        order = dict.fromkeys(sorted(set(names.tolist()) - {""}, key=lambda name: (_leading_number(name), name)))
+        of = {name: right[names == name] for name in order}
+        return {name: {"n": len(values), "accuracy": float(values.mean())} for name, values in of.items()}
+
+
+def _leading_number(name: str) -> float:
+    first = name.split(" to ")[0]
+    return float(first) if first.replace(".", "", 1).replace("e+", "", 1).isdigit() else math.inf

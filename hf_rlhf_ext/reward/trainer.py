@@ -20,7 +20,7 @@ from trl import RewardTrainer
 
 from ..data.formats import to_comparisons
 from ..data.schema import LoadReport
-from ..data.tokenization import TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
+from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, mixed_precision
@@ -40,8 +40,8 @@ from .setup import (
 
 logger = logging.getLogger(__name__)
 
-LABEL_FIELDS = ("i", "j", "target", "weight", "margin", "length_delta")
-"""Last axis of the labels that evaluation gathers (B, Pmax, 6); a padded pair is -100 throughout."""
+LABEL_FIELDS = ("i", "j", "target", "weight", "margin", "length_delta", "category")
+"""Last axis of the labels that evaluation gathers (B, Pmax, 7); a padded pair is -100 throughout."""
 
 
 class BradleyTerryTrainer(RewardTrainer):
@@ -57,7 +57,7 @@ class BradleyTerryTrainer(RewardTrainer):
         peft_config: any PEFT config with `task_type="SEQ_CLS"`.
         normalization_dataset: what `reward_normalization.json` is measured on: demonstrations (`prompt` and
             `completion`, or `messages`) as in InstructGPT, or comparisons; default: completions of `train_dataset`.
-        compute_metrics: further metrics; gets scores (B, Kmax) and labels (B, Pmax, 6), see `LABEL_FIELDS`.
+        compute_metrics: further metrics; gets scores (B, Kmax) and labels (B, Pmax, 7), see `LABEL_FIELDS`.
         data_collator, callbacks, trainer_options (optimizers, …): as in Transformers.
 
     `data_reports` says per data set which rows were dropped or cut, and why. The loss is Σ w·nll / Σ w over the whole
@@ -92,6 +92,8 @@ class BradleyTerryTrainer(RewardTrainer):
         self.max_length = length_limit(model, processing_class, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
         self.normalization: RewardNormalization | None = None
+        self.judged: preference.JudgedPairs | None = None  # of the last evaluation, for plots
+        self._category_codes: dict[str | None, int] = {}
         self._user_metrics = compute_metrics
         self._sums: dict[str, Tensor] = {}
         # TRL casts trainable parameters of quantised models to bf16, a trained adapter's too: keep what they were.
@@ -118,6 +120,9 @@ class BradleyTerryTrainer(RewardTrainer):
             return dataset
         with args.main_process_first(desc=f"{dataset_name} data set"):
             dataset, report = to_comparisons(dataset, source=dataset_name)
+            if "category" in dataset.column_names:
+                codes = [self._category_codes.setdefault(c, len(self._category_codes)) for c in dataset["category"]]
+                dataset = dataset.add_column(CATEGORY_CODE, codes)
             dataset = tokenise_comparisons(
                 dataset,
                 processing_class,
@@ -155,7 +160,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = list(TOKENISED_COLUMNS)
+            self._signature_columns = [*TOKENISED_COLUMNS, CATEGORY_CODE]
 
     # Loss
 
@@ -258,7 +263,7 @@ class BradleyTerryTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, scores (B, Kmax), labels (B, Pmax, 6)): the exact loss comes from these; or (loss, None, None)."""
+        """(None, scores (B, Kmax), labels (B, Pmax, 7)): the exact loss comes from these; or (loss, None, None)."""
         *parts, inputs = _micro_batches(self._prepare_inputs(inputs))
         if parts:
             found = [self.prediction_step(model, part, prediction_loss_only, ignore_keys) for part in [*parts, inputs]]
@@ -276,8 +281,8 @@ class BradleyTerryTrainer(RewardTrainer):
         first_rows = (counts.cumsum(0) - counts)[inputs["prompt_index"]]  # (P,)
         lengths = inputs["completion_lengths"][inputs["pairs"]]  # (P, 2)
         fields = [*(inputs["pairs"] - first_rows[:, None]).unbind(1), inputs["targets"], inputs["weights"]]
-        fields += [inputs["margins"], lengths[:, 0] - lengths[:, 1]]
-        labels = torch.stack([field.float() for field in fields], dim=1)  # (P, 6)
+        fields += [inputs["margins"], lengths[:, 0] - lengths[:, 1], inputs["categories"][inputs["prompt_index"]]]
+        labels = torch.stack([field.float() for field in fields], dim=1)  # (P, 7)
         pair_counts = torch.bincount(inputs["prompt_index"], minlength=len(counts))
         return None, _pad_by_prompt(scores, counts), _pad_by_prompt(labels, pair_counts)
 
@@ -285,17 +290,19 @@ class BradleyTerryTrainer(RewardTrainer):
         """Metrics over the whole evaluation set; accuracy and margin count pairs, loss and nll weigh them."""
         scores, labels = np.asarray(prediction.predictions, np.float64), np.asarray(prediction.label_ids, np.float64)
         prompts, _ = rows = np.nonzero(labels[..., 0] >= 0)  # where a pair is, not padding
-        i, j, targets, weights, margins, length_deltas = labels[rows].T
+        i, j, targets, weights, margins, length_deltas, codes = labels[rows].T
         scores_i, scores_j = scores[prompts, i.astype(int)], scores[prompts, j.astype(int)]
         n_pairs, both = len(i), np.concatenate([scores_i, scores_j])
         pairs = {"targets": targets, "weights": weights, "margins": margins}
         pairs["pairs"] = np.arange(2 * n_pairs).reshape(2, -1).T
-        interval = preference.bootstrap_accuracy_ci(scores_i - scores_j, targets, prompts)
         losses = self._pair_losses(torch.from_numpy(both), {name: torch.from_numpy(x) for name, x in pairs.items()})
+        names = np.array([*(name or "" for name in self._category_codes), ""])[codes.astype(int)]  # -1: no category
+        self.judged = preference.JudgedPairs(
+            scores_i, scores_j, targets, weights, margins, length_deltas, prompts, names
+        )
         metrics = {
             "loss": losses.sum().item() / max(weights.sum(), 1e-300),
-            **preference.preference_report(scores_i - scores_j, targets, weights, length_deltas),
-            **dict(zip(("accuracy_low", "accuracy_high"), interval, strict=True)),
+            **self.judged.report(),
             "mean_reward": float(both.mean()),
             "min_reward": float(both.min()),
             "max_reward": float(both.max()),

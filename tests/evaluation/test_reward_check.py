@@ -45,7 +45,7 @@ def test_an_honest_scorer_passes(kind):
     assert checked.probes == dict.fromkeys(PROBES, 0.0)
     assert checked.verdict == "Nothing speaks against PPO."
     assert sum(bin["n"] for bin in checked.reliability) == 600
-    assert sum(found["n"] for found in checked.buckets["length gap, words"].values()) == 600
+    assert sum(found["n"] for found in checked.groups["length_gap"].values()) == 600
 
 
 def test_faults_are_named():
@@ -77,6 +77,6 @@ def test_overconfidence_shows_in_calibration_not_in_accuracy():
 
 def test_margins_make_buckets_and_ties_alone_are_refused():
     data = [row | {"margins": [float(k % 3)]} for k, row in enumerate(rows(90))]
-    assert sum(found["n"] for found in check_reward(honest, data).buckets["margin"].values()) == 90
+    assert sum(found["n"] for found in check_reward(honest, data).groups["margin"].values()) == 90
     with pytest.raises(ValueError, match="every judgement is a tie"):
         check_reward(honest, [row | {"targets": [0.5]} for row in data])

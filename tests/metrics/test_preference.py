@@ -4,13 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from hf_rlhf_ext.metrics.names import find_metric
 from hf_rlhf_ext.metrics.preference import (
+    JudgedPairs,
     accuracy_with_ties,
     bootstrap_accuracy_ci,
     bootstrap_mean_ci,
     brier_score,
     calibration_error,
+    clustered_mean_ci,
     longer_wins_baseline,
     pairwise_accuracy,
     preference_nll,
@@ -100,3 +104,44 @@ def test_bootstrap_interval_covers_and_is_repeatable():
 
 def test_bootstrap_of_equal_values_is_a_point():
     assert bootstrap_mean_ci([0.25] * 8) == (0.25, 0.25)
+
+
+def test_the_bootstrap_in_parts_is_scipys_to_sampling_error():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=3000) + 1  # more than one part
+    low, high = clustered_mean_ci(values, np.arange(3000))
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=rng, batch=100)
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.005)
+    assert clustered_mean_ci(values, np.zeros(3000)) == pytest.approx((math.nan, math.nan), nan_ok=True)
+
+
+def test_judged_pairs_report_by_group_as_counted_one_by_one():
+    rng = np.random.default_rng(1)
+    n = 400
+    judged = JudgedPairs(
+        scores_i=rng.normal(size=n), scores_j=rng.normal(size=n), targets=rng.choice([0.0, 0.5, 1.0], n),
+        weights=rng.uniform(size=n), margins=np.zeros(n), length_deltas=rng.integers(-40, 41, n),
+        prompts=np.arange(n) // 2, categories=np.repeat(["chat", "", "open qa", "chat"], n // 4),
+    )  # fmt: skip
+    report, groups = judged.report(), judged.groups()
+    decided = [k for k in range(n) if judged.targets[k] != 0.5]
+
+    def accuracy(numbers):
+        return np.mean([(judged.deltas[k] > 0) == (judged.targets[k] == 1) for k in numbers])
+
+    assert set(groups) == {"category", "length_gap"} and set(groups["category"]) == {"chat", "open qa"}
+    chat = [k for k in decided if judged.categories[k] == "chat"]
+    assert groups["category"]["chat"] == {"n": len(chat), "accuracy": pytest.approx(accuracy(chat))}
+    assert report["accuracy/category/chat"] == groups["category"]["chat"]["accuracy"]
+    assert sum(found["n"] for found in groups["length_gap"].values()) == len(decided)
+    for name, found in groups["length_gap"].items():
+        low, high = map(float, name.split(" to "))
+        last = high == max(float(other.split(" to ")[1]) for other in groups["length_gap"])
+        gaps = np.abs(judged.length_deltas)
+        here = [k for k in decided if low <= gaps[k] < high or (last and gaps[k] == high)]
+        assert found == {"n": len(here), "accuracy": pytest.approx(accuracy(here))}
+    starts = [float(name.split(" to ")[0]) for name in groups["length_gap"]]
+    assert starts == sorted(starts) and len(starts) == 4
+    assert report["gain"] == pytest.approx(report["accuracy"] - report["longer_wins_baseline"])
+    assert report["gain_low"] < report["gain"] < report["gain_high"]
+    assert all(find_metric(f"eval_{name}") for name in report)

@@ -7,9 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
 from hf_rlhf_ext.cli import parse_recipe
 from hf_rlhf_ext.errors import UserError
@@ -27,7 +30,8 @@ def dataclasses(recipe: str) -> tuple[type, ...]:
 
 
 def parse(path: Path, *options: str):
-    argv = ["--config", str(path), "--dataset_name", "data.jsonl", *REQUIRED.get(path.stem, ()), *options]
+    data = [] if "dataset_name" in yaml.safe_load(path.read_text()) else ["--dataset_name", "data.jsonl"]
+    argv = ["--config", str(path), *data, *REQUIRED.get(path.stem, ()), *options]
     return parse_recipe(dataclasses(path.stem), argv, defaults=machine_defaults())
 
 
@@ -106,3 +110,34 @@ def test_the_command_in_the_docstring_parses(script):
     else:
         fields = {name for arguments in dataclasses(script.stem) for name in arguments.__dataclass_fields__}
         assert {word.removeprefix("--") for word in known} <= fields
+
+
+# What `config.json` of the models says, for the memory that a YAML's comment states.
+QWEN = {"vocab_size": 151936, "num_hidden_layers": 28}
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
+SHAPES = {
+    "qwen2.5-1.5b": (Qwen2Config, QWEN, (1536, 8960, 12, 2)),
+    "qwen2.5-7b": (Qwen2Config, QWEN | {"vocab_size": 152064}, (3584, 18944, 28, 4)),
+    "llama-3.2-3b": (LlamaConfig, LLAMA | {"num_hidden_layers": 28}, (3072, 8192, 24, 8)),
+    "llama-3.1-8b": (LlamaConfig, LLAMA | {"num_hidden_layers": 32}, (4096, 14336, 32, 8)),
+}
+NF4 = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes a weight: 4 bits, an 8-bit scale a block of 64, an fp32 one for 256 of those
+MEMORY = re.compile(r"NF4 weights ([\d.]+) GB, embeddings in bf16 ([\d.]+) GB, adapter .* fp32 ([\d.]+) GB")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_memory_in_the_comment_is_what_the_shapes_give(name):
+    path = RECIPES / "configs" / name / "reward.yaml"
+    config_class, options, (hidden, intermediate, heads, kv_heads) = SHAPES[name]
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    config = config_class(**options | sizes | {"num_key_value_heads": kv_heads, "num_labels": 1})
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        embeddings = model.get_input_embeddings().weight.numel()
+        linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
+        model = get_peft_model(model, parse(path)[3].peft_config("SEQ_CLS"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = (linear * NF4, embeddings * 2, trained * 4 * 4)  # weight, gradient, two moments
+    assert [float(found) for found in MEMORY.search(path.read_text()).groups()] == [round(n / 1e9, 2) for n in expected]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 
 def report(folder):
@@ -72,6 +73,36 @@ def test_sft_takes_public_formats_ratings_and_a_mix(call, tmp_path, write_jsonl)
     assert wrong.code == 2 and "error: mix: cannot read" in wrong.err
 
 
+def test_sft_mixes_by_any_column_of_the_source(call, tmp_path, write_jsonl):
+    topics = ["weather", "weather", "news"]
+    rows = [{"instruction": f"Day {k}?", "response": "Sunny!", "topic": topics[k % 3]} for k in range(30)]
+    data, mix = write_jsonl(tmp_path / "topics.jsonl", rows), tmp_path / "mix.yaml"
+    mix.write_text("weather: 0.5\nnews: 0.5\n")
+    options = {"dataset_name": data, "mix": mix, "mix_rows": 12, "max_steps": 1}
+    done = call("sft", output_dir=tmp_path / "sft", category_column="topic", **options)
+    assert done.code == 0, done.err
+    assert report(tmp_path / "sft")["sft"]["mix"]["obtained"] == {"weather": 6, "news": 6}
+    wrong = call("sft", output_dir=tmp_path / "x", category_column="subject", **options)
+    assert wrong.code == 2 and "error: category_column: no column 'subject'" in wrong.err
+
+
+def test_a_saved_data_set_and_a_configuration_are_read(call, judged, tmp_path):
+    Dataset.from_json(str(judged)).save_to_disk(tmp_path / "saved")
+    done = inspect(call, dataset_name=tmp_path / "saved", output_dir=tmp_path / "out")  # dataset_train_split is "train"
+    assert done.code == 0 and "saved: 12 of 12 rows kept" in done.out, done.err
+    assert report(tmp_path / "out")["load"]["order_known"] is True
+    (tmp_path / "several").mkdir()
+    judged.rename(tmp_path / "several" / "b.jsonl")
+    (tmp_path / "several" / "a.jsonl").write_text('{"text": "a"}\n')
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "several" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    options = {"dataset_name": tmp_path / "several", "output_dir": tmp_path / "config"}
+    done = inspect(call, dataset_config="b", **options)
+    assert done.code == 0 and "several: 12 of 12 rows kept" in done.out, done.err
+    refused = inspect(call, overwrite="true", **options)
+    assert refused.code == 2 and "available configs: ['a', 'b']" in refused.err
+
+
 def test_every_answer_of_a_conversation_is_trained_on(call, tmp_path, write_jsonl):
     talk = ["Day 1?", "Sunny!", "And day 2?", "A sad day."]
     data = write_jsonl(tmp_path / "talks.jsonl", [{"conversations": [*talk[:2], f"{k}?", "Sunny!"]} for k in range(8)])
@@ -93,6 +124,6 @@ def test_check_reward_reports_on_a_trained_model(call, tmp_path):
     written = report(tmp_path / "check")
     assert written["figures"]["pairs"] == 6 and set(written["probes"]) >= {"empty", "flattery", "refusal"}
     assert "probe 'refusal' beats the chosen answer" in done.out and written["verdict"].split()[0] in ("Not", "Nothing")
-    assert (tmp_path / "check" / "reliability.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "check" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     missing = call("check_reward", output_dir=tmp_path / "x", **(options | {"reward_model": None}))
     assert missing.code == 2 and "reward_model is required" in missing.err

@@ -114,6 +114,23 @@ def test_evaluation_equals_an_independent_count_however_batched(make_trainer, se
     assert 0 <= metrics["eval_accuracy_ties"] <= 1
 
 
+def test_evaluation_by_category_counts_what_each_has(make_trainer, seqcls, chat_tokenizer):
+    names = ["chat", "open qa", None]
+    data = comparisons(9)
+    data = data.add_column("category", [names[k % 3] for k in range(9)])
+    other = comparisons(4, seed=5)
+    other = other.add_column("category", ["rewrite", "chat"] * 2)  # a code that training rows do not have
+    trainer = make_trainer(other, eval_dataset=data, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    for name in ("chat", "open qa"):
+        rows = [row for row in data.to_list() if row["category"] == name]
+        expected = independent_metrics(trainer.model, chat_tokenizer, rows)["accuracy"]
+        assert metrics[f"eval_accuracy/category/{name}"] == pytest.approx(expected)
+    assert "eval_accuracy/category/rewrite" not in metrics and "eval_accuracy/category/" not in metrics
+    assert len(trainer.judged.targets) == metrics["eval_pairs"]
+    assert {title for title in trainer.judged.groups()} == {"category", "length_gap", "margin"}
+
+
 def test_logged_eval_accuracy_is_the_true_one(make_trainer):
     trainer = make_trainer(comparisons(6), eval_dataset=comparisons(9, seed=1), per_device_eval_batch_size=2)
     metrics = trainer.evaluate()

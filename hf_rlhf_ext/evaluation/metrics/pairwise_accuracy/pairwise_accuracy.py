@@ -1,0 +1,33 @@
+"""Accuracy of a reward model on comparisons, for `evaluate.load`."""
+
+import datasets
+import evaluate
+
+from hf_rlhf_ext.metrics.preference import accuracy_with_ties, bootstrap_accuracy_ci, pairwise_accuracy
+
+_DESCRIPTION = """Share of decided pairs whose preferred side scores higher; accuracy_ties also counts the ties."""
+
+_INPUTS = """predictions: r_i - r_j of each pair, in reward.
+references: P(i over j) in [0, 1]; 0.5 is a tie.
+prompts (optional): number of each pair's prompt, for a 95 % bootstrap interval over prompts."""
+
+
+class PairwiseAccuracy(evaluate.Metric):
+    """`accuracy`, `accuracy_ties`, and with `prompts` also `accuracy_low`, `accuracy_high`."""
+
+    def _info(self):
+        value = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": value, "references": value}),
+        )
+
+    def _compute(self, predictions, references, prompts=None):
+        found = {"accuracy": pairwise_accuracy(predictions, references)}
+        found["accuracy_ties"] = accuracy_with_ties(predictions, references)
+        if prompts is not None:
+            interval = bootstrap_accuracy_ci(predictions, references, prompts)
+            found |= zip(("accuracy_low", "accuracy_high"), interval, strict=True)
+        return found

@@ -1,0 +1,28 @@
+"""recipes/reward.py --members, the check of what it trained, and PPO towards it."""
+
+import json
+
+import pytest
+
+from hf_rlhf_ext.reward.ensemble import load_reward
+
+pytestmark = pytest.mark.slow
+
+
+def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
+    chosen = {"members": 2, "combine": "conservative", "penalty": 0.5, "eval_rows": 4, "seed": 0}
+    done = call("reward", output_dir=tmp_path / "reward", **chosen)
+    assert done.code == 0, done.err
+    assert "Member 2 of 2, seed 1" in done.out
+    report = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
+    assert len(report["members"]) == 2 and report["heldout_pairs"] == report["members"][0]["heldout_pairs"]
+    assert report["members"][0]["nll"] != report["members"][1]["nll"]  # their seeds differ
+    assert (tmp_path / "reward" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "reward" / "member-1" / "README.md").is_file()
+    ensemble = load_reward(tmp_path / "reward", device="cpu")
+    assert (ensemble.combine, ensemble.penalty) == ("conservative", 0.5)
+
+    refused = call("reward", output_dir=tmp_path / "other", members=0)
+    assert refused.code == 2 and "error: members: 0: train one or more" in refused.err
+    rewarded = call("ppo", output_dir=tmp_path / "ppo", reward_model=tmp_path / "reward", train_rows=None)
+    assert rewarded.code == 0, rewarded.err
