@@ -545,3 +545,37 @@ def test_learns_a_rule_on_a_real_tiny_model(stories_path, tmp_path, k, n, epochs
     scorer = RewardScorer.from_pretrained(tmp_path)
     rewards = scorer(["Once upon a time"] * 2, [" happy happy dog ran", " sad dog ran"])
     assert rewards[0] > rewards[1] + 0.5
+
+
+SCORE_IN_NEW_PROCESS = """
+import json, sys
+from hf_rlhf_ext.reward.scorer import RewardScorer
+folder, prompts, completions = json.load(sys.stdin)
+print(json.dumps(RewardScorer.from_pretrained(folder).raw(prompts, completions)))
+"""
+
+
+@pytest.mark.slow
+def test_qlora_on_a_cpu_learns_a_rule_and_reloads_in_a_new_process(stories_path, tmp_path):
+    args = BradleyTerryConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=True, gradient_checkpointing=False, report_to="none",
+        per_device_train_batch_size=16, num_train_epochs=3, learning_rate=1e-2, disable_tqdm=True, seed=0,
+        save_strategy="no", model_init_kwargs={"load_in_4bit": True},
+    )  # fmt: skip
+    trainer = BradleyTerryTrainer(
+        str(stories_path), args, story_comparisons(None, 128, k=4, seed=0), story_comparisons(None, 100, k=2, seed=1),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
+    )  # fmt: skip
+    assert trainer.layout == "shared_prefix" and trainer.model.get_base_model().is_loaded_in_4bit
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] > 0.9
+    trainer.save_model()
+    prompts, completions = ["Once upon a time"] * 3, [" happy happy dog ran", " sad dog ran", ""]
+    here = RewardScorer(trainer.model, trainer.processing_class, autocast=torch.bfloat16).raw(prompts, completions)
+    given = json.dumps([str(tmp_path), prompts, completions])
+    command = [sys.executable, "-c", SCORE_IN_NEW_PROCESS]
+    done = subprocess.run(
+        command, input=given, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == here
