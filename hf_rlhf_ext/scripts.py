@@ -27,6 +27,9 @@ class DataArguments:
         default=None, metadata={"help": "Format of the rows, by its name in the README. If `None`, it is detected."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of a data set on the Hub that has several."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. If `None`, `eval_rows` rows of the train split."}
@@ -40,6 +43,10 @@ class DataArguments:
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("dataset_name is required: a Hub id, a file, or a folder (--dataset_name data.jsonl).")
+
+    def reading(self) -> dict[str, Any]:
+        """Arguments of the readers beside name and split."""
+        return {"format": self.dataset_format, "revision": self.dataset_revision, "config": self.dataset_config}
 
 
 @dataclass
@@ -77,7 +84,7 @@ class DemonstrationArguments:
     )
     mix_seed: int = field(default=0, metadata={"help": "Seed of the draw."})
     category_column: str = field(
-        default="category", metadata={"help": "Column of the use case; Dolly's are translated."}
+        default="category", metadata={"help": "Column of the source with the use case; Dolly's are translated."}
     )
     category_rules: str | None = field(
         default=None, metadata={"help": "YAML file of category: [expressions to find in a prompt], for other rows."}
@@ -106,7 +113,9 @@ def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tup
     if options.min_rating is not None:
         rows, done["rating"] = filter_by_rating(rows, options.min_rating)
     if options.mix is not None:
-        rows = categorise(rows, options.category_column, options.category_rules)
+        # The readers keep the source's column as `category`; plain text comes as it is.
+        read = {"completion", "category"} <= set(rows.column_names)
+        rows = categorise(rows, "category" if read else options.category_column, options.category_rules)
         rows, mixed = sample_mix(rows, load_mix(options.mix), rows=options.mix_rows, seed=options.mix_seed)
         done["mix"] = asdict(mixed)
         print(mixed.summary())

@@ -1,9 +1,11 @@
 """Public formats of demonstrations: each function turns a row into `{prompt, completion, …}`, or raises `Unusable`."""
 
+import json
 import re
 from typing import Any
 
-from .preferences import ask, instruction, messages, number, reply, split_demonstration, text
+from .cells import ask, instruction, is_absent, messages, optional_number, reply, text, with_system
+from .preferences import split_demonstration
 from .schema import Unusable, is_empty
 
 Row = dict[str, Any]
@@ -13,13 +15,26 @@ _TURN = re.compile(r"### (Human|Assistant):")
 
 def _shown(prompt: Any, completion: Any, row: Row) -> Row:
     """A demonstration, with the rating and the tools that its source gives; an empty answer is flagged."""
-    found = {"prompt": prompt, "completion": completion, "flags": ["empty_completion"] if is_empty(completion) else []}
-    column = next((name for name in _RATINGS if row.get(name) is not None), None)
-    if column:
-        found["rating"] = number(row, column)
-    if isinstance(row.get("tools"), str):
-        found["tools"] = row["tools"]
-    return found
+    flags = ["empty_completion"] if is_empty(completion) else []
+    found = {"prompt": prompt, "completion": completion, "flags": flags}
+    column = next((name for name in _RATINGS if not is_absent(row.get(name))), None)
+    rating = optional_number(row, column, "bad_rating", flags) if column else None
+    tools = _tools(row.get("tools"), flags)
+    return found | ({} if rating is None else {"rating": rating}) | ({} if tools is None else {"tools": tools})
+
+
+def _tools(value: Any, flags: list[str]) -> str | None:
+    """Descriptions of functions as the JSON that TRL parses."""
+    if value is None or value == "":
+        return None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, list | dict):
+            return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        pass
+    flags.append("bad_tools")
+    return None
 
 
 def _conversation(turns: list[Row], row: Row, every_turn: bool) -> list[Row]:
@@ -35,8 +50,8 @@ def alpaca(row: Row, *, every_turn: bool = False) -> Row:
 
 
 def dolly(row: Row, *, every_turn: bool = False) -> Row:
-    given = {"instruction": row.get("instruction"), "input": row.get("context")}
-    return _shown(instruction(given), reply(text(row, "response")), row)
+    context = row.get("input") if is_absent(row.get("context")) else row["context"]
+    return _shown(instruction(row | {"input": context}), reply(text(row, "response")), row)
 
 
 def orca(row: Row, *, every_turn: bool = False) -> Row:
@@ -49,10 +64,7 @@ def gpt4all(row: Row, *, every_turn: bool = False) -> Row:
 
 
 def share_gpt(row: Row, *, every_turn: bool = False) -> list[Row]:
-    turns = messages(row["conversations"])
-    if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    return _conversation(turns, row, every_turn)
+    return _conversation(with_system(messages(row["conversations"]), row), row, every_turn)
 
 
 def lima(row: Row, *, every_turn: bool = False) -> list[Row]:

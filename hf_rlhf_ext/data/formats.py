@@ -2,16 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset, config, load_from_disk
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
+from .cells import as_label
 from .registry import COMPARISONS, DEMONSTRATIONS, Format
 from .schema import (
     Comparison,
@@ -33,7 +34,7 @@ class UnknownFormat(PreferenceDataError):
     """No known format has the columns of the data."""
 
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """Part of every cache key: a change of what a reader makes of a row must not meet yesterday's result."""
 
 
@@ -43,6 +44,7 @@ def load_comparisons(
     split: str | None = None,
     revision: str | None = None,
     *,
+    config: str | None = None,
     group: bool = True,
     streaming: bool = False,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
@@ -51,7 +53,7 @@ def load_comparisons(
     Args:
         source: what `load_rows` takes: a data set, a file, a folder, a Hub id.
         format: a name in `COMPARISONS`; None detects it from columns and first values.
-        split, revision: as `load_rows`.
+        split, revision, config: as `load_rows`.
         group: merge the rows of a prompt into one (`schema.group_by_prompt`); a streamed source is not grouped.
         streaming: convert while iterating; the report is complete when the iteration is.
 
@@ -61,9 +63,10 @@ def load_comparisons(
 
     Raises:
         PreferenceDataError: an unreadable source, an unknown format (the message lists what was looked for), no usable
-            row, a comparison row that breaks the schema, text and messages mixed.
+            row, a comparison row that breaks the schema. Where some prompts are text and others messages, the rows of
+            the rarer kind are dropped (streamed: of the kind that the first row is not).
     """
-    opened = open_source(source, split, revision, streaming)
+    opened = open_source(source, split, revision, config=config, streaming=streaming)
     return _load(opened, COMPARISONS, format, group=group and not streaming, streaming=streaming)
 
 
@@ -73,16 +76,19 @@ def load_demonstrations(
     split: str | None = None,
     revision: str | None = None,
     *,
+    config: str | None = None,
     every_turn: bool = False,
+    category_column: str = "category",
     streaming: bool = False,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
     """Reads instruction data of any public shape: `prompt`, `completion`; `category`, `rating`, `tools` where given.
 
     The last answer of a conversation is the completion, everything before it the prompt; `every_turn` makes a row of
-    each answer. Otherwise as `load_comparisons`.
+    each answer. `category` is what `category_column` of the source says. Otherwise as `load_comparisons`.
     """
-    opened = open_source(source, split, revision, streaming)
-    return _load(opened, DEMONSTRATIONS, format, streaming=streaming, every_turn=every_turn)
+    opened = open_source(source, split, revision, config=config, streaming=streaming)
+    options = {"every_turn": every_turn, "category_column": category_column}
+    return _load(opened, DEMONSTRATIONS, format, streaming=streaming, **options)
 
 
 def to_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
@@ -108,14 +114,23 @@ def detect(rows: Iterable[dict[str, Any] | str], formats: tuple[Format, ...], na
     for fmt in found if asked else formats:
         if fmt.matches(first):
             return fmt
-    columns = ", ".join(sorted(map(str, first))) or "(none)"
+    columns = _shown(first)
     wanted = "; ".join(f"{fmt.name} ({fmt.columns.replace(' ', ', ')})" for fmt in (found if asked else formats))
     hint = " Is the delimiter a comma?" if len(first) == 1 and any(mark in columns for mark in ";\t|") else ""
     where = name or "data set"
     raise UnknownFormat(f"{where}: found columns {columns}; looked for {wanted}: rename yours.{hint}")
 
 
+def _shown(columns: Iterable[Any]) -> str:
+    """The first dozen names, each shortened, and how many more there are."""
+    names = sorted(map(str, columns))
+    shown = [name if name.isprintable() else repr(name) for name in names[:12]]
+    shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in shown]
+    return ", ".join(shown) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
+
+
 def _first_values(rows: Iterable[dict[str, Any] | str]) -> dict[str, Any]:
+    """Every column of the first hundred rows, with its first value; empty text and lists tell nothing, as None."""
     first: dict[str, Any] = {}
     for n, row in enumerate(rows):
         if n >= 100:
@@ -123,7 +138,7 @@ def _first_values(rows: Iterable[dict[str, Any] | str]) -> dict[str, Any]:
         if isinstance(row, dict):
             for column, value in row.items():
                 if first.get(column) is None:
-                    first[column] = value
+                    first[column] = None if isinstance(value, str | list | dict) and not value else value
     return first
 
 
@@ -137,7 +152,7 @@ def _load(
     **options: Any,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
     fmt = detect(source.rows, formats, source.name, name)
-    report = LoadReport(source=source.name)
+    report = LoadReport(source=source.name, order_known=fmt.order_known)
     if streaming:
         if fmt.gathers:
             raise PreferenceDataError(f"{source.name}: format {fmt.name} needs all rows at once: leave streaming out.")
@@ -147,10 +162,11 @@ def _load(
     cached = Path(config.HF_DATASETS_CACHE) / "hf_rlhf_ext" / key if key and source.large else None
     if cached and (cached / "report.json").is_file():
         return load_from_disk(str(cached / "rows")), LoadReport(**json.loads((cached / "report.json").read_text()))
-    rows = list(converted(source, fmt, report, **options))
+    lots = list(converted(source, fmt, report, **options))
+    rows = list(_of_one_kind(lots, report, sum(lot.is_text for lot in lots) * 2 > len(lots)))
     if not rows:
         raise PreferenceDataError(f"{report.summary()}: no usable row is left, check the source.")
-    dataset = as_dataset(group_by_prompt(rows) if group else rows, source.name)
+    dataset = as_dataset(group_by_prompt(rows, report) if group else rows, source.name)
     if cached is None:
         return dataset, report
     _keep(cached, dataset, report)
@@ -179,7 +195,7 @@ class _Stream:
         self.report.rows_in = self.report.kept = 0
         self.report.dropped.clear()
         self.report.flagged.clear()
-        for row in converted(self.source, self.fmt, self.report, **self.options):
+        for row in _of_one_kind(converted(self.source, self.fmt, self.report, **self.options), self.report):
             yield with_defaults(row) if "pairs" in row else row
 
 
@@ -187,7 +203,37 @@ def _stream(load: _Stream) -> Iterator[Comparison]:
     yield from load
 
 
-def converted(source: Source, fmt: Format, report: LoadReport, **options: Any) -> Iterator[Comparison]:
+class Lot(NamedTuple):
+    """Source rows that were read together, by number, and what they became: a tree several, a table of answers one."""
+
+    indices: list[int]
+    rows: list[Comparison]
+    flags: list[str]
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.rows[0]["prompt"], str)
+
+
+def _of_one_kind(lots: Iterable[Lot], report: LoadReport, text: bool | None = None) -> Iterator[Comparison]:
+    """Rows whose prompts are all text or all messages (None: as the first), as a column holds; counts them."""
+    for lot in lots:
+        text = lot.is_text if text is None else text
+        if lot.is_text != text:
+            kinds = ("messages", "text") if text else ("text", "messages")
+            for index in lot.indices:
+                report.drop(f"prompt is {kinds[0]}, not {kinds[1]} as elsewhere", index)
+            continue
+        report.kept += len(lot.indices)
+        for flag in lot.flags:
+            for index in lot.indices:
+                report.flag(flag, index)
+        yield from lot.rows
+
+
+def converted(
+    source: Source, fmt: Format, report: LoadReport, *, category_column: str = "category", **options: Any
+) -> Iterator[Lot]:
     """Rows of the source in the schema, in its order; the report gets every row that is none, with the reason."""
 
     def readable() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -199,32 +245,41 @@ def converted(source: Source, fmt: Format, report: LoadReport, **options: Any) -
             else:
                 yield index, row
 
+    def convert(row: dict[str, Any], index: int) -> Any:
+        if fmt.convert is own_row:
+            return own_row(row, source=source.name, index=index)
+        named = {"category": as_label(row.get(category_column)), "source": as_label(row.get("source"))}
+        found = fmt.convert(row, **options)
+        return [named | _given(one) for one in found] if isinstance(found, list) else named | _given(found)
+
     if fmt.gathers:
         results = fmt.convert(readable())
     else:
-        results = (([index], _converted(fmt, row, index, source.name, options)) for index, row in readable())
+        results = (([index], _attempt(convert, row, index)) for index, row in readable())
     for indices, found in results:
         try:
-            yield from _finished(found, indices, report, row_is_ours=fmt.convert is own_row)
+            yield _finished(found, indices, source.name, row_is_ours=fmt.convert is own_row)
         except Unusable as reason:
             for index in indices:
                 report.drop(str(reason), index)
 
 
-def _converted(fmt: Format, row: dict[str, Any], index: int, name: str, options: dict[str, Any]) -> Any:
+def _given(row: Comparison) -> Comparison:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _attempt(convert: Callable[..., Any], row: dict[str, Any], index: int) -> Any:
     try:
-        if fmt.convert is own_row:
-            return own_row(row, source=name, index=index)
-        found = fmt.convert(row, **options)
+        return convert(row, index)
     except Unusable as reason:
         return reason
     except KeyError as missing:  # a column that other rows have
         return Unusable(f"{missing.args[0]} is missing")
-    extra = {name: row[name] for name in ("category", "source") if isinstance(row.get(name), str)}
-    return [extra | one for one in found] if isinstance(found, list) else extra | found
+    except RecursionError:
+        return Unusable("nested too deeply")
 
 
-def _finished(found: Any, indices: list[int], report: LoadReport, *, row_is_ours: bool) -> list[Comparison]:
+def _finished(found: Any, indices: list[int], source: str, *, row_is_ours: bool) -> Lot:
     if isinstance(found, Unusable):
         raise found
     rows: list[Comparison] = []
@@ -232,15 +287,22 @@ def _finished(found: Any, indices: list[int], report: LoadReport, *, row_is_ours
     for row in found if isinstance(found, list) else [found]:
         try:
             row = settle(row) if "pairs" in row and not row_is_ours else row
+            _check_encodes(row)
         except Unusable as error:
             reason = error
             continue
-        rows.append({"source": report.source or None, "row": min(indices, default=-1)} | row)
+        rows.append({"source": source or None, "row": min(indices, default=-1)} | _given(row))
     if not rows:
         raise reason or Unusable("no usable part")
     partly = {f"partly left out: {reason}"} if reason else set()
-    for flag in sorted(partly.union(*(row.get("flags") or () for row in rows))):
-        for index in indices:
-            report.flag(flag, index)
-    report.kept += len(indices)
-    return rows
+    return Lot(indices, rows, sorted(partly.union(*(row.get("flags") or () for row in rows))))
+
+
+def _check_encodes(row: Comparison) -> None:
+    """JSON can spell half of a surrogate pair, which is no text that could be stored or tokenised."""
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("holds half of a surrogate pair, which is not text") from error
+    except RecursionError as error:
+        raise Unusable("nested too deeply") from error

@@ -1,5 +1,6 @@
 """Demonstrations by rating and by use case: what text-davinci-001 and -002 were trained on, and InstructGPT's mix."""
 
+import logging
 import math
 import random
 import re
@@ -13,6 +14,8 @@ from datasets import Dataset
 
 from ..errors import UserError
 from .text import plain_text
+
+logger = logging.getLogger(__name__)
 
 USE_CASE_SHARES: dict[str, float] = {
     "generation": 0.456,
@@ -66,19 +69,24 @@ def filter_by_rating(dataset: Dataset, min_rating: float) -> tuple[Dataset, dict
     OpenAI's "FeedME" models are SFT on both: demonstrations, and samples of the model rated 7 of 7 (its model index).
 
     Returns:
-        The rows, and how many of each kind were kept and dropped.
+        The rows, and how many of each kind were kept and dropped. Where no row has a rating all stay, and a warning
+        says so.
 
     Raises:
-        UserError: no row has a rating, or none is left.
+        UserError: every row has a rating, a lower one.
     """
-    if "rating" not in dataset.column_names:
-        raise UserError("min_rating: no row has a rating (looked for rating, score, stars, quality): leave it out.")
-    ratings = dataset["rating"]
-    kept = [k for k, rating in enumerate(ratings) if rating is None or rating >= min_rating]
-    if not kept:
+    ratings = dataset["rating"] if "rating" in dataset.column_names else [None] * len(dataset)
+    rated = [rating is not None and not math.isnan(rating) for rating in ratings]
+    if not any(rated):
+        logger.warning(
+            f"min_rating={min_rating:g}: no row has a rating (looked for rating, score, stars, quality): all "
+            f"{len(dataset)} rows are kept as people's demonstrations."
+        )
+    kept = [k for k, rating in enumerate(ratings) if not rated[k] or rating >= min_rating]
+    if rated and not kept:
         raise UserError(f"min_rating={min_rating:g}: the highest rating is {max(ratings):g}: lower it.")
-    unrated = sum(rating is None for rating in ratings)
-    counts = {"rated_kept": len(kept) - unrated, "rated_dropped": len(dataset) - len(kept), "unrated_kept": unrated}
+    unrated = len(rated) - sum(rated)
+    counts = {"rated_kept": len(kept) - unrated, "rated_dropped": len(rated) - len(kept), "unrated_kept": unrated}
     return dataset.select(kept), counts
 
 
@@ -129,15 +137,7 @@ def categorise(dataset: Dataset, column: str = "category", rules: str | None = N
 
     expressions, gives the first category one of whose expressions is found in the prompt to rows that have none.
     """
-    patterns: dict[str, re.Pattern] = {}
-    if rules is not None:
-        table = _yaml(rules, "category_rules")
-        if not isinstance(table, dict):
-            raise UserError(f"category_rules: {Path(rules).name} must map categories to lists of expressions.")
-        try:
-            patterns = {str(c): re.compile("|".join(map(str, e)), re.IGNORECASE) for c, e in table.items()}
-        except (re.error, TypeError) as error:
-            raise UserError(f"category_rules: {Path(rules).name}: {error}.") from error
+    patterns = {} if rules is None else _load_rules(rules)
     if column not in dataset.column_names and not patterns:
         raise UserError(f"category_column: no column {column!r}; found {', '.join(dataset.column_names)}.")
 
@@ -145,11 +145,37 @@ def categorise(dataset: Dataset, column: str = "category", rules: str | None = N
         given = row.get(column)
         if given is None:
             prompt = plain_text(row["prompt"])
-            return next((category for category, pattern in patterns.items() if pattern.search(prompt)), None)
-        return DOLLY_USE_CASES.get(given, str(given))
+            return next((use for use, found in patterns.items() if any(p.search(prompt) for p in found)), None)
+        return DOLLY_USE_CASES.get(str(given), str(given))
 
     kept = dataset.remove_columns("category") if "category" in dataset.column_names else dataset
     return kept.add_column("category", [name(row) for row in dataset])
+
+
+def _load_rules(path: str) -> dict[str, list[re.Pattern]]:
+    table, file = _yaml(path, "category_rules"), Path(path).name
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"category_rules: {file} must map categories to lists of expressions (chat: ['hello', 'hi']).")
+    patterns: dict[str, list[re.Pattern]] = {}
+    for category, expressions in table.items():
+        where = f"category_rules: {file}, category {category!r}"
+        if not isinstance(category, str):  # YAML reads no, on and 1 as something else
+            raise UserError(f"{where} is a {type(category).__name__}, not a name: put it in quotes.")
+        texts = expressions if isinstance(expressions, list) else []
+        if not texts or not all(text and isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}: write a list of regular expressions in quotes: {category}: ['summar', 'tl;?dr']."
+            )
+        patterns[category] = [_expression(text, where) for text in texts]
+    return patterns
+
+
+def _expression(text: str, where: str) -> re.Pattern:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except (re.error, OverflowError, RecursionError) as error:
+        mend = "mend it, or put \\ before a sign that stands for itself"
+        raise UserError(f"{where}: {text!r} is no regular expression ({error}): {mend}.") from error
 
 
 def sample_mix(
@@ -161,7 +187,7 @@ def sample_mix(
     than its share of `rows` asks for, it gives what it has and the report shows the gap.
 
     Raises:
-        UserError: no row has a wanted category.
+        UserError: no row has a wanted category, or `rows` are too few to give one.
     """
     by_category: dict[str, list[int]] = {name: [] for name in shares}
     seen = Counter(dataset["category"])
@@ -172,11 +198,15 @@ def sample_mix(
     if not there:
         found = ", ".join(map(str, seen))
         raise UserError(f"mix: no row has one of the categories {', '.join(shares)}; found {found}.")
+    if rows is not None and rows < 1:
+        raise UserError(f"mix_rows={rows}: give a number above 0, or leave it out for as many as there can be.")
     n = rows or max(1, math.floor(min(count / shares[name] for name, count in there.items())))
     rng, chosen = random.Random(seed), []
     for name, quota in apportion(n, shares).items():
         rng.shuffle(by_category[name])
         chosen += by_category[name][:quota]
+    if not chosen:
+        raise UserError(f"mix: {n} rows give none to the categories that there are ({', '.join(there)}): ask for more.")
     rng.shuffle(chosen)
     picked = dataset.select(chosen)
     counts = Counter(picked["category"])

@@ -1,12 +1,14 @@
 """Using what is known about labels: annotators' reliability as soft targets, and filters that say what they took."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
-from .schema import Comparison, LoadReport, PreferenceDataError, as_dataset
+from ..metrics.agreement import three_way
+from .duplicates import words_of
+from .schema import Comparison, LoadReport, PreferenceDataError, as_dataset, has_own_weights, is_empty
 from .text import plain_text
 
 _WINNER = {1.0: "first", 0.0: "second", 0.5: "tie"}
@@ -33,11 +35,10 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
         for vote in row.get("votes") or ():
             i, j = vote["pair"]  # a vote that shows the pair the other way round is turned: one pair is one task
             label = vote["label"] if i < j else 1 - vote["label"]
-            votes.append({"task": (n, min(i, j), max(i, j)), "worker": vote["annotator"], "label": label})
-    if not votes:
-        raise PreferenceDataError("comparisons: no row has `votes`: reliability needs the judgements of single people.")
+            votes.append({"task": (n, min(i, j), max(i, j)), "worker": vote["annotator"] or "unnamed", "label": label})
+    _need_votes(votes, "reliability")
     table = pd.DataFrame(votes)
-    table["label"] = table["label"].map(lambda label: _WINNER.get(label, "first" if label > 0.5 else "second"))
+    table["label"] = [_WINNER[label] for label in three_way(table["label"])]
     model = DawidSkene(n_iter=iterations)
     chances = model.fit_predict_proba(table).reindex(columns=list(_WINNER.values()), fill_value=0.0)
     first = (chances["first"] + chances["tie"] / 2).to_dict()
@@ -51,6 +52,13 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
 
     rows = [retarget(row, n) for n, row in enumerate(dataset)]
     return as_dataset(rows), _accuracies(model)
+
+
+def _need_votes(found: Any, option: str) -> None:
+    if not found:
+        raise PreferenceDataError(
+            f"comparisons: no row has `votes`: {option} needs the judgements of single people, leave it out."
+        )
 
 
 def _accuracies(model: Any) -> dict[str, float]:
@@ -69,18 +77,21 @@ def filter_comparisons(
     max_length_gap: int | None = None,
     min_agreement: float | None = None,
 ) -> tuple[Dataset, LoadReport]:
-    """Takes judgements out; a row without any left is dropped and reported by its `row`.
+    """Takes judgements out, with their votes and the completions that nothing is left to compare with.
+
+    A row without any left is dropped and reported by its `row`.
 
     Args:
         drop_contradictions: pairs of a prompt that were judged both ways.
         max_length_gap: pairs whose sides differ by more words than this.
-        min_agreement: pairs of which fewer than this share of the votes agree with the majority.
+        min_agreement: pairs of which fewer than this share of the votes (first, second or tie) agree with the majority;
+            pairs without votes stay.
 
     Returns:
         The rows, and a report whose `flagged` counts rows that lost some of their judgements, by reason.
 
     Raises:
-        PreferenceDataError: nothing is left.
+        PreferenceDataError: nothing is left, or `min_agreement` for rows of which none has votes.
     """
     checks: dict[str, Callable[[Comparison], set[int]]] = {}
     if drop_contradictions:
@@ -88,6 +99,7 @@ def filter_comparisons(
     if max_length_gap is not None:
         checks[f"sides differ by more than {max_length_gap} words"] = lambda row: _far_apart(row, max_length_gap)
     if min_agreement is not None:
+        _need_votes("votes" in dataset.column_names and any(dataset["votes"]), "min_agreement")
         checks[f"agreement under {min_agreement:g}"] = lambda row: _disputed(row, min_agreement)
     report = LoadReport(source="filter", rows_in=len(dataset))
     rows = []
@@ -111,21 +123,31 @@ def filter_comparisons(
 
 
 def _without(row: Comparison, out: set[int]) -> Comparison:
-    kept = [n for n in range(len(row["pairs"])) if n not in out]
-    lists = {name: [row[name][n] for n in kept] for name in ("pairs", "targets", "margins") if row.get(name)}
-    return row | lists | {"weights": None}  # a prompt's pairs share its weight anew
+    stay = [n for n in range(len(row["pairs"])) if n not in out]
+    pairs = [row["pairs"][n] for n in stay]
+    place = {k: n for n, k in enumerate(sorted({k for pair in pairs for k in pair}))}  # old number -> new number
+    left = {name: [row[name][n] for n in stay] for name in ("targets", "margins", "weights") if row.get(name)}
+    if not has_own_weights(row):
+        left["weights"] = None  # a prompt's pairs share its weight anew
+    judged = set(map(frozenset, pairs))
+    votes = [vote for vote in row.get("votes") or () if frozenset(vote["pair"]) in judged]
+    left["votes"] = [vote | {"pair": [place[k] for k in vote["pair"]]} for vote in votes] or None
+    left["completions"] = [row["completions"][k] for k in place]
+    if row.get("flags") and not any(map(is_empty, left["completions"])):
+        left["flags"] = [flag for flag in row["flags"] if flag != "empty_completion"]
+    return row | left | {"pairs": [[place[k] for k in pair] for pair in pairs]}
 
 
 def _contradicted(row: Comparison) -> set[int]:
-    winners: dict[tuple[int, int], dict[int, bool]] = {}
-    for n, ((i, j), target) in enumerate(zip(row["pairs"], row["targets"], strict=True)):
+    winners: dict[frozenset[int], set[int]] = {}
+    for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
         if target != 0.5:
-            winners.setdefault((min(i, j), max(i, j)), {})[n] = (target > 0.5) == (i < j)
-    return {n for sides in winners.values() if len(set(sides.values())) > 1 for n in sides}
+            winners.setdefault(frozenset((i, j)), set()).add(i if target > 0.5 else j)
+    return {n for n, pair in enumerate(row["pairs"]) if len(winners.get(frozenset(pair), ())) > 1}
 
 
 def _far_apart(row: Comparison, limit: int) -> set[int]:
-    words = [len(plain_text(completion).split()) for completion in row["completions"]]
+    words = [len(words_of(plain_text(completion))) for completion in row["completions"]]
     return {n for n, (i, j) in enumerate(row["pairs"]) if abs(words[i] - words[j]) > limit}
 
 
@@ -134,5 +156,5 @@ def _disputed(row: Comparison, least: float) -> set[int]:
     for vote in row.get("votes") or ():
         i, j = vote["pair"]
         cast.setdefault(frozenset((i, j)), []).append(vote["label"] if i < j else 1 - vote["label"])
-    shares = {pair: np.unique(labels, return_counts=True)[1].max() / len(labels) for pair, labels in cast.items()}
+    shares = {pair: max(Counter(three_way(labels).tolist()).values()) / len(labels) for pair, labels in cast.items()}
     return {n for n, pair in enumerate(row["pairs"]) if shares.get(frozenset(pair), 1.0) < least}

@@ -16,6 +16,7 @@ class Format:
     `columns` (names apart by spaces) and `check`, which looks at the first value of each column, tell it from others;
     `example` is a data set that has it. `convert` turns a row into one or several rows, or raises `Unusable`; where it
     `gathers`, it takes all (index, row) and yields ([indices], row or Unusable), as one result needs several rows.
+    `order_known` says that the first completion of a pair is the one that was shown first.
     """
 
     name: str
@@ -24,20 +25,27 @@ class Format:
     convert: Callable[..., Any]
     check: Callable[[dict[str, Any]], bool] = lambda first: True
     gathers: bool = False
+    order_known: bool = False
 
     def matches(self, first: dict[str, Any]) -> bool:
-        """`first` maps every column to its first value that is not None."""
+        """`first` maps every column to its first value that is not empty."""
         return set(self.columns.split()) <= set(first) and self.check(first)
 
 
-def _lists(column: str, key: str) -> Callable[[dict[str, Any]], bool]:
-    """A check: the column holds a list of records with this key."""
+def _lists(column: str, *keys: str) -> Callable[[dict[str, Any]], bool]:
+    """A check: the column holds a list of records with one of these keys, or, without keys, a list of texts."""
 
     def check(first: dict[str, Any]) -> bool:
         value = first[column]
-        return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and key in value[0]
+        if not isinstance(value, list) or not value:
+            return False
+        return isinstance(value[0], dict) and not set(keys).isdisjoint(value[0]) if keys else isinstance(value[0], str)
 
     return check
+
+
+def _lacks(column: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda first: first.get(column) is None
 
 
 def _is(column: str, kind: type) -> Callable[[dict[str, Any]], bool]:
@@ -49,11 +57,14 @@ _ARENA = "lmsys/lmsys-arena-human-preference-55k"
 _STACK = "HuggingFaceH4/stack-exchange-preferences"
 _TREES = "OpenAssistant/oasst1, its tree files"
 _VICUNA = "anon8231489123/ShareGPT_Vicuna_unfiltered"
+_ORCA = "Intel/orca_dpo_pairs, argilla/distilabel-intel-orca-dpo-pairs"
 _TRL = "Anthropic/hh-rlhf, trl-lib/ultrafeedback_binarized"
 
 COMPARISONS = (
     Format("comparisons", "prompt completions pairs targets", "what this library writes", own_row),
-    Format("summarize-from-feedback", "info summaries choice", _FEEDBACK, pref.summarize_from_feedback),
+    Format(
+        "summarize-from-feedback", "info summaries choice", _FEEDBACK, pref.summarize_from_feedback, order_known=True
+    ),
     Format("shp", "history human_ref_A human_ref_B labels", "stanfordnlp/SHP", pref.shp),
     Format(
         "stack-exchange-paired", "question response_j response_k", "lvwerra/stack-exchange-paired", pref.stack_paired
@@ -67,16 +78,45 @@ COMPARISONS = (
         pref.ultrafeedback,
         _lists("completions", "response"),
     ),
-    Format("arena", "conversation_a conversation_b winner", "lmsys/chatbot_arena_conversations", pref.arena),
-    Format("arena-responses", "prompt response_a response_b winner_model_a winner_tie", _ARENA, pref.arena_responses),
-    Format("pandalm", "instruction response1 response2 annotator1", "PandaLM's test set", pref.pandalm),
-    Format("alpaca-farm", "instruction output_1 output_2 preference", "tatsu-lab/alpaca_farm", pref.alpaca_farm),
+    Format(
+        "arena",
+        "conversation_a conversation_b winner",
+        "lmsys/chatbot_arena_conversations",
+        pref.arena,
+        order_known=True,
+    ),
+    Format(
+        "arena-responses",
+        "prompt response_a response_b winner_model_a winner_tie",
+        _ARENA,
+        pref.arena_responses,
+        order_known=True,
+    ),
+    Format(
+        "pandalm", "instruction response1 response2 annotator1", "PandaLM's test set", pref.pandalm, order_known=True
+    ),
+    Format(
+        "alpaca-farm",
+        "instruction output_1 output_2 preference",
+        "tatsu-lab/alpaca_farm",
+        pref.alpaca_farm,
+        order_known=True,
+    ),
     Format("oasst-tree", "prompt message_tree_id", _TREES, pref.oasst_tree, _is("prompt", dict)),
     Format("oasst", "message_id parent_id text role rank", "OpenAssistant/oasst2", pref.gather_oasst, gathers=True),
     Format(
         "ranked-outputs", "instruction output", "LLaMA-Factory's oaast_rm", pref.ranked_outputs, _is("output", list)
     ),
     Format("sharegpt-preference", "conversations chosen rejected", "llamafactory/DPO-En-Zh-20k", pref.share_gpt),
+    Format(
+        "instruction-preference",
+        "instruction chosen rejected",
+        "LLaMA-Factory's alpaca preference form",
+        pref.asked("instruction"),
+        _lacks("prompt"),
+    ),
+    Format("question-preference", "question chosen rejected", _ORCA, pref.asked("question"), _lacks("prompt")),
+    Format("question-preference", "input chosen rejected", _ORCA, pref.asked("input"), _lacks("prompt")),
     Format("trl", "chosen rejected", _TRL, pref.trl),
     Format("unpaired", "label messages", "LLaMA-Factory's kto_en_demo", pref.gather_unpaired, gathers=True),
     Format("unpaired", "label prompt completion", "trl-lib/kto-mix-14k", pref.gather_unpaired, gathers=True),
@@ -87,8 +127,8 @@ DEMONSTRATIONS = (
     Format("orca", "system_prompt question response", "Open-Orca/OpenOrca", demo.orca),
     Format("dolly", "instruction response", "databricks/databricks-dolly-15k", demo.dolly),
     Format("alpaca", "instruction output", "tatsu-lab/alpaca", demo.alpaca, _is("output", str)),
-    Format("sharegpt", "conversations", _VICUNA, demo.share_gpt, _lists("conversations", "value")),
-    Format("lima", "conversations", "GAIR/lima", demo.lima),
+    Format("sharegpt", "conversations", _VICUNA, demo.share_gpt, _lists("conversations", "value", "content")),
+    Format("lima", "conversations", "GAIR/lima", demo.lima, _lists("conversations")),
     Format("messages", "messages", "HuggingFaceH4/no_robots", demo.chat),
     Format("prompt-completion", "prompt completion", "trl-lib/tldr", demo.prompt_completion),
     Format("gpt4all", "prompt response", "nomic-ai/gpt4all-j-prompt-generations", demo.gpt4all),

@@ -8,6 +8,7 @@ of reward), `votes`, `flags`, `category`, `source`, `row`.
 
 import math
 from dataclasses import dataclass, field
+from reprlib import repr as short
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -18,7 +19,12 @@ from .text import is_messages, is_text, text_key
 Comparison = dict[str, Any]
 
 REQUIRED = ("prompt", "completions", "pairs", "targets")
-_VOTE = {"annotator": Value("string"), "pair": List(Value("int64")), "label": Value("float64")}
+_VOTE = {
+    "annotator": Value("string"),
+    "pair": List(Value("int64")),
+    "label": Value("float64"),
+    "confidence": Value("float64"),
+}
 _FIXED_FEATURES = {
     "pairs": List(List(Value("int64"))),
     "targets": List(Value("float64")),
@@ -42,13 +48,18 @@ class Unusable(Exception):
 
 @dataclass
 class LoadReport:
-    """What became of every row of a source: `dropped` maps a reason to row numbers in the source."""
+    """What became of every row of a source: `dropped` maps a reason to row numbers.
+
+    Rows are numbered from 0 as they were asked for: row 0 of `split="train[100:200]"` is row 100 of the whole split.
+    `order_known` says that the first completion of a pair is the one that was shown first, as the format keeps it.
+    """
 
     source: str = ""
     rows_in: int = 0
     kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
     flagged: dict[str, list[int]] = field(default_factory=dict)
+    order_known: bool = False
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped.setdefault(reason, []).append(row)
@@ -96,6 +107,9 @@ def _check_texts(prompt: Any, completions: Any, refuse) -> None:
 
 def _check_judgements(row: dict[str, Any], n_completions: int, refuse) -> None:
     pairs = row["pairs"]
+    for column in ("pairs", "targets", "weights", "margins", "votes", "flags"):
+        if not isinstance(row.get(column), list | None):
+            refuse(column, f"is a {type(row[column]).__name__}", "give a list")
     if not pairs:
         refuse("pairs", "is empty", "give at least one [i, j]")
     for column in ("targets", "weights", "margins"):
@@ -103,30 +117,53 @@ def _check_judgements(row: dict[str, Any], n_completions: int, refuse) -> None:
         if values is not None and len(values) != len(pairs):
             refuse(column, f"has {len(values)} entries for {len(pairs)} pairs", "give one a pair")
     for pair in pairs:
-        integers = len(pair) == 2 and all(isinstance(k, int) and not isinstance(k, bool) for k in pair)
-        if not integers or not all(0 <= k < n_completions for k in pair):
-            refuse("pairs", f"holds {list(pair)}", f"give two indices between 0 and {n_completions - 1}")
+        if not _is_pair(pair, n_completions):
+            refuse("pairs", f"holds {short(pair)}", f"give two indices between 0 and {n_completions - 1}")
         if pair[0] == pair[1]:
-            refuse("pairs", f"holds {list(pair)}", "a completion cannot be compared with itself")
+            refuse("pairs", f"holds {short(pair)}", "a completion cannot be compared with itself")
     for value in row["targets"]:
         if not is_number(value) or not 0 <= value <= 1:
-            refuse("targets", f"holds {value!r}", "P(i ≻ j) lies between 0 and 1")
+            refuse("targets", f"holds {short(value)}", "P(i ≻ j) lies between 0 and 1")
     for value in row.get("weights") or ():
         if not is_number(value) or value < 0:
-            refuse("weights", f"holds {value!r}", "weights are finite and not negative")
+            refuse("weights", f"holds {short(value)}", "weights are finite and not negative")
     for value in row.get("margins") or ():
         if not is_number(value):
-            refuse("margins", f"holds {value!r}", "margins are finite numbers, i minus j")
+            refuse("margins", f"holds {short(value)}", "margins are finite numbers, i minus j")
+    for value in row.get("votes") or ():
+        if not _is_vote(value, n_completions):
+            refuse("votes", f"holds {short(value)}", "give annotator (text), pair ([i, j]) and label (0 to 1)")
+    if not all(isinstance(flag, str) for flag in row.get("flags") or ()):
+        refuse("flags", f"holds {short(row['flags'])}", "flags are text")
+    for column, kind in (("category", str), ("source", str), ("row", int)):
+        if not isinstance(row.get(column), kind | None) or (kind is int and not is_number(row.get(column) or 0)):
+            refuse(column, f"is {short(row[column])}", f"give a {kind.__name__}, or leave it out")
+
+
+def _is_pair(value: Any, n_completions: int) -> bool:
+    whole = isinstance(value, list | tuple) and all(isinstance(k, int) and not isinstance(k, bool) for k in value)
+    return whole and len(value) == 2 and all(0 <= k < n_completions for k in value)
+
+
+def _is_vote(value: Any, n_completions: int) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("annotator"), str | None)
+        and _is_pair(value.get("pair"), n_completions)
+        and is_number(value.get("label"))
+        and 0 <= value["label"] <= 1
+        and (value.get("confidence") is None or is_number(value["confidence"]))
+    )
 
 
 def settle(row: Comparison) -> Comparison:
     """A converted row with what every source may hold put right, or `Unusable`.
 
     Completions that are not text are left out with their pairs, completions that differ in white space only are merged,
-    and both are flagged, as empty ones are. `votes` keep pointing at their completions; an empty optional column is
+    and both are flagged, as empty ones and empty prompts are. `votes` keep pointing at their completions; an empty optional column is
     left out.
     """
-    flags, kept = set(row.get("flags") or ()), []
+    flags, kept = set(row.get("flags") or ()) | ({"empty_prompt"} if is_empty(row["prompt"]) else set()), []
     home: dict[int, int] = {}
     place: dict[str, int] = {}
     for k, completion in enumerate(row["completions"]):
@@ -148,6 +185,8 @@ def settle(row: Comparison) -> Comparison:
     for column in ("targets", "weights", "margins"):
         if row.get(column):
             settled[column] = [row[column][n] for n in usable]
+    if not all(map(is_number, settled.get("margins") or ())):
+        raise Unusable("scores are too far apart for a finite margin")
     votes = [vote | {"pair": [home.get(k) for k in vote["pair"]]} for vote in row.get("votes") or ()]
     votes = [vote for vote in votes if None not in vote["pair"] and vote["pair"][0] != vote["pair"][1]]
     settled["votes"] = votes or None
@@ -163,36 +202,65 @@ def own_row(row: Comparison, *, source: str = "", index: int | None = None) -> C
     return {name: value for name, value in row.items() if value is not None} | {"flags": sorted(flags)}
 
 
-def group_by_prompt(rows: list[Comparison]) -> list[Comparison]:
+def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) -> list[Comparison]:
     """One row a prompt: completions without repeats, all judgements, those of different rows side by side.
 
-    Prompts and completions are the same where they differ in white space only. Weights that a source gave are kept;
-    otherwise each pair of a prompt weighs 1 / number of its pairs. Order, `row` and `category` are those of the first.
+    Prompts and completions are the same where they differ in white space only. A row that says no more than an earlier
+    one (same prompt, sides, order, targets and votes) is a copy, not a second judgement, unless votes name another
+    annotator: it is left out, and flagged `duplicated_row` in the merged row and in `report`. Opposite rows both stay.
+    Weights that a source gave are kept; otherwise each pair of a prompt weighs 1 / number of its pairs. Order, `row`
+    and `category` are those of the first.
     """
     groups: dict[tuple[str, str], list[Comparison]] = {}
     for row in rows:
         groups.setdefault((text_key(row["prompt"]), str(row.get("category"))), []).append(row)
-    return [_merged(group) if len(group) > 1 else group[0] for group in groups.values()]
+    report = report or LoadReport()
+    merged = [_merged(group, report) if len(group) > 1 else group[0] for group in groups.values()]
+    report.flagged.get("duplicated_row", []).sort()  # found prompt by prompt
+    return merged
 
 
-def _merged(group: list[Comparison]) -> Comparison:
-    completions: dict[str, Any] = {}
-    merged: Comparison = group[0] | {name: [] for name in ("pairs", "targets", "flags", "votes", "margins", "weights")}
+def _merged(group: list[Comparison], report: LoadReport) -> Comparison:
+    place: dict[str, int] = {}
+    completions: list[Any] = []
+    merged: Comparison = {name: [] for name in ("pairs", "targets", "margins", "weights", "votes")}
+    seen: set[tuple] = set()
+    flags: set[str] = set()
     for row in group:
+        row = with_defaults(row if has_own_weights(row) else row | {"weights": None})
+        home = []
         for completion in row["completions"]:
-            completions.setdefault(text_key(completion), completion)
-        place = {key: k for k, key in enumerate(completions)}
-        home = [place[text_key(completion)] for completion in row["completions"]]
-        merged["pairs"] += [[home[i], home[j]] for i, j in row["pairs"]]
-        merged["targets"] += row["targets"]
-        merged["flags"] = sorted({*merged["flags"], *row["flags"]})
-        merged["votes"] += [vote | {"pair": [home[k] for k in vote["pair"]]} for vote in row.get("votes") or ()]
-        for column, default in (("margins", 0.0), ("weights", None)):
-            merged[column] += row.get(column) or [default] * len(row["pairs"])
-    merged["completions"] = list(completions.values())
-    if None in merged["weights"]:
+            home.append(place.setdefault(text_key(completion), len(completions)))
+            if home[-1] == len(completions):
+                completions.append(completion)
+        said = {name: row[name] for name in ("targets", "margins", "weights")}
+        said["pairs"] = [[home[i], home[j]] for i, j in row["pairs"]]
+        said["votes"] = [vote | {"pair": [home[k] for k in vote["pair"]]} for vote in row.get("votes") or ()]
+        flags.update(row.get("flags") or ())
+        key = tuple(tuple(map(_hashable, said[name])) for name in merged)
+        if key in seen:
+            flags.add("duplicated_row")
+            report.flag("duplicated_row", row.get("row", -1))
+            continue
+        seen.add(key)
+        for name in merged:
+            merged[name] += said[name]
+    if not any(map(has_own_weights, group)):
         del merged["weights"]
-    return merged | {"votes": merged["votes"] or None}
+    shared = {name: value for name, value in group[0].items() if name != "weights"}
+    return shared | merged | {"completions": completions, "flags": sorted(flags), "votes": merged["votes"] or None}
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):  # in saved rows a column that some lack is None in theirs
+        value = sorted(entry for entry in value.items() if entry[1] is not None)
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def has_own_weights(row: Comparison) -> bool:
+    """Whether the weights are the source's: those of `with_defaults`, as in saved rows, are made anew by a merge."""
+    n = len(row["pairs"])
+    return any(not math.isclose(weight, 1 / n) for weight in row.get("weights") or ())
 
 
 def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
@@ -215,8 +283,14 @@ def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
     names = list(dict.fromkeys(name for row in rows for name in row))
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
     columns = {name: [row.get(name) for row in rows] for name in names}
-    inferred = Dataset.from_dict({name: columns[name] for name in names if name not in _FIXED_FEATURES}).features
-    return Dataset.from_dict(columns, features=Features({n: _FIXED_FEATURES.get(n) or inferred[n] for n in names}))
+    free = {name: columns[name] for name in names if name not in _FIXED_FEATURES}
+    try:
+        # Messages with tool calls and the like differ in their keys: as JSON they stay as they are.
+        inferred = Dataset.from_dict(free, on_mixed_types="use_json").features
+        return Dataset.from_dict(columns, features=Features({n: _FIXED_FEATURES.get(n) or inferred[n] for n in names}))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PreferenceDataError(f"{source or 'data set'}: columns {', '.join(names)}: {reason}.") from error
 
 
 def with_defaults(row: Comparison) -> Comparison:
@@ -226,9 +300,14 @@ def with_defaults(row: Comparison) -> Comparison:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
 
 
-def is_empty(completion: Any) -> bool:
-    text = completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)
-    return not text.strip()
+def is_empty(text: Any) -> bool:
+    """True for text or messages without a word or a tool call."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in text)

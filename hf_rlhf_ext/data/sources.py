@@ -1,5 +1,6 @@
 """Where rows come from: files, saved data sets, the Hub, memory; as they are, bad ones marked."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from datasets import (
     Dataset,
@@ -15,6 +16,7 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     ReadInstruction,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -45,17 +47,22 @@ class Source:
 
 
 def open_source(
-    source: str | Path | AnyDataset, split: str | None = None, revision: str | None = None, streaming: bool = False
+    source: str | Path | AnyDataset,
+    split: str | None = None,
+    revision: str | None = None,
+    *,
+    config: str | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Rows of anything that `load_rows` reads; json and csv files are read here, row by row, mixed types and all."""
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if path is not None and path.is_file() and _builder(path) in ("json", "csv"):
-        _check_split(path, split)
+        _check_file(path, split, config)
         stat = path.stat()
         key = Hasher.hash((str(path.resolve()), stat.st_size, stat.st_mtime_ns, split))
         return Source(path.name, _FileRows(path, split), key, large=stat.st_size > 2**23)
     name = path.name if path is not None else ""
-    data = load_rows(source, split, revision, streaming=streaming)
+    data = load_rows(source, split, revision, config=config, streaming=streaming)
     if isinstance(data, IterableDataset):
         return Source(name, data)
     if len(data) == 0:
@@ -64,54 +71,88 @@ def open_source(
 
 
 def load_rows(
-    source: str | Path | AnyDataset, split: str | None = None, revision: str | None = None, *, streaming: bool = False
+    source: str | Path | AnyDataset,
+    split: str | None = None,
+    revision: str | None = None,
+    *,
+    config: str | None = None,
+    streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """Rows as they are.
 
     Args:
         source: a data set in memory, a file (.json, .jsonl, .parquet, .csv, each also with .gz), a folder written by
             `save_to_disk`, a folder of files named after their splits, or a data set id on the Hub.
-        split: which of several; slices such as `"train[:500]"` work for files and the Hub; None where there is one.
+        split: which of several; a file and a data set without splits are "train", and slices such as `"train[:500]"`
+            work everywhere but on a stream; None where there is one.
         revision: branch, tag or commit on the Hub.
+        config: which configuration ("subset") of a data set on the Hub or in a folder, where it has several.
         streaming: read files and the Hub while iterating, for data that exceed memory.
 
     Raises:
         PreferenceDataError: no such file, an unknown ending, an unreadable file, no such split.
     """
     if isinstance(source, Dataset | DatasetDict | IterableDataset | IterableDatasetDict):
+        _refuse_config("data set", config)
         return _pick(source, split, "data set")
     if not isinstance(source, str | Path):
         raise PreferenceDataError(f"data set: expected a data set, a path or a Hub id, got {type(source).__name__}.")
     path = Path(source).expanduser()
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        _refuse_config(path.name, config)
         return _pick(load_from_disk(str(path)), split, path.name)
     if path.is_file():
-        return _load_file(path, split, streaming)
+        return _load_file(path, split, config, streaming)
     if not path.is_dir() and (_builder(path) or path.is_absolute() or str(source).startswith((".", "~"))):
         raise PreferenceDataError(f"dataset: no file or saved data set at {source}: check the path.")
     name = str(path) if path.is_dir() else str(source)
     try:
-        data = load_dataset(name, split=split, revision=revision, streaming=streaming)
+        data = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # each builder and the Hub client raise errors of their own
-        reason = str(error).splitlines()[0]
+        reason, *more = [line for line in str(error).splitlines() if line] or [type(error).__name__]
+        if more and "available configs" in more[0]:
+            reason += f" {more[0]}: pass config= (recipes: --dataset_config) one of them"
         raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
     return _pick(data, None, str(source))
+
+
+def _refuse_config(name: str, config: str | None) -> None:
+    if config is not None:
+        raise PreferenceDataError(f"{name}: only the Hub and folders have configurations: leave config={config!r} out.")
 
 
 def _builder(path: Path) -> str | None:
     return _BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
-def _check_split(path: Path, split: str | None) -> None:
+def _check_file(path: Path, split: str | None, config: str | None) -> None:
+    """A file is one split, "train", of no configuration: anything else is refused before a row is read."""
+    _refuse_config(path.name, config)
     if split is not None and split.split("[")[0] != "train":
         raise PreferenceDataError(f"{path.name}: a file has no split {split!r}: leave it out, or pass 'train[:500]'.")
+    _cut(split, {"train": 2**62}, path.name)
 
 
-def _load_file(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+class _Part(NamedTuple):
+    name: str
+    rows: range
+
+
+def _cut(split: str | None, sizes: dict[str, int], name: str) -> list[_Part]:
+    """Which rows of which split `"train[:500]+test"` asks for; None is all of "train"."""
+    try:
+        parts = ReadInstruction.from_spec(split or "train").to_absolute(sizes)
+    except (AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PreferenceDataError(f"{name}: split {split!r}: {reason}: slices are written 'train[:500]'.") from error
+    return [_Part(part.splitname, range(part.from_, part.to)) for part in parts]
+
+
+def _load_file(path: Path, split: str | None, config: str | None, streaming: bool) -> Dataset | IterableDataset:
     builder = _builder(path)
     if builder is None:
         raise PreferenceDataError(f"{path.name}: unknown ending; known are {', '.join(_BUILDERS)}, each also with .gz.")
-    _check_split(path, split)
+    _check_file(path, split, config)
     options = _OPTIONS.get(builder, {}) | {"streaming": streaming}
     try:
         return load_dataset(builder, data_files=str(path), split=split or "train", **options)
@@ -121,15 +162,17 @@ def _load_file(path: Path, split: str | None, streaming: bool) -> Dataset | Iter
 
 
 def _pick(data: AnyDataset, split: str | None, name: str) -> Dataset | IterableDataset:
-    if isinstance(data, Dataset | IterableDataset):
-        if split is not None:
-            raise PreferenceDataError(f"{name}: it has no splits: leave split={split!r} out.")
-        return data
-    if split is None and len(data) == 1:
-        return next(iter(data.values()))
-    if split not in data:
-        raise PreferenceDataError(f"{name}: splits are {', '.join(data)}: pass split= one of them (got {split!r}).")
-    return data[split]
+    """The split, or slices of splits; a data set without splits is its own "train", as a file is."""
+    parts = {"train": data} if isinstance(data, Dataset | IterableDataset) else data
+    if split is None and len(parts) == 1:
+        return next(iter(parts.values()))
+    if split in parts:
+        return parts[split]
+    sliced = split is not None and ("[" in split or "+" in split)
+    if not sliced or any(isinstance(part, IterableDataset) for part in parts.values()):
+        raise PreferenceDataError(f"{name}: splits are {', '.join(parts)}: pass split= one of them (got {split!r}).")
+    cut = _cut(split, {key: len(part) for key, part in parts.items()}, name)
+    return concatenate_datasets([parts[part.name].select(part.rows) for part in cut])
 
 
 @dataclass(frozen=True)
@@ -145,9 +188,11 @@ class _FileRows:
             yield from rows
             return
         kept = list(rows)
-        cut = ReadInstruction.from_spec(self.split).to_absolute({"train": len(kept)})
+        cut = _cut(self.split, {"train": len(kept)}, self.path.name)
+        if not any(part.rows for part in cut):
+            raise PreferenceDataError(f"{self.path.name}: split {self.split!r} is none of its {len(kept)} rows.")
         for part in cut:
-            yield from kept[part.from_ : part.to]
+            yield from kept[part.rows.start : part.rows.stop]
 
     def _rows(self) -> Iterator[dict[str, Any] | str]:
         kind = _builder(self.path)
@@ -159,9 +204,21 @@ class _FileRows:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise self._refusal(kind, "the gzip file is damaged or cut short: fetch it again") from error
         except UnicodeDecodeError as error:
-            raise self._refusal(kind, f"byte {error.start} is not UTF-8: convert the file") from error
+            raise self._refusal(kind, f"line {self._broken_line()} is not UTF-8: convert the file") from error
         except (_BadFile, csv.Error) as error:
             raise self._refusal(kind, str(error)) from error
+
+    def _broken_line(self) -> int:
+        """The first line that is not UTF-8: the decoder itself counts bytes of its buffer only."""
+        decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+        with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
+            for part in iter(lambda: file.read(2**20), b""):
+                try:
+                    decoder.decode(part)
+                except UnicodeDecodeError as error:
+                    return line + error.object[: error.start].count(b"\n")
+                line += part.count(b"\n")
+        return line  # cut short in the middle of a character
 
     def _refusal(self, kind: str | None, reason: str) -> PreferenceDataError:
         return PreferenceDataError(f"{self.path.name}: cannot be read as {kind}: {reason}")
@@ -197,17 +254,25 @@ def _json_rows(file: IO[str]) -> Iterator[dict[str, Any] | str]:
             yield row if isinstance(row, dict) else "not a record"
 
 
+_WRAPPERS = ("data", "rows", "train", "examples", "instances")
+"""Keys of an object that holds the rows of a whole file."""
+
+
 def _is_document(file: IO[str], first: str) -> bool:
-    """True for a file that is one JSON value and not one a line: an array, or an object that goes on after a line."""
+    """True for a file that is one JSON value and not one a line: an array, or an object that goes on after a line.
+
+    An object on one line alone is a row, unless it is a wrapper of rows.
+    """
     file.seek(0)
-    line = next(iter(lambda: file.readline(MAX_LINE).strip("\ufeff"), ""), "")
+    line = file.readline(MAX_LINE).strip("\ufeff")
     if first == "[":
         return True
     try:
-        json.loads(line)
-    except ValueError:
-        return line.strip() == "{"
-    return False
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return line.rstrip().endswith(("{", "[", ","))  # it goes on
+    wraps = len(value) <= 2 and any(isinstance(value.get(key), list) for key in _WRAPPERS)
+    return wraps and not file.read().strip()
 
 
 def _document(file: IO[str]) -> Iterator[dict[str, Any] | str]:

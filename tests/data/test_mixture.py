@@ -1,7 +1,7 @@
 """Demonstrations by rating and use case."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_rlhf_ext.data.formats import load_demonstrations
 from hf_rlhf_ext.data.mixture import (
@@ -27,10 +27,29 @@ def test_ratings_filter_samples_and_keep_what_people_wrote():
     kept, counts = filter_by_rating(data, 7)
     assert kept["prompt"][:] == ["a", "c", "d"]
     assert counts == {"rated_kept": 2, "rated_dropped": 1, "unrated_kept": 1}
-    with pytest.raises(UserError, match="no row has a rating"):
-        filter_by_rating(data.remove_columns("rating"), 7)
     with pytest.raises(UserError, match="the highest rating is 7"):
         filter_by_rating(data.select([0, 1]), 8)
+
+
+@pytest.mark.parametrize("ratings", [None, [None, None], [float("nan"), None]])
+def test_without_any_rating_all_rows_are_demonstrations_and_it_says_so(caplog, ratings):
+    data = Dataset.from_dict(
+        {"prompt": ["a", "b"], "completion": ["c", "d"]} | ({"rating": ratings} if ratings else {})
+    )
+    kept, counts = filter_by_rating(data, 7)
+    assert kept["prompt"][:] == ["a", "b"] and counts == {"rated_kept": 0, "rated_dropped": 0, "unrated_kept": 2}
+    assert "min_rating=7: no row has a rating" in caplog.text and "all 2 rows are kept" in caplog.text
+
+
+def test_ratings_leave_dolly_whole_and_filter_what_is_added_to_it(shared_data, caplog):
+    dolly, _ = load_demonstrations(shared_data / "dolly_3k.jsonl")
+    kept, counts = filter_by_rating(dolly, 7)
+    assert len(kept) == len(dolly) == counts["unrated_kept"] and "no row has a rating" in caplog.text
+    caplog.clear()
+    people = dolly.select(range(5)).select_columns(["prompt", "completion"])
+    samples = people.select(range(4)).add_column("rating", [7.0, 6.0, 7.0, 1.0])
+    kept, counts = filter_by_rating(concatenate_datasets([people, samples]), 7)
+    assert counts == {"rated_kept": 2, "rated_dropped": 2, "unrated_kept": 5} and len(kept) == 7 and not caplog.text
 
 
 def test_a_mix_takes_what_the_scarcest_category_allows():
@@ -97,6 +116,39 @@ def test_a_bad_mix_file_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_mix(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[a]", "rules.yaml must map categories to lists of expressions"),
+        ("", "rules.yaml must map categories to lists of expressions"),
+        ("chat: hello", r"rules.yaml, category 'chat': write a list of regular expressions in quotes: chat: \["),
+        ("chat: []", "category 'chat': write a list"),
+        ("chat: ['']", "category 'chat': write a list"),  # would be found in every prompt
+        ("ok: [x]\nchat: [1]", "category 'chat': write a list"),
+        ("chat: {a: b}", "category 'chat': write a list"),
+        (
+            "chat: ['x', '(a']",
+            r"category 'chat': '\(a' is no regular expression \(missing \), unterminated .*\): mend it",
+        ),
+        ("chat: ['a{99999999999}']", r"category 'chat': 'a\{9+\}' is no regular expression"),
+        ("no: [x]", "category False is a bool, not a name: put it in quotes"),
+    ],
+)
+def test_a_bad_rules_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        categorise(Dataset.from_dict({"prompt": ["hello"]}), rules=str(path))
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_a_mix_of_no_rows_is_refused():
+    with pytest.raises(UserError, match="mix_rows=0: give a number above 0"):
+        sample_mix(rows_of(a=5), {"a": 1.0}, rows=0)
+    with pytest.raises(UserError, match="mix: 1 rows give none to the categories that there are"):
+        sample_mix(rows_of(b=5), {"a": 0.9, "b": 0.1}, rows=1)
 
 
 def test_a_mix_file_is_scaled_to_one(tmp_path):
