@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .ppo.config import PPOConfig
     from .ppo.trainer import PPOTrainer
     from .reward.config import BradleyTerryConfig
+    from .reward.ensemble import RewardEnsemble
+    from .reward.export import export_merged
     from .reward.scorer import RewardScorer
     from .reward.trainer import BradleyTerryTrainer
 
@@ -27,7 +29,9 @@ _HOMES = {
     "DataCollatorForComparisons": "data.collators",
     "PPOConfig": "ppo.config",
     "PPOTrainer": "ppo.trainer",
+    "RewardEnsemble": "reward.ensemble",
     "RewardScorer": "reward.scorer",
+    "export_merged": "reward.export",
     "load_base_model": "modeling.loading",
     "load_comparisons": "data.formats",
     "load_demonstrations": "data.formats",
@@ -42,8 +46,10 @@ __all__ = [
     "DataCollatorForComparisons",
     "PPOConfig",
     "PPOTrainer",
+    "RewardEnsemble",
     "RewardScorer",
     "UserError",
+    "export_merged",
     "load_base_model",
     "load_comparisons",
     "load_demonstrations",

@@ -160,8 +160,8 @@ def settle(row: Comparison) -> Comparison:
     """A converted row with what every source may hold put right, or `Unusable`.
 
     Completions that are not text are left out with their pairs, completions that differ in white space only are merged,
-    and both are flagged, as empty ones and empty prompts are. `votes` keep pointing at their completions; an empty optional column is
-    left out.
+    and both are flagged, as empty ones and empty prompts are. `votes` keep pointing at their completions; an empty
+    optional column is left out.
     """
     flags, kept = set(row.get("flags") or ()) | ({"empty_prompt"} if is_empty(row["prompt"]) else set()), []
     home: dict[int, int] = {}
