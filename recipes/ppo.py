@@ -86,9 +86,9 @@ def train_ppo(
     """
     reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision)
+    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
     split = data.dataset_test_split
-    heldout = load_rows(data.dataset_name, split, data.dataset_revision) if split else None
+    heldout = load_rows(data.dataset_name, split, data.dataset_revision, config=data.dataset_config) if split else None
     train, heldout = train_and_heldout(rows, data, heldout)
     test = test if test is not None else heldout
     if rewards.final_rows is not None:
