@@ -350,7 +350,8 @@ def write_report(quickstart: Quickstart, progress: Progress, reward: dict, ppo: 
     config = asdict(args) | asdict(quickstart.size)
     card = {"report": report, "base_model": EMBEDDED_MODEL, "config": config}
     write_card(folder / "sft", "sft", **card)
-    write_card(folder / "reward_model", "reward_model", **card)
+    plot = folder / "reward_model" / "evaluation.png"
+    write_card(folder / "reward_model", "reward_model", **card, plot=plot if plot.is_file() else None)
     write_card(folder / "policy", "policy", **card, samples=ppo["samples"], plot=folder / "frontier.png")
     return report
 

@@ -101,7 +101,9 @@ def train_reward(
     report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     if len(heldout):
-        write_card(args.output_dir, "reward_model", report, base_model=public_name(model_args.model_name_or_path))
+        plot = Path(args.output_dir) / "evaluation.png"
+        base_model = public_name(model_args.model_name_or_path)
+        write_card(args.output_dir, "reward_model", report, base_model=base_model, plot=plot)
     else:
         (Path(args.output_dir) / "README.md").unlink(missing_ok=True)  # PEFT's empty form, which names local folders
     return report

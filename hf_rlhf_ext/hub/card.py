@@ -157,7 +157,10 @@ def collect_results(kind: str, report: Mapping[str, Any]) -> list[Result]:
         wanted = [
             ("accuracy", "Pairwise accuracy"),
             ("nll", "Negative log-likelihood, nats per pair"),
+            ("brier", "Brier score (a coin's is 0.25)"),
+            ("ece", "Expected calibration error"),
             ("longer_wins_baseline", 'Accuracy of "the longer one is better"'),
+            ("gain", "Gain in accuracy over it"),
             ("annotator_ceiling", "Expected accuracy of the annotator's order without noise"),
         ]
     else:
@@ -201,6 +204,8 @@ def derive_limits(kind: str, report: Mapping[str, Any], base_model: str, embedde
     if kind == "reward_model":
         if model["accuracy"] <= model.get("longer_wins_baseline", -math.inf):
             limits.append("It is not better than preferring the longer completion.")
+        elif not model.get("gain_ci95", [1.0])[0] > 0:
+            limits.append("Its gain over preferring the longer completion may be chance: the interval reaches zero.")
         if "annotator_ceiling" in model:
             limits.append("Its judgements were learnt from a simulated annotator, not from people.")
         limits.append("Scores compare completions of one prompt; their absolute value means little.")

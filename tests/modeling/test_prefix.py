@@ -84,7 +84,8 @@ def scores_and_gradients(model, layout, data):
 def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
     # Norms and rotary angles are fp32 in most of these, also where the weights are float64; Gemma 2's own padded rows
     # are NaN in float64 (eager attention, a window, and fully masked padding).
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-7))[: 1 if name == "gemma2" else 2]:
+    double = (torch.float64, 1e-10 if name in ("gpt2", "opt") else 1e-7)
+    for dtype, tolerance in ((torch.float32, 1e-5), double)[: 1 if name == "gemma2" else 2]:
         model = make(name, dtype).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
