@@ -29,11 +29,13 @@ class DataCollatorForComparisons:
     and, padded on the right to L tokens, in the layout
 
     - `"plain"`, a row for every completion after its prompt: `input_ids`, `attention_mask` (N, L) int64;
-    - `"shared_prefix"`, a row `[prompt, y1 … yK]` for every prompt: `input_ids`, `segments`, `positions` (B, L) int64
-      (`modeling.prefix`), and `score_at` (N, 2) int64, row and column of each completion's last token.
+    - `"shared_prefix"`, `[prompt, y1 … yK]` for every prompt, short ones side by side in R ≤ B rows: `input_ids`,
+      `segments`, `owners`, `positions` (R, L) int64 (`modeling.prefix`), and `score_at` (N, 2) int64, row and column of
+      each completion's last token.
 
-    With `max_tokens` the result is `{"micro_batches": [batch, …]}`: prompts sorted by length and packed so that rows
-    times L stays within it; a prompt that exceeds it alone is a micro-batch of its own.
+    With `max_tokens` the result is `{"micro_batches": [batch, …], "order": [n, …]}`: prompts of similar length packed
+    so that rows times L stays within it, and their numbers in the batch; a prompt that exceeds it alone is a
+    micro-batch of its own.
 
     It never truncates: the trainer has settled over-long rows (`overflow`) while their row number was known.
     """
@@ -50,19 +52,33 @@ class DataCollatorForComparisons:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self.max_tokens is None:
             return self._batch(rows)
-        return {"micro_batches": [self._batch(part) for part in self._packed(rows)]}
+        parts = self._parts_shared(rows) if self.layout == "shared_prefix" else self._parts_plain(rows)
+        batches = [self._batch([rows[n] for n in part]) for part in parts]
+        return {"micro_batches": batches, "order": [n for part in parts for n in part]}
 
-    def _packed(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        parts: list[list[dict[str, Any]]] = []
+    def _parts_plain(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        parts: list[list[int]] = []
         n_rows = 0
-        for row in sorted(rows, key=self._length):
-            height = 1 if self.layout == "shared_prefix" else len(row["completion_ids"])
-            if parts and (n_rows + height) * self._length(row) <= self.max_tokens:  # sorted: this one is the longest
-                parts[-1].append(row)
+        for n in sorted(range(len(rows)), key=lambda n: self._length(rows[n])):
+            height = len(rows[n]["completion_ids"])
+            # In order of length: this one is the longest so far.
+            if parts and (n_rows + height) * self._length(rows[n]) <= self.max_tokens:
+                parts[-1].append(n)
                 n_rows += height
             else:
-                parts.append([row])
+                parts.append([n])
                 n_rows = height
+        return parts
+
+    def _parts_shared(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        parts: list[list[int]] = []
+        left = list(range(len(rows)))
+        while left:
+            lengths = [self._length(rows[n]) for n in left]
+            width = max(lengths)
+            place = fill_rows(lengths, width, max(1, self.max_tokens // width))
+            parts.append([n for n, row in zip(left, place, strict=True) if row is not None])
+            left = [n for n, row in zip(left, place, strict=True) if row is None]
         return parts
 
     def _length(self, row: dict[str, Any]) -> int:
@@ -92,21 +108,44 @@ class DataCollatorForComparisons:
         return pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of)
 
     def _shared(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "segments": [], "positions": []}
+        lengths = [self._length(row) for row in rows]
+        place = fill_rows(lengths, max(lengths))
+        fill = {"input_ids": self.pad_token_id, "segments": -1, "owners": -1, "positions": 0}
+        columns: dict[str, list[list[int]]] = {name: [[] for _ in range(max(place) + 1)] for name in fill}
+        used = [0] * (max(place) + 1)  # segments of each row so far
         score_at = []
-        for number, row in enumerate(rows):
-            start = len(row["prompt_ids"])
-            ids, segments, positions = list(row["prompt_ids"]), [0] * start, list(range(start))
-            for k, completion in enumerate(row["completion_ids"], start=1):
-                ids += completion
-                segments += [k] * len(completion)
-                positions += range(start, start + len(completion))
-                score_at.append([number, len(ids) - 1])
-            for name, values in zip(columns, (ids, segments, positions), strict=True):
-                columns[name].append(values)
-        fill = {"input_ids": self.pad_token_id, "segments": -1, "positions": 0}
+        for number, row in zip(place, rows, strict=True):
+            owner, start = used[number], len(row["prompt_ids"])
+            used[number] += 1 + len(row["completion_ids"])
+            ids, segments, owners, positions = (columns[name][number] for name in fill)
+            for k, part in enumerate((row["prompt_ids"], *row["completion_ids"])):
+                ids += part
+                segments += [owner + k] * len(part)
+                owners += [owner] * len(part)
+                first = start if k else 0
+                positions += range(first, first + len(part))
+                if k:
+                    score_at.append([number, len(ids) - 1])
         padded = {name: _padded(values, fill[name], self.pad_to_multiple_of) for name, values in columns.items()}
         return padded | {"score_at": torch.tensor(score_at)}
+
+
+def fill_rows(lengths: list[int], width: int, height: int | None = None) -> list[int | None]:
+    """Which row of `width` each length goes into, longest first into the fullest row with room (best fit decreasing).
+
+    None for what no more fits into `height` rows; without `height` there are as many rows as it takes.
+    """
+    room: list[int] = []
+    place: list[int | None] = [None] * len(lengths)
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fits = [row for row, free in enumerate(room) if free >= lengths[n]]
+        if not fits and (height is None or len(room) < height):
+            fits = [len(room)]
+            room.append(width)
+        if fits:
+            place[n] = min(fits, key=room.__getitem__)
+            room[place[n]] -= lengths[n]
+    return place
 
 
 def pad_right(sequences: list[list[int]], pad_token_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:

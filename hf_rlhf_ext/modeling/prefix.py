@@ -1,7 +1,9 @@
-"""The shared-prefix layout: one row `[prompt, y1 … yK]` in which every completion sees the prompt and itself.
+"""The shared-prefix layout: `[prompt, y1 … yK]` side by side, where every completion sees the prompt and itself.
 
 Position ids restart after the prompt, so that each completion's hidden states are those of a row of its own, with the
-prompt computed once. Batches hold `segments` (B, L): 0 in the prompt, k in completion k, -1 in padding.
+prompt computed once; a row may hold several prompts, which do not see each other. Batches hold (B, L) `segments`, a
+number for every prompt and completion of a row, and (B, L) `owners`, the number of the prompt that a token belongs to;
+both are -1 in padding.
 """
 
 import inspect
@@ -15,21 +17,24 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from .heads import is_encoder
 
+COLUMNS = ("input_ids", "segments", "owners", "positions")
 WINDOWED = "sliding_attention"
 FULL = "full_attention"
 FLEX = "flex_attention"
 
 
-def mask_function(segments: Tensor, positions: Tensor, window: int | None = None) -> Callable[..., Tensor]:
+def mask_function(
+    segments: Tensor, owners: Tensor, positions: Tensor, window: int | None = None
+) -> Callable[..., Tensor]:
     """Who attends to whom, as FlexAttention's `mask_mod(batch, head, query, key)` (index tensors that broadcast).
 
-    A token sees earlier tokens of the prompt and of its own segment; `window` limits the distance in *position*, as a
+    A token sees earlier tokens of its prompt and of its own segment; `window` limits the distance in *position*, as a
     row of its own would have it. Padding sees itself: a query without any key would be NaN.
     """
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         to = segments[batch, key]
-        seen = ((to == 0) | (to == segments[batch, query])) & (key <= query) & (to >= 0)
+        seen = ((to == owners[batch, query]) | (to == segments[batch, query])) & (key <= query) & (to >= 0)
         if window is not None:
             seen = seen & (positions[batch, query] - positions[batch, key] < window)
         return seen | (query == key)
@@ -37,25 +42,26 @@ def mask_function(segments: Tensor, positions: Tensor, window: int | None = None
     return sees
 
 
-def prefix_mask(segments: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
-    """`mask_function` of (B, L) segments and positions as a tensor, (B, 1, L, L) bool."""
+def prefix_mask(segments: Tensor, owners: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    """`mask_function` of (B, L) segments, owners and positions as a tensor, (B, 1, L, L) bool."""
     rows, length = segments.shape
     index = torch.arange(length, device=segments.device)
     batch = torch.arange(rows, device=segments.device)[:, None, None, None]
-    return mask_function(segments, positions, window)(batch, None, index[:, None], index)
+    return mask_function(segments, owners, positions, window)(batch, None, index[:, None], index)
 
 
-def model_inputs(model: nn.Module, input_ids: Tensor, segments: Tensor, positions: Tensor) -> dict:
+def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     """What `model(...)` takes for a batch in this layout: ids, position ids, and masks as its layers want them."""
+    input_ids, segments, owners, positions = (batch[name] for name in COLUMNS)
     config = _base(model).config.get_text_config()
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
 
     def mask(limit: int | None) -> Any:
         if config._attn_implementation == FLEX:
             n_rows, length = segments.shape
-            sees = mask_function(segments, positions, limit)
+            sees = mask_function(segments, owners, positions, limit)
             return create_block_mask(sees, n_rows, None, length, length, device=segments.device)
-        allowed = prefix_mask(segments, positions, limit)
+        allowed = prefix_mask(segments, owners, positions, limit)
         if config._attn_implementation != "eager":
             return allowed
         # Eager adds its mask: a bool one would shift the scores by one instead of hiding anything.

@@ -88,8 +88,7 @@ def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """fp32 scores (N,) of a batch of `DataCollatorForComparisons`, in either layout."""
     if "segments" not in batch:
         return score_sequences(model, batch["input_ids"], batch["attention_mask"])
-    inputs = model_inputs(model, batch["input_ids"], batch["segments"], batch["positions"])
-    scores = _scores_by_position(model, inputs)
+    scores = _scores_by_position(model, model_inputs(model, batch))
     row, column = batch["score_at"].unbind(1)
     return scores[row, column]
 

@@ -264,14 +264,16 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, scores (B, Kmax), labels (B, Pmax, 7)): the exact loss comes from these; or (loss, None, None)."""
-        *parts, inputs = _micro_batches(self._prepare_inputs(inputs))
-        if parts:
-            found = [self.prediction_step(model, part, prediction_loss_only, ignore_keys) for part in [*parts, inputs]]
+        if "micro_batches" in inputs:
+            parts, order = inputs["micro_batches"], inputs["order"]
+            found = [self.prediction_step(model, part, prediction_loss_only, ignore_keys) for part in parts]
             losses, scores, labels = zip(*found, strict=True)
             if prediction_loss_only:
-                weights = torch.stack([part["weights"].sum() for part in [*parts, inputs]])
+                weights = torch.stack([part["weights"].sum() for part in parts]).to(losses[0].device)
                 return (torch.stack(losses) * weights).sum() / weights.sum().clamp(min=1e-30), None, None
-            return None, _stacked(scores), _stacked(labels)
+            back = np.argsort(order).tolist()
+            return None, _stacked(scores)[back], _stacked(labels)[back]
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self._mixed_precision(model):
             scores = score_batch(model, inputs)
         if prediction_loss_only:

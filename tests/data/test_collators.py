@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rlhf_ext.data.collators import DataCollatorForComparisons
+from hf_rlhf_ext.data.collators import DataCollatorForComparisons, fill_rows
 from hf_rlhf_ext.data.tokenization import fit_row, tokenise_row
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.prefix import prefix_mask
 
 PAD = 3
 tokens = st.lists(st.integers(0, 9), max_size=6)  # the pad id is an ordinary token too
@@ -46,6 +47,56 @@ def test_every_completion_appears_once_after_its_prompt_and_pairs_point_at_it(ro
         assert batch[name].tolist() == [x for row in rows for x in row.get(name) or [0.0] * len(row["pairs"])]
     assert batch["completion_counts"].tolist() == [len(row["completion_ids"]) for row in rows]
     assert batch["completion_lengths"].tolist() == [len(ids) for row in rows for ids in row["completion_ids"]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(comparison(), min_size=1, max_size=6))
+def test_side_by_side_every_completion_sees_its_prompt_and_itself(rows):
+    batch = DataCollatorForComparisons(PAD, layout="shared_prefix")(rows)
+    expected = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
+    mask = prefix_mask(batch["segments"], batch["owners"], batch["positions"])[:, 0]
+    assert len(batch["score_at"]) == len(expected)
+    for (row, column), sequence in zip(batch["score_at"].tolist(), expected, strict=True):
+        seen = mask[row, column]
+        assert batch["input_ids"][row][seen].tolist() == sequence
+        assert batch["positions"][row][seen].tolist() == list(range(len(sequence)))
+    tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["completion_ids"])) for row in rows)
+    assert (batch["segments"] >= 0).sum() == tokens and batch["input_ids"].shape[0] <= len(rows)
+    plain = DataCollatorForComparisons(PAD)(rows)
+    for name in ("pairs", "targets", "weights", "margins", "prompt_index", "completion_counts", "categories"):
+        assert torch.equal(batch[name], plain[name])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.none() | st.integers(1, 4))
+def test_rows_are_filled_and_never_overfull(lengths, height):
+    width = max(lengths)
+    place = fill_rows(lengths, width, height)
+    rows = sorted({row for row in place if row is not None})
+    assert rows == list(range(len(rows))) and len(rows) <= (height or len(lengths))
+    loads = [sum(n for n, row in zip(lengths, place, strict=True) if row == number) for number in rows]
+    assert max(loads) == width  # the longest always finds room
+    left = [n for n, row in zip(lengths, place, strict=True) if row is None]
+    assert all(load + min(left) > width for load in loads) if left else True
+    assert height is not None or not left
+    assert sum(load <= width / 2 for load in loads) <= 1  # two half-empty rows would be one
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
+def test_micro_batches_hold_every_row_once_within_the_budget(layout):
+    lengths = [3, 40, 7, 12, 5, 30, 9, 2, 21]
+    pair = {"pairs": [[0, 1]], "targets": [1.0], "weights": [1.0]}
+    rows = [
+        {"prompt_ids": [1], "completion_ids": [[2] * (n - 2), [4]], "category_code": k} | pair
+        for k, n in enumerate(lengths)
+    ]
+    made = DataCollatorForComparisons(PAD, layout=layout, max_tokens=64)(rows)
+    parts, order = made["micro_batches"], made["order"]
+    assert sorted(order) == list(range(9)) == sorted(torch.cat([part["categories"] for part in parts]).tolist())
+    assert torch.cat([part["categories"] for part in parts]).tolist() == order
+    assert all(part["input_ids"].numel() <= 64 or len(part["categories"]) == 1 for part in parts)
+    if layout == "shared_prefix":
+        assert sum(part["input_ids"].numel() for part in parts) < 1.1 * sum(lengths)  # hardly any padding
 
 
 def test_pad_to_multiple_of():

@@ -129,7 +129,8 @@ def test_architectures_that_cannot_are_told_from_their_configuration():
 def test_the_mask_is_that_of_rows_of_their_own(prompt, lengths, padding, window):
     segments = [0] * prompt + [k for k, n in enumerate(lengths, 1) for _ in range(n)] + [-1] * padding
     positions = [*range(prompt), *(prompt + i for n in lengths for i in range(n)), *[0] * padding]
-    mask = prefix_mask(torch.tensor([segments]), torch.tensor([positions]), window)[0, 0]
+    owners = [min(segment, 0) for segment in segments]
+    mask = prefix_mask(*(torch.tensor([values]) for values in (segments, owners, positions)), window)[0, 0]
     for q, (sq, pq) in enumerate(zip(segments, positions, strict=True)):
         for k, (sk, pk) in enumerate(zip(segments, positions, strict=True)):
             in_row = sk in (0, sq) and sq >= 0 and sk >= 0 and pk <= pq and not (sq == 0 and sk > 0)
@@ -179,13 +180,9 @@ def test_the_mask_function_is_what_flex_attention_calls():
     from torch.nn.attention.flex_attention import create_mask
 
     batch = DataCollatorForComparisons(0, layout="shared_prefix")(rows(n=5))
-    segments, positions = batch["segments"], batch["positions"]
+    given = [batch[name] for name in ("segments", "owners", "positions")]
+    n_rows, length = given[0].shape
+    assert n_rows < 5  # some share a row
     for window in (None, 3):
-        called = create_mask(
-            mask_function(segments, positions, window),
-            *segments.shape[:1],
-            None,
-            *[segments.shape[1]] * 2,
-            device="cpu",
-        )
-        assert torch.equal(called, prefix_mask(segments, positions, window))
+        called = create_mask(mask_function(*given, window), n_rows, None, length, length, device="cpu")
+        assert torch.equal(called, prefix_mask(*given, window))

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import BloomConfig, BloomForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import BloomConfig, BloomForSequenceClassification, LlamaForSequenceClassification
 from trl import TrlParser
 
-from hf_rlhf_ext.data.collators import DataCollatorForComparisons
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.heads import ScalarHead
 from hf_rlhf_ext.modeling.loading import load_base_model
@@ -201,48 +198,6 @@ def test_loss_is_the_same_however_batched(make_trainer, checkpointing, tiny_conf
         np.testing.assert_allclose(losses, weights[0][1], rtol=1e-5)
         for name, value in weights[0][0].items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6)
-
-
-tokens = st.lists(st.integers(4, 60), max_size=6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    prompts=st.lists(tokens, min_size=2, max_size=3),
-    completions=st.lists(tokens, min_size=2, max_size=5),  # equal and empty ones too
-    order=st.randoms(use_true_random=False),
-    layout=st.sampled_from(["plain", "shared_prefix"]),
-    budget=st.sampled_from([None, 30]),
-)
-def test_scores_depend_on_neither_neighbours_nor_their_order(prompts, completions, order, layout, budget):
-    """Any K, lengths, duplicates and empty completions; every completion has its stop token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_labels=1, pad_token_id=1, max_position_embeddings=128,
-    )  # fmt: skip
-    model = LlamaForSequenceClassification(config).eval()
-    pair = {"pairs": [[0, 1]], "targets": [1.0], "weights": [1.0]}
-    rows = [{"prompt_ids": [3, *p], "completion_ids": [[*c, 2] for c in completions]} | pair for p in prompts]
-
-    def scores(rows):
-        batch = DataCollatorForComparisons(1, layout=layout, max_tokens=budget)(rows)
-        found = {}
-        with torch.no_grad():
-            for part in batch.get("micro_batches", [batch]):
-                values = score_batch(model, part).split(part["completion_counts"].tolist())
-                for number, value in zip(part["categories"].tolist(), values, strict=True):
-                    found[number] = value.tolist()
-        return found
-
-    alone = [scores([row | {"category_code": k}])[k] for k, row in enumerate(rows)]
-    together = scores([row | {"category_code": k} for k, row in enumerate(rows)])
-    for k, expected in enumerate(alone):
-        np.testing.assert_allclose(together[k], expected, atol=1e-6)
-    shuffled = order.sample(range(len(completions)), len(completions))
-    turned = [row | {"completion_ids": [row["completion_ids"][k] for k in shuffled]} for row in rows]
-    first = scores([turned[0] | {"category_code": 0}])[0]
-    np.testing.assert_allclose(first, [alone[0][k] for k in shuffled], atol=1e-6)
 
 
 def test_first_step_is_the_gradient_of_the_formula(make_trainer, seqcls, chat_tokenizer):
