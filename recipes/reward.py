@@ -92,7 +92,7 @@ def train_reward(
     trainer.train(resume_from_checkpoint=resolve_checkpoint(args.resume_from_checkpoint, args.output_dir))
     trainer.save_model()
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
-    measured = {"pairs": sum(map(len, train["pairs"]))}
+    measured = {"pairs": sum(map(len, trainer.train_dataset["pairs"]))}  # without what was too long
     if len(heldout):
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         measured |= _measured(metrics) | {"groups": trainer.judged.groups()}

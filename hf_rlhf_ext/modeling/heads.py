@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+"""Names of tables of learned positions, in encoders, OPT and GPT-2."""
+
 
 class ScalarHead(nn.Linear):
     """Linear map of hidden states (..., H) of any floating dtype to fp32 scores (..., 1).
@@ -58,6 +61,16 @@ def untrained_layers(model: nn.Module) -> list[str]:
     outside.discard(model.base_model_prefix)
     poolers = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name.endswith(".pooler")}
     return sorted(outside | poolers)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a model with learned positions takes (RoBERTa's begin after the pad id); None for rotary ones."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+            after_pad = name.endswith("position_embeddings") and module.padding_idx is not None
+            taken = module.padding_idx + 1 if after_pad else 0
+            return model.config.get_text_config().max_position_embeddings - taken
+    return None
 
 
 def install_fp32_score(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from ..data.text import (
 )
 from ..errors import UserError
 from ..modeling.adapters import active_adapter, evaluating, mixed_precision
-from ..modeling.heads import head_name, install_fp32_score, is_encoder
+from ..modeling.heads import head_name, install_fp32_score, is_encoder, position_limit
 from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.prefix import model_inputs, why_not
 
@@ -253,7 +253,7 @@ class RewardScorer:
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Raw scores of token lists (prompt, completion, stop token), in their order."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(bare_model(self.model))
         for k, ids in enumerate(sequences):
             if limit and len(ids) > limit:
                 raise UserError(f"completion {k} with its prompt: {len(ids)} tokens, the reward model takes {limit}.")

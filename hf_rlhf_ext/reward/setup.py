@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.collators import DataCollatorForComparisons
 from ..errors import UserError
-from ..modeling.heads import ScalarHead, install_fp32_score
+from ..modeling.heads import ScalarHead, install_fp32_score, position_limit
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
 from .scorer import score_head, shared_prefix_problem
@@ -36,11 +36,9 @@ def with_saved_layers(peft_config: PeftConfig, names: list[str]) -> PeftConfig:
     return found
 
 
-def length_limit(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+def length_limit(model: nn.Module, max_length: int | None) -> int | None:
     """`max_length`, or what the model has positions for if that is less."""
-    config = model.config.get_text_config()
-    known = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, max_length]
-    limit = min((n for n in known if n), default=None)
+    limit = min((n for n in (position_limit(model), max_length) if n), default=None)
     if max_length is not None and limit < max_length:
         logger.warning("max_length: %d instead of %d, as this model takes no more.", limit, max_length)
     return limit

@@ -89,7 +89,7 @@ class BradleyTerryTrainer(RewardTrainer):
         if peft_config is not None and is_encoder(model):
             peft_config = with_saved_layers(peft_config, untrained_layers(model))
         self.layout = resolve_layout(model, peft_config, args.layout)
-        self.max_length = length_limit(model, processing_class, args.max_length)
+        self.max_length = length_limit(model, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
         self.normalization: RewardNormalization | None = None
         self.judged: preference.JudgedPairs | None = None  # of the last evaluation, for plots

@@ -271,7 +271,7 @@ def test_messages_go_through_the_chat_template_and_come_back_as_messages(make_tr
 
     dataset = Dataset.from_dict({"prompt": CHAT, "topic": ["fox", "joy", "text"], "completion": ["x", "y", "z"]})
     make_trainer(train_dataset=dataset, reward_funcs=reward, max_steps=1).train()
-    assert seen["prompt"] in CHAT and len(seen["topic"]) == 8 and seen["columns"] == {"completion_ids"}
+    assert seen["prompt"] in CHAT and len(seen["topic"]) == 8 and seen["columns"] == {"completion_ids", "log_metric"}
     (message,) = seen["completion"]
     assert message["role"] == "assistant" and "<|im_" not in message["content"]
 

@@ -107,7 +107,7 @@ def test_nothing_that_is_saved_is_a_pickle_or_names_the_machine(runs, workspace,
     for path in files:
         content = json.dumps(config).encode() if path.name == "adapter_config.json" else path.read_bytes()
         assert not [name for name in folders if name.encode() in content], path
-        if path.suffix != ".safetensors":
+        if path.suffix not in (".safetensors", ".png"):  # their bytes spell short names by chance
             assert not [
                 name for name in names if re.search(rf"\b{re.escape(name)}\b", content.decode(errors="replace"))
             ], path

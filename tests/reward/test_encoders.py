@@ -19,7 +19,7 @@ SIZES = {"vocab_size": len(SPECIAL + WORDS), "hidden_size": 32, "intermediate_si
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 40, "pad_token_id": 0}
 ENCODERS = {
     "bert": (hf.BertConfig, SIZES, "classifier"),
-    "roberta": (hf.RobertaConfig, SIZES, "classifier.out_proj"),
+    "roberta": (hf.RobertaConfig, SIZES | {"max_position_embeddings": 41}, "classifier.out_proj"),  # pad id 0: 40
     "deberta-v2": (hf.DebertaV2Config, SIZES | {"pooler_hidden_size": 32}, "classifier"),
     "distilbert": (
         hf.DistilBertConfig,
@@ -77,10 +77,10 @@ def test_an_encoder_learns_and_reloads_to_the_bit(base, tmp_path, name, peft):
     model = load_base_model(folder, task="reward")
     assert is_encoder(model) and head_name(model) == ENCODERS[name][2] and model.dtype == torch.float32
     trainer = BradleyTerryTrainer(model, args, Dataset.from_list(rows()), peft_config=config)
-    assert trainer.layout == "plain" and trainer.max_length == 40
+    assert trainer.layout == "plain" and trainer.max_length == (1024 if name == "modernbert" else 40)  # rotary
     trainer.train()
     trainer.save_model()
-    prompts, completions = ["sunny", "fox", "garden day"], ["happy day", "lazy day " * 9, ""]
+    prompts, completions = ["sunny", "fox", "garden day"], ["happy day", "lazy day " * 18, ""]  # 40 tokens
     scorer = RewardScorer.from_pretrained(args.output_dir, device="cpu")
     trained = RewardScorer(trainer.model, trainer.processing_class).raw(prompts, completions)
     torch.manual_seed(7)  # whatever a load draws anew would differ
