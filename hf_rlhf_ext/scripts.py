@@ -179,7 +179,7 @@ def machine_defaults() -> dict[str, bool]:
 
 
 def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None = None) -> tuple[Dataset, Dataset]:
-    """Train rows, and `eval_rows` held-out ones: of `test`, else the next rows of `train` whose prompt is new.
+    """Train rows, and `eval_rows` held-out ones whose prompt is new: of `test`, else the next ones of `train`.
 
     Raises:
         UserError: no rows to train on, or fewer held-out rows than asked for.
@@ -194,8 +194,12 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
         seen = {_prompt(row) for row in train.select(range(rows))}
         new = (i for i in range(rows, len(train)) if _prompt(train[i]) not in seen)
         heldout = train.select([i for i, _ in zip(new, range(data.eval_rows), strict=False)])
-    elif data.eval_rows:
-        heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
+    else:
+        seen = {_prompt(row) for row in train.select(range(rows))}
+        new = [i for i, row in enumerate(heldout) if _prompt(row) not in seen]
+        if len(new) < len(heldout):
+            print(f"{len(heldout) - len(new)} of {len(heldout)} test rows left out: their prompts are trained on")
+        heldout = heldout.select(new[: data.eval_rows or None])
     if len(heldout) < data.eval_rows:
         raise UserError(f"{data.dataset_name}: {len(heldout)} held-out rows for eval_rows={data.eval_rows}: lower it.")
     return train.select(range(rows)), heldout

@@ -20,10 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
-from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
+from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward, fitting
 from hf_rlhf_ext.metrics.plots import plot_judged
-from hf_rlhf_ext.reward.ensemble import load_reward
-from hf_rlhf_ext.scripts import DataArguments
+from hf_rlhf_ext.modeling.heads import position_limit
+from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
+from hf_rlhf_ext.reward.scorer import bare_model
+from hf_rlhf_ext.scripts import DataArguments, train_and_heldout
 
 
 @dataclass
@@ -43,19 +45,28 @@ ARGUMENTS = (DataArguments, CheckArguments)
 
 
 def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
-    """Scores the comparisons (`eval_rows` of them, if given) and writes report.json and evaluation.png."""
+    """Scores held-out comparisons and writes report.json and evaluation.png.
+
+    These are the test split; or, with `eval_rows`, the rows that recipes/reward.py holds out with the same options; or
+    all rows of the file.
+    """
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
-    split = data.dataset_test_split or data.dataset_train_split
-    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
+    split = data.dataset_test_split
+    rows, report = load_comparisons(data.dataset_name, split=split or data.dataset_train_split, **data.reading())
     print(report.summary())
-    rows = rows.select(range(min(data.eval_rows or len(rows), len(rows))))
+    if split is None and data.eval_rows:
+        _, rows = train_and_heldout(rows, data)
+    elif data.eval_rows:
+        rows = rows.select(range(min(data.eval_rows, len(rows))))
     scorer = load_reward(args.reward_model, batch_size=args.batch_size)
-    checked = check_reward(scorer.raw, rows)
+    member = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
+    rows = fitting(rows, member.tokenizer, position_limit(bare_model(member.model)))
+    checked = check_reward(scorer.raw, rows, reward=scorer if isinstance(scorer, RewardEnsemble) else None)
     folder = Path(args.output_dir)
     plot_judged(checked.judged, folder / "evaluation.png")
     written = {name: value for name, value in vars(checked).items() if name != "judged"}
-    written |= {"verdict": checked.verdict, "versions": versions()}
-    (folder / "report.json").write_text(json.dumps(written, indent=2) + "\n")
+    written |= {"rows": len(rows), "verdict": checked.verdict, "versions": versions()}
+    (folder / "report.json").write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
     return checked
 
 
@@ -66,8 +77,9 @@ def print_table(checked: RewardCheck) -> None:
         value = figures[name]
         table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
     for name in ("accuracy", "gain"):
-        interval = f"{figures[name + '_low']:.3f} to {figures[name + '_high']:.3f}"
-        table.add_row(f"{name}, 95 % interval", interval)
+        if f"{name}_low" in figures:  # not over a single prompt
+            interval = f"{figures[name + '_low']:.3f} to {figures[name + '_high']:.3f}"
+            table.add_row(f"{name}, 95 % interval", interval)
     for title, groups in checked.groups.items():
         for name, found in groups.items():
             label = escape(f"accuracy, {title.replace('_', ' ')} {name}")

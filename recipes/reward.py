@@ -12,10 +12,11 @@ from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versio
 
 # isort: split
 import copy
+import gc
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from datasets import Dataset
 from transformers import set_seed
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
-from hf_rlhf_ext.checkpointing import resolve_checkpoint
-from hf_rlhf_ext.evaluation.reward_check import check_reward
+from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
+from hf_rlhf_ext.evaluation.reward_check import check_reward, fitting
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble
+from hf_rlhf_ext.reward.scorer import bare_model
+from hf_rlhf_ext.reward.setup import length_limit
 from hf_rlhf_ext.scripts import (
     ComparisonArguments,
     DataArguments,
@@ -100,7 +103,7 @@ def train_reward(
     report = {"reward_model": measured | (extra_report or {}), "versions": versions()}
     report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
     (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    if len(heldout):
+    if "accuracy" in measured:
         plot = Path(args.output_dir) / "evaluation.png"
         base_model = public_name(model_args.model_name_or_path)
         write_card(args.output_dir, "reward_model", report, base_model=base_model, plot=plot)
@@ -119,18 +122,30 @@ def train_ensemble(
 ) -> dict[str, Any]:
     """`train_reward` for each member, with its own seed, head and data order; then they are measured as one."""
     folder, names = Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
+    prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     reports = []
     for k, name in enumerate(names):
+        print(f"Member {k + 1} of {len(names)}, seed {args.seed + k}")
+        if (report := folder / name / "report.json").is_file():  # this far an earlier run came
+            reports.append(json.loads(report.read_text())["reward_model"])
+            continue
         member = copy.deepcopy(args)
         member.output_dir, member.seed = str(folder / name), args.seed + k
+        member.resume_from_checkpoint = last_complete_checkpoint(folder / name)
         set_seed(member.seed)
-        print(f"Member {k + 1} of {len(names)}, seed {member.seed}")
-        reports.append(train_reward(data, model_args, member, comparisons=comparisons)["reward_model"])
+        options = data if member.resume_from_checkpoint else replace(data, overwrite=True)
+        reports.append(train_reward(options, model_args, member, comparisons=comparisons)["reward_model"])
+        gc.collect()  # a trainer is a circle of references: its model would stay beside the next one
     RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
     measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports}
     heldout = _read(data, comparisons)[1]
     if len(heldout):
-        checked = check_reward(RewardEnsemble.from_pretrained(folder).raw, heldout, probes=False)
+        combined = RewardEnsemble.from_pretrained(folder, batch_size=args.per_device_eval_batch_size)
+        tokenizer, scorer = combined.members[0].tokenizer, combined.members[0]
+        heldout = fitting(heldout, tokenizer, length_limit(bare_model(scorer.model), args.max_length))
+        checked = check_reward(
+            combined.raw, heldout, reward=combined, probes=False, length=lambda text: len(tokenizer(text)["input_ids"])
+        )
         measured |= _measured(checked.figures) | {"groups": checked.groups}
         plot_judged(checked.judged, folder / "evaluation.png")
     report = {"reward_model": measured, "versions": versions()}
@@ -150,7 +165,9 @@ def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple
 
 def _measured(metrics: dict[str, float]) -> dict[str, Any]:
     found: dict[str, Any] = {name: metrics[name] for name in MEASURED if name in metrics}
-    found |= {f"{n}_ci95": [metrics[f"{n}_low"], metrics[f"{n}_high"]] for n in ("accuracy", "gain") if n in metrics}
+    for name in ("accuracy", "gain"):
+        if f"{name}_low" in metrics:  # not over a single prompt
+            found[f"{name}_ci95"] = [metrics[f"{name}_low"], metrics[f"{name}_high"]]
     return found | {"heldout_pairs": int(metrics["pairs"])}
 
 

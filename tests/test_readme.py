@@ -65,9 +65,26 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
     from recipes.quickstart_report import results_table
 
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("docs/quickstart/seed*.json"))]
-    shown = [line for line in README.splitlines() if line.startswith("| ") and "→" in line]
+    shown = [line for line in README.splitlines() if re.match(r"\| (seed|\d+) \|.*→", line)]
     expected = [line for line in results_table(reports).splitlines() if "→" in line] if reports else []
     assert shown == expected  # no number without the report it comes from
+
+
+def test_benchmark_of_the_readme_is_the_committed_one():
+    found = json.loads((ROOT / "docs" / "study" / "reward_benchmark.json").read_text())["runs"]
+    ours, rows = "ours, 16 prompts", []
+    for trl, mine in [
+        ("trl, micro-batch 16", ours),
+        ("trl, 16, checkpointing", "ours, 16, checkpointing"),
+        ("trl, micro-batch 4", ours),
+        ("trl, K = 4 as pairs", "ours, K = 4"),
+        ("trl, K = 9 as pairs", "ours, K = 9"),
+    ]:
+        a, b = found[trl], found[mine]
+        ratio = f"{b['pairs_per_s'] / a['pairs_per_s']:.1f}"
+        peaks = f"{a['peak_gb']:.1f} → {b['peak_gb']:.1f}"
+        rows.append(f"| {a['pairs_per_s']:.2f} | {b['pairs_per_s']:.2f} | {ratio} | {peaks} |")
+    assert re.findall(r"(\| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ → [\d.]+ \|)$", README, re.MULTILINE) == rows
 
 
 def test_formats_of_the_readme_are_those_of_the_readers():

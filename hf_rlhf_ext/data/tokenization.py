@@ -1,5 +1,6 @@
 """Comparison rows as token ids, and what happens to those that are too long."""
 
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from datasets import Dataset
@@ -28,10 +29,13 @@ def longest(row: dict[str, Any]) -> int:
     return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
 
 
-def fit_row(row: dict[str, Any], *, max_length: int, overflow: Overflow, where: str) -> dict[str, Any] | None:
+def fit_row(
+    row: dict[str, Any], *, max_length: int, overflow: Overflow, where: str, start_ids: Collection[int] = ()
+) -> dict[str, Any] | None:
     """Brings a tokenised row under `max_length` tokens as `overflow` says; None means that it is to be dropped.
 
-    `truncate_prompt_left` keeps the prompt's last tokens (all completions still see the same prompt);
+    `truncate_prompt_left` keeps the prompt's last tokens (all completions still see the same prompt), and its first one
+    if that is among `start_ids`: BOS, or the CLS token where encoders are read;
     `truncate_completion` keeps a completion's first tokens and its stop token, where scores are read.
 
     Raises:
@@ -42,8 +46,9 @@ def fit_row(row: dict[str, Any], *, max_length: int, overflow: Overflow, where: 
         return row
     if overflow == "drop":
         return None
-    if overflow == "truncate_prompt_left" and excess < len(row["prompt_ids"]):
-        return row | {"prompt_ids": row["prompt_ids"][excess:]}
+    prompt, kept = row["prompt_ids"], int(row["prompt_ids"][:1] != [] and row["prompt_ids"][0] in start_ids)
+    if overflow == "truncate_prompt_left" and excess < len(prompt) - kept:
+        return row | {"prompt_ids": prompt[:kept] + prompt[kept + excess :]}
     room = max_length - len(row["prompt_ids"])
     if overflow == "truncate_completion" and room >= 2:
         completions = [ids if len(ids) <= room else ids[: room - 1] + ids[-1:] for ids in row["completion_ids"]]
@@ -54,6 +59,11 @@ def fit_row(row: dict[str, Any], *, max_length: int, overflow: Overflow, where: 
         f"{where}: {longest(row)} tokens, {excess} over max_length={max_length}{tried}. Raise max_length, or pass "
         "overflow='drop' (or 'truncate_prompt_left', 'truncate_completion'): such rows are then counted."
     )
+
+
+def start_ids(tokenizer) -> set[int]:
+    """Tokens that open a text: a cut prompt keeps them."""
+    return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
 
 def tokenise_comparisons(
@@ -75,9 +85,8 @@ def tokenise_comparisons(
     over = [k for k, row in enumerate(dataset) if max_length is not None and longest(row) > max_length]
     if not over:
         return dataset
-    fitted = {
-        k: fit_row(dataset[k], max_length=max_length, overflow=overflow, where=f"{name} row {numbers[k]}") for k in over
-    }
+    options = {"max_length": max_length, "overflow": overflow, "start_ids": start_ids(tokenizer)}
+    fitted = {k: fit_row(dataset[k], where=f"{name} row {numbers[k]}", **options) for k in over}
     for k, row in fitted.items():
         if row is None:
             report.drop(f"over max_length={max_length}", numbers[k])

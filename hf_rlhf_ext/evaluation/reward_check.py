@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..data.text import plain_text
+from ..data.tokenization import longest, tokenise_row
+from ..errors import UserError
 from ..metrics import preference
 
 Scorer = Callable[[list, list], list[float]]
@@ -14,7 +18,7 @@ Scorer = Callable[[list, list], list[float]]
 
 
 def _repeated(prompt: str, chosen: str) -> str:
-    sentence = chosen.split(". ")[0].strip().rstrip(".")
+    sentence = " ".join(chosen.split(". ")[0].rstrip(".").split()[:30])
     return ". ".join([sentence] * 5) + "."
 
 
@@ -47,7 +51,7 @@ class RewardCheck:
     def problems(self) -> list[str]:
         """What speaks against using it as PPO's reward, in plain words."""
         found, f = [], self.figures
-        if not f["accuracy_low"] > 0.5:
+        if not f.get("accuracy_low", 0.0) > 0.5:
             found.append(f"its accuracy, {f['accuracy']:.3f}, is not distinguishable from a coin's")
         if not f["gain"] > 0:
             found.append(f"counting words does as well ({f['longer_wins_baseline']:.3f}): it may score length")
@@ -68,21 +72,46 @@ class RewardCheck:
         )
 
 
-def check_reward(scorer: Scorer, rows: Iterable[dict[str, Any]], *, probes: bool = True) -> RewardCheck:
+def check_reward(
+    scorer: Scorer,
+    rows: Iterable[dict[str, Any]],
+    *,
+    reward: Scorer | None = None,
+    probes: bool = True,
+    length: Callable[[str], int] = lambda text: len(text.split()),
+) -> RewardCheck:
     """Scores comparison rows and, unless left out, probes of their preferred completions.
+
+    `scorer` gives raw scores, for likelihood and calibration. `reward`, where PPO gets something else (an ensemble's
+    minimum, say), is what the order of completions is judged by. `length` measures a completion, by default in words.
 
     The chosen answer of a prompt is the winner of its first decided pair; prompts without one have no probes.
 
     Raises:
-        ValueError: no decided pair in any row.
+        UserError: no decided pair in any row.
     """
     rows = list(rows)
-    scores = _score_all(scorer, rows)
-    judged = judged_pairs(rows, scores)
-    if not (judged.targets != 0.5).any():
-        raise ValueError("check_reward: every judgement is a tie: give rows with winners.")
-    bins = preference.reliability_bins(judged.deltas, judged.targets)
-    return RewardCheck(judged.report(), judged.groups(), _probes(scorer, rows, scores) if probes else {}, bins, judged)
+    if not any(target != 0.5 for row in rows for target in row["targets"]):
+        raise UserError("check_reward: every judgement is a tie: give rows with winners.")
+    raw_scores = _score_all(scorer, rows)
+    scores = _score_all(reward, rows) if reward else raw_scores
+    raw, judged = judged_pairs(rows, raw_scores, length), judged_pairs(rows, scores, length)
+    figures = judged.report() | {name: value for name, value in raw.report().items() if name in ("nll", "brier", "ece")}
+    found = _probes(reward or scorer, rows, scores) if probes else {}
+    bins = preference.reliability_bins(raw.deltas, raw.targets)
+    return RewardCheck(figures, judged.groups(), found, bins, judged)
+
+
+def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+    """The rows of which every completion fits into `limit` tokens with its prompt; says how many do not."""
+    if limit is None:
+        return rows
+    kept = rows.filter(lambda row: longest(tokenise_row(row, tokenizer)) <= limit, desc="Measuring")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows left out: over {limit} tokens")
+    if not len(kept):
+        raise UserError(f"check_reward: every row is over {limit} tokens.")
+    return kept
 
 
 def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
@@ -93,11 +122,13 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
     return [flat[end - len(row["completions"]) : end] for row, end in zip(rows, ends.tolist(), strict=True)]
 
 
-def judged_pairs(rows: list[dict[str, Any]], scores: list[list[float]]) -> preference.JudgedPairs:
-    """Comparison rows with their K scores each; lengths in words."""
+def judged_pairs(
+    rows: list[dict[str, Any]], scores: list[list[float]], length: Callable[[str], int]
+) -> preference.JudgedPairs:
+    """Comparison rows with their K scores each."""
     found = []
     for number, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        words = [len(plain_text(completion).split()) for completion in row["completions"]]
+        words = [length(plain_text(completion)) for completion in row["completions"]]
         margins = row.get("margins") or [0.0] * len(row["pairs"])
         weights = row.get("weights") or [1 / len(row["pairs"])] * len(row["pairs"])
         judged = zip(row["pairs"], row["targets"], weights, margins, strict=True)

@@ -118,14 +118,19 @@ def write_card(
 
 
 def card_data(
-    kind: str, results: Sequence[Result], *, base_model: str, model_name: str, datasets: Sequence[str]
+    kind: str,
+    results: Sequence[Result],
+    *,
+    base_model: str,
+    model_name: str,
+    datasets: Sequence[str],
 ) -> ModelCardData:
     """The YAML header: an adapter of `base_model`, found by its tags, with the results as a model index."""
-    spec = KINDS[kind]
+    spec, embedded = KINDS[kind], base_model in EMBEDDED_BASES.values()
     evaluations = [
         EvalResult(
             task_type=spec.pipeline_tag,
-            dataset_type="generated",
+            dataset_type="generated" if embedded else "custom",
             dataset_name=f"held-out prompts of the run (n = {result.n})",
             dataset_split="heldout",
             metric_type=result.key,
@@ -140,8 +145,8 @@ def card_data(
         library_name="peft",
         pipeline_tag=spec.pipeline_tag,
         tags=["trl", "rlhf", "hf_rlhf_ext", *spec.tags, "lora"],
-        license="apache-2.0",
-        language="en",
+        license="apache-2.0" if embedded else None,  # of others their own, which a derivative inherits
+        language="en" if embedded else None,
         datasets=list(datasets) or None,
         model_name=model_name if evaluations else None,
         eval_results=evaluations or None,  # an empty model index is not a valid one

@@ -141,7 +141,7 @@ def bootstrap_gain_ci(
 ) -> tuple[float, float]:
     """(low, high) of accuracy minus `longer_wins_baseline` on the same pairs, resampling prompts as above."""
     right, decided = _right(deltas, targets)
-    longer, _ = _right(length_deltas, targets)
+    longer, _ = _right(length_deltas, targets, equal=0.5)
     return clustered_mean_ci(right - longer, np.asarray(prompts)[decided], level=level, seed=seed)
 
 
@@ -161,11 +161,11 @@ def clustered_mean_ci(
     return float(low), float(high)
 
 
-def _right(deltas: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """1 where the preferred side is the larger one, 0.5 where both are equal (D,), and which pairs are decided (P,)."""
+def _right(deltas: np.ndarray, targets: np.ndarray, equal: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """1 where the preferred side is larger, `equal` where both are alike (D,), and which pairs are decided (P,)."""
     deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
     decided = targets != 0.5
-    return np.where(deltas == 0, 0.5, np.sign(deltas) == np.sign(targets - 0.5))[decided], decided
+    return np.where(deltas == 0, equal, np.sign(deltas) == np.sign(targets - 0.5))[decided], decided
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,10 @@ class JudgedPairs:
         return self.scores_i - self.scores_j
 
     def report(self) -> dict[str, float]:
-        """`preference_report` with intervals, the gain over `longer_wins_baseline`, and accuracy by group."""
+        """`preference_report` with intervals, the gain over `longer_wins_baseline`, and accuracy by group.
+
+        What the data leave undefined (an interval over one prompt) is left out.
+        """
         report = preference_report(self.deltas, self.targets, self.weights, self.length_deltas)
         given = self.targets, self.prompts
         report |= zip(("accuracy_low", "accuracy_high"), bootstrap_accuracy_ci(self.deltas, *given), strict=True)
@@ -200,7 +203,7 @@ class JudgedPairs:
             report |= zip(("gain_low", "gain_high"), gain, strict=True)
         for title, groups in self.groups().items():
             report |= {f"accuracy/{title}/{name}": found["accuracy"] for name, found in groups.items()}
-        return report
+        return {name: value for name, value in report.items() if not math.isnan(value)}
 
     def groups(self) -> dict[str, dict[str, dict[str, float]]]:
         """`n` and `accuracy` of decided pairs by category, and by quartile of |length gap| and of |margin|."""

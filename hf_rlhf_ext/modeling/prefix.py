@@ -75,8 +75,11 @@ def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     return {"input_ids": input_ids, "position_ids": positions, "attention_mask": masks}
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why the layout cannot be used with this model, as far as its configuration tells; None where it may."""
+def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
+    """Why the layout cannot be used with this model, as far as its configuration tells; None where it may.
+
+    `device` is where it will train, by default where it is.
+    """
     base = _base(model)
     config = base.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ()) - {FULL, WINDOWED}
@@ -93,7 +96,7 @@ def why_not(model: nn.Module) -> str | None:
         return "its backbone takes no position ids"
     if config._attn_implementation not in ("sdpa", "eager", FLEX):
         return f"its attention is {config._attn_implementation}, not sdpa, eager or {FLEX}"
-    if config._attn_implementation == FLEX and base.device.type == "cpu":
+    if config._attn_implementation == FLEX and (device or base.device).type == "cpu":
         return f"{FLEX} has no backward pass on a CPU"
     return None
 

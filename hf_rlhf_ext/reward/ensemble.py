@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from ..errors import UserError
 from ..modeling.loading import adapter_base, load_tokenizer
-from .scorer import RewardNormalization, RewardScorer
+from .scorer import RewardNormalization, RewardScorer, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,16 @@ class RewardEnsemble:
         """
         saved: dict[str, Any] = {}
         if not isinstance(folders, list):
-            root = Path(folders).expanduser()
+            root = local_folder(folders, options.pop("revision", None))
             if not (root / ENSEMBLE_FILE).is_file():
                 raise UserError(f"{folders}: no {ENSEMBLE_FILE}: give the folders of the members as a list.")
             saved = json.loads((root / ENSEMBLE_FILE).read_text())
             folders = [root / name for name in saved["members"]]
+        folders = [local_folder(folder, options.get("revision")) for folder in folders]
+        options.pop("revision", None)
         first = RewardScorer.from_pretrained(folders[0], **options)
         members = [first] + [_member(folder, k, first, folders[0], options) for k, folder in enumerate(folders) if k]
-        if members[-1].model is first.model:
+        if any(member.model is first.model for member in members[1:]):
             first.adapter = "default"  # loading others may have changed what is active
         chosen = {"combine": combine or saved.get("combine", "mean")}
         return cls(members, **chosen, penalty=saved.get("penalty", 1.0) if penalty is None else penalty)
@@ -108,8 +110,8 @@ class RewardEnsemble:
 
 def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | RewardEnsemble:
     """What the folder or Hub repository holds: one reward model, or an ensemble of them."""
-    is_ensemble = (Path(folder_or_repo).expanduser() / ENSEMBLE_FILE).is_file()
-    return (RewardEnsemble if is_ensemble else RewardScorer).from_pretrained(folder_or_repo, **options)
+    folder = local_folder(folder_or_repo, options.pop("revision", None))
+    return (RewardEnsemble if (folder / ENSEMBLE_FILE).is_file() else RewardScorer).from_pretrained(folder, **options)
 
 
 def _member(
@@ -117,12 +119,12 @@ def _member(
 ) -> RewardScorer:
     """A further member, on the base of the first where it has the same one, dtype and precision."""
     recorded = RewardNormalization.load(folder)
-    base = adapter_base(str(folder), options.get("revision"))
+    base = adapter_base(str(folder))
     if recorded is None or base is None or not isinstance(first.model, PeftModel):
         return RewardScorer.from_pretrained(folder, **options)
     of_first = RewardNormalization.load(first_folder)
     same = [(r.base_dtype, r.autocast, r.load_in_4bit) for r in (recorded, of_first) if r is not None]
-    if base != adapter_base(str(first_folder), options.get("revision")) or len(set(same)) != 1:
+    if base != adapter_base(str(first_folder)) or len(set(same)) != 1:
         logger.warning("%s has another base or precision than %s: loaded on its own.", folder, first_folder)
         return RewardScorer.from_pretrained(folder, **options)
     name = f"member-{number}"

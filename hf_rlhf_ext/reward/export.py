@@ -17,13 +17,19 @@ _TRIED = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about ra
 
 
 def export_merged(
-    folder_or_repo: str | Path, output_dir: str | Path, *, dtype: str | torch.dtype = "float32", **options: Any
+    folder_or_repo: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    pad_token: str | None = None,
+    **options: Any,
 ) -> float:
     """Merges a reward adapter into an unquantised base and writes a folder for `AutoModelForSequenceClassification`.
 
     `pipeline("text-classification")` on it gives the raw scores of `RewardScorer.text(prompt, completion)`, as the
     folder has a pad token of its own (Transformers reads the score before the first pad token on the right) and
-    `problem_type="regression"` (which keeps the pipeline from a sigmoid). Mean and deviation are in
+    `problem_type="regression"` (which keeps the pipeline from a sigmoid): to rounding, wherever no token spans the
+    border of prompt and completion, which are tokenised apart in training. Mean and deviation are in
     `reward_normalization.json` and, as `reward_mean` and `reward_std`, in `config.json`: a decoder's head has no bias
     that could hold them.
 
@@ -31,19 +37,28 @@ def export_merged(
         folder_or_repo: what `RewardScorer.from_pretrained` loads, with `options` (`base`, `revision`, …).
         output_dir: folder to write.
         dtype: of the merged weights; bf16 moves scores by about 1e-2.
+        pad_token: a token that no text holds; by default one that the tokenizer does not use otherwise.
 
     Returns:
-        The largest difference between merged and unmerged scores on three short texts, in units of the raw score.
+        The largest difference of the scores on three short texts, unmerged as trained and merged as a pipeline reads
+        them, in units of the raw score: rounding where the model was trained in fp32, up to some 1e-2 after training in
+        bf16, and what the quantisation of the base did after QLoRA.
     """
+    options = {"device": "cpu"} | options  # two copies, one of them in `dtype`: not for a small card
     found = RewardScorer.from_pretrained(folder_or_repo, **options)
     prompts, completions = map(list, zip(*_TRIED, strict=True))
     before = found.raw(prompts, completions)
+    padding = pad_token or own_pad_token(found.tokenizer)
+    if isinstance(found.model, PeftModel) and found.model.active_peft_config.is_prompt_learning:
+        raise UserError("export_merged: virtual tokens of a prompt-learning adapter cannot be merged into weights.")
+    del found
     options |= {"dtype": resolve_dtype(dtype), "load_in_4bit": False}
     scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
     model = scorer.model.merge_and_unload() if isinstance(scorer.model, PeftModel) else bare_model(scorer.model)
     merged = RewardScorer(model, scorer.tokenizer, mean=scorer.mean, std=scorer.std)
-    difference = max(abs(a - b) for a, b in zip(before, merged.raw(prompts, completions), strict=True))
-    scorer.tokenizer.pad_token = own_pad_token(scorer.tokenizer)
+    texts = [scorer.text(prompt, completion) for prompt, completion in _TRIED]
+    after = merged.score_ids([scorer.tokenizer(text)["input_ids"] for text in texts])
+    scorer.tokenizer.pad_token = padding
     config = model.config
     config.get_text_config().pad_token_id = config.pad_token_id = scorer.tokenizer.pad_token_id
     config.problem_type, config.id2label, config.label2id = "regression", {0: "reward"}, {"reward": 0}
@@ -52,7 +67,7 @@ def export_merged(
     scorer.tokenizer.save_pretrained(output_dir)
     recorded = RewardNormalization(mean=scorer.mean, std=scorer.std)
     replace(recorded, base_dtype=str(options["dtype"]).removeprefix("torch.")).save(output_dir)
-    return difference
+    return max(abs(a - b) for a, b in zip(before, after, strict=True))
 
 
 def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,5 +84,5 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     free = [token for token in special if token not in used and token not in template]
     telling = [token for token in free if re.search("pad|reserved|unused|extra|dummy", token, re.IGNORECASE)]
     if not free:
-        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: set pad_token.")
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: pass pad_token=.")
     return (telling or free)[0]

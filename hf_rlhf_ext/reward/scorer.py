@@ -119,28 +119,39 @@ def _scores_by_position(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def shared_prefix_problem(model: nn.Module) -> str | None:
+def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) -> str | None:
     """Why the shared-prefix layout does not give this model's scores of plain rows; None where it does.
 
-    First what `modeling.prefix.why_not` knows; then a probe: three completions of a random prompt, 12 tokens in all, in
-    both layouts, must agree to 1e-3 of the largest score in fp32 and to 5 % in bf16 or 4 bits.
+    First what `modeling.prefix.why_not` knows; then a probe: completions of three random prompts, two of which share a
+    row of 12 tokens, in both layouts, must agree to 1e-3 of the largest score in fp32 and to 5 % in bf16 or 4 bits.
     """
-    if problem := why_not(model):
+    if problem := why_not(model, device):
         return problem
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
     ids = torch.randint(min(config.vocab_size, 1000), (12,), generator=generator).tolist()
-    row = {"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]], "pairs": [[0, 1]]}
-    row |= {"targets": [1.0], "weights": [1.0]}
-    device, was_training, pad = next(model.parameters()).device, model.training, config.pad_token_id
+    texts = (
+        (ids[:4], [ids[4:7], ids[7:8], ids[8:]]),
+        (ids[:3], [ids[3:5], ids[5:7]]),
+        (ids[7:8], [ids[8:10], ids[10:]]),
+    )
+    judged = {"pairs": [[0, 1]], "targets": [1.0], "weights": [1.0]}
+    rows = [{"prompt_ids": prompt, "completion_ids": completions} | judged for prompt, completions in texts]
+    here, was_training, pad = next(model.parameters()).device, model.training, config.pad_token_id
     config.pad_token_id = 0 if pad is None else pad
     model.eval()
     found = []
     try:
         for layout in LAYOUTS:
-            batch = DataCollatorForComparisons(0, layout=layout)([row])
-            found.append(score_batch(model, {name: value.to(device) for name, value in batch.items()}))
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:  # whatever an architecture makes of such a mask
+            batch = DataCollatorForComparisons(0, layout=layout)(rows)
+            found.append(score_batch(model, {name: value.to(here) for name, value in batch.items()}))
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # whatever an architecture makes of such a mask
         return f"it refuses the layout: {str(error).splitlines()[0]}"
     finally:
         config.pad_token_id = pad
@@ -212,7 +223,7 @@ class RewardScorer:
             device: default is CUDA where there is any.
             trust_remote_code: as in Transformers.
         """
-        folder = _local_folder(folder_or_repo, revision)
+        folder = local_folder(folder_or_repo, revision)
         recorded = RewardNormalization.load(folder)
         if recorded is None:
             logger.warning("%s has no %s: scores are raw.", folder_or_repo, NORMALIZATION_FILE)
@@ -273,14 +284,16 @@ class RewardScorer:
 
     def text(self, prompt: str | Messages, completion: str | Messages) -> str:
         """What is scored, as one string: what `pipeline("text-classification")` takes for a merged model."""
-        text = render_prompt(self.tokenizer, prompt) + completion_text(self.tokenizer, prompt, completion)
-        start = self.tokenizer.bos_token or ""
-        if start and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            text = text.removeprefix(start)  # the tokenizer adds it itself
-        return text.removesuffix(self.tokenizer.eos_token) + self.tokenizer.eos_token
+        tokenizer = self.tokenizer
+        before, after = render_prompt(tokenizer, prompt), completion_text(tokenizer, prompt, completion)
+        if is_encoder(bare_model(self.model)):  # its tokenizer opens and closes the text itself
+            return before.removeprefix(tokenizer.cls_token) + tokenizer.sep_token * isinstance(prompt, str) + after
+        if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            before = before.removeprefix(tokenizer.bos_token)  # the tokenizer adds it itself
+        return before + after.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
 
 
-def _local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
+def local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
     local = Path(folder_or_repo).expanduser()
     if local.is_dir():
         return local

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.collators import DataCollatorForComparisons
 from ..errors import UserError
-from ..modeling.heads import ScalarHead, install_fp32_score, position_limit
+from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
-from .scorer import score_head, shared_prefix_problem
+from .scorer import bare_model, score_head, shared_prefix_problem
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,20 @@ def resolve_model(model, processing_class, args: BradleyTerryConfig):
             "model: the score head of this PeftModel is frozen: build it with task_type='SEQ_CLS', and load a saved "
             "one with is_trainable=True."
         )
+    if isinstance(model, PeftModel) and is_encoder(bare_model(model)):
+        _check_layers_are_saved(model)
     return model, processing_class
+
+
+def _check_layers_are_saved(model: PeftModel) -> None:
+    kept = set(model.active_peft_config.modules_to_save or ())
+    named = [name.split(".") for name, _ in model.named_modules()]
+    lost = [name for name in ("pooler", "pre_classifier", "head") if any(name in parts for parts in named)]
+    if lost := sorted(set(lost) - kept):
+        raise UserError(
+            f"model: layers {', '.join(lost)} of this encoder would be drawn anew at every load: pass peft_config= "
+            f"instead, or build the PeftModel with modules_to_save={sorted(kept | set(lost))}."
+        )
 
 
 def _as_scalar_head(linear: nn.Module) -> nn.Module:
@@ -84,13 +97,13 @@ def make_collator(
     )
 
 
-def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str) -> str:
+def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str, device: torch.device) -> str:
     """The layout of the batches; "auto" is the shared prefix where this model gives the same scores in it."""
     if asked == "plain":
         return asked
     config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     virtual = config is not None and config.is_prompt_learning
-    problem = "virtual tokens go before every row" if virtual else shared_prefix_problem(model)
+    problem = "virtual tokens go before every row" if virtual else shared_prefix_problem(model, device)
     if problem is None:
         return "shared_prefix"
     if asked == "shared_prefix":

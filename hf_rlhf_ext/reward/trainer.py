@@ -20,7 +20,7 @@ from trl import RewardTrainer
 
 from ..data.formats import to_comparisons
 from ..data.schema import LoadReport
-from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, tokenise_comparisons, tokenise_row
+from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, start_ids, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, mixed_precision
@@ -88,12 +88,13 @@ class BradleyTerryTrainer(RewardTrainer):
         model, processing_class = resolve_model(model, processing_class, args)
         if peft_config is not None and is_encoder(model):
             peft_config = with_saved_layers(peft_config, untrained_layers(model))
-        self.layout = resolve_layout(model, peft_config, args.layout)
+        self.layout = resolve_layout(model, peft_config, args.layout, args.device)
         self.max_length = length_limit(model, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
         self.normalization: RewardNormalization | None = None
         self.judged: preference.JudgedPairs | None = None  # of the last evaluation, for plots
         self._category_codes: dict[str | None, int] = {}
+        self._prepared: set[str] = set()  # fingerprints of the data sets with these codes
         self._user_metrics = compute_metrics
         self._sums: dict[str, Tensor] = {}
         # TRL casts trainable parameters of quantised models to bf16, a trained adapter's too: keep what they were.
@@ -117,7 +118,8 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if isinstance(dataset, Dataset) and set(TOKENISED_COLUMNS) <= set(dataset.column_names):
-            return dataset
+            foreign = CATEGORY_CODE in dataset.column_names and dataset._fingerprint not in self._prepared
+            return dataset.remove_columns(CATEGORY_CODE) if foreign else dataset  # codes of another trainer
         with args.main_process_first(desc=f"{dataset_name} data set"):
             dataset, report = to_comparisons(dataset, source=dataset_name)
             if "category" in dataset.column_names:
@@ -133,6 +135,7 @@ class BradleyTerryTrainer(RewardTrainer):
             )
         logger.log(logging.WARNING if report.dropped or report.flagged else logging.INFO, report.summary())
         self.data_reports[dataset_name] = report
+        self._prepared.add(dataset._fingerprint)
         return dataset
 
     def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | list[dict[str, Any]]:
@@ -156,7 +159,8 @@ class BradleyTerryTrainer(RewardTrainer):
         if max_length is None:
             return ids
         where = f"normalization row {index}"
-        return fit_row(ids, max_length=max_length, overflow=self.args.overflow, where=where) or {"completion_ids": []}
+        options = {"overflow": self.args.overflow, "start_ids": start_ids(self.processing_class)}
+        return fit_row(ids, max_length=max_length, where=where, **options) or {"completion_ids": []}
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

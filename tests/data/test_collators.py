@@ -139,3 +139,12 @@ def test_overflow_policies_worked_by_hand():
         fit("truncate_prompt_left", max_length=4)
     with pytest.raises(UserError, match="and overflow='truncate_completion' would leave nothing"):
         fit("truncate_completion", max_length=5)
+
+
+def test_a_cut_prompt_keeps_the_token_that_opens_it():
+    row = {"prompt_ids": [9, 1, 2, 3], "completion_ids": [[4], [5]]}
+    cut = {"max_length": 3, "overflow": "truncate_prompt_left", "where": "row 0"}
+    assert fit_row(row, **cut)["prompt_ids"] == [2, 3]
+    assert fit_row(row, **cut, start_ids={9})["prompt_ids"] == [9, 3]
+    with pytest.raises(UserError, match="would leave nothing of the text"):
+        fit_row(row, **cut | {"max_length": 2}, start_ids={9})

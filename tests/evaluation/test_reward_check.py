@@ -80,3 +80,22 @@ def test_margins_make_buckets_and_ties_alone_are_refused():
     assert sum(found["n"] for found in check_reward(honest, data).groups["margin"].values()) == 90
     with pytest.raises(ValueError, match="every judgement is a tie"):
         check_reward(honest, [row | {"targets": [0.5]} for row in data])
+
+
+def test_what_ppo_gets_decides_the_order_and_raw_scores_the_calibration():
+    data = rows(300)
+
+    def contrary(prompts, completions):
+        return [-score for score in honest(prompts, completions)]
+
+    both, plain = check_reward(honest, data, reward=contrary), check_reward(honest, data)
+    assert both.figures["accuracy"] == pytest.approx(1 - plain.figures["accuracy"], abs=0.02)
+    assert both.figures["ece"] == plain.figures["ece"] and both.reliability == plain.reliability
+    assert both.probes["empty"] == 1.0 and plain.probes["empty"] == 0.0
+    assert "length_gap" in check_reward(honest, data, length=len, probes=False).groups
+
+
+def test_a_single_prompt_has_no_interval():
+    figures = check_reward(honest, rows(1), probes=False).figures
+    assert "accuracy" in figures and not {"accuracy_low", "gain_low"} & set(figures)
+    assert all(math.isfinite(value) for value in figures.values())

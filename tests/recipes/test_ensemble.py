@@ -26,3 +26,30 @@ def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
     assert refused.code == 2 and "error: members: 0: train one or more" in refused.err
     rewarded = call("ppo", output_dir=tmp_path / "ppo", reward_model=tmp_path / "reward", train_rows=None)
     assert rewarded.code == 0, rewarded.err
+
+
+def test_an_interrupted_ensemble_goes_on_where_it_was(call, tmp_path):
+    chosen = {"members": 2, "eval_rows": 4, "seed": 0, "output_dir": tmp_path / "reward"}
+    assert call("reward", **chosen).code == 0
+    first, second = (tmp_path / "reward" / name for name in ("member-0", "member-1"))
+    before = {folder: (folder / "adapter_model.safetensors").read_bytes() for folder in (first, second)}
+    refused = call("reward", **chosen)
+    assert refused.code == 2 and "is not empty: pass --resume_from_checkpoint" in refused.err
+    for name in ("report.json", "adapter_model.safetensors"):
+        (second / name).unlink()  # as after a stop in the second one
+    done = call("reward", **chosen, resume_from_checkpoint="true")
+    assert done.code == 0, done.err
+    for folder, content in before.items():
+        assert (folder / "adapter_model.safetensors").read_bytes() == content
+
+
+def test_the_check_takes_the_rows_that_training_held_out(call, tmp_path):
+    options = {"train_rows": 6, "eval_rows": 4}
+    assert call("reward", output_dir=tmp_path / "reward", **options).code == 0
+    keep = {"config": None, "model_name_or_path": None, "reward_model": tmp_path / "reward"}
+    done = call("check_reward", **keep, output_dir=tmp_path / "check", **options)
+    assert done.code == 0, done.err
+    checked = json.loads((tmp_path / "check" / "report.json").read_text())
+    trained = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
+    assert checked["rows"] == 4 and checked["figures"]["accuracy"] == trained["accuracy"]
+    assert abs(checked["figures"]["nll"] - trained["nll"]) < 1e-3

@@ -4,12 +4,13 @@ import pytest
 import torch
 import transformers as hf
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.heads import head_name, install_fp32_score, is_encoder
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
+from hf_rlhf_ext.reward.export import export_merged
 from hf_rlhf_ext.reward.scorer import RewardScorer
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
@@ -71,7 +72,7 @@ def test_an_encoder_learns_and_reloads_to_the_bit(base, tmp_path, name, peft):
     folder = base(name)
     args = BradleyTerryConfig(
         str(tmp_path / "reward"), use_cpu=True, bf16=False, report_to="none", learning_rate=1e-2, num_train_epochs=3,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=name in ("bert", "roberta"),
     )  # fmt: skip
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft else None
     model = load_base_model(folder, task="reward")
@@ -112,3 +113,26 @@ def test_limits_are_one_line(base, tmp_path):
         BradleyTerryTrainer(folder, args, Dataset.from_list(long))
     with pytest.raises(UserError, match="no linear `score` or `classifier` head with one output"):
         install_fp32_score(hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_plain_pipeline_gives_an_encoders_scores(base, tmp_path, name):
+    folder = base(name)
+    load_base_model(folder, task="reward").save_pretrained(tmp_path / "reward")
+    load_tokenizer(folder).save_pretrained(tmp_path / "reward")
+    assert export_merged(tmp_path / "reward", tmp_path / "merged", dtype="float32", device="cpu") < 1e-6
+    scorer = RewardScorer.from_pretrained(tmp_path / "reward", dtype="float32", device="cpu")
+    prompts = ["sunny day", [{"role": "user", "content": "sunny day"}]]
+    completions = ["happy fox", [{"role": "assistant", "content": "lazy fox"}]]
+    pipe = hf.pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
+    texts = [scorer.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    assert [one["score"] for one in pipe(texts)] == pytest.approx(scorer.raw(prompts, completions), abs=1e-6)
+
+
+def test_a_ready_peft_model_that_would_lose_a_new_layer_is_refused(base, tmp_path):
+    folder = base("deberta-v2")
+    args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, report_to="none")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(load_base_model(folder, task="reward"), config)
+    with pytest.raises(UserError, match="layers pooler of this encoder would be drawn anew at every load"):
+        BradleyTerryTrainer(model, args, Dataset.from_list(rows()), processing_class=load_tokenizer(folder))

@@ -131,6 +131,14 @@ def test_evaluation_by_category_counts_what_each_has(make_trainer, seqcls, chat_
     assert {title for title in trainer.judged.groups()} == {"category", "length_gap", "margin"}
 
 
+def test_categories_of_another_trainers_data_are_not_taken_for_ours(make_trainer):
+    theirs = make_trainer(comparisons(4).add_column("category", ["a", "b", "c", "d"]), folder="theirs")
+    mine = make_trainer(comparisons(4).add_column("category", ["x", "y", "x", "y"]), folder="mine")
+    metrics = mine.evaluate(theirs.train_dataset)
+    assert "eval_accuracy" in metrics and not [name for name in metrics if "/category/" in name]
+    assert "eval_accuracy/category/x" in mine.evaluate(mine.train_dataset)
+
+
 def test_logged_eval_accuracy_is_the_true_one(make_trainer):
     trainer = make_trainer(comparisons(6), eval_dataset=comparisons(9, seed=1), per_device_eval_batch_size=2)
     metrics = trainer.evaluate()
