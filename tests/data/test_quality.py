@@ -378,6 +378,7 @@ def star(n):
     return [one | {"row": 0}]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("shape", [many_of_one_prompt, crowd, almost_equal, star])
 def test_twenty_thousand_of_anything_take_seconds(shape, monkeypatch, tmp_path):
