@@ -22,9 +22,9 @@ from rich.table import Table
 from hf_rlhf_ext import UserError, load_comparisons
 from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward, fitting
 from hf_rlhf_ext.metrics.plots import plot_judged
+from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.heads import position_limit
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
-from hf_rlhf_ext.reward.scorer import bare_model
 from hf_rlhf_ext.scripts import DataArguments, train_and_heldout
 
 

@@ -29,9 +29,9 @@ from hf_rlhf_ext.evaluation.reward_check import check_reward, fitting
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.metrics.plots import plot_judged
+from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble
-from hf_rlhf_ext.reward.scorer import bare_model
 from hf_rlhf_ext.reward.setup import length_limit
 from hf_rlhf_ext.scripts import (
     ComparisonArguments,
@@ -100,9 +100,7 @@ def train_reward(
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         measured |= _measured(metrics) | {"groups": trainer.judged.groups()}
         plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
-    report = {"reward_model": measured | (extra_report or {}), "versions": versions()}
-    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
-    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = _write_report(args.output_dir, measured | (extra_report or {}))
     if "accuracy" in measured:
         plot = Path(args.output_dir) / "evaluation.png"
         base_model = public_name(model_args.model_name_or_path)
@@ -148,10 +146,7 @@ def train_ensemble(
         )
         measured |= _measured(checked.figures) | {"groups": checked.groups}
         plot_judged(checked.judged, folder / "evaluation.png")
-    report = {"reward_model": measured, "versions": versions()}
-    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+    return _write_report(folder, measured)
 
 
 def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple[Dataset, Dataset]:
@@ -161,6 +156,13 @@ def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple
     print(load_report.summary())
     test = load_comparisons(name, split=split, **data.reading())[0] if split else None
     return train_and_heldout(refine(rows, comparisons or ComparisonArguments()), data, test)
+
+
+def _write_report(folder: str | Path, measured: dict[str, Any]) -> dict[str, Any]:
+    report = {"reward_model": measured, "versions": versions()}
+    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
+    (Path(folder) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def _measured(metrics: dict[str, float]) -> dict[str, Any]:

@@ -93,10 +93,15 @@ def check_reward(
     rows = list(rows)
     if not any(target != 0.5 for row in rows for target in row["targets"]):
         raise UserError("check_reward: every judgement is a tie: give rows with winners.")
-    raw_scores = _score_all(scorer, rows)
-    scores = _score_all(reward, rows) if reward else raw_scores
-    raw, judged = judged_pairs(rows, raw_scores, length), judged_pairs(rows, scores, length)
-    figures = judged.report() | {name: value for name, value in raw.report().items() if name in ("nll", "brier", "ece")}
+    scores = raw_scores = _score_all(scorer, rows)
+    judged = raw = judged_pairs(rows, raw_scores, length)
+    figures = {}
+    if reward:
+        scores = _score_all(reward, rows)
+        judged = judged_pairs(rows, scores, length)
+        calibrated = preference.preference_report(raw.deltas, raw.targets, raw.weights, raw.length_deltas)
+        figures = {name: calibrated[name] for name in ("nll", "brier", "ece")}
+    figures = judged.report() | figures
     found = _probes(reward or scorer, rows, scores) if probes else {}
     bins = preference.reliability_bins(raw.deltas, raw.targets)
     return RewardCheck(figures, judged.groups(), found, bins, judged)

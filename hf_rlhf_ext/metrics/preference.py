@@ -209,27 +209,21 @@ class JudgedPairs:
         """`n` and `accuracy` of decided pairs by category, and by quartile of |length gap| and of |margin|."""
         found = {}
         if (self.categories != "").any():
-            found["category"] = self._by(self.categories)
+            found["category"] = self._by(self.categories, sorted(set(self.categories.tolist()) - {""}))
         for title, values in (("length_gap", self.length_deltas), ("margin", self.margins)):
             if values.any():
-                found[title] = self._by(self._quartile(np.abs(values)))
+                found[title] = self._by(*self._quartile(np.abs(values)))
         return found
 
-    def _quartile(self, values: np.ndarray) -> np.ndarray:
-        """Names such as "2 to 6" of ranges with about equally many decided pairs (fewer where values repeat)."""
+    def _quartile(self, values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """(P,) names such as "2 to 6", and these in order: up to four ranges, about as many decided pairs in each."""
         decided = values[self.targets != 0.5]
         edges = np.unique(np.quantile(decided, [0, 0.25, 0.5, 0.75, 1])) if len(decided) else np.zeros(1)
-        index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
-        return np.array([f"{edges[k]:.4g} to {edges[min(k + 1, len(edges) - 1)]:.4g}" for k in index])
+        last = max(0, len(edges) - 2)
+        names = [f"{edges[k]:.4g} to {edges[min(k + 1, len(edges) - 1)]:.4g}" for k in range(last + 1)]
+        return np.array(names)[np.clip(np.searchsorted(edges, values, side="right") - 1, 0, last)], names
 
-    def _by(self, names: np.ndarray) -> dict[str, dict[str, float]]:
+    def _by(self, names: np.ndarray, order: list[str]) -> dict[str, dict[str, float]]:
         right, decided = _right(self.deltas, self.targets)
-        names = names[decided]
-        order = dict.fromkeys(sorted(set(names.tolist()) - {""}, key=lambda name: (_leading_number(name), name)))
-        of = {name: right[names == name] for name in order}
-        return {name: {"n": len(values), "accuracy": float(values.mean())} for name, values in of.items()}
-
-
-def _leading_number(name: str) -> float:
-    first = name.split(" to ")[0]
-    return float(first) if first.replace(".", "", 1).replace("e+", "", 1).isdigit() else math.inf
+        of = {name: right[names[decided] == name] for name in order}
+        return {name: {"n": len(hits), "accuracy": float(hits.mean())} for name, hits in of.items() if len(hits)}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +19,12 @@ from transformers import TrainingArguments
 
 from ..compat import use_adapter
 from ..errors import UserError
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The Transformers model under DDP and PEFT wrappers."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
+from .adapters import bare_model
 from .heads import is_encoder
 
 COLUMNS = ("input_ids", "segments", "owners", "positions")
@@ -53,7 +53,7 @@ def prefix_mask(segments: Tensor, owners: Tensor, positions: Tensor, window: int
 def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
     """What `model(...)` takes for a batch in this layout: ids, position ids, and masks as its layers want them."""
     input_ids, segments, owners, positions = (batch[name] for name in COLUMNS)
-    config = _base(model).config.get_text_config()
+    config = bare_model(model).config.get_text_config()
     types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
 
     def mask(limit: int | None) -> Any:
@@ -65,7 +65,9 @@ def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
         if config._attn_implementation != "eager":
             return allowed
         # Eager adds its mask: a bool one would shift the scores by one instead of hiding anything.
-        dtype = torch.get_autocast_dtype(input_ids.device.type) if torch.is_autocast_enabled() else _base(model).dtype
+        dtype = (
+            torch.get_autocast_dtype(input_ids.device.type) if torch.is_autocast_enabled() else bare_model(model).dtype
+        )
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     if WINDOWED in types:  # one mask for all layers would be passed through and be silently wrong
@@ -80,7 +82,7 @@ def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
 
     `device` is where it will train, by default where it is.
     """
-    base = _base(model)
+    base = bare_model(model)
     config = base.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ()) - {FULL, WINDOWED}
     if odd:
@@ -99,8 +101,3 @@ def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
     if config._attn_implementation == FLEX and (device or base.device).type == "cpu":
         return f"{FLEX} has no backward pass on a CPU"
     return None
-
-
-def _base(model: nn.Module) -> nn.Module:
-    model = getattr(model, "module", model)  # under DDP
-    return model.get_base_model() if isinstance(model, PeftModel) else model

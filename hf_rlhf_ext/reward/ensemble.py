@@ -77,8 +77,12 @@ class RewardEnsemble:
         members = [first] + [_member(folder, k, first, folders[0], options) for k, folder in enumerate(folders) if k]
         if any(member.model is first.model for member in members[1:]):
             first.adapter = "default"  # loading others may have changed what is active
-        chosen = {"combine": combine or saved.get("combine", "mean")}
-        return cls(members, **chosen, penalty=saved.get("penalty", 1.0) if penalty is None else penalty)
+        given = {"combine": combine, "penalty": penalty}
+        return cls(
+            members,
+            **{name: saved[name] for name in given if name in saved}
+            | {name: value for name, value in given.items() if value is not None},
+        )
 
     @staticmethod
     def save(folder: str | Path, members: list[str], *, combine: str = "mean", penalty: float = 1.0) -> None:

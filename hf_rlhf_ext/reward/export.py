@@ -1,7 +1,6 @@
 """A reward model as one ordinary model folder, for people who have only Transformers."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..modeling.adapters import bare_model
 from ..modeling.loading import resolve_dtype
-from .scorer import RewardNormalization, RewardScorer, bare_model
+from .scorer import RewardNormalization, RewardScorer
 
 _TRIED = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
 
@@ -65,8 +65,8 @@ def export_merged(
     config.reward_mean, config.reward_std = scorer.mean, scorer.std
     model.save_pretrained(output_dir)
     scorer.tokenizer.save_pretrained(output_dir)
-    recorded = RewardNormalization(mean=scorer.mean, std=scorer.std)
-    replace(recorded, base_dtype=str(options["dtype"]).removeprefix("torch.")).save(output_dir)
+    stored = str(options["dtype"]).removeprefix("torch.")
+    RewardNormalization(mean=scorer.mean, std=scorer.std, base_dtype=stored).save(output_dir)
     return max(abs(a - b) for a, b in zip(before, after, strict=True))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, TaskType
 from safetensors import safe_open
@@ -26,7 +25,7 @@ from ..data.text import (
     render_prompt,
 )
 from ..errors import UserError
-from ..modeling.adapters import active_adapter, evaluating, mixed_precision
+from ..modeling.adapters import active_adapter, bare_model, evaluating, mixed_precision
 from ..modeling.heads import head_name, install_fp32_score, is_encoder, position_limit
 from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.prefix import model_inputs, why_not
@@ -64,12 +63,6 @@ class RewardNormalization:
             return None
         found = json.loads(path.read_text())
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The Transformers model under DDP and PEFT wrappers."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def score_head(model: nn.Module) -> nn.Module:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.collators import DataCollatorForComparisons
 from ..errors import UserError
-from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit
+from ..modeling.adapters import bare_model
+from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit, untrained_layers
 from ..modeling.loading import load_base_model, load_tokenizer
 from .config import BradleyTerryConfig
-from .scorer import bare_model, score_head, shared_prefix_problem
+from .scorer import score_head, shared_prefix_problem
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,10 @@ def resolve_model(model, processing_class, args: BradleyTerryConfig):
 
 def _check_layers_are_saved(model: PeftModel) -> None:
     kept = set(model.active_peft_config.modules_to_save or ())
-    named = [name.split(".") for name, _ in model.named_modules()]
-    lost = [name for name in ("pooler", "pre_classifier", "head") if any(name in parts for parts in named)]
-    if lost := sorted(set(lost) - kept):
+    if lost := sorted(set(untrained_layers(bare_model(model))) - kept):
         raise UserError(
             f"model: layers {', '.join(lost)} of this encoder would be drawn anew at every load: pass peft_config= "
-            f"instead, or build the PeftModel with modules_to_save={sorted(kept | set(lost))}."
+            f"instead, or build the PeftModel with modules_to_save={sorted(kept.union(lost))}."
         )
 
 

@@ -23,7 +23,7 @@ from ..data.schema import LoadReport
 from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, start_ids, tokenise_comparisons, tokenise_row
 from ..errors import UserError
 from ..metrics import preference
-from ..modeling.adapters import autocast_dtype, mixed_precision
+from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
 from ..modeling.heads import is_encoder, untrained_layers
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
@@ -339,7 +339,7 @@ class BradleyTerryTrainer(RewardTrainer):
                 f"normalize_rewards: the {len(scores)} scores of the normalisation set have deviation {std}: check the "
                 "learning rate and the data, or pass normalize_rewards=False."
             )
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = bare_model(model)
         name = base.config._name_or_path or None
         autocast = self._autocast_dtype
         return RewardNormalization(

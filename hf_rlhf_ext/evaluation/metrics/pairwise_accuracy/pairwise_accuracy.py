@@ -1,28 +1,20 @@
 """Accuracy of a reward model on comparisons, for `evaluate.load`."""
 
-import datasets
 import evaluate
 
+from hf_rlhf_ext.evaluation.metrics.info import preference_info
 from hf_rlhf_ext.metrics.preference import accuracy_with_ties, bootstrap_accuracy_ci, pairwise_accuracy
 
 _DESCRIPTION = """Share of decided pairs whose preferred side scores higher; accuracy_ties also counts the ties."""
 
-_INPUTS = """predictions: r_i - r_j of each pair, in reward.
-references: P(i over j) in [0, 1]; 0.5 is a tie.
-prompts (optional): number of each pair's prompt, for a 95 % bootstrap interval over prompts."""
+_INPUTS = """prompts (optional): number of each pair's prompt, for a 95 % bootstrap interval over prompts."""
 
 
 class PairwiseAccuracy(evaluate.Metric):
     """`accuracy`, `accuracy_ties`, and with `prompts` also `accuracy_low`, `accuracy_high`."""
 
     def _info(self):
-        value = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": value, "references": value}),
-        )
+        return preference_info(_DESCRIPTION, _INPUTS)
 
     def _compute(self, predictions, references, prompts=None):
         found = {"accuracy": pairwise_accuracy(predictions, references)}
