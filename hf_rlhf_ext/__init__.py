@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.formats import load_comparisons, load_demonstrations
     from .data.quality import quality_report
     from .modeling.loading import load_base_model, load_policy, load_tokenizer
+    from .modeling.stack import AdapterStack
     from .ppo.config import PPOConfig
     from .ppo.trainer import PPOTrainer
     from .reward.config import BradleyTerryConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .reward.trainer import BradleyTerryTrainer
 
 _HOMES = {
+    "AdapterStack": "modeling.stack",
     "BradleyTerryConfig": "reward.config",
     "BradleyTerryTrainer": "reward.trainer",
     "DataCollatorForComparisons": "data.collators",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterStack",
     "BradleyTerryConfig",
     "BradleyTerryTrainer",
     "DataCollatorForComparisons",

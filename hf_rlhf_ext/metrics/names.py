@@ -51,6 +51,10 @@ _PPO = {
     "episode": Metric("completions", "sampled since the start"),
     "objective/kl": Metric("nats/completion", "KL(policy || reference): k1 summed over tokens, mean over completions"),
     "objective/kl_k3": Metric("nats/completion", "the same KL by the k3 estimator, which is never negative"),
+    "objective/kl_exact": Metric(
+        "nats/completion",
+        "the same KL, exact over the vocabulary at each sampled token, on a few rows of evaluation",
+    ),
     "objective/kl_coef": Metric("reward/nat", "β in force during this rollout"),
     "objective/entropy": Metric(
         "nats/completion", "entropy of next-token distributions summed over tokens, mean over completions"
@@ -59,22 +63,28 @@ _PPO = {
     "objective/scores": Metric(
         "reward", "score of a completion as the reward functions gave it, mean over completions"
     ),
+    "objective/scores_std": Metric("reward", "deviation of those scores over completions"),
     "objective/rlhf_reward": Metric(
         "reward", "score after clipping and missing-stop penalty, plus KL penalty, mean over completions"
     ),
     "policy/approxkl_avg": Metric("nats/token", "k3 between the policy and the one that made the rollout, masked mean"),
     "policy/clipfrac_avg": Metric("fraction", "completion tokens whose surrogate was clipped"),
+    "policy/kl_loss": Metric("nats/token", "KL(policy || reference) as a loss term, before β, masked mean"),
+    "policy/stopped_early": Metric("fraction", "optimizer steps after which `target_kl` ended the rollout's use"),
     "policy/entropy_avg": Metric("nats/token", "entropy of the policy's next-token distribution, masked mean"),
     "loss/policy_avg": Metric("advantage", "clipped surrogate loss, masked mean"),
+    "loss/ptx": Metric("nats/token", "language-model loss on the pretraining text (PPO-ptx), before its coefficient"),
     "loss/value_avg": Metric("reward^2", "masked mean of half the clipped squared error"),
     "val/clipfrac_avg": Metric("fraction", "completion tokens whose value loss was clipped"),
     "val/explained_variance": Metric("fraction", "1 - Var(returns - values) / Var(returns); 0 a constant's, 1 perfect"),
     "val/ratio": Metric("1", "new over old probability of a token, masked mean; 1 in the first step of an update"),
     "val/ratio_var": Metric("1", "variance of that ratio over the mini-batches of an update"),
     "val/num_eos_tokens": Metric("tokens", "stop tokens in the rollout, one a finished completion"),
+    "guards/skipped_steps": Metric("fraction", "optimizer steps skipped because a gradient was not finite"),
     "completions/mean_length": Metric("tokens", "of a completion, its stop token included"),
     "completions/stopped_frac": Metric("fraction", "completions that ended with a stop token"),
     "sampling/logprob_mismatch": Metric("nats/token", "mean gap of generation's to rescored log-probabilities"),
+    "rewards/clipped_frac": Metric("fraction", "completions whose score `reward_clip` cut"),
     "rewards/<name>/mean": Metric("reward", "of one reward function, before weighting, mean over completions"),
     "rewards/<name>/std": Metric("reward", "of one reward function, before weighting, deviation over completions"),
 }

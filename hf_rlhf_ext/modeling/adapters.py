@@ -29,14 +29,22 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str | None):
-    """Computes with adapter `name` (None: the bare base) inside; restores what was active and every flag after."""
+    """Computes with adapter `name` (None: the bare base) inside; restores what was active after.
+
+    Every `requires_grad` flag stays as it was, inside too, so that a role can be trained there.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with use_adapter(model, name):
-            yield
-    finally:
+
+    def restore() -> None:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+    try:
+        with use_adapter(model, name):
+            restore()
+            yield
+    finally:
+        restore()
 
 
 def copy_adapter(model: PeftModel, source: str, target: str) -> None:

@@ -1,5 +1,6 @@
 """Log-probabilities, entropies and values of completion tokens without a (B, T, V) tensor."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +37,11 @@ def contiguous_head_inputs(model: nn.Module):
     Transformers slices the last position off (B, L, H) before its head; on a CPU, PyTorch then copies the head's
     weight B times (3.4 GB and 5 s for 64 prompts of SmolLM2-135M).
     """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+    head = model.get_output_embeddings()
+    if head is None:  # a reward model, as a critic
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
     try:
         yield
     finally:
@@ -44,7 +49,7 @@ def contiguous_head_inputs(model: nn.Module):
 
 
 def completion_hidden_states(
-    model: nn.Module, unwrapped: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor
+    model: nn.Module, unwrapped: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor, **forward
 ) -> Tensor:
     """Hidden states from which each completion token was predicted, for the real tokens only.
 
@@ -53,6 +58,7 @@ def completion_hidden_states(
         input_ids: (B, L) prompt and completion, padded right.
         prompt_lengths: (B,) tokens of each prompt, at least 1.
         mask: (B, T) bool, True on emitted tokens.
+        forward: further arguments of `model`.
 
     Returns:
         (N, H), N = `mask.sum()`, in row-major order of `mask`.
@@ -61,7 +67,7 @@ def completion_hidden_states(
     attention_mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
     with captured_hidden_states(unwrapped) as captured, contiguous_head_inputs(unwrapped):
         # One position of logits: the model's own head is not needed, and (B, L, V) would be its largest tensor.
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1, **forward)
     hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens in front
     rows, steps = mask.nonzero(as_tuple=True)
     return hidden[rows, prompt_lengths[rows] - 1 + steps]
@@ -107,6 +113,38 @@ def chunked_logprobs(
         )
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+@torch.no_grad()
+def chunked_kl(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    ref_head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 128,
+) -> Tensor:
+    """KL(policy ‖ reference) over the whole vocabulary at each position, (N,) fp32, nats; `chunk_size` rows at a time.
+
+    Args:
+        hidden, ref_hidden: (N, H) hidden states of policy and reference at the same positions.
+        head, ref_head: their output heads, (n, H) to logits (n, V).
+        temperature, softcap: as in `chunked_logprobs`.
+    """
+
+    def log_probs(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return torch.log_softmax(logits / temperature, -1)
+
+    parts = []
+    for start in range(0, len(hidden), chunk_size):
+        logprobs = log_probs(head, hidden[start : start + chunk_size])
+        ref_logprobs = log_probs(ref_head, ref_hidden[start : start + chunk_size])
+        parts.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+    return torch.cat(parts)
 
 
 def final_softcap(model: nn.Module) -> float | None:

@@ -14,8 +14,10 @@ def completion_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each token: −`kl_coef`·kl_t, plus the sequence's score on its last emitted token.
+def token_rewards(
+    scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float, dense: Tensor | None = None
+) -> Tensor:
+    """Reward of each token: −`kl_coef`·kl_t, plus the sequence's score on its last emitted token, plus `dense`.
 
     InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, eq. 2) as a reward per token, following Ziegler et al. 2019
     (arXiv:1909.08593, sec. 2.2).
@@ -24,11 +26,13 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
         scores: (B,) reward of each completion.
         kl: (B, T) estimate of KL(policy ‖ reference) per token, nats.
         lengths: (B,) emitted tokens, the stop token included; at least 1.
+        dense: (B, T) rewards that tokens earn by themselves, not part of `scores`.
 
     Returns:
         (B, T) rewards, zero in the padding.
     """
-    rewards = (-kl_coef * kl).masked_fill(~completion_mask(lengths, kl.shape[1]), 0.0)
+    rewards = -kl_coef * kl if dense is None else dense.to(kl.dtype) - kl_coef * kl
+    rewards = rewards.masked_fill(~completion_mask(lengths, kl.shape[1]), 0.0)
     return rewards.scatter_add(1, (lengths - 1)[:, None], scores.to(kl.dtype)[:, None])
 
 

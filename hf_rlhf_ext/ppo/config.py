@@ -6,6 +6,13 @@ from ..compat import BaseConfig
 from ..errors import UserError
 from .kl import KL_ESTIMATORS
 
+CHOICES = {
+    "critic": ("adapter", "head", "model"),
+    "kl_placement": ("reward", "loss"),
+    "kl_estimator": tuple(KL_ESTIMATORS),
+    "max_kl_action": ("stop", "raise_kl_coef", "rollback"),
+}
+
 
 @dataclass
 class PPOConfig(BaseConfig):
@@ -21,8 +28,17 @@ class PPOConfig(BaseConfig):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW for the policy."})
+    critic: str | None = field(
+        default=None,
+        metadata={
+            "help": "What estimates values: `adapter` (its own on the policy's base, which starts from the reward "
+            "adapter where there is one), `head` (a scalar head on the policy: one forward pass less), or `model` "
+            "(`value_model`, or a copy of a policy that is trained whole). If `None`, `adapter` where the policy is an "
+            "adapter, else `head`."
+        },
+    )
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value head. If `None`, `learning_rate`."}
+        default=None, metadata={"help": "Learning rate of the critic. If `None`, `learning_rate`."}
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Turn dropout off, so that the first ratio of an update is exactly 1."}
@@ -53,6 +69,12 @@ class PPOConfig(BaseConfig):
             "help": "Ids that end a completion. If `None`, the tokenizer's eos and the model's generation config's."
         },
     )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that generate at one time, of similar length. If `None`, the whole rollout, in its order."
+        },
+    )
     merge_for_generation: bool = field(
         default=True,
         metadata={
@@ -65,20 +87,41 @@ class PPOConfig(BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. If `None`, 1 each."}
     )
+    reward_scale: float = field(default=1.0, metadata={"help": "Factor on every score and token reward."})
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Shift and scale scores by the mean and deviation of all rollouts so far, this one included."
+        },
+    )
     reward_clip: float | None = field(
-        default=None, metadata={"help": "Scores are clipped to ± this, in units of reward. If `None`, not clipped."}
+        default=None,
+        metadata={"help": "Scores are clipped to ± this, after scaling and normalisation. If `None`, not clipped."},
     )
     missing_eos_penalty: float | None = field(
         default=None,
         metadata={"help": "Taken off the score of a completion that has no stop token. If `None`, nothing."},
     )
 
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the score for every token of a completion beyond `length_target`."}
+    )
+    length_target: int = field(default=0, metadata={"help": "Tokens of a completion that cost nothing."})
+
     # KL leash
     kl_coef: float = field(
         default=0.05, metadata={"help": "β: reward per nat of KL(policy || reference); the start value if it adapts."}
     )
-    kl_estimator: str = field(
-        default="k1", metadata={"help": "Per-token estimator of the KL in the reward: k1, k2 or k3 (Schulman 2020)."}
+    kl_placement: str = field(
+        default="reward",
+        metadata={"help": "`reward`: −β·KL is a reward of each token (InstructGPT); `loss`: β·KL is part of the loss."},
+    )
+    kl_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Per-token estimator of that KL: k1, k2 or k3 (Schulman 2020). If `None`, k1 in the reward, k2 in "
+            "the loss."
+        },
     )
     kl_target: float | None = field(
         default=None,
@@ -90,6 +133,24 @@ class PPOConfig(BaseConfig):
     kl_horizon: int = field(
         default=10000,
         metadata={"help": "Completions over which an error of ±0.2, the clip, moves `kl_coef` by a factor e^±0.2."},
+    )
+
+    max_kl: float | None = field(
+        default=100.0,
+        metadata={
+            "help": "Hard ceiling on KL(policy || reference) of a rollout, nats per completion; `None`: no ceiling."
+        },
+    )
+    max_kl_action: str = field(
+        default="stop",
+        metadata={
+            "help": "Above `max_kl`: `stop` training, `raise_kl_coef` (double it), or `rollback` to the last "
+            "checkpoint below it, and double `kl_coef`; keep at least two checkpoints for that."
+        },
+    )
+    exact_kl_rows: int = field(
+        default=4,
+        metadata={"help": "Completions of an evaluation whose KL is also computed over the whole vocabulary."},
     )
 
     # PPO
@@ -106,6 +167,47 @@ class PPOConfig(BaseConfig):
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the whole rollout."}
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Leave a rollout for the next one after an optimizer step whose KL from the policy that made it is "
+            "larger, in nats per token (k3). If `None`, all inner epochs are run."
+        },
+    )
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={"help": "γ of PPO-ptx (InstructGPT): weight of the language-model loss on `ptx_dataset`."},
+    )
+    ptx_batch_size: int | None = field(
+        default=None, metadata={"help": "Its rows in each optimizer step. If `None`, as many as completions."}
+    )
+    importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight each token's loss by its probability under the policy over the sampler's: for "
+            "top-k, top-p, or an engine whose numbers differ."
+        },
+    )
+    importance_sampling_cap: float = field(default=2.0, metadata={"help": "Largest such weight."})
+
+    # Memory and guards
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, of a forward pass in scoring and training; batches are split, and "
+            "their gradients stay the same. If `None`, `per_device_train_batch_size` alone decides."
+        },
+    )
+    mixed_pass: bool = field(
+        default=True, metadata={"help": "Score policy, reference and value in one pass where the adapters are LoRA."}
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={"help": "Optimizer steps with gradients that are not finite, in a row, before training ends."},
+    )
+    warn_every: int = field(
+        default=20, metadata={"help": "Rollouts between two warnings of the same kind about how training goes."}
+    )
     logprobs_chunk_size: int = field(
         default=128, metadata={"help": "Completion tokens whose logits exist at one time; lower it to save memory."}
     )
@@ -118,26 +220,46 @@ class PPOConfig(BaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon", "logprobs_chunk_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self._check_ranges()
         if clash := {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"} & set(
             self.generation_kwargs or ()
         ):
             raise UserError(
                 f"generation_kwargs: {sorted(clash)[0]} has an option of its own in PPOConfig: set that one."
             )
+        if self.kl_target is not None and self.kl_coef <= 0:
+            raise UserError("kl_coef must be positive when kl_target is set: the controller multiplies it.")
+        if self.max_kl is not None and self.max_kl_action == "raise_kl_coef" and self.kl_coef <= 0:
+            raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set it, or choose stop.")
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
+
+    def _check_ranges(self) -> None:
+        at_least_1 = ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon", "ptx_batch_size")
+        at_least_1 += ("logprobs_chunk_size", "generation_batch_size", "max_tokens_per_batch", "max_skipped_steps")
+        for name in (*at_least_1, "warn_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("ptx_coef", "kl_coef", "length_target", "exact_kl_rows"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}: PPO needs sampled completions.")
         if self.kl_target is not None and self.kl_target <= 0:
             raise UserError(
                 f"kl_target must be positive nats, got {self.kl_target}. For a fixed kl_coef, leave it out."
             )
-        if self.kl_target is not None and self.kl_coef <= 0:
-            raise UserError("kl_coef must be positive when kl_target is set: the controller multiplies it.")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise UserError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, got {self.kl_estimator!r}.")
+        for name in ("max_kl", "target_kl", "importance_sampling_cap", "reward_clip"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}: leave it out for no limit.")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in (None, *allowed):
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    @property
+    def estimator(self) -> str:
+        """The name of the KL estimator in use."""
+        return self.kl_estimator or ("k1" if self.kl_placement == "reward" else "k2")
 
     @property
     def minibatch_size(self) -> int:

@@ -1,15 +1,21 @@
 """Evaluation during and after PPO: completions of a fixed set of prompts, sampled with a fixed seed."""
 
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data.text import decode_completion
 from ..errors import UserError
+from ..modeling.adapters import evaluating
+from ..modeling.logprobs import chunked_kl, final_softcap
+from .advantages import completion_mask
 from .kl import kl_k1, kl_k3
+from .rollout import pack_sequences
 from .setup import encode_prompts
 
 
@@ -28,6 +34,7 @@ class EvaluatedCompletion:
     kl_k3: float
     n_tokens: int
     stopped: bool
+    completion_ids: list[int] = field(default_factory=list, repr=False)
 
 
 class EvaluationMixin:
@@ -49,8 +56,10 @@ class EvaluationMixin:
         start = time.monotonic()
         rows = self.sample_and_score(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize(rows).items()}
+        metrics |= self._exact_kl(dataset, rows, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - start, 2)
         self.log(metrics)
+        self._remember_evaluation(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -64,37 +73,72 @@ class EvaluationMixin:
         prompt_ids = encode_prompts(dataset, self.processing_class, self.args, "eval", self._max_positions)
         device = self.accelerator.device
         rows: list[EvaluatedCompletion] = []
+        processes, here = self.accelerator.num_processes, self.accelerator.process_index
+        share = -(-len(prompt_ids) // processes)
+        mine = range(min(here * share, len(prompt_ids)), min((here + 1) * share, len(prompt_ids)))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed if seed is None else seed)
+            torch.manual_seed((self.args.seed if seed is None else seed) + here)
             size = self.args.per_device_eval_batch_size
-            for start in range(0, len(prompt_ids), size):
-                examples = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-                rows += self._evaluate_batch(examples, prompt_ids[start : start + size])
-        return rows
+            for start in range(0, len(mine), size):
+                batch = mine[start : start + size]
+                rows += self._evaluate_batch([dataset[i] for i in batch], [prompt_ids[i] for i in batch])
+        return rows if processes == 1 else gather_object(rows)
 
     def _evaluate_batch(self, examples: list[dict], prompt_ids: list[list[int]]) -> list[EvaluatedCompletion]:
-        completion_ids = self._generate(prompt_ids)
-        per_func, scores = self._score(self.rewards, examples, completion_ids)
+        completion_ids, _ = self._generate(prompt_ids)
+        per_func = self._score(self.rewards, examples, completion_ids).per_func
+        scores = self.rewards.combine(per_func).tolist()
         named = {name: per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)}
         if self.eval_rewards is not None:
-            extra, _ = self._score(self.eval_rewards, examples, completion_ids)
+            extra = self._score(self.eval_rewards, examples, completion_ids).per_func
             named |= {name: extra[:, i].tolist() for i, name in enumerate(self.eval_rewards.names)}
-        _, stats = self._rescore(prompt_ids, completion_ids)
-        kl = kl_k1(stats["logprobs"], stats["ref_logprobs"]).sum(1).tolist()  # both are zero in the padding
-        k3 = kl_k3(stats["logprobs"], stats["ref_logprobs"]).sum(1).tolist()
+        data = self._rescore(prompt_ids, completion_ids, reference=True)
+        kl = kl_k1(data["logprobs"], data["ref_logprobs"]).sum(1).tolist()  # both are zero in the padding
+        k3 = kl_k3(data["logprobs"], data["ref_logprobs"]).sum(1).tolist()
         return [
             EvaluatedCompletion(
                 prompt=example["prompt"],
                 completion=decode_completion(self.processing_class, ids),
-                score=float(scores[i]),
+                score=scores[i],
                 rewards={name: values[i] for name, values in named.items()},
                 kl=kl[i],
                 kl_k3=k3[i],
                 n_tokens=len(ids),
                 stopped=ids[-1] in self._stop_ids,
+                completion_ids=ids,
             )
             for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True))
         ]
+
+    @torch.no_grad()
+    def _exact_kl(self, dataset: Dataset, rows: list[EvaluatedCompletion], prefix: str) -> dict[str, float]:
+        """KL over the whole vocabulary at every token of the first few completions: a check of the estimates."""
+        n = min(self.args.exact_kl_rows, len(rows))
+        if n == 0:
+            return {}
+        prompt_ids = encode_prompts(dataset.select(range(n)), self.processing_class, self.args, "eval", sys.maxsize)
+        ids, starts, lengths = pack_sequences(
+            prompt_ids,
+            [row.completion_ids for row in rows[:n]],
+            self.processing_class.pad_token_id,
+            self.accelerator.device,
+        )
+        mask = completion_mask(lengths, int(lengths.max()))
+        total = 0.0
+        with evaluating(self.policy), self._mixed_precision():
+            for k in range(n):  # one at a time: two roles' states of every token are kept
+                part = (ids[k : k + 1], starts[k : k + 1], mask[k : k + 1])
+                hidden = self.stack.hidden_states(["policy", "reference"], *part, mixed=self.args.mixed_pass)
+                total += chunked_kl(
+                    hidden["policy"],
+                    hidden["reference"],
+                    self._output_head("policy"),
+                    self._output_head("reference"),
+                    temperature=self.args.temperature,
+                    softcap=final_softcap(self.policy),
+                    chunk_size=self.args.logprobs_chunk_size,
+                ).sum()
+        return {f"{prefix}_objective/kl_exact": float(total) / n}
 
 
 def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:

@@ -27,17 +27,22 @@ def policy_loss(
     *,
     clip_range: float,
     denominator: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    All tensors are (B, T). Returns the scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction
-    of tokens whose surrogate was clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
+    All tensors are (B, T); `weights` (None is 1) multiply the loss of each token, and not the figures. Returns the
+    scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction of tokens whose surrogate was
+    clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
     ratio = log_ratio.exp()  # (B, T)
     surrogate = ratio * advantages.masked_fill(~mask, 0.0)
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages.masked_fill(~mask, 0.0)
-    loss = -masked_mean(torch.minimum(surrogate, clipped), mask, denominator)
+    objective = torch.minimum(surrogate, clipped)
+    if weights is not None:
+        objective = weights.detach().masked_fill(~mask, 1.0) * objective
+    loss = -masked_mean(objective, mask, denominator)
     with torch.no_grad():
         stats = {
             "clipfrac": masked_mean((clipped < surrogate).to(logprobs.dtype), mask, denominator),
@@ -45,6 +50,23 @@ def policy_loss(
             "ratio": masked_mean(ratio, mask, denominator),
         }
     return loss, stats
+
+
+def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(π_old/q, `cap`) of tokens that were drawn from q rather than from π_old.
+
+    Ionides 2008 ("Truncated importance sampling", J. Comput. Graph. Stat. 17(2)); ρ of IMPALA (Espeholt et al. 2018,
+    arXiv:1802.01561, sec. 4.1). They cannot bring back tokens that top-k or top-p left without any chance.
+
+    Args:
+        old_logprobs: (B, T) under the policy that made the rollout, as training computes them, nats.
+        sampled_logprobs: (B, T) under which generation really drew the tokens, nats.
+
+    Returns:
+        (B, T) without gradient, 1 in the padding.
+    """
+    log_ratio = (old_logprobs - sampled_logprobs).detach().masked_fill(~mask, 0.0)
+    return log_ratio.exp().clamp(max=cap).masked_fill(~mask, 1.0)
 
 
 def value_loss(

@@ -2,11 +2,11 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,36 @@ from ..modeling.loading import load_tokenizer
 from ..reward.ensemble import RewardEnsemble, load_reward
 from ..reward.scorer import RewardScorer
 
-RewardFunc = str | nn.Module | Callable[..., list[float | None]]
+RewardFunc = str | nn.Module | Callable[..., list[float | None] | list[list[float] | None]]
+
+
+class Scores(NamedTuple):
+    """What F reward functions say of B completions, fp32.
+
+    `per_func` (B, F): each one's score, NaN where it returned None; that of token rewards is their sum. `sequence`
+    (B,): weighted sum of the functions that score whole completions. `dense` (B, T): weighted sum of the others'
+    token rewards, zero in the padding; T is the longest completion. None where no function returned token rewards.
+    """
+
+    per_func: Tensor
+    sequence: Tensor
+    dense: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Scores":
+        return Scores(*(None if tensor is None else tensor.to(device) for tensor in self))
 
 
 class RewardFunctions:
     """One or several reward functions, called with `prompts, completions, completion_ids, **columns` as in TRL.
+
+    A function returns a number for each completion or, for each, a list of rewards, one a completion token.
 
     Args:
         reward_funcs: a callable (plain or async), a sequence-classification model, the path or Hub id of one or of a
             reward adapter, or a list of these.
         reward_weights: weight of each in the sum; None is 1 each.
         processing_classes: tokenizer of each reward model (None for callables); loaded by the model's name if left out.
+        share: takes a path or Hub id and returns a scorer on weights that are loaded already, or None to load it.
         option: name of the argument, for error messages.
     """
 
@@ -38,7 +57,7 @@ class RewardFunctions:
         reward_weights: list[float] | None = None,
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         *,
-        device: torch.device | None = None,
+        share: Callable[[str | Path], RewardScorer | None] | None = None,
         option: str = "reward_funcs",
     ):
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -48,55 +67,86 @@ class RewardFunctions:
         for name, given in (("reward_weights", reward_weights), ("reward_processing_classes", tokenizers)):
             if given is not None and len(given) != len(funcs):
                 raise UserError(f"{name} has {len(given)} entries for {len(funcs)} {option}: give one each.")
-        self.funcs = [_as_callable(f, t, device, option) for f, t in zip(funcs, tokenizers, strict=True)]
+        self.funcs = [_as_callable(f, t, share, option) for f, t in zip(funcs, tokenizers, strict=True)]
         names = [get_callable_name(func) for func in self.funcs]
         self.names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
         self.weights = torch.tensor(reward_weights or [1.0] * len(funcs), dtype=torch.float32)
 
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> Tensor:
-        """Scores of each function, (B, F) fp32; NaN where a function returned None for a row (as in TRL).
+    def weighted(self) -> Iterator[tuple[Callable, float]]:
+        """Each function with its weight."""
+        return zip(self.funcs, self.weights.tolist(), strict=True)
+
+    def to(self, device: torch.device) -> Self:
+        """Moves reward models there, those in 4 or 8 bits excepted."""
+        for func in self.funcs:
+            for scorer in func.members if isinstance(func, RewardEnsemble) else [func]:
+                if isinstance(scorer, RewardScorer) and not getattr(scorer.model, "is_quantized", False):
+                    scorer.model.to(device)
+        return self
+
+    def score(
+        self, prompts: list, completions: list, *, completion_ids: list[list[int]] | None = None, **columns: Any
+    ) -> Scores:
+        """What every function says; functions get `columns` and, where given, `completion_ids`.
 
         Raises:
-            UserError: a wrong number of scores, a score that is not finite, or a row that no function scored.
+            UserError: a wrong number of scores or token rewards, one that is not finite, or a row that no function
+                scored.
         """
-        outputs: list[Any] = [None] * len(self.funcs)
-        pending = {}
-        for i, func in enumerate(self.funcs):
-            if is_async_callable(func):
-                pending[i] = func(prompts=prompts, completions=completions, **columns)
-            else:
-                outputs[i] = func(prompts=prompts, completions=completions, **columns)
-        for i, output in zip(pending, _run_all(list(pending.values())), strict=True):
-            outputs[i] = output
-        checked = [_checked(output, len(prompts), name) for output, name in zip(outputs, self.names, strict=True)]
-        scores = torch.tensor(checked, dtype=torch.float32).T  # (B, F)
-        unscored = scores.isnan().all(dim=1).nonzero().flatten().tolist()
+        if completion_ids is not None:
+            columns["completion_ids"] = completion_ids
+        outputs = self._outputs(prompts, completions, columns)
+        answers = [_checked(output, len(prompts), name) for output, name in zip(outputs, self.names, strict=True)]
+        dense = {i for i, answer in enumerate(answers) if any(isinstance(row, list) for row in answer)}
+        for i in dense:
+            answers[i] = _checked_tokens(answers[i], completion_ids, self.names[i])
+        per_func = torch.tensor([[_total(row) for row in answer] for answer in answers], dtype=torch.float32).T
+        unscored = per_func.isnan().all(dim=1).nonzero().flatten().tolist()
         if unscored:
             raise UserError(
                 f"reward function {', '.join(map(repr, self.names))} returned None for completion {unscored[0]} of "
                 f"{len(prompts)}: at least one function must score every completion."
             )
-        return scores
+        whole = torch.tensor([i not in dense for i in range(len(answers))])
+        sequence = self.combine(per_func.masked_fill(~whole, 0.0))
+        if not dense:
+            return Scores(per_func, sequence)
+        width = max(len(ids) for ids in completion_ids or [])
+        rewards = (self.weights[i] * _padded(answers[i], width) for i in sorted(dense))
+        return Scores(per_func, sequence, torch.stack(list(rewards)).sum(0))
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> Tensor:
+        """Scores of each function, (B, F) fp32; NaN where a function returned None for a row (as in TRL)."""
+        return self.score(prompts, completions, **columns).per_func
 
     def combine(self, scores: Tensor) -> Tensor:
         """Weighted sum over functions of (B, F) scores, leaving out the ones that returned None: (B,)."""
         return (scores * self.weights.to(scores.device)).nansum(dim=1)
 
+    def _outputs(self, prompts: list, completions: list, columns: dict[str, Any]) -> list[Any]:
+        """What each function returned; async ones run at the same time."""
+        outputs = [func(prompts=prompts, completions=completions, **columns) for func in self.funcs]
+        pending = [i for i, func in enumerate(self.funcs) if is_async_callable(func)]
+        for i, output in zip(pending, _run_all([outputs[i] for i in pending]), strict=True):
+            outputs[i] = output
+        return outputs
+
 
 def _as_callable(
-    func: RewardFunc, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | None, option: str
+    func: RewardFunc,
+    tokenizer: PreTrainedTokenizerBase | None,
+    share: Callable[[str | Path], RewardScorer | None] | None,
+    option: str,
 ) -> Callable:
     if isinstance(func, str | Path):
-        func = load_reward(func)
+        shared = share(func) if share is not None else None
+        func = shared if shared is not None else load_reward(func)
         if isinstance(func, RewardScorer):
             func.tokenizer = tokenizer or func.tokenizer
     elif isinstance(func, nn.Module):
         func = RewardScorer(func, tokenizer or load_tokenizer(func.config.name_or_path))
     elif not callable(func):
         raise UserError(f"{option}: {func!r} is neither callable, a model, nor a path.")
-    for scorer in func.members if isinstance(func, RewardEnsemble) else [func]:
-        if isinstance(scorer, RewardScorer) and device is not None and not getattr(scorer.model, "is_quantized", False):
-            scorer.model.to(device)
     return func
 
 
@@ -110,20 +160,60 @@ def _run_all(coroutines: list) -> list:
         return pool.submit(asyncio.run, gather()).result()
 
 
-def _checked(output: Any, expected: int, name: str) -> list[float]:
-    """One function's answer as floats, None as NaN; raises `UserError` for anything else."""
-    scores = list(output) if isinstance(output, Iterable) and getattr(output, "ndim", 1) else None
-    if scores is None or len(scores) != expected:
-        found = repr(output) if scores is None else f"{len(scores)} scores"
+def _checked(output: Any, expected: int, name: str) -> list:
+    """One function's answer: a float for each completion, or a list for each; None stays.
+
+    Raises `UserError` for anything else; what stands in the lists is left to `_checked_tokens`.
+    """
+    rows = list(output) if isinstance(output, Iterable) and getattr(output, "ndim", 1) else None
+    if rows is None or len(rows) != expected:
+        found = repr(output) if rows is None else f"{len(rows)} scores"
         raise UserError(f"reward function {name!r} returned {found} for {expected} completions: return one score each.")
-    for i, score in enumerate(scores):
-        if score is None:
-            scores[i] = math.nan
-        elif not isinstance(score, Real) and getattr(score, "ndim", 1) != 0:
-            raise UserError(f"reward function {name!r} returned {score!r} for completion {i}: return a number.")
-        elif not math.isfinite(score):
+    lists = [isinstance(row, list | tuple) or getattr(row, "ndim", 0) == 1 for row in rows]
+    if any(lists):
+        scalars = [i for i, row in enumerate(rows) if not lists[i] and row is not None]
+        if scalars:
             raise UserError(
-                f"reward function {name!r} returned {float(score)} for completion {i}: return a finite number, or None "
-                "where another function scores it."
+                f"reward function {name!r} returned {rows[scalars[0]]!r} for completion {scalars[0]} and a list for "
+                f"completion {lists.index(True)}: return a number for every completion, or for each a list with one "
+                "number per token."
             )
-    return [float(score) for score in scores]
+        return [None if row is None else list(row) for row in rows]
+    return [None if row is None else _number(row, name, f"completion {i}") for i, row in enumerate(rows)]
+
+
+def _checked_tokens(rows: list[list | None], completion_ids: list[list[int]] | None, name: str) -> list:
+    """Rewards per token as floats; raises `UserError` where they are not one for each token of a completion."""
+    if completion_ids is None:
+        raise UserError(f"reward function {name!r} returned token rewards: they need completion_ids.")
+    for i, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
+        if row is not None and len(row) != len(ids):
+            raise UserError(
+                f"reward function {name!r} returned {len(row)} token rewards for completion {i}, which has {len(ids)} "
+                "tokens: return one for each of completion_ids, the stop token included."
+            )
+    return [
+        None if row is None else [_number(x, name, f"token {t} of completion {i}") for t, x in enumerate(row)]
+        for i, row in enumerate(rows)
+    ]
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    if not isinstance(value, Real) and getattr(value, "ndim", 1) != 0:
+        raise UserError(f"reward function {name!r} returned {value!r} for {where}: return a number.")
+    if not math.isfinite(value):
+        raise UserError(
+            f"reward function {name!r} returned {float(value)} for {where}: return a finite number, or None where "
+            "another function scores the completion."
+        )
+    return float(value)
+
+
+def _total(row: float | Sequence[float] | None) -> float:
+    """The score of one completion, NaN where there is none."""
+    return math.nan if row is None else math.fsum(row) if isinstance(row, list) else row
+
+
+def _padded(rows: list[list[float] | None], width: int) -> Tensor:
+    """Token rewards as (B, `width`) fp32, zero in the padding and where there are none."""
+    return torch.tensor([[*(row or []), *[0.0] * (width - len(row or []))] for row in rows], dtype=torch.float32)

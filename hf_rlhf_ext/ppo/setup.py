@@ -1,71 +1,16 @@
-"""What `PPOTrainer` needs before the first step: the policy with its reference, checked prompts, and the tick data."""
+"""What `PPOTrainer` needs before the first step: checked prompts, and data that count the steps."""
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..data.text import check_tokenizer, encode_prompt, is_messages
 from ..errors import UserError
-from ..modeling.adapters import copy_adapter
-from ..modeling.heads import ScalarHead
 from .config import PPOConfig
-
-REFERENCE_ADAPTER = "ref"
-
-
-@dataclass
-class Reference:
-    """Where the reference's log-probabilities come from.
-
-    `adapter` names a frozen adapter on the policy's base; None means the bare base; `model` is a separate frozen model
-    (full fine-tuning, where there is no base to share).
-    """
-
-    adapter: str | None = None
-    model: nn.Module | None = None
-
-
-def build_policy(
-    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
-) -> tuple[PreTrainedModel | PeftModel, Reference]:
-    """The trainable policy and its reference.
-
-    A `PeftModel` is trained further, with a frozen copy of its active adapter as the reference (the SFT policy). A
-    base model with `peft_config` gets a new adapter, and the reference is the bare base. A base model alone is trained
-    whole, with a frozen copy as the reference.
-    """
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise UserError("peft_config was given, but the model has an adapter already: leave one of them out.")
-        active = model.active_adapter
-        if REFERENCE_ADAPTER not in model.peft_config:
-            copy_adapter(model, active, REFERENCE_ADAPTER)
-        model.set_adapter(active)  # an adapter loaded for inference comes frozen
-        return model, Reference(adapter=REFERENCE_ADAPTER)
-    if peft_config is not None:
-        return get_peft_model(model, peft_config), Reference()
-    return model, Reference(model=copy.deepcopy(model).eval().requires_grad_(False))
-
-
-def attach_value_head(model: nn.Module) -> ScalarHead:
-    """Hangs a zero-initialised fp32 value head on the policy, so that the optimizer and devices see it.
-
-    Zero is the right first guess where rewards have mean zero. PEFT must be attached already: `all-linear` would wrap
-    it.
-    """
-    config = model.config.get_text_config()
-    head = ScalarHead(config.hidden_size, bias=True)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    model.add_module("value_head", head.to(next(model.parameters()).device))
-    return head
 
 
 def encode_prompts(

@@ -10,17 +10,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ..compat import BaseTrainer, disable_dropout_in_model, print_prompt_completions_sample
-from ..data.text import decode_completion
+from ..compat import BaseTrainer, disable_dropout_in_model
 from ..errors import UserError
-from ..modeling.adapters import (
-    active_adapter,
-    adapters_in_autocast_dtype,
-    autocast_dtype,
-    evaluating,
-    merged_adapter,
-    mixed_precision,
-)
+from ..modeling.adapters import adapters_in_autocast_dtype
 from ..modeling.loading import load_policy, load_tokenizer
 from ..modeling.logprobs import (
     check_output_head,
@@ -29,25 +21,25 @@ from ..modeling.logprobs import (
     final_softcap,
     scatter_to_mask,
 )
-from .advantages import completion_mask, explained_variance, generalized_advantages, token_rewards, whiten
+from .advantages import completion_mask
+from .batching import budget_chunks
 from .checkpoints import CheckpointMixin
 from .config import PPOConfig
 from .evaluation import EvaluationMixin
-from .kl import KL_ESTIMATORS, adapted_kl_coef, kl_k1, kl_k3
+from .figures import FiguresMixin, reduced
+from .guards import GuardMixin, SaveOnSignal, refuse_sharded
+from .kl import KL_ESTIMATORS
 from .losses import masked_mean, policy_loss, value_loss
-from .rollout import (
-    Rollout,
-    generate_completions,
-    pack_sequences,
-    prompt_indices,
-    sampling_config,
-    stop_token_ids,
-)
+from .ptx import encode_texts
+from .roles import attach_critic, build_stack, scale_critic, shared_reward
+from .rollout import Rollout, pack_sequences, prompt_indices, stop_token_ids
+from .sampling import RolloutMixin
 from .scoring import RewardFunc, RewardFunctions
-from .setup import attach_value_head, build_policy, encode_prompts, tick_dataloader, with_max_steps
+from .setup import encode_prompts, tick_dataloader, with_max_steps
+from .shaping import RunningMoments
 
 
-class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
+class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, RolloutMixin, BaseTrainer):
     """Proximal policy optimisation with a KL penalty, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
 
     Arguments are those of TRL's `GRPOTrainer` where both have them.
@@ -65,6 +57,12 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         eval_reward_funcs: further rewards that only appear in evaluation, e.g. a gold or second reward.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: any PEFT configuration (LoRA, DoRA, rsLoRA …) for a base model.
+        value_model: the critic for `critic="model"`: a causal LM, or a reward model whose score head it starts from.
+        ptx_dataset: text for PPO-ptx, with `ptx_coef`: rows of `text`, of `prompt` and `completion`, or of `messages`.
+
+    Attributes:
+        stack: the `AdapterStack` with the roles policy, reference, value, and reward where it shares the base.
+        kl_coef: β as it is now.
     """
 
     # `compute_loss` divides by the token count of the whole mini-batch itself.
@@ -85,12 +83,13 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
+        value_model: str | PreTrainedModel | None = None,
+        ptx_dataset: Dataset | None = None,
     ):
         args = args if args is not None else PPOConfig("ppo")
         if train_dataset is None:
             raise UserError("train_dataset is required: rows with a column 'prompt'.")
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise UserError("PPOTrainer runs in one process on one device for now: start it with plain `python`.")
+        refuse_sharded(args)
         if isinstance(model, str):
             model, tokenizer = load_policy(model, is_trainable=True)
             processing_class = tokenizer if processing_class is None else processing_class
@@ -98,36 +97,69 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
             processing_class = load_tokenizer(model.config.name_or_path)
         self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train", self._max_positions)
+        self._texts = self._ptx_texts(ptx_dataset, processing_class, args)
         check_output_head(model, self._train_prompts[0])
         set_seed(args.seed)  # new adapters are drawn before Trainer does it
-        model, self.reference = build_policy(model, peft_config)
-        self.value_head = attach_value_head(model)
+        self.stack = build_stack(model, peft_config)
+        self.rewards = RewardFunctions(
+            reward_funcs, args.reward_weights, reward_processing_classes, share=lambda f: shared_reward(self.stack, f)
+        )
+        self._attach_critic(args, value_model)
         if args.disable_dropout:
-            disable_dropout_in_model(model)
-        self._stop_ids = stop_token_ids(processing_class, model, args.stop_token_ids)
+            disable_dropout_in_model(self.stack.model)
+        self._stop_ids = stop_token_ids(processing_class, self.stack.model, args.stop_token_ids)
+        self._signal = SaveOnSignal()
         super().__init__(
-            model=model,
+            model=self.stack.model,
             args=with_max_steps(args, len(train_dataset), args.world_size),
             data_collator=lambda rows: rows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self._signal],
             optimizers=optimizers,
         )
         device = self.accelerator.device
-        if self.reference.model is not None:
-            self.reference.model.to(device)
-        self.rewards = RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes, device=device)
+        if self.accelerator.num_processes > 1:
+            set_seed(args.seed + self.accelerator.process_index)  # each process samples completions of its own
+        if self.stack.roles["reference"].model is not None:
+            self.stack.roles["reference"].model.to(device)
+        self.rewards.to(device)
         self.eval_rewards = None
         if eval_reward_funcs is not None:
-            self.eval_rewards = RewardFunctions(eval_reward_funcs, device=device, option="eval_reward_funcs")
+            self.eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs").to(device)
         self.kl_coef = args.kl_coef
-        self._micro_step = 0  # within the whole run
+        self.reward_moments = RunningMoments()
+        self._needs_reference = args.kl_coef > 0 or args.max_kl is not None
+        self._rollouts = 0  # number of the one in use, or of the next
+        self._step_in_rollout = 0  # micro-steps taken on it
         self._rollout: Rollout | None = None
+        self._approx_kl = 0.0  # of the mini-batch so far
         self._sums: dict[str, Any] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
-        self._sample: dict[str, list] | None = None
+        self._completions: dict[str, Any] | None = None
+        self._init_guards()
+
+    def _ptx_texts(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> list:
+        if (dataset is None) != (args.ptx_coef == 0):
+            raise UserError("PPO-ptx needs both ptx_dataset and a ptx_coef above 0: give the other one, or neither.")
+        return [] if dataset is None else encode_texts(dataset, tokenizer, self._max_positions)
+
+    def _attach_critic(self, args: PPOConfig, value_model: str | PreTrainedModel | None) -> None:
+        if isinstance(value_model, str):
+            value_model, _ = load_policy(value_model)
+        self.critic = attach_critic(self.stack, args.critic, value_model=value_model)
+        self.value_head = self.stack.roles["value"].head
+        if self.critic == "adapter" and "reward" in self.stack.roles:
+            scorer, weight = next(
+                pair for pair in self.rewards.weighted() if getattr(pair[0], "head", None) is not None
+            )
+            scale_critic(self.stack, scorer.mean, scorer.std, weight * args.reward_scale)
+
+    @property
+    def policy(self) -> PreTrainedModel | PeftModel:
+        """The model without wrappers. PPO's forwards go to it: gradients are summed over processes by ourselves."""
+        return self.stack.model
 
     # ---- The loop: Trainer's, with a rollout in front of every `steps_per_rollout` optimizer steps ----
 
@@ -135,264 +167,175 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, BaseTrainer):
         return self.accelerator.prepare(tick_dataloader(self.args, self.args.world_size))
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """Gradients of one micro-batch: one role after the other, in parts of a token budget."""
+        self.policy.train()
         # No autocast out here: the rollout's forwards would leave their casts of the weights to the training one.
-        with adapters_in_autocast_dtype(self.model, enabled=self.args.bf16 or self.args.fp16):
-            return super().training_step(model, inputs, num_items_in_batch)
+        with adapters_in_autocast_dtype(self.policy, enabled=self.args.bf16 or self.args.fp16):
+            inputs = self._prepare_inputs(inputs)
+            total = torch.zeros((), device=self.accelerator.device)
+            if self._halted is not None:
+                return total
+            parts = self._parts(inputs["rows"])
+            share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
+            for rows in parts:
+                part = self._rollout.select(rows) | {"minibatch_tokens": inputs["minibatch_tokens"], "share": share}
+                for role in ("policy", "value") if self.critic != "head" else ("policy",):
+                    with self.stack.activate(role) as module:
+                        loss = self.compute_loss(module, part, role=role)
+                        self.accelerator.backward(loss)
+                    total += loss.detach()
+            if self.accelerator.sync_gradients:
+                total += self._ptx_gradients()
+                self._finish_step()
+        return total
+
+    def _parts(self, rows: Tensor) -> list[Tensor]:
+        lengths = (self._rollout.prompt_lengths + self._rollout.completion_lengths)[rows].tolist()
+        chunks = budget_chunks(lengths, max_rows=len(lengths), max_tokens=self.args.max_tokens_per_batch)
+        return [rows[torch.tensor(chunk, device=rows.device)] for chunk in chunks]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The next micro-batch of the rollout, which is made anew when the last one is used up."""
-        args = self.args
-        per_epoch = args.num_mini_batches * args.gradient_accumulation_steps  # micro-steps
-        step = self._micro_step % (per_epoch * args.num_ppo_epochs)
-        if step == 0:
-            self._rollout = self._make_rollout()
-        self._micro_step += 1
-        epoch, in_epoch = divmod(step, per_epoch)
-        order = self._rollout.order[epoch]
-        minibatch = order.split(args.minibatch_size)[in_epoch // args.gradient_accumulation_steps]
-        rows = order.split(args.per_device_train_batch_size)[in_epoch]
-        n_tokens = self._rollout.completion_lengths[minibatch].sum()
-        return self._rollout.select(rows) | {"minibatch_tokens": n_tokens}
+        """Rows of the next micro-batch of the rollout, which is made anew when the last one is used up.
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        """One micro-batch's share of the mini-batch's loss."""
+        A mini-batch is drawn from the rollout of all processes; each takes its share of it.
+        """
+        args, processes, here = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        per_epoch = args.num_mini_batches * args.gradient_accumulation_steps  # micro-steps
+        if self._step_in_rollout == per_epoch * args.num_ppo_epochs:
+            self._rollouts, self._step_in_rollout = self._rollouts + 1, 0
+        if self._step_in_rollout == 0:
+            self._rollout = self._next_rollout()
+        epoch, in_epoch = divmod(self._step_in_rollout, per_epoch)
+        self._step_in_rollout += 1
+        order = self._rollout.order[epoch]
+        minibatch = order.split(args.minibatch_size * processes)[in_epoch // args.gradient_accumulation_steps]
+        rows = order.split(args.per_device_train_batch_size * processes)[in_epoch]
+        return {"rows": rows[here::processes], "minibatch_tokens": self._rollout.completion_lengths[minibatch].sum()}
+
+    def _finish_step(self) -> None:
+        """After the last backward pass of an optimizer step: leaves the rollout where the policy has moved too far."""
+        moved = torch.tensor([self._approx_kl, float(self._signal.received)], device=self.accelerator.device)
+        reduced([moved], self.accelerator)
+        self._approx_kl, self._signal.received = 0.0, bool(moved[1])
+        self._finish_gradients()
+        args = self.args
+        if args.target_kl is not None and float(moved[0]) > args.target_kl:
+            self._observe("policy/stopped_early", 1.0)
+            self._step_in_rollout = args.steps_per_rollout * args.gradient_accumulation_steps
+        elif args.target_kl is not None:
+            self._observe("policy/stopped_early", 0.0)
+
+    def compute_loss(
+        self, model, inputs, return_outputs=False, num_items_in_batch=None, *, role: str = "policy"
+    ) -> Tensor:
+        """One micro-batch's share of a role's loss over the mini-batch."""
         args, mask, denominator = self.args, inputs["mask"], inputs["minibatch_tokens"]
         with self._mixed_precision():
-            logprobs, entropies, values = self._forward(model, inputs)
-        loss, stats = policy_loss(
+            hidden = completion_hidden_states(model, model, inputs["input_ids"], inputs["prompt_lengths"], mask)
+            loss = torch.zeros((), device=mask.device)
+            if role == "value" or self.critic == "head":
+                values = scatter_to_mask(self.value_head(hidden).squeeze(-1), mask)
+                loss = loss + args.vf_coef * self._critic_loss(values, inputs)
+            if role == "value":
+                return loss
+            logprobs, entropies = (scatter_to_mask(x, mask) for x in self._logprobs("policy", hidden, inputs))
+        surrogate, stats = policy_loss(
             logprobs,
             inputs["old_logprobs"],
             inputs["advantages"],
             mask,
             clip_range=args.clip_range,
             denominator=denominator,
+            weights=inputs.get("sampling_weights"),
         )
-        critic_loss, critic_clipfrac = value_loss(
+        entropy = masked_mean(entropies, mask, denominator)
+        loss = loss + surrogate - args.entropy_coef * entropy
+        if args.kl_placement == "loss" and self.kl_coef:
+            kl = masked_mean(KL_ESTIMATORS[args.estimator](logprobs, inputs["ref_logprobs"]), mask, denominator)
+            loss = loss + self.kl_coef * kl
+            self._record("policy/kl_loss", kl, inputs["share"])
+        if args.target_kl is not None:
+            self._approx_kl += float(stats["approxkl"])
+        self._record_update(surrogate, entropy, stats, inputs["share"])
+        return loss
+
+    def _critic_loss(self, values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        loss, clipfrac = value_loss(
             values,
             inputs["values"],
             inputs["returns"],
-            mask,
-            clip_range=args.value_clip_range,
-            denominator=denominator,
+            inputs["mask"],
+            clip_range=self.args.value_clip_range,
+            denominator=inputs["minibatch_tokens"],
         )
-        entropy = masked_mean(entropies, mask, denominator)
-        metrics = {"loss/policy_avg": loss, "loss/value_avg": critic_loss, "policy/entropy_avg": entropy}
-        metrics |= {"policy/clipfrac_avg": stats["clipfrac"], "policy/approxkl_avg": stats["approxkl"]}
-        metrics |= {"val/ratio": stats["ratio"], "val/clipfrac_avg": critic_clipfrac}
-        for name, value in metrics.items():  # each is a share of the mini-batch's mean
-            self._record(name, value, 1 / args.gradient_accumulation_steps)
-        return loss + args.vf_coef * critic_loss - args.entropy_coef * entropy
+        self._record("loss/value_avg", loss, inputs["share"])
+        self._record("val/clipfrac_avg", clipfrac, inputs["share"])
+        return loss
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the value head in a group of its own at `value_learning_rate`."""
-        optimizer = super().create_optimizer(model)
-        head = set(self.value_head.parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p not in head]
-        args = self.args
-        rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+    def _ptx_gradients(self) -> Tensor:
+        """PPO-ptx: backward of γ times the mean cross-entropy of this step's texts (nats per token)."""
+        args, processes, here = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        total = torch.zeros((), device=self.accelerator.device)
+        if not self._texts:
+            return total
+        size = (args.ptx_batch_size or args.minibatch_size) * processes
+        texts = [self._texts[row] for row in prompt_indices(self.state.global_step, size, len(self._texts), args.seed)]
+        n_tokens = sum(len(targets) for _, targets in texts)
+        texts = texts[here::processes]
+        chunks = budget_chunks(
+            [len(context) + len(targets) for context, targets in texts],
+            max_rows=args.per_device_train_batch_size,
+            max_tokens=args.max_tokens_per_batch,
+        )
+        for chunk in chunks:
+            contexts, targets = zip(*(texts[i] for i in chunk), strict=True)
+            ids, starts, lengths = pack_sequences(
+                list(contexts), list(targets), self.processing_class.pad_token_id, total.device
+            )
+            mask = completion_mask(lengths, int(lengths.max()))
+            rows, steps = mask.nonzero(as_tuple=True)
+            with self.stack.activate("policy") as model, self._mixed_precision():
+                hidden = completion_hidden_states(model, model, ids, starts, mask)
+                logprobs, _ = chunked_logprobs(
+                    hidden,
+                    model.get_output_embeddings(),
+                    ids[rows, starts[rows] + steps],
+                    softcap=final_softcap(model),
+                    chunk_size=args.logprobs_chunk_size,
+                )
+                loss = -logprobs.sum() / n_tokens
+                self.accelerator.backward(args.ptx_coef * loss)
+            self._record("loss/ptx", loss, 1 / len(chunks))
+            total += args.ptx_coef * loss.detach()
+        return total
+
+    # ---- Optimizer: the critic has its own learning rate and its own clipping ----
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with the critic's weights in groups of their own; the value head comes last."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.learning_rate if self.args.value_learning_rate is None else self.args.value_learning_rate
+        head, critic = set(self.value_head.parameters()), set(self._critic_parameters())
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if p in critic - head]
+            group["params"] = [p for p in group["params"] if p not in critic]
+            if own:
+                options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+                optimizer.add_param_group(options | {"params": own, "lr": rate})
         optimizer.add_param_group({"params": list(self.value_head.parameters()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def _critic_parameters(self) -> list[nn.Parameter]:
+        policy = set(self.stack.parameters("policy"))
+        return [parameter for parameter in self.stack.parameters("value") if parameter not in policy]
+
     def _clip_grad_norm(self, model) -> Tensor:
-        """Clips policy and value head each by itself: together, a large critic gradient would starve the policy."""
-        head = set(self.value_head.parameters())
-        policy = [p for p in model.parameters() if p not in head]
+        """Clips policy and critic each by itself: together, a large critic gradient would starve the policy."""
+        critic = self._critic_parameters()
+        policy = [p for p in self.policy.parameters() if p not in set(critic)]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # also unscales fp16 gradients
-        self._record("value_grad_norm", nn.utils.clip_grad_norm_(list(head), self.args.max_grad_norm))
+        self._observe("value_grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # inputs are ticks: there is nothing honest to count
-
-    # ---- Rollouts ----
-
-    @torch.no_grad()
-    def _make_rollout(self) -> Rollout:
-        """Samples completions, scores them, and computes everything that the inner epochs need."""
-        args, size = self.args, self.args.rollout_size
-        number = self._micro_step // (args.steps_per_rollout * args.gradient_accumulation_steps)
-        rows = prompt_indices(number, size, len(self._train_prompts), args.seed)
-        examples = [self.train_dataset[row] for row in rows]
-        prompt_ids = [self._train_prompts[row] for row in rows]
-        completion_ids = self._generate(prompt_ids)
-        per_func, scores = self._score(self.rewards, examples, completion_ids, log_metric=self._record)
-        batch, stats = self._rescore(prompt_ids, completion_ids)
-        mask, lengths = stats["mask"], stats["lengths"]
-        stopped = torch.tensor([ids[-1] in self._stop_ids for ids in completion_ids], device=mask.device)
-        kl = KL_ESTIMATORS[args.kl_estimator](stats["logprobs"], stats["ref_logprobs"])
-        rewards = token_rewards(self._shaped(scores, stopped), kl, lengths, kl_coef=self.kl_coef)
-        advantages, returns = generalized_advantages(
-            rewards, stats["values"], mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-        )
-        self._record_rollout(stats, per_func, scores, stopped, kl, returns)
-        self._sample = {"examples": examples, "completion_ids": completion_ids, "per_func": per_func}
-        if args.kl_target is not None:
-            mean_kl = masked_mean(kl_k1(stats["logprobs"], stats["ref_logprobs"]), mask, size).item()
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, mean_kl, kl_target=args.kl_target, kl_horizon=args.kl_horizon, n_sequences=size
-            )
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        return Rollout(
-            **batch,
-            completion_lengths=lengths,
-            old_logprobs=stats["logprobs"],
-            ref_logprobs=stats["ref_logprobs"],
-            values=stats["values"],
-            advantages=advantages,
-            returns=returns,
-            order=torch.stack([torch.randperm(size) for _ in range(args.num_ppo_epochs)]).to(mask.device),
-        )
-
-    def _generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        args = self.args
-        config = sampling_config(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            stop_ids=self._stop_ids,
-            pad_token_id=self.processing_class.pad_token_id,
-            **(args.generation_kwargs or {}),
-        )
-        model = self.accelerator.unwrap_model(self.model)
-        with (
-            evaluating(model),  # eval mode: gradient checkpointing and dropout are off, the cache works
-            merged_adapter(model, enabled=args.merge_for_generation),
-            self._mixed_precision(),
-        ):
-            return generate_completions(model, prompt_ids, config, self.accelerator.device)
-
-    def _score(self, rewards: RewardFunctions, examples: list[dict], completion_ids: list[list[int]], **extra: Any):
-        """Scores of each function (B, F) and their weighted sum (B,); completions as text, or messages like prompts."""
-        prompts = [example["prompt"] for example in examples]
-        texts = [decode_completion(self.processing_class, ids) for ids in completion_ids]
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        columns = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}
-        per_func = rewards(
-            prompts,
-            completions,
-            completion_ids=completion_ids,
-            trainer_state=self.state,
-            **{key: value for key, value in columns.items() if key not in ("completion", "completion_ids")},
-            **extra,
-        ).to(self.accelerator.device)
-        return per_func, rewards.combine(per_func)
-
-    def _shaped(self, scores: Tensor, stopped: Tensor) -> Tensor:
-        """Scores (B,) after clipping and the penalty for completions without a stop token."""
-        if self.args.reward_clip is not None:
-            scores = scores.clamp(-self.args.reward_clip, self.args.reward_clip)
-        return scores - (self.args.missing_eos_penalty or 0.0) * (~stopped).to(scores.dtype)
-
-    @torch.no_grad()
-    def _rescore(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> tuple[dict, dict[str, Tensor]]:
-        """Log-probabilities of policy and reference, entropies and values, by the training forward.
-
-        Never those of `generate`: in bf16 they differ by up to 0.3 nats a token, and the first ratio must be 1.
-        """
-        device = self.accelerator.device
-        input_ids, prompt_lengths, lengths = pack_sequences(
-            prompt_ids, completion_ids, self.processing_class.pad_token_id, device
-        )
-        mask = completion_mask(lengths, int(lengths.max()))
-        stats = {
-            name: torch.zeros(mask.shape, device=device) for name in ("logprobs", "entropies", "values", "ref_logprobs")
-        }
-        with evaluating(self.model), self._mixed_precision():
-            for rows in torch.arange(len(lengths), device=device).split(self.args.per_device_train_batch_size):
-                width, length = int(lengths[rows].max()), int((prompt_lengths + lengths)[rows].max())
-                micro = {"input_ids": input_ids[rows, :length], "prompt_lengths": prompt_lengths[rows]}
-                micro["mask"] = mask[rows, :width]
-                for name, values in zip(
-                    ("logprobs", "entropies", "values"), self._forward(self.model, micro), strict=True
-                ):
-                    stats[name][rows, :width] = values
-                stats["ref_logprobs"][rows, :width] = self._reference_logprobs(micro)
-        return {"input_ids": input_ids, "prompt_lengths": prompt_lengths}, stats | {"mask": mask, "lengths": lengths}
-
-    def _reference_logprobs(self, micro: dict[str, Tensor]) -> Tensor:
-        if self.reference.model is not None:
-            return self._forward(self.reference.model, micro, with_values=False)[0]
-        with active_adapter(self.accelerator.unwrap_model(self.model), self.reference.adapter):
-            return self._forward(self.model, micro, with_values=False)[0]
-
-    def _forward(self, model, micro: dict[str, Tensor], *, with_values: bool = True) -> tuple[Tensor, ...]:
-        """Log-probabilities, entropies and values of the completion tokens, each (B, T) fp32, zero in the padding."""
-        mask, prompt_lengths, input_ids = micro["mask"], micro["prompt_lengths"], micro["input_ids"]
-        unwrapped = self.accelerator.unwrap_model(model)
-        hidden = completion_hidden_states(model, unwrapped, input_ids, prompt_lengths, mask)
-        rows, steps = mask.nonzero(as_tuple=True)
-        logprobs, entropies = chunked_logprobs(
-            hidden,
-            unwrapped.get_output_embeddings(),
-            input_ids[rows, prompt_lengths[rows] + steps],
-            temperature=self.args.temperature,
-            softcap=final_softcap(unwrapped),
-            chunk_size=self.args.logprobs_chunk_size,
-            entropy_requires_grad=self.args.entropy_coef != 0,
-        )
-        outputs = [logprobs, entropies, self.value_head(hidden).squeeze(-1)] if with_values else [logprobs, entropies]
-        return tuple(scatter_to_mask(output, mask) for output in outputs)
-
-    def _mixed_precision(self):
-        return mixed_precision(self.model, autocast_dtype(self.args))
-
-    # ---- Logging ----
-
-    def _record(self, name: str, value: Tensor | float, count: float = 1.0) -> None:
-        """Adds `value` to the mean that the next log reports under `name`; `count` is its weight in that mean."""
-        self._sums[name] += value.detach() if isinstance(value, Tensor) else value
-        self._counts[name] += count
-
-    def _record_rollout(self, stats, per_func, scores, stopped, kl, returns) -> None:
-        """The rollout's figures, under the names of TRL's last PPO trainer (`metrics.names` has units)."""
-        mask, lengths, logprobs, ref = stats["mask"], stats["lengths"], stats["logprobs"], stats["ref_logprobs"]
-        n = len(lengths)
-        non_score = -self.kl_coef * masked_mean(kl, mask, n)
-        figures = {
-            "objective/kl": masked_mean(kl_k1(logprobs, ref), mask, n),
-            "objective/kl_k3": masked_mean(kl_k3(logprobs, ref), mask, n),
-            "objective/kl_coef": self.kl_coef,
-            "objective/entropy": masked_mean(stats["entropies"], mask, n),
-            "objective/non_score_reward": non_score,
-            "objective/scores": scores.mean(),
-            "objective/rlhf_reward": self._shaped(scores, stopped).mean() + non_score,
-            "val/num_eos_tokens": stopped.sum(),
-            "val/explained_variance": explained_variance(stats["values"], returns, mask),
-            "completions/mean_length": lengths.float().mean(),
-            "completions/stopped_frac": stopped.float().mean(),
-            "episode": self._micro_step // self.args.num_ppo_epochs * self.args.per_device_train_batch_size + n,
-        }
-        for i, name in enumerate(self.rewards.names):
-            given = per_func[:, i][~per_func[:, i].isnan()]
-            if len(given):
-                figures[f"rewards/{name}/mean"] = given.mean()
-                figures[f"rewards/{name}/std"] = given.std(correction=0)
-        for name, value in figures.items():
-            self._record(name, value)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log; evaluation and the summary at the end carry their own figures
-            logs |= {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-            logs["lr_value"] = self.optimizer.param_groups[-1]["lr"]
-            self._sums.clear()
-            self._counts.clear()
-            if self.args.log_completions and self._sample is not None and self.is_world_process_zero():
-                self._print_sample(**self._sample)
-                self._sample = None
-        super().log(logs, start_time)
-
-    def _print_sample(self, examples: list[dict], completion_ids: list[list[int]], per_func: Tensor) -> None:
-        print_prompt_completions_sample(
-            [example["prompt"] for example in examples],
-            [decode_completion(self.processing_class, ids) for ids in completion_ids],
-            {name: per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)},
-            None,
-            self.state.global_step,
-            self.args.num_completions_to_print,
-        )

@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..modeling.adapters import active_adapter, bare_model, evaluating, mixed_precision
 from ..modeling.heads import head_name, install_fp32_score, is_encoder, position_limit
 from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
+from ..modeling.logprobs import captured_hidden_states, contiguous_head_inputs
 from ..modeling.prefix import model_inputs, why_not
 
 logger = logging.getLogger(__name__)
@@ -86,16 +87,25 @@ def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return scores[row, column]
 
 
-def score_sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def score_sequences(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, head: nn.Module | None = None
+) -> Tensor:
     """fp32 scores (N,) of N sequences (N, L), padded on the right, read at each one's last real token.
 
     Transformers' own pooling takes the right-most token that is not `pad_token_id` and ignores the mask: with
     pad == eos it reads one token early. So a hook takes the score of every position, inside `model(...)` (a call of the
     backbone would bypass DDP), and the mask's length says where to read. An encoder gives one score a row itself.
+    `head` scores the hidden states of a causal LM, whose base a reward adapter shares with a policy.
     """
-    if is_encoder(bare_model(model)):
-        return model(input_ids=input_ids, attention_mask=attention_mask).logits.float().squeeze(-1)
-    scores = _scores_by_position(model, {"input_ids": input_ids, "attention_mask": attention_mask})
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if head is not None:
+        with captured_hidden_states(model) as captured, contiguous_head_inputs(model):
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        scores = head(captured[-1]).squeeze(-1)
+    elif is_encoder(bare_model(model)):
+        return model(**inputs).logits.float().squeeze(-1)
+    else:
+        scores = _scores_by_position(model, inputs)
     # (N, L), or (N, virtual + L) under prompt tuning
     last = attention_mask.sum(1) - 1 + scores.shape[1] - input_ids.shape[1]
     return scores.gather(1, last[:, None]).squeeze(1)
@@ -166,6 +176,7 @@ class RewardScorer:
         batch_size: sequences per forward pass; sequences of similar length go together.
         autocast: dtype to compute in, None for that of the weights.
         adapter: name of the adapter to score with, where a `PeftModel` holds several; None is the active one.
+        head: the score head, where `model` is a causal LM that has none of its own.
     """
 
     __name__ = "reward_model"  # TRL's trainers name a reward by this
@@ -180,11 +191,14 @@ class RewardScorer:
         batch_size: int = 32,
         autocast: torch.dtype | None = None,
         adapter: str | None = None,
+        head: nn.Module | None = None,
     ):
         if not std > 0:
             raise UserError(f"std: must be positive, got {std}.")
         check_tokenizer(tokenizer, needs_chat_template=False)
-        score_head(model)  # refuses other models early
+        if head is None:
+            score_head(model)  # refuses other models early
+        self.head = head
         self.model, self.tokenizer, self.mean, self.std = model, tokenizer, mean, std
         self.batch_size, self.autocast, self.adapter = batch_size, autocast, adapter
         text_config = model.config.get_text_config()
@@ -270,7 +284,7 @@ class RewardScorer:
                 batch = pad_right([sequences[k] for k in chunk], self.tokenizer.pad_token_id)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 with mixed_precision(self.model, self.autocast):
-                    found = score_sequences(self.model, **batch)
+                    found = score_sequences(self.model, **batch, head=self.head)
                 for k, score in zip(chunk, found.tolist(), strict=True):
                     scores[k] = score
         return scores

@@ -9,11 +9,13 @@ from transformers import LlamaForCausalLM
 
 from hf_rlhf_ext.modeling.logprobs import (
     captured_hidden_states,
+    chunked_kl,
     chunked_logprobs,
     completion_hidden_states,
     contiguous_head_inputs,
     scatter_to_mask,
 )
+from hf_rlhf_ext.ppo.kl import kl_k1
 
 PROMPT_LENGTHS = torch.tensor([2, 5, 1])
 LENGTHS = torch.tensor([4, 1, 3])
@@ -92,6 +94,58 @@ def test_half_precision_logits_are_reduced_in_fp32(head_and_hidden):
     expected = torch.log_softmax(head(hidden.bfloat16()).float(), -1).gather(1, targets[:, None]).squeeze(1)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def two_roles(head_and_hidden):
+    """Heads and hidden states of a policy and a reference: `chunked_kl`'s first four arguments."""
+    head, hidden, _ = head_and_hidden
+    ref_head = torch.nn.Linear(8, 50, bias=False)
+    torch.nn.init.normal_(head.weight)
+    torch.nn.init.normal_(ref_head.weight)
+    return hidden, torch.randn(10, 8), head, ref_head
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 128])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (1.3, 2.0)])
+def test_kl_over_the_vocabulary_equals_that_of_torch(two_roles, chunk_size, temperature, softcap):
+    hidden, ref_hidden, head, ref_head = two_roles
+    logits = head(hidden).double(), ref_head(ref_hidden).double()
+    logits = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in logits]
+    policy, reference = (torch.distributions.Categorical(logits=x / temperature) for x in logits)
+    expected = torch.distributions.kl_divergence(policy, reference).float()
+    got = chunked_kl(*two_roles, temperature=temperature, softcap=softcap, chunk_size=chunk_size)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert got.shape == (10,) and got.dtype == torch.float32 and not got.requires_grad and expected.min() > 0.01
+
+
+def test_kl_of_a_policy_from_itself_is_zero_and_half_precision_is_summed_in_fp32(two_roles):
+    hidden, ref_hidden, head, ref_head = two_roles
+    assert chunked_kl(hidden, hidden, head, head).abs().max() == 0
+    halves = [x.bfloat16() for x in two_roles]
+    logits = halves[2](halves[0]).float(), halves[3](halves[1]).float()
+    policy, reference = (torch.distributions.Categorical(logits=x) for x in logits)
+    expected = torch.distributions.kl_divergence(policy, reference)
+    torch.testing.assert_close(chunked_kl(*halves), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_makes_no_tensor_larger_than_a_chunk_of_logits(two_roles):
+    def largest(chunk_size):
+        with LargestTensor(known=[two_roles[2].weight, two_roles[3].weight]) as seen:
+            chunked_kl(*two_roles, chunk_size=chunk_size)
+        return seen.numel
+
+    assert (largest(3), largest(10)) == (3 * 50, 10 * 50)
+
+
+def test_the_sampled_estimates_average_to_the_kl_over_the_vocabulary(two_roles):
+    # Of position 0: every token in the place of a sample, weighted by its probability.
+    hidden, ref_hidden, head, ref_head = (x[:1] if isinstance(x, torch.Tensor) else x for x in two_roles)
+    tokens = torch.arange(50)
+    logprobs, _ = chunked_logprobs(hidden.expand(50, -1), head, tokens)
+    ref_logprobs, _ = chunked_logprobs(ref_hidden.expand(50, -1), ref_head, tokens)
+    exact = chunked_kl(hidden, ref_hidden, head, ref_head)
+    torch.testing.assert_close((logprobs.exp() * kl_k1(logprobs, ref_logprobs)).sum()[None], exact)
 
 
 def test_scatter_to_mask_keeps_order_and_gradient():

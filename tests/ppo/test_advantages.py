@@ -31,6 +31,26 @@ def test_token_rewards_worked_by_hand():
     torch.testing.assert_close(got, f64([[-0.1, 10.2, 0.0], [-0.05, -0.1, -1.3]]), rtol=0, atol=1e-12)
 
 
+def test_dense_rewards_worked_by_hand():
+    kl, dense = f64([[1.0, -2.0, NAN], [0.5, 1.0, 3.0]]), f64([[5.0, 7.0, NAN], [0.0, 0.0, 20.0]])
+    got = token_rewards(f64([10.0, -1.0]), kl, torch.tensor([2, 3]), kl_coef=0.1, dense=dense)
+    torch.testing.assert_close(got, f64([[4.9, 17.2, 0.0], [-0.05, -0.1, 18.7]]), rtol=0, atol=1e-12)
+    half = token_rewards(f64([0.0, 0.0]), kl, torch.tensor([2, 3]), kl_coef=0.1, dense=dense.float())
+    assert half.dtype == torch.float64
+
+
+def test_a_score_paid_in_parts_gives_the_same_return():
+    # With γ = λ = 1 and no critic, an advantage is what is still to be earned: at the first token, all of it.
+    lengths, kl = torch.tensor([3, 1, 4]), torch.zeros(3, 4, dtype=torch.float64)
+    mask, dense = completion_mask(lengths, 4), torch.randn(3, 4, dtype=torch.float64)
+    for paid in (
+        token_rewards(torch.zeros(3), kl, lengths, kl_coef=0.0, dense=dense),
+        token_rewards((dense * mask).sum(1), kl, lengths, kl_coef=0.0),
+    ):
+        advantages, _ = generalized_advantages(paid, torch.zeros_like(paid), mask, gamma=1.0, gae_lambda=1.0)
+        torch.testing.assert_close(advantages[:, 0], (dense * mask).sum(1), rtol=0, atol=1e-12)
+
+
 def test_token_rewards_sum_to_score_minus_kl():
     kl, lengths = torch.randn(5, 7, dtype=torch.float64), torch.tensor([1, 2, 7, 4, 6])
     mask, scores = completion_mask(lengths, 7), torch.randn(5, dtype=torch.float64)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_rlhf_ext.ppo.losses import masked_mean, policy_loss, value_loss
+from hf_rlhf_ext.ppo.losses import importance_weights, masked_mean, policy_loss, value_loss
 
 NAN = float("nan")
 
@@ -63,6 +63,40 @@ def test_policy_gradient_at_ratio_one_is_minus_the_advantage():
     torch.testing.assert_close(logprobs.grad, torch.where(mask, -advantages / mask.sum(), 0.0), rtol=0, atol=1e-12)
     assert {name: value.item() for name, value in stats.items()} == {"clipfrac": 0.0, "approxkl": 0.0, "ratio": 1.0}
     assert not any(value.requires_grad for value in stats.values())
+
+
+def test_importance_weights_worked_by_hand():
+    old, sampled = f64([[0.5, 0.2, 0.9, NAN]]).log(), f64([[0.25, 0.4, 0.1, 1e30]]).log()
+    got = importance_weights(old.requires_grad_(), sampled, torch.tensor([[True, True, True, False]]), cap=3.0)
+    torch.testing.assert_close(got, f64([[2.0, 0.5, 3.0, 1.0]]), rtol=0, atol=1e-12)  # 0.9 / 0.1 is cut to the cap
+    assert not got.requires_grad
+
+
+def test_importance_weights_turn_an_average_over_the_sampler_into_one_over_the_policy():
+    policy, sampler, figures = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, sampler = policy.log_softmax(0), sampler.log_softmax(0)
+    weights = importance_weights(policy[None], sampler[None], torch.ones(1, 9, dtype=torch.bool), cap=math.inf)[0]
+    expected = (policy.exp() * figures).sum()
+    torch.testing.assert_close((sampler.exp() * weights * figures).sum(), expected, rtol=0, atol=1e-12)
+
+
+def test_weights_multiply_each_tokens_loss_and_nothing_else():
+    (logprobs, old, advantages, weights, *_), mask = random_batch(seed=4)
+    weights = weights.exp().masked_fill(~mask, NAN)
+    dirty = advantages.masked_fill(~mask, NAN)
+    logprobs.requires_grad_()
+    loss, stats = policy_loss(logprobs, old, dirty, mask, clip_range=0.2, weights=weights.requires_grad_())
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, column in mask.nonzero().tolist():  # each token by itself, as a batch of one
+        one = (x[row : row + 1, column : column + 1] for x in (logprobs, old, advantages, mask))
+        expected = expected + weights[row, column].detach() * policy_loss(*one, clip_range=0.2)[0] / mask.sum()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logprobs)[0], rtol=0, atol=1e-12)
+    plain = policy_loss(logprobs, old, advantages, mask, clip_range=0.2)
+    assert stats == plain[1] and loss != plain[0]
+    ones = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, weights=torch.ones_like(old))
+    assert ones[0] == plain[0]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_half_written_checkpoint_is_passed_over(make_trainer, damage):
 
 
 def test_what_a_checkpoint_and_a_finished_run_hold(make_trainer, tiny_config, tmp_path):
-    trainer = make_trainer(save_steps=6, **(WHOLE | {"max_steps": 12}))
+    trainer = make_trainer(save_steps=6, critic="head", **(WHOLE | {"max_steps": 12}))
     trainer.train()
     names = [{path.name for path in Path(trainer.args.output_dir, f"checkpoint-{n}").iterdir()} for n in (6, 12)]
     assert names[0] - names[1] == {"ppo_rollout.safetensors"}  # only where a rollout is in use

@@ -1,5 +1,9 @@
 """Rollouts: which prompts, how completions are sampled and where they stop, and how a rollout is stored."""
 
+import math
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +11,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.ppo.rollout import (
     Rollout,
+    SampledLogprobs,
     cut_at_stop,
     generate_completions,
     generation_config_of,
@@ -91,19 +97,100 @@ def test_completions_end_at_their_first_stop_whatever_the_pad(stories_path, pad)
     stops = [1, tokenizer.convert_tokens_to_ids("▁the"), tokenizer.convert_tokens_to_ids(".")]
     settings = config(stop_ids=stops, pad_token_id=0 if pad == "own" else stops[-1], max_new_tokens=40)
     torch.manual_seed(0)
-    completions = generate_completions(model, prompts, settings, CPU)
+    completions, logprobs = generate_completions(model, prompts, settings, CPU)
     assert len({len(ids) for ids in completions}) > 1  # ragged: shorter rows were padded by `generate`
     for ids in completions:
         assert not set(ids[:-1]) & set(stops)
         assert ids[-1] in stops or len(ids) == 40
+    assert [len(row) for row in logprobs] == [len(ids) for ids in completions]
 
 
 def test_left_padding_does_not_change_a_greedy_completion(tiny_llama):
     prompts = [[5, 6, 7, 8, 9], [11], [12, 13]]
     greedy = config(top_k=1)
-    together = generate_completions(tiny_llama, prompts, greedy, CPU)
-    alone = [generate_completions(tiny_llama, [ids], greedy, CPU)[0] for ids in prompts]
+    together, logprobs = generate_completions(tiny_llama, prompts, greedy, CPU)
+    alone = [generate_completions(tiny_llama, [ids], greedy, CPU)[0][0] for ids in prompts]
     assert together == alone
+    assert {x for row in logprobs for x in row} == {0.0}  # a certain choice
+
+
+def warped_logprobs(logits, temperature, top_k, top_p):
+    """log of the distribution (V,) after temperature, top-k and top-p, as a list, one token after the other."""
+    probs = torch.softmax(logits.double() / temperature, 0).tolist()
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])[: top_k or len(probs)]
+    total, kept, mass = sum(probs[token] for token in ranked), [], 0.0
+    for token in ranked:
+        if mass >= top_p * total:
+            break
+        kept.append(token)
+        mass += probs[token]
+    return {token: math.log(probs[token] / mass) for token in kept}
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 40, 0.8), (1.3, 0, 0.6), (0.7, 5, 1.0)])
+@pytest.mark.parametrize("peft", [False, True])
+def test_sampled_logprobs_are_those_of_the_warped_distribution(tiny_llama, temperature, top_k, top_p, peft):
+    tiny_llama.lm_head.weight.data *= 20  # a random model is almost uniform
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])) if peft else tiny_llama
+    prompts = [[5, 6, 7, 8, 9], [11], [12, 13]]
+    settings = config(temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=list(range(0, 384, 9)))
+    torch.manual_seed(0)
+    completions, logprobs = generate_completions(model, prompts, settings, CPU)
+    assert len({len(ids) for ids in completions}) > 1
+    distinct = set()
+    for prompt, ids, found in zip(prompts, completions, logprobs, strict=True):
+        logits = tiny_llama(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]  # alone, without padding
+        for row, token, logprob in zip(logits, ids, found, strict=True):
+            assert logprob == pytest.approx(warped_logprobs(row, temperature, top_k, top_p)[token], abs=2e-5)
+            distinct.add(round(logprob, 3))
+    assert len(distinct) > 5
+
+
+def test_taking_logprobs_leaves_the_tokens_as_they_are(tiny_llama):
+    settings = config(temperature=0.7, top_k=40, top_p=0.8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        completions, _ = generate_completions(tiny_llama, [[5, 6, 7], [8, 9, 10]], settings, CPU)
+        torch.manual_seed(seed)
+        plain = tiny_llama.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), generation_config=settings)[:, 3:]
+        assert completions == [cut_at_stop(row, {2}) for row in plain.tolist()]
+
+
+def test_one_step_of_scores_is_kept_at_a_time(tiny_llama):
+    alive, most = weakref.WeakSet(), 0
+
+    class Counting(SampledLogprobs):
+        def __call__(self, input_ids, scores):
+            nonlocal most
+            alive.add(scores)
+            scores = super().__call__(input_ids, scores)
+            most = max(most, len(alive))
+            return scores
+
+    recorder = Counting()
+    tiny_llama.generate(
+        torch.tensor([[5, 6, 7]]), generation_config=config(max_new_tokens=30), logits_processor=[recorder]
+    )
+    assert most <= 2  # this step's, and the last one's until its token is known
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_step_that_generate_takes_back_is_left_out(width):
+    # Some devices look for stops one step late and drop the last token: three calls, two or three tokens.
+    recorder, scores = SampledLogprobs(), torch.randn(3, 1, 7)
+    tokens = torch.tensor([[4, 0, 6]])
+    for step in range(3):
+        recorder(tokens[:, :step], scores[step])
+    expected = [scores[step, 0].log_softmax(0)[tokens[0, step]] for step in range(width)]
+    torch.testing.assert_close(recorder.logprobs(tokens[:, :width]), torch.stack(expected)[None])
+
+
+@pytest.mark.parametrize("extra", [{"num_beams": 2}, {"num_return_sequences": 2}, {"do_sample": False}])
+def test_what_would_not_be_one_sample_a_prompt_is_refused(extra):
+    name, value = next(iter(extra.items()))
+    with pytest.raises(UserError, match=f"generation_kwargs: {name}={value} cannot be: PPO samples one completion"):
+        config(**extra)
+    assert config(num_beams=1, do_sample=True).num_beams == 1
 
 
 def test_nothing_leaks_from_the_generation_config_of_the_model(tiny_llama):
@@ -112,7 +199,7 @@ def test_nothing_leaks_from_the_generation_config_of_the_model(tiny_llama):
 
     def sample(**given):
         torch.manual_seed(3)
-        return generate_completions(tiny_llama, prompts, config(**given), CPU)
+        return generate_completions(tiny_llama, prompts, config(**given), CPU)[0]
 
     plain = sample()
     tiny_llama.generation_config = GenerationConfig(
@@ -164,9 +251,19 @@ def test_select_trims_to_its_own_longest(rollout):
     assert batch["prompt_lengths"].tolist() == [4, 2]
 
 
-def test_a_rollout_survives_saving_to_the_bit(rollout, tmp_path):
+def test_sampling_weights_are_one_more_figure_a_token(rollout):
+    assert "sampling_weights" not in rollout.select(torch.tensor([0]))
+    weighted = replace(rollout, sampling_weights=torch.arange(9.0).reshape(3, 3))
+    assert weighted.select(torch.tensor([2, 0]))["sampling_weights"].tolist() == [[6, 7], [0, 1]]
+
+
+@pytest.mark.parametrize("weights", [None, torch.arange(9.0).reshape(3, 3)])
+def test_a_rollout_survives_saving_to_the_bit(rollout, tmp_path, weights):
+    rollout = replace(rollout, sampling_weights=weights)
     rollout.save(tmp_path / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "rollout.safetensors", CPU)
+    assert (loaded.sampling_weights is None) == (weights is None)
     for name, tensor in vars(rollout).items():
-        assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
+        if tensor is not None:
+            assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
     assert torch.equal(loaded.mask, rollout.mask)

@@ -14,6 +14,7 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.adapters import save_adapter
 from hf_rlhf_ext.modeling.heads import install_fp32_score
 from hf_rlhf_ext.ppo.scoring import RewardFunctions
+from hf_rlhf_ext.reward.ensemble import RewardEnsemble
 from hf_rlhf_ext.reward.scorer import RewardNormalization, RewardScorer
 
 PROMPTS, COMPLETIONS = ["a", "b", "c"], ["x", "yy", "zzz"]
@@ -91,8 +92,29 @@ def test_none_leaves_a_row_to_the_other_functions():
         (torch.tensor([1.0, 2.0, math.inf]), "'reward' returned inf for completion 2: return a finite number"),
         ([1.0, "2", 0.0], "reward function 'reward' returned '2' for completion 1: return a number."),
         ("abc", "reward function 'reward' returned 'a' for completion 0: return a number."),
-        ([[1.0], 2.0, 0.0], "reward function 'reward' returned [1.0] for completion 0: return a number."),
-        (np.ones((3, 1)), "return a number."),
+        ([[1.0], 2.0, 0.0], "'reward' returned 2.0 for completion 1 and a list for completion 0: return a number for"),
+        ([1.0, 2.0, (3.0,)], "'reward' returned 1.0 for completion 0 and a list for completion 2: return a number"),
+        (np.ones((3, 1, 1)), "return a number."),
+        ([{"a": 1}, 2.0, 0.0], "returned {'a': 1} for completion 0: return a number."),
+        (
+            [[1.0], [2.0, 3.0], None],
+            "'reward' returned 2 token rewards for completion 1, which has 1 tokens: return one",
+        ),
+        ([[1.0], [], [1.0]], "'reward' returned 0 token rewards for completion 1, which has 1 tokens: return one for"),
+        (
+            np.ones((3, 2)),
+            "'reward' returned 2 token rewards for completion 0, which has 1 tokens: return one for each",
+        ),
+        (
+            [[1.0], [math.nan], [1.0]],
+            "'reward' returned nan for token 0 of completion 1: return a finite number, or None",
+        ),
+        ([[1.0], ["2"], [1.0]], "'reward' returned '2' for token 0 of completion 1: return a number."),
+        ([[1.0], [[2.0]], [1.0]], "'reward' returned [2.0] for token 0 of completion 1: return a number."),
+        (
+            [[1.0], [2.0], None],
+            "returned None for completion 2 of 3: at least one function must score every completion.",
+        ),
         ([1.0, 2.0, None], "returned None for completion 2 of 3: at least one function must score every completion."),
     ],
 )
@@ -103,6 +125,61 @@ def test_wrong_answers_are_named(answer, message):
     with pytest.raises(UserError) as error:
         score(reward)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+IDS = [[1], [2, 3], [4, 5, 6]]
+
+
+def per_token(completion_ids, **kwargs):
+    return [[float(token) for token in ids] for ids in completion_ids]
+
+
+def test_token_rewards_are_scores_and_dense_but_never_both():
+    rewards = RewardFunctions([length, per_token], [2.0, 0.5])
+    scores = rewards.score(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    assert scores.per_func.tolist() == [[1, 1], [2, 5], [3, 15]]  # a score of token rewards is their sum
+    assert scores.sequence.tolist() == [2, 4, 6]  # of `length` alone
+    assert scores.dense.tolist() == [[0.5, 0, 0], [1, 1.5, 0], [2, 2.5, 3]]
+    assert {tensor.dtype for tensor in scores} == {torch.float32}
+    total = scores.sequence + scores.dense.sum(1)
+    assert total.tolist() == rewards.combine(scores.per_func).tolist() == [2.5, 6.5, 13.5]
+    assert rewards(PROMPTS, COMPLETIONS, completion_ids=IDS).tolist() == scores.per_func.tolist()
+
+
+def test_without_token_rewards_there_is_no_dense_part():
+    scores = RewardFunctions([length, slow_length], [1.0, -2.0]).score(PROMPTS, COMPLETIONS)
+    assert scores.dense is None and scores.to("cpu").dense is None
+    assert scores.sequence.tolist() == [-1, -2, -3]
+
+
+def test_token_rewards_alone_leave_the_sequence_part_at_zero_and_add_up():
+    async def half(completion_ids, **kwargs):
+        return [torch.full((len(ids),), 0.5) for ids in completion_ids]
+
+    scores = RewardFunctions([per_token, half], [1.0, 2.0]).score(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    assert scores.sequence.tolist() == [0, 0, 0]
+    assert scores.dense.tolist() == [[2, 0, 0], [3, 4, 0], [5, 6, 7]]
+    assert scores.per_func[:, 1].tolist() == [0.5, 1.0, 1.5]
+
+
+def test_a_row_without_token_rewards_is_left_to_the_other_functions():
+    def two_of_three(completion_ids, **kwargs):
+        return [None, np.array([1.0, 2.0]), (3.0, 4.0, 5.0)]
+
+    rewards = RewardFunctions([two_of_three, lambda **kwargs: [7.0, None, 1.0]])
+    scores = rewards.score(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    assert scores.per_func.isnan().tolist() == [[True, False], [False, True], [False, False]]
+    assert scores.sequence.tolist() == [7, 0, 1]
+    assert scores.dense.tolist() == [[0, 0, 0], [1, 2, 0], [3, 4, 5]]
+
+
+def test_token_rewards_need_the_tokens():
+    with pytest.raises(UserError, match="'<lambda>' returned token rewards: they need completion_ids"):
+        RewardFunctions(lambda **kwargs: [[1.0]] * 3)(PROMPTS, COMPLETIONS)
+
+
+def test_functions_with_their_weights():
+    assert list(RewardFunctions([length, per_token], [2.0, 0.5]).weighted()) == [(length, 2.0), (per_token, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +239,28 @@ def test_the_path_of_a_reward_adapter(seqcls, chat_tokenizer, tmp_path):
     expected = RewardScorer(model.eval(), chat_tokenizer, mean=-1.0, std=0.5)(PROMPTS, COMPLETIONS)
     got = RewardFunctions(str(tmp_path / "adapter"))(PROMPTS, COMPLETIONS)
     assert got.flatten().tolist() == torch.tensor(expected).tolist()
+
+
+def test_a_path_may_be_scored_by_weights_that_are_loaded_already(seqcls, chat_tokenizer, tmp_path):
+    shared, asked = RewardScorer(seqcls, chat_tokenizer), []
+    seqcls.save_pretrained(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)
+
+    def share(path):
+        asked.append(path)
+        return shared if path == "somewhere/else" else None
+
+    rewards = RewardFunctions(["somewhere/else", str(tmp_path), length], share=share)
+    assert asked == ["somewhere/else", str(tmp_path)] and rewards.funcs[0] is shared
+    assert rewards.funcs[1].model is not seqcls
+    assert rewards(PROMPTS, COMPLETIONS)[:, 0].tolist() == shared(PROMPTS, COMPLETIONS)
+
+
+def test_reward_models_move_to_the_device(seqcls, chat_tokenizer):
+    rewards = RewardFunctions([length, seqcls, RewardEnsemble([RewardScorer(seqcls, chat_tokenizer)] * 2)],
+                              processing_classes=[None, chat_tokenizer, None])  # fmt: skip
+    assert rewards.to(torch.device("meta")) is rewards
+    assert {parameter.device.type for parameter in seqcls.parameters()} == {"meta"}
 
 
 def test_another_architecture_without_a_score_head_is_one_line(chat_tokenizer, tmp_path):

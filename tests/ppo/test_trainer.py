@@ -19,6 +19,7 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.metrics.names import find_metric
 from hf_rlhf_ext.modeling.adapters import save_adapter
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
+from hf_rlhf_ext.modeling.stack import Role
 from hf_rlhf_ext.ppo.config import PPOConfig
 from hf_rlhf_ext.ppo.trainer import PPOTrainer
 
@@ -70,7 +71,7 @@ def sft_model(tiny_config, lora):
 
 def test_from_a_base_the_reference_is_the_bare_base(make_trainer):
     trainer = make_trainer()
-    assert (trainer.reference.adapter, trainer.reference.model) == (None, None)
+    assert trainer.stack.roles["reference"] == Role()
     before, start = frozen(trainer.model), trained(trainer.model)
     trainer.train()
     assert_same(frozen(trainer.model), before)  # merging for generation leaves no trace
@@ -83,7 +84,9 @@ def test_from_a_base_the_reference_is_the_bare_base(make_trainer):
 def test_from_an_adapter_the_reference_is_its_frozen_copy(make_trainer, sft_model):
     trainer = make_trainer(model=sft_model, peft_config=None, max_steps=8)
     names = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
-    assert trainer.reference.adapter == "ref" and names and not any(p.requires_grad for p in names.values())
+    assert (
+        trainer.stack.roles["reference"].adapter == "ref" and names and not any(p.requires_grad for p in names.values())
+    )
     before = frozen(trainer.model)
     trainer.train()
     kl = [log["objective/kl"] for log in trainer.state.log_history if "objective/kl" in log]
@@ -114,11 +117,11 @@ def test_an_adapter_that_was_loaded_for_inference_is_trained(
 
 def test_without_peft_all_weights_train_and_a_copy_is_the_reference(make_trainer, tmp_path):
     trainer = make_trainer(peft_config=None, learning_rate=1e-3, max_steps=8)
-    start, reference = snapshot(trainer.model), snapshot(trainer.reference.model)
+    start, reference = snapshot(trainer.model), snapshot(trainer.stack.roles["reference"].model)
     trainer.train()
     moved = snapshot(trainer.model)
     assert all(not torch.equal(moved[n], start[n]) for n in start if "embed" not in n)
-    assert_same(snapshot(trainer.reference.model), reference)
+    assert_same(snapshot(trainer.stack.roles["reference"].model), reference)
     kl = [log["objective/kl"] for log in trainer.state.log_history if "objective/kl" in log]
     assert kl[0] == 0.0 and abs(kl[1]) > 1e-3
     trainer.save_model(str(tmp_path / "saved"))
@@ -183,7 +186,7 @@ def test_the_loss_weights_of_the_roles_do_not_couple_through_clipping(make_train
 
 
 def test_each_role_is_clipped_to_the_norm_by_itself(make_trainer):
-    trainer = make_trainer(max_grad_norm=0.5)
+    trainer = make_trainer(max_grad_norm=0.5, critic="head")
     trainer.create_optimizer()
     head = list(trainer.value_head.parameters())
     policy = [p for name, p in trainer.model.named_parameters() if p.requires_grad and "value_head" not in name]
@@ -213,7 +216,7 @@ def test_the_value_head_has_its_own_learning_rate(make_trainer, rate, expected):
 def test_gradient_checkpointing_is_on_in_training_only_and_changes_nothing(make_trainer):
     weights, recomputed = [], []
     for on in (False, True):
-        trainer = make_trainer(gradient_checkpointing=on, merge_for_generation=False)
+        trainer = make_trainer(gradient_checkpointing=on, merge_for_generation=False, critic="head")
         layer, calls = trainer.model.get_base_model().model.layers[0].mlp, []
         layer.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(module.training))
         trainer.train()

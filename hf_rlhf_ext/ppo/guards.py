@@ -1,0 +1,231 @@
+"""What keeps a PPO run from ruining itself: skipped steps, a ceiling on the KL, warnings, and a save at SIGTERM."""
+
+import logging
+import math
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import UserError
+from .diagnostics import diagnose, due
+from .figures import reduced
+
+logger = logging.getLogger(__name__)
+
+MAX_ROLLBACKS = 3
+FIRST, LAST = 5, 50  # rollouts of the history that diagnostics may read
+
+
+class GuardMixin:
+    """Guards for `PPOTrainer`. State that a resumed run needs is in `guard_state`."""
+
+    def _init_guards(self) -> None:
+        self._halted: str | None = None  # why no further step may change the weights
+        self._skipped_in_a_row = 0
+        self._rollbacks = 0
+        self._good_checkpoint: str | None = None
+        self._new_checkpoint: str | None = None  # good once a rollout of its weights is
+        self._history: list[dict[str, float]] = []
+        self._last_said: dict[str, int] = {}
+        self._last_rollout: dict[str, float] = {}
+
+    @property
+    def guard_state(self) -> dict:
+        """JSON-able state of the guards."""
+        names = ("_skipped_in_a_row", "_rollbacks", "_good_checkpoint", "_new_checkpoint", "_history", "_last_said")
+        return {name.removeprefix("_"): getattr(self, name) for name in names}
+
+    @guard_state.setter
+    def guard_state(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
+
+    # ---- Gradients ----
+
+    def _finish_gradients(self) -> None:
+        """Before clipping: sums gradients over processes, and drops those that are not finite, on all processes.
+
+        A skipped step leaves weights and the optimizer's state as they are; the learning-rate schedule goes on. After
+        `max_skipped_steps` in a row training ends. With fp16, the gradient scaler does this itself.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            reduced([parameter.grad for parameter in parameters], self.accelerator)
+        if self.accelerator.scaler is not None:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)  # summed: the same on all
+        self._observe("guards/skipped_steps", 0.0 if finite else 1.0)
+        if finite:
+            self._skipped_in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # not zero: the optimizer would still decay the weights and move by momentum
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.args.max_skipped_steps:
+            self._halt(
+                f"{self._skipped_in_a_row} optimizer steps in a row had gradients that are not finite: lower "
+                "learning_rate or clip rewards with reward_clip; the weights are those before the first of them"
+            )
+        else:
+            self._warn("gradients are not finite: this step is skipped and the learning-rate schedule goes on")
+
+    # ---- Rollouts ----
+
+    def _next_rollout(self):
+        """A rollout that may be trained on; rolls back and samples again where `max_kl_action` says so."""
+        self._refuse_broken_weights()
+        while True:
+            rollout = self._make_rollout()
+            self._remember_rollout()
+            problem = self._rollout_problem()
+            if problem is None:
+                self._good_checkpoint = self._new_checkpoint or self._good_checkpoint
+                return rollout
+            self._new_checkpoint = None
+            if not self._mend(problem):
+                return rollout
+            self._rollouts += 1  # the next one has prompts of its own
+
+    def _refuse_broken_weights(self) -> None:
+        """Weights that are not finite cannot sample: back to the last good checkpoint, and no further."""
+        if all(bool(torch.isfinite(p).all()) for p in self.policy.parameters() if p.requires_grad):
+            return
+        good = self._checkpoint_to_go_back_to()
+        if good is None:
+            raise UserError(
+                f"step {self.state.global_step}: the policy's weights are not finite, and there is no checkpoint to go "
+                "back to: lower learning_rate, and set save_strategy='steps'."
+            )
+        self._restore(good)
+        self._halt(f"weights are not finite, those of {good.name} are back: lower learning_rate")
+
+    def _checkpoint_to_go_back_to(self) -> Path | None:
+        """The last checkpoint whose policy kept below the ceiling in the rollout that followed, while it exists."""
+        good = self._good_checkpoint and Path(self.args.output_dir) / self._good_checkpoint
+        return good if good and (good / "trainer_state.json").is_file() else None
+
+    def _rollout_problem(self) -> str | None:
+        kl, ceiling = self._last_rollout.get("objective/kl"), self.args.max_kl
+        if ceiling is not None and kl is not None and not kl <= ceiling:
+            return f"KL is {kl:.1f} nats a completion, above max_kl = {ceiling:g}"
+        return None
+
+    def _mend(self, problem: str) -> bool:
+        """Acts on a problem as `max_kl_action` says; True where the rollout must be sampled again."""
+        action = self.args.max_kl_action
+        if action == "raise_kl_coef":
+            self.kl_coef *= 2
+            self._warn(f"{problem}: kl_coef is now {self.kl_coef:g}")
+            return False
+        remedy = "raise kl_coef, set kl_target, or lower learning_rate"
+        good = self._checkpoint_to_go_back_to()
+        if action == "rollback" and good is None:
+            problem += ", and there is no checkpoint below it to go back to"
+        elif action == "rollback" and self._rollbacks < MAX_ROLLBACKS:
+            self._rollbacks += 1
+            self.kl_coef *= 2
+            self._restore(good)
+            self._warn(f"{problem}: back to {good.name} (no. {self._rollbacks}), with kl_coef {self.kl_coef:g}")
+            return True
+        elif action == "rollback":
+            self._restore(good)
+            problem += f", the weights are those of {good.name}"
+        self._halt(f"{problem}: {remedy}")
+        return False
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Weights and optimizer of a checkpoint; counters, random states and the schedule go on from where they are."""
+        self._load_weights(checkpoint)
+        saved = checkpoint / "optimizer.pt"
+        if saved.is_file():
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _halt(self, reason: str) -> None:
+        """Ends training: from here on no step changes a weight and no checkpoint counts as the best."""
+        if self._halted is None:
+            self._halted = reason
+            self._warn(f"training stops: {reason}")
+        self.control.should_training_stop = True
+
+    def _remember_rollout(self) -> None:
+        """Keeps the rollout's figures, and says what they tell of the run's health."""
+        self._history.append(dict(self._last_rollout))
+        kept = len(self._history) - LAST
+        self._history = [row for i, row in enumerate(self._history) if i < FIRST or i >= kept or _evaluated(row)]
+        args = self.args
+        warnings = diagnose(self._history, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        for line in due(warnings, self._last_said, self._rollouts, args.warn_every):
+            self._warn(line)
+
+    def _remember_evaluation(self, metrics: dict[str, float]) -> None:
+        if self._history:
+            self._history[-1] |= {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+    def _warn(self, line: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning("step %d, rollout %d: %s.", self.state.global_step, self._rollouts, line)
+
+    # ---- Checkpoints ----
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Whether this is the best model so far; never after a guard has stopped the run or above `max_kl`."""
+        kl = next((value for name, value in metrics.items() if name.endswith("objective/kl")), 0.0)
+        bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        bad += ["objective/kl"] if self.args.max_kl is not None and not kl <= self.args.max_kl else []
+        if self.args.metric_for_best_model is not None and (self._halted is not None or bad):
+            self._warn(f"not a candidate for the best model: {self._halted or bad[0] + ' is out of bounds'}")
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+
+def _evaluated(row: dict[str, float]) -> bool:
+    return any(name.startswith("eval_") for name in row)
+
+
+class SaveOnSignal(TrainerCallback):
+    """At SIGTERM, saves at the end of the optimizer step and ends training: so batch systems take a machine back.
+
+    Handlers are set while training runs, in the main thread only; the process then exits with 128 + 15.
+    """
+
+    def __init__(self):
+        self.received = False
+        self._before = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.received = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+        if self.received:
+            logger.warning("SIGTERM: saved at step %d; go on with resume_from_checkpoint=True.", state.global_step)
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def refuse_sharded(args) -> None:
+    """Raises `UserError` for set-ups that PPO's own gradient reduction does not cover."""
+    if args.n_gpu > 1:
+        raise UserError("PPOTrainer uses one device a process: start it with `accelerate launch`, or hide all but one.")
+    if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+        raise UserError("PPOTrainer runs with plain data parallelism: leave deepspeed and fsdp out.")

@@ -1,0 +1,73 @@
+"""Two processes (gloo, `accelerate launch`) train the weights of one process with the doubled batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+ONE = {"per_device_train_batch_size": 4, "max_steps": 8, "top_k": 1, "adam_epsilon": 1e-3}
+TWO = ONE | {"per_device_train_batch_size": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def run(tiny_config, chat_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
+    chat_tokenizer.save_pretrained(tmp_path)
+
+    def start(name, processes, options):
+        launch = [sys.executable]
+        if processes > 1:
+            # With --cpu, accelerate starts one process unless there is MPI; --multi_gpu is its way to start several.
+            launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+            launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            launch += ["--main_process_port", str(free_port())]
+        command = [*launch, str(SCRIPT), str(tmp_path), name, json.dumps(options)]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(SCRIPT.parents[2]),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return tmp_path / name
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
+    options = {"critic": critic, "kl_target": 0.5, "kl_horizon": 16}
+    one, two = run("one", 1, ONE | options), run("two", 2, TWO | options)
+    expected = load_file(one / "weights-0.safetensors")
+    ranks = [load_file(two / f"weights-{rank}.safetensors") for rank in (0, 1)]
+    assert expected.keys() == ranks[0].keys()
+    for name, weight in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], weight, rtol=0, atol=5e-5, msg=name)
+    logs = [json.loads((folder / "log-0.json").read_text()) for folder in (one, two)]
+    rollouts = [[log for log in history if "objective/scores" in log] for history in logs]
+    assert len(rollouts[0]) == 2 and len({log["completions/mean_length"] for log in rollouts[0]}) == 2
+    for ours, wanted in zip(rollouts[1], rollouts[0], strict=True):
+        assert ours.keys() == wanted.keys()
+        for name in wanted:
+            if name not in ("loss", "epoch"):  # Trainer averages the ranks' shares of the loss
+                assert ours[name] == pytest.approx(wanted[name], abs=2e-4), name
+    evaluations = [json.loads((folder / "evaluation-0.json").read_text()) for folder in (one, two)]
+    for name in ("eval_objective/scores", "eval_objective/kl", "eval_completions/mean_length"):
+        assert evaluations[1][name] == pytest.approx(evaluations[0][name], abs=1e-3), name

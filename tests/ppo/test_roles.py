@@ -1,0 +1,136 @@
+"""A reward adapter on the policy's own base: the scores of a separate model, and where the critic starts."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, RewardScorer
+from hf_rlhf_ext.data.text import encode_completion, encode_prompt
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.logprobs import completion_hidden_states
+
+PROMPTS = ["Tell me", "a sunny day", "The quick brown fox jumps over", "happy or sad?"]
+ANSWERS = [" a happy fox", " words", "", " the lazy dog; numbers 0123456789"]
+
+
+@pytest.fixture
+def base(tiny_config, chat_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def reward(base, chat_tokenizer, tmp_path):
+    """A reward model that BradleyTerryTrainer trained and saved: longer answers are better."""
+    rows = [{"prompt": p, "chosen": a + " many words, many", "rejected": a} for p in PROMPTS for a in ANSWERS]
+    args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False, max_steps=12, learning_rate=1e-2,
+                              report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    trainer = BradleyTerryTrainer(
+        model, args, Dataset.from_list(rows), processing_class=chat_tokenizer, peft_config=lora
+    )
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "reward"
+
+
+def policy(base):
+    return LlamaForCausalLM.from_pretrained(base)
+
+
+def test_adapter_model_and_callable_give_the_same_scores(make_trainer, base, reward):
+    scorer = RewardScorer.from_pretrained(reward)
+    expected = scorer(PROMPTS, ANSWERS)
+    assert max(expected) - min(expected) > 1e-2
+
+    def as_function(prompts, completions, **kwargs):
+        return scorer(prompts, completions)
+
+    trainer = make_trainer(model=policy(base), reward_funcs=[str(reward), scorer.model, as_function])
+    shared, separate, function = trainer.rewards.funcs
+    assert shared.model is trainer.model and separate.model is scorer.model
+    raw = scorer.raw(PROMPTS, ANSWERS)
+    torch.testing.assert_close(shared(PROMPTS, ANSWERS), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(separate(PROMPTS, ANSWERS), raw, rtol=0, atol=1e-4)  # a bare model knows no scale
+    torch.testing.assert_close(function(PROMPTS, ANSWERS), expected, rtol=0, atol=1e-4)
+    assert trainer.model.active_adapter == "default"
+
+
+def test_the_scores_stay_while_the_policy_trains(make_trainer, base, reward):
+    trainer = make_trainer(model=policy(base), reward_funcs=str(reward))
+    before = trainer.rewards.funcs[0](PROMPTS, ANSWERS)
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".reward." in n}
+    trainer.train()
+    assert trainer.critic == "adapter" and weights
+    for name, weight in weights.items():
+        assert torch.equal(trainer.model.get_parameter(name), weight)
+    torch.testing.assert_close(trainer.rewards.funcs[0](PROMPTS, ANSWERS), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_weights": [2.0], "reward_scale": 0.5}, {"reward_weights": [3.0]}])
+def test_the_critic_starts_as_the_reward_model(make_trainer, base, reward, chat_tokenizer, options):
+    trainer = make_trainer(model=policy(base), reward_funcs=str(reward), **options)
+    weight = options.get("reward_weights", [1.0])[0] * options.get("reward_scale", 1.0)
+    rewards = trainer.rewards.funcs[0](PROMPTS, ANSWERS)
+    trainer.model.eval()
+    for prompt, answer, reward_value in zip(PROMPTS, ANSWERS, rewards, strict=True):
+        ids = torch.tensor([encode_prompt(chat_tokenizer, prompt) + encode_completion(chat_tokenizer, prompt, answer)])
+        with torch.no_grad(), trainer.stack.activate("value") as model:
+            # The state of the last token: the one before a further token.
+            more = torch.cat([ids, ids[:, :1]], 1)
+            hidden = completion_hidden_states(model, model, more, torch.tensor([ids.shape[1]]), torch.ones(1, 1).bool())
+        assert trainer.value_head(hidden).item() == pytest.approx(weight * reward_value, abs=1e-4)
+    names = {name: p.requires_grad for name, p in trainer.model.named_parameters()}
+    assert all(on for name, on in names.items() if ".value." in name or "value_head" in name)
+    assert not any(on for name, on in names.items() if ".reward." in name or "reward_head" in name)
+
+
+def test_a_reward_of_another_precision_or_base_is_loaded_beside(make_trainer, base, reward, tiny_config, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.roles"):
+        trainer = make_trainer(model=policy(base).bfloat16(), reward_funcs=str(reward))
+    assert trainer.rewards.funcs[0].model is not trainer.model and "reward" not in trainer.stack.roles
+    assert "was trained on float32 weights, the policy has bfloat16: loaded beside it" in caplog.text
+    other = make_trainer(reward_funcs=str(reward))  # a base without a name
+    assert other.rewards.funcs[0].model is not other.model
+
+
+def test_a_saved_run_has_policy_and_critic_and_not_the_reward(make_trainer, base, reward, tmp_path):
+    trainer = make_trainer(model=policy(base), reward_funcs=str(reward))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    final = tmp_path / "final"
+    assert {path.name for path in (final / "value").iterdir()} >= {
+        "adapter_model.safetensors",
+        "value_head.safetensors",
+    }
+    assert not list(final.rglob("*reward*")) and not list(final.rglob("*.bin"))
+    keys = load_file(final / "adapter_model.safetensors").keys()
+    assert keys and not any("value" in key or "reward" in key for key in keys)
+
+
+def test_critics_of_their_own_learn(make_trainer, tiny_config):
+    with pytest.raises(UserError, match="value_model has 2 labels: load it with num_labels=1"):
+        make_trainer(value_model=LlamaForSequenceClassification(tiny_config))
+    tiny_config.num_labels = 1
+    for options in ({"critic": "model", "peft_config": None}, {"critic": "model", "value_model": None}):
+        if "value_model" in options:
+            options["value_model"] = LlamaForSequenceClassification(copy.deepcopy(tiny_config))
+        trainer = make_trainer(max_steps=8, **options)
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "value" in name}
+        trainer.train()
+        changed = [name for name in start if not torch.equal(trainer.model.get_parameter(name), start[name])]
+        assert {"value_head.weight", "value_head.bias"} < set(changed) and len(changed) > 10
+
+
+def test_a_value_model_for_another_critic_is_one_line(make_trainer, tiny_config):
+    with pytest.raises(UserError, match="value_model was given, but critic='head': choose critic='model'"):
+        make_trainer(critic="head", value_model=LlamaForCausalLM(tiny_config))

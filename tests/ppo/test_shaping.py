@@ -1,0 +1,62 @@
+"""Running moments against those of everything seen at once, and the length penalty worked by hand."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_rlhf_ext.ppo.shaping import RunningMoments, length_penalty
+
+
+def moments_of(parts):
+    moments = RunningMoments()
+    for part in parts:
+        moments = moments.update(part)
+    return moments
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 999), shift=st.integers(-50, 50))
+def test_moments_are_those_of_everything_concatenated(sizes, seed, shift):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(n, generator=generator, dtype=torch.float64) * n + shift for n in sizes]
+    moments = moments_of(parts)
+    variance, mean = torch.var_mean(torch.cat(parts), correction=0)
+    assert moments.count == sum(sizes)
+    assert moments.mean == pytest.approx(mean.item(), rel=1e-12, abs=1e-12)
+    assert moments.std == pytest.approx(variance.sqrt().item(), rel=1e-12, abs=1e-12)
+
+
+def test_moments_of_fp32_scores_far_from_zero_keep_their_digits():
+    # The sum of squares of these would need 10 digits more than fp32 has.
+    scores = torch.tensor([1e4 + 0.25, 1e4, 1e4 - 0.25], dtype=torch.float32)
+    moments = moments_of([scores] * 1000)
+    assert moments.mean == pytest.approx(1e4, abs=1e-9)
+    assert moments.std == pytest.approx(0.25 * (2 / 3) ** 0.5, rel=1e-9)
+
+
+def test_the_start_and_a_batch_of_several_dimensions():
+    start = RunningMoments()
+    assert (start.count, start.mean, start.std) == (0, 0.0, 1.0)
+    moments = start.update(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
+    assert (moments.count, moments.mean, moments.m2) == (4, 4.0, 20.0)
+    assert start == RunningMoments()  # an update changes nothing in place
+
+
+def test_moments_survive_json_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(6, 5, generator=generator).unbind()
+    before = moments_of(parts[:3])
+    loaded = RunningMoments.from_dict(json.loads(json.dumps(before.to_dict())))
+    assert loaded == before
+    for part in parts[3:]:
+        before, loaded = before.update(part), loaded.update(part)
+    assert loaded == before
+
+
+def test_length_costs_beyond_the_target_only():
+    found = length_penalty(torch.tensor([1, 10, 11, 30]), 0.5, 10)
+    assert found.tolist() == [0.0, 0.0, 0.5, 10.0] and found.dtype == torch.float32
+    assert length_penalty(torch.tensor([3]), 0.1, 0).item() == pytest.approx(0.3)

@@ -1,0 +1,73 @@
+"""A small PPO run in a process of its own: `python tiny_run.py FOLDER '{"options": …}'`, FOLDER holding a model.
+
+Sampling is greedy and the order of inner epochs a function of the rollout alone, so that a run in two processes can be
+compared with one of the doubled batch. Writes `FOLDER/<name>/weights-<rank>.safetensors` and `log-<rank>.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def reward(completions, **kwargs):
+    return [text.count("e") - 0.2 * len(text) for text in completions]
+
+
+def build(folder, name, options):
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_rlhf_ext import PPOConfig, PPOTrainer
+
+    class OrderedTrainer(PPOTrainer):
+        def _orders(self, size):
+            generator = torch.Generator().manual_seed(self._rollouts)
+            return torch.stack([torch.randperm(size, generator=generator) for _ in range(self.args.num_ppo_epochs)])
+
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompts = ["Tell me", "a sunny day", "fox", "The quick brown fox jumps over", "words, many", "happy or sad?"]
+    defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 3}
+    defaults |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "max_completion_length": 12, "disable_tqdm": True}
+    defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 1}
+    defaults |= {"stop_token_ids": list(range(0, model.config.vocab_size, 5)), "vf_coef": 0.5, "kl_coef": 0.2}
+    return OrderedTrainer(
+        model,
+        reward,
+        args=PPOConfig(str(Path(folder) / name), **(defaults | options)),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:5]}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def save_result(trainer, out):
+    from safetensors.torch import save_file
+
+    rank = trainer.accelerator.process_index
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    save_file(weights, out / f"weights-{rank}.safetensors")
+    (out / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def main():
+    import torch
+
+    torch.set_num_threads(1)
+    folder, name, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    trainer = build(folder, name, options)
+    trainer.train()
+    save_result(trainer, Path(folder) / name)
+    trainer.evaluate()
+    (Path(folder) / name / f"evaluation-{os.environ.get('RANK', 0)}.json").write_text(
+        json.dumps(trainer.state.log_history[-1])
+    )
+
+
+if __name__ == "__main__":
+    main()
