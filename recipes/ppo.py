@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.data.formats import load_rows
 from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
 from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
@@ -46,6 +47,23 @@ class RewardArguments:
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Reward functions by import path: `my_package.rewards.politeness`."}
     )
+    eval_reward_model: list[str] = field(
+        default_factory=list, metadata={"help": "Reward models that only evaluation asks: a gold or second opinion."}
+    )
+    eval_reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions that only evaluation asks, by import path."}
+    )
+    value_model: str | None = field(
+        default=None, metadata={"help": "Model that `--critic model` starts from: a folder or Hub id."}
+    )
+    ptx_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Text for `--ptx_coef`: rows of `text`, of `prompt` and `completion`, or of `messages`."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better `metric_for_best_model` after which training ends."},
+    )
     final_rows: int | None = field(
         default=None, metadata={"help": "Held-out prompts for the comparison before/after. If `None`, all of them."}
     )
@@ -56,6 +74,9 @@ class RewardArguments:
 
     def load(self) -> list[str | Callable]:
         return [*self.reward_model, *map(_imported, self.reward_funcs)]
+
+    def load_eval(self) -> list[str | Callable] | None:
+        return [*self.eval_reward_model, *map(_imported, self.eval_reward_funcs)] or None
 
 
 ARGUMENTS = (DataArguments, RewardArguments, ModelArguments, PPOConfig)
@@ -85,6 +106,7 @@ def train_ppo(
     the comparison of the two ends.
     """
     reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
+    eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
     split = data.dataset_test_split
@@ -105,14 +127,17 @@ def train_ppo(
         processing_class=tokenizer,
         eval_reward_funcs=eval_reward_funcs,
         peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
+        value_model=rewards.value_model,
+        ptx_dataset=load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None,
+        callbacks=[EarlyStoppingCallback(patience)] if (patience := rewards.early_stopping_patience) else None,
     )
     before = trainer.sample_and_score(test) if len(test) else []
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     after = trainer.sample_and_score(test) if len(test) else []
-    updates = trainer.state.global_step // trainer.args.steps_per_rollout
-    measured = {"updates": updates, "kl_coef": trainer.kl_coef, "rewards": trainer.rewards.names}
-    measured["start"] = "an adapter" if trainer.reference.adapter else "the base model"
+    plot_ppo_run(trainer.state.log_history, Path(args.output_dir) / "curves.png")
+    measured = {"updates": trainer.updates, "kl_coef": trainer.kl_coef, "rewards": trainer.rewards.names}
+    measured["start"] = "an adapter" if trainer.stack.roles["reference"].adapter else "the base model"
     measured |= compare(before, after) if len(test) else {}
     report = {"ppo": measured, "versions": versions()}
     report["command"] = strip_local_paths("python " + shlex.join(sys.argv))

@@ -168,10 +168,13 @@ def test_contract_of_use_adapter(tiny_llama, name):
 
 SIGNATURES = {
     "_clip_grad_norm": ["self", "model"],
+    "_determine_best_metric": ["self", "metrics", "trial"],
+    "_finish_current_push": ["self"],
     "_load_best_model": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
     "_prepare_inputs": ["self", "inputs"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_save": ["self", "output_dir", "state_dict"],
     "_save_rng_state": ["self", "output_dir"],
     "_set_signature_columns_if_needed": ["self"],
@@ -182,8 +185,10 @@ SIGNATURES = {
     "floating_point_ops": ["self", "inputs"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "get_train_dataloader": ["self"],
+    "init_hf_repo": ["self", "token", "private"],
     "log": ["self", "logs", "start_time"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
 }
@@ -244,3 +249,15 @@ def test_importing_compat_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compat.require_supported_trl() is None
+
+
+def test_generation_samples_in_a_method_that_takes_a_full_list_of_processors():
+    # ppo.rollout calls it from `custom_generate`, where the list is complete: a recorder must come last.
+    assert parameters(transformers.GenerationMixin._sample)[:5] == [
+        "self",
+        "input_ids",
+        "logits_processor",
+        "stopping_criteria",
+        "generation_config",
+    ]
+    assert "custom_generate" in parameters(transformers.GenerationMixin.generate)

@@ -59,6 +59,43 @@ def _check(points: Sequence[Mapping[str, float]]) -> None:
                 raise ValueError(f"plot_frontier: `{key}` of update {point['update']} is {value}, not a finite number.")
 
 
+_PPO_PANELS = (
+    ("reward of a completion", ("objective/scores", "objective/rlhf_reward", "eval_objective/scores")),
+    ("KL to the reference, nats a completion", ("objective/kl", "eval_objective/kl", "eval_objective/kl_exact")),
+    ("entropy, nats a completion", ("objective/entropy",)),
+    ("tokens a completion", ("completions/mean_length", "eval_completions/mean_length")),
+    ("explained variance of values; clipped tokens", ("val/explained_variance", "policy/clipfrac_avg")),
+    ("β, reward a nat", ("objective/kl_coef",)),
+)
+
+
+def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, length, critic, β.
+
+    Raises `ValueError` for a history without any of these figures.
+    """
+    names = {name for _, names in _PPO_PANELS for name in names}
+    if not any(name in row for row in log_history for name in names):
+        raise ValueError("log_history has no figures of a PPO run.")
+    figure = Figure(figsize=(11, 8.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(3, 2).flatten(), _PPO_PANELS, strict=True):
+        for name, colour, marker in zip(names, (PROXY_COLOUR, INK, GOLD_COLOUR), ("", "", "o"), strict=False):
+            points = [(row["step"], row[name]) for row in log_history if name in row]
+            if points:
+                style = {"marker": marker or ("o" if len(points) == 1 else ""), "markersize": 4}
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name, **style)
+        axes.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.tick_params(labelsize=TICK_SIZE, colors=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
+    figure.supxlabel("optimizer steps", fontsize=LABEL_SIZE, color=INK)
+    figure.savefig(path)
+    return Path(path)
+
+
 def _interval(point: Mapping) -> tuple[float, float]:
     """Gold's interval as (low, high); without one, gold itself twice."""
     ci = point.get("gold_ci")

@@ -3,7 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, pstdev
 
 import torch
 from accelerate.utils import gather_object
@@ -150,7 +150,9 @@ def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:
         "completions/mean_length": fmean(row.n_tokens for row in rows),
         "completions/stopped_frac": fmean(row.stopped for row in rows),
     }
+    means["objective/scores_std"] = pstdev(row.score for row in rows)
     for name in rows[0].rewards:
         given = [row.rewards[name] for row in rows if row.rewards[name] == row.rewards[name]]  # NaN: not scored
         means[f"rewards/{name}/mean"] = fmean(given) if given else float("nan")
+        means[f"rewards/{name}/std"] = pstdev(given) if given else float("nan")
     return means

@@ -62,6 +62,7 @@ class FiguresMixin:
         figures |= {"policy/clipfrac_avg": stats["clipfrac"], "policy/approxkl_avg": stats["approxkl"]}
         for name, value in figures.items():  # each is a share of the mini-batch's mean
             self._record(name, value, share)
+        self._clipped = [self._clipped[0] + stats["clipfrac"], self._clipped[1] + share]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation and the summary at the end carry their own figures

@@ -31,12 +31,14 @@ class GuardMixin:
         self._history: list[dict[str, float]] = []
         self._last_said: dict[str, int] = {}
         self._last_rollout: dict[str, float] = {}
+        self._clipped = [0.0, 0.0]  # sum and weight of the clip fraction since the last rollout
 
     @property
     def guard_state(self) -> dict:
         """JSON-able state of the guards."""
         names = ("_skipped_in_a_row", "_rollbacks", "_good_checkpoint", "_new_checkpoint", "_history", "_last_said")
-        return {name.removeprefix("_"): getattr(self, name) for name in names}
+        state = {name.removeprefix("_"): getattr(self, name) for name in names}
+        return state | {"clipped": [float(x) for x in self._clipped]}
 
     @guard_state.setter
     def guard_state(self, state: dict) -> None:
@@ -159,13 +161,22 @@ class GuardMixin:
 
     def _remember_rollout(self) -> None:
         """Keeps the rollout's figures, and says what they tell of the run's health."""
+        if self._history and self._clipped[1]:
+            self._history[-1]["policy/clipfrac_avg"] = float(self._clipped[0]) / self._clipped[1]
+        self._clipped = [0.0, 0.0]
         self._history.append(dict(self._last_rollout))
         kept = len(self._history) - LAST
         self._history = [row for i, row in enumerate(self._history) if i < FIRST or i >= kept or _evaluated(row)]
         args = self.args
-        warnings = diagnose(self._history, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+        warnings = diagnose(self._history, **sampling, eval_completions=self._eval_completions())
         for line in due(warnings, self._last_said, self._rollouts, args.warn_every):
             self._warn(line)
+
+    def _eval_completions(self) -> int | None:
+        """Completions of one evaluation, of the smallest set where there are several."""
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return min((len(part) for part in sets if part is not None), default=None)
 
     def _remember_evaluation(self, metrics: dict[str, float]) -> None:
         if self._history:

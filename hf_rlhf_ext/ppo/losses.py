@@ -41,7 +41,7 @@ def policy_loss(
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages.masked_fill(~mask, 0.0)
     objective = torch.minimum(surrogate, clipped)
     if weights is not None:
-        objective = weights.detach().masked_fill(~mask, 1.0) * objective
+        objective = weights.detach() * objective
     loss = -masked_mean(objective, mask, denominator)
     with torch.no_grad():
         stats = {

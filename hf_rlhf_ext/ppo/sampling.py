@@ -81,7 +81,9 @@ class RolloutMixin:
             data["mask"], torch.tensor([value for row in sampled for value in row], device=device)
         )
         data |= {"per_func": scores.per_func, "scores": self.rewards.combine(scores.per_func)}
-        data |= {"sequence": scores.sequence} | ({} if scores.dense is None else {"dense": scores.dense})
+        data["sequence"] = scores.sequence
+        if scores.dense is not None or processes > 1:  # another process may have token rewards
+            data["dense"] = torch.zeros_like(data["logprobs"]) if scores.dense is None else scores.dense
         self._completions = {"examples": examples, "completion_ids": completion_ids, "per_func": scores.per_func}
         return data
 

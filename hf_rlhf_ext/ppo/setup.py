@@ -1,6 +1,7 @@
 """What `PPOTrainer` needs before the first step: checked prompts, and data that count the steps."""
 
 import copy
+import logging
 import math
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.text import check_tokenizer, encode_prompt, is_messages
 from ..errors import UserError
 from .config import PPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def encode_prompts(
@@ -43,6 +46,18 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def warn_of_other_sampling(args: PPOConfig) -> None:
+    """One line where completions are drawn from a distribution other than the one whose probabilities PPO uses."""
+    given = {"top_k": args.top_k or None, "top_p": args.top_p if args.top_p < 1 else None}
+    given = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if given and not args.importance_sampling_correction:
+        logger.warning(
+            "%s: tokens are drawn from another distribution than the one that is scored (sampling/logprob_mismatch "
+            "shows by how much): leave it out, or set importance_sampling_correction.",
+            ", ".join(given),
+        )
 
 
 def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfig:

@@ -35,7 +35,7 @@ from .roles import attach_critic, build_stack, scale_critic, shared_reward
 from .rollout import Rollout, pack_sequences, prompt_indices, stop_token_ids
 from .sampling import RolloutMixin
 from .scoring import RewardFunc, RewardFunctions
-from .setup import encode_prompts, tick_dataloader, with_max_steps
+from .setup import encode_prompts, tick_dataloader, warn_of_other_sampling, with_max_steps
 from .shaping import RunningMoments
 
 
@@ -99,6 +99,7 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
         self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train", self._max_positions)
         self._texts = self._ptx_texts(ptx_dataset, processing_class, args)
         check_output_head(model, self._train_prompts[0])
+        warn_of_other_sampling(args)
         set_seed(args.seed)  # new adapters are drawn before Trainer does it
         self.stack = build_stack(model, peft_config)
         self.rewards = RewardFunctions(
@@ -160,6 +161,11 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
     def policy(self) -> PreTrainedModel | PeftModel:
         """The model without wrappers. PPO's forwards go to it: gradients are summed over processes by ourselves."""
         return self.stack.model
+
+    @property
+    def updates(self) -> int:
+        """Rollouts that the policy has been trained on, the one in use included."""
+        return self._rollouts + (self._step_in_rollout > 0)
 
     # ---- The loop: Trainer's, with a rollout in front of every `steps_per_rollout` optimizer steps ----
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import colors, image
 
-from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier
+from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier, plot_ppo_run
 
 POINTS = [
     {"update": u, "kl": kl, "gold": gold, "proxy": proxy, "gold_ci": 0.1}
@@ -63,3 +63,20 @@ def test_pyplot_stays_unused(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):
+    history = [{"step": step, "objective/scores": 0.1 * step, "objective/kl": step / 2} for step in range(1, 9)]
+    history += [{"step": 8, "eval_objective/kl": 5.0}, {"step": 8, "train_runtime": 1.0}]
+    picture = image.imread(plot_ppo_run(history, tmp_path / "curves.png"))[..., :3]
+    height, width, _ = picture.shape
+    left = picture[: height // 3, : width // 2].reshape(-1, 3)
+    right = picture[: height // 3, width // 2 :].reshape(-1, 3)
+    bottom = picture[2 * height // 3 :].reshape(-1, 3)
+
+    def drawn(part):
+        return int((np.abs(part - np.array(colors.to_rgb(PROXY_COLOUR))).max(-1) < 0.02).sum())
+
+    assert drawn(left) > 100 < drawn(right) and drawn(bottom) == 0  # no critic and no coefficient in that history
+    with pytest.raises(ValueError, match="no figures of a PPO run"):
+        plot_ppo_run([{"step": 1, "loss": 0.1}], tmp_path / "none.png")

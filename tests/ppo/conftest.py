@@ -47,7 +47,46 @@ def make_trainer(tiny_config, chat_tokenizer, prompts, lora, tmp_path):
         defaults |= {"per_device_train_batch_size": 4, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 4}
         defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "seed": 3}
         defaults |= {"max_completion_length": 6, "disable_tqdm": True, "logging_steps": 1}
+        defaults |= {"critic": "head"}  # the faster one
         defaults |= {"stop_token_ids": list(range(0, tiny_config.vocab_size, 5))}
         return PPOTrainer(args=PPOConfig(str(tmp_path / folder), **(defaults | options)), **arguments)
+
+    return make
+
+
+JOY = ("happy", "smile", "fun", "love", "laugh", "play")
+
+
+def joy(completions, **kwargs):
+    """Happy words in a story, at most four: repeating one of them for ever does not pay."""
+    return [min(4.0, float(sum(text.lower().count(word) for word in JOY))) for text in completions]
+
+
+@pytest.fixture
+def make_storyteller(stories_path, tmp_path):
+    """`make(model, **options)`: a PPOTrainer that makes the stories of a real small model happier in 44 steps."""
+    from hf_rlhf_ext.modeling.loading import load_tokenizer
+    from hf_rlhf_ext.ppo.config import PPOConfig
+    from hf_rlhf_ext.ppo.trainer import PPOTrainer
+
+    prompts = Dataset.from_dict(
+        {"prompt": ["Once upon a time", "One day, a little girl", "Tom and Lily", "The big dog"] * 16}
+    )
+
+    def make(model, *, reward_funcs=joy, **options):
+        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 0}
+        defaults |= {"per_device_train_batch_size": 32, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 44}
+        defaults |= {"learning_rate": 3e-3, "value_learning_rate": 2e-2, "value_clip_range": None, "vf_coef": 0.5}
+        defaults |= {"lr_scheduler_type": "constant", "max_completion_length": 40, "kl_coef": 0.12, "critic": "head"}
+        defaults |= {"per_device_eval_batch_size": 64, "logging_steps": 4, "save_strategy": "no", "disable_tqdm": True}
+        return PPOTrainer(
+            model,
+            reward_funcs,
+            args=PPOConfig(str(tmp_path / "stories"), **(defaults | options)),
+            train_dataset=prompts,
+            eval_dataset=prompts,
+            processing_class=load_tokenizer(str(stories_path)),
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
 
     return make

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 240, "save_strategy": "steps", "save_steps": 4}
+OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 160, "save_strategy": "steps", "save_steps": 4}
 OPTIONS |= {"critic": "adapter", "save_total_limit": 3, "eval_strategy": "no", "kl_target": 0.5}
 OPTIONS |= {"normalize_rewards": True, "top_k": 0}
 
@@ -69,7 +69,7 @@ def main():
         while not note.exists():
             time.sleep(0.02)
             assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        time.sleep(rng.uniform(0.2, 1.5))
+        time.sleep(rng.uniform(0.2, 1.0))
         os.kill(pid, signal.SIGKILL)
         finished = os.waitpid(pid, 0)[1] == 0
         seen, last = json.loads(note.read_text()), last_complete_checkpoint(out)

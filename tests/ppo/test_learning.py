@@ -1,59 +1,17 @@
 """PPO on a real small model learns a reward within a minute, on its leash, and the completions still read."""
 
+import logging
+from pathlib import Path
+
 import pytest
-from datasets import Dataset
-from peft import LoraConfig
 
-from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.ppo.config import PPOConfig
-from hf_rlhf_ext.ppo.trainer import PPOTrainer
-
-OPENINGS = ["Once upon a time", "One day, a little girl", "Tom and Lily", "The big dog"]
-
-
-JOY = ("happy", "smile", "fun", "love", "laugh", "play")
-
-
-def joy(completions, **kwargs):
-    """Happy words in a story, at most four: repeating one of them for ever does not pay."""
-    return [min(4.0, float(sum(text.lower().count(word) for word in JOY))) for text in completions]
+from hf_rlhf_ext.modeling.loading import load_base_model
 
 
 @pytest.mark.slow
-def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, tmp_path):
-    prompts = Dataset.from_dict({"prompt": OPENINGS * 16})
-    args = PPOConfig(
-        str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=32,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        max_steps=44,
-        learning_rate=3e-3,
-        value_learning_rate=2e-2,
-        value_clip_range=None,
-        vf_coef=0.5,
-        lr_scheduler_type="constant",
-        max_completion_length=40,
-        kl_coef=0.12,
-        per_device_eval_batch_size=64,
-        logging_steps=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = PPOTrainer(
-        load_base_model(str(stories_path), dtype="float32"),
-        joy,
-        args=args,
-        train_dataset=prompts,
-        eval_dataset=prompts,
-        processing_class=load_tokenizer(str(stories_path)),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, make_storyteller):
+    trainer = make_storyteller(load_base_model(str(stories_path), dtype="float32"))
+    prompts = trainer.eval_dataset
     before, story = trainer.evaluate(), trainer.sample_and_score(prompts)[0].completion
     trainer.train()
     after, rows = trainer.evaluate(), trainer.sample_and_score(prompts)
@@ -61,9 +19,34 @@ def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, tmp_path
     assert before["eval_objective/scores"] < 1.0 and before["eval_objective/kl"] == 0.0
     assert after["eval_objective/scores"] > before["eval_objective/scores"] + 1.0
     assert 0.5 < after["eval_objective/kl"] < 20
+    # The first few completions, over the whole vocabulary: an estimate of the same, with less noise.
+    assert 0.3 < after["eval_objective/kl_exact"] / (sum(row.kl_k3 for row in rows[:4]) / 4) < 3.0
     assert sum(explained[-5:]) / 5 > 0.3
     # Text that reads: many distinct words, and stories of their own rather than one for all.
     words = [row.completion.split() for row in rows]
     assert sum(len(set(text)) / len(text) for text in words) / len(words) > 0.6
     assert len({row.completion for row in rows}) > 55 and story not in {row.completion for row in rows}
-    print("RES", before, after, explained[-5:], [row.completion for row in rows[:5]])
+    assert trainer._halted is None and not any(log.get("guards/skipped_steps") for log in trainer.state.log_history)
+
+
+@pytest.mark.slow
+def test_a_wrong_setting_is_stopped_before_it_writes_a_broken_best_checkpoint(stories_path, make_storyteller, caplog):
+    def spaces(completions, **kwargs):  # what a policy without a leash can drive up for ever
+        return [float(text.count("e")) for text in completions]
+
+    options = {"kl_coef": 0.0, "learning_rate": 9e-2, "max_kl": 40.0, "reward_funcs": spaces}  # 30 times the right one
+    options |= {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"metric_for_best_model": "objective/scores", "load_best_model_at_end": True}
+    trainer = make_storyteller(load_base_model(str(stories_path), dtype="float32"), **options)
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.guards"):
+        trainer.train()
+    evaluated = {
+        log["step"]: log["eval_objective/kl"] for log in trainer.state.log_history if "eval_objective/kl" in log
+    }
+    assert trainer.state.global_step < 44 and "training stops: KL is" in caplog.text
+    assert max(evaluated.values()) > 40.0
+    best = trainer.state.best_global_step
+    assert best is None or evaluated[best] <= 40.0
+    if best is not None:
+        assert Path(trainer.state.best_model_checkpoint).is_dir()
+        assert trainer.evaluate()["eval_objective/kl"] == pytest.approx(evaluated[best], abs=1e-4)

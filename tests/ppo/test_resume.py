@@ -17,6 +17,7 @@ WHOLE = {"max_steps": 16, "save_strategy": "steps", "lr_scheduler_type": "linear
 WHOLE |= {"per_device_train_batch_size": 2, "weight_decay": 0.01}
 KINDS = {
     "lora": {},
+    "adapter critic": {"critic": "adapter", "normalize_rewards": True},
     "adaptive KL": {"kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.2},
     "full": {"peft_config": None, "learning_rate": 1e-3},
     "bf16 and checkpointing": {"bf16": True, "gradient_checkpointing": True},
@@ -65,6 +66,7 @@ def interrupted(make_trainer, step, **options):
         ("lora", 6),  # in the middle of one: between its inner epochs
         ("lora", 5),  # and within one
         ("adaptive KL", 6),
+        ("adapter critic", 6),
         ("full", 6),
         pytest.param("bf16 and checkpointing", 6, marks=pytest.mark.slow),
     ],

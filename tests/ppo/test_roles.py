@@ -20,6 +20,12 @@ ANSWERS = [" a happy fox", " words", "", " the lazy dog; numbers 0123456789"]
 
 
 @pytest.fixture
+def make_trainer(make_trainer):
+    """With the critic that PPOConfig chooses by itself."""
+    return lambda **options: make_trainer(**({"critic": None} | options))
+
+
+@pytest.fixture
 def base(tiny_config, chat_tokenizer, tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config).save_pretrained(tmp_path / "base")

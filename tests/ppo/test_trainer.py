@@ -213,6 +213,16 @@ def test_the_value_head_has_its_own_learning_rate(make_trainer, rate, expected):
     assert len(everything) == len(set(everything)) == len(trained(trainer.model))
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_optimizers_train_both_roles(make_trainer, optim):
+    trainer = make_trainer(optim=optim, critic="adapter", value_learning_rate=3e-2, max_steps=3)
+    start = trained(trainer.model)
+    trainer.train()
+    assert_moved(trained(trainer.model), start)
+    assert type(trainer.optimizer.optimizer).__module__.startswith("bitsandbytes")
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-2, 3e-2}
+
+
 def test_gradient_checkpointing_is_on_in_training_only_and_changes_nothing(make_trainer):
     weights, recomputed = [], []
     for on in (False, True):
