@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .data.collators import DataCollatorForComparisons
     from .data.formats import load_comparisons, load_demonstrations
     from .data.quality import quality_report
+    from .hub.dataset import push_comparisons
+    from .hub.push import push_run
     from .modeling.loading import load_base_model, load_policy, load_tokenizer
     from .modeling.stack import AdapterStack
     from .ppo.config import PPOConfig
@@ -39,6 +41,8 @@ _HOMES = {
     "load_demonstrations": "data.formats",
     "load_policy": "modeling.loading",
     "load_tokenizer": "modeling.loading",
+    "push_comparisons": "hub.dataset",
+    "push_run": "hub.push",
     "quality_report": "data.quality",
 }
 
@@ -58,6 +62,8 @@ __all__ = [
     "load_demonstrations",
     "load_policy",
     "load_tokenizer",
+    "push_comparisons",
+    "push_run",
     "quality_report",
 ]
 

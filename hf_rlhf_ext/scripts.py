@@ -1,19 +1,31 @@
-"""Options that the recipes share, beside TRL's configs, and how they hold rows out."""
+"""Options that the recipes share, beside TRL's configs, how they hold rows out, and what they leave at the end."""
 
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
+from .cli import versions
 from .data.mixture import categorise, filter_by_rating, load_mix, sample_mix
 from .data.refine import filter_comparisons, weigh_by_reliability
 from .errors import UserError
-from .modeling.loading import EMBEDDED_MODEL, preferred_dtype
+from .hub.card import hardware, write_card
+from .hub.privacy import strip_local_paths
+from .hub.push import PUSHED_FILE, check_access, try_push
+from .hub.trainer import push_options
+from .modeling.loading import EMBEDDED_MODEL, adapter_base, preferred_dtype
 
 
 @dataclass
@@ -214,3 +226,109 @@ def public_name(model_name_or_path: str) -> str:
     """What a card may call a model: its id on the Hub, of a local folder or file only the last component."""
     path = Path(model_name_or_path).expanduser()
     return path.resolve().name if path.exists() else model_name_or_path
+
+
+_NOT_OF_THE_RUN = ("push_to_hub", "hub_token", "hub_model_id", "overwrite", "resume_from_checkpoint", "lora_task_type")
+"""Options that say nothing about what was trained."""
+
+
+def check_push(args: TrainingArguments, model_args: ModelArguments) -> None:
+    """Refuses `--push_to_hub` before anything is loaded where it could only fail at the end.
+
+    Raises:
+        UserError: no right to write there, or a local base model, with which nobody could load the adapter.
+    """
+    if not args.push_to_hub:
+        return
+    name = model_args.model_name_or_path
+    base = adapter_base(name, model_args.revision) or name
+    if model_args.use_peft and Path(base).expanduser().exists():
+        raise UserError(
+            f"push_to_hub: the base model {base} is a local folder, with which nobody could load the adapter: push it "
+            "first, and train from its Hub id."
+        )
+    check_access(args.hub_model_id or Path(args.output_dir).absolute().name, args.hub_token)
+
+
+def finish_run(
+    args: TrainingArguments,
+    kind: str,
+    report: Mapping[str, Any],
+    options: tuple[Any, ...],
+    *,
+    seconds: float,
+    card: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Writes `training_config.yaml`, `report.json` and the card into `args.output_dir`, and pushes it where asked.
+
+    Args:
+        kind: of the card, see `hub.card.KINDS`.
+        report: what was measured, by section.
+        options: the dataclasses that the recipe was given.
+        seconds: how long it took.
+        card: arguments of `write_card`, plots as names of files in the folder; None writes no card.
+    """
+    folder, config = Path(args.output_dir), training_config(*options)
+    (folder / "training_config.yaml").write_text(config, encoding="utf-8")
+    about = {"seed": args.seed, "seconds": {kind: round(seconds, 1)}, "hardware": hardware(), "versions": versions()}
+    report = {**report, **about, "command": strip_local_paths("python " + shlex.join(sys.argv))}
+    report = write_report(folder, report, card and {"kind": kind, "config": config, **card})
+    if args.push_to_hub:
+        try_push(folder, args.hub_model_id, **push_options(args))
+    return report
+
+
+def write_report(folder: str | Path, report: dict[str, Any], card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Writes `report.json`, which holds all that its card needs, and the card; returns the report.
+
+    `card` are arguments of `write_card` with the `kind`, plots as names of files in the folder; None writes no card.
+    """
+    folder = Path(folder)
+    if card is not None:
+        config = strip_local_paths(card.get("config", ""))
+        report = {**report, "card": {**card, "config": config}}
+        plot = {"plot": folder / card["plot"]} if card.get("plot") else {}
+        write_card(folder, report=report, **report["card"] | plot)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def training_config(*options: Any) -> str:
+    """The options that differ from their defaults, as YAML that `--config` takes; without tokens and local paths."""
+    given: dict[str, Any] = {}
+    for option in options:
+        if isinstance(option, TrainingArguments):
+            same = {name: getattr(option, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
+            found, default = option.to_dict(), type(option)(**same).to_dict()  # both after __post_init__
+        else:
+            found, default = vars(option), {f.name: _default(f) for f in fields(option)}
+        for name, usual in default.items():
+            value = [found[name]] if isinstance(usual, list) and isinstance(found[name], str) else found[name]
+            given |= {name: value} if value != usual else {}
+    given = {k: v.value if isinstance(v, Enum) else v for k, v in given.items() if k not in _NOT_OF_THE_RUN}
+    return strip_local_paths(yaml.safe_dump(json.loads(json.dumps(given, default=str)), sort_keys=False))
+
+
+def _default(option: Any) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def lineage_of(name: str, revision: str | None = None, *, dataset: bool = False, rows: int | None = None) -> str:
+    """What a card says that a model was made from: an id on the Hub with its revision, or a local name and a sha256.
+
+    A local folder that was pushed is named by where it went.
+    """
+    path = Path(name).expanduser()
+    counted = f", {rows} rows" if rows is not None else ""
+    if not path.exists():
+        return f"{'datasets/' if dataset else ''}{name}" + (f"@{revision}" if revision else "")
+    if (path / PUSHED_FILE).is_file():
+        pushed = json.loads((path / PUSHED_FILE).read_text(encoding="utf-8"))
+        return f"{pushed['repo_id']}@{pushed['commit']}"
+    kinds = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".arrow") if dataset else (".safetensors",)
+    digest = hashlib.sha256()
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds):
+        if not any(folder.startswith("checkpoint-") for folder in part.relative_to(path).parts):
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest() if part != path else file.read())
+    return f"local {path.resolve().name} (sha256 {digest.hexdigest()[:16]}{counted})"

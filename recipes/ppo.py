@@ -9,13 +9,12 @@ python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml --model_nam
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
 
 # isort: split
-import json
 import os
-import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -29,12 +28,20 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.data.formats import load_rows
-from hf_rlhf_ext.hub.card import write_card
-from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, machine_defaults, public_name, train_and_heldout
+from hf_rlhf_ext.scripts import (
+    DataArguments,
+    ModelArguments,
+    check_push,
+    finish_run,
+    lineage_of,
+    machine_defaults,
+    public_name,
+    train_and_heldout,
+)
 
 
 @dataclass
@@ -105,6 +112,8 @@ def train_ppo(
     `eval_rows` held-out prompts are sampled at every evaluation in training; `test` (by default the same ones) is for
     the comparison of the two ends.
     """
+    check_push(args, model_args)
+    start = time.monotonic()
     reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
@@ -133,18 +142,45 @@ def train_ppo(
     )
     before = trainer.sample_and_score(test) if len(test) else []
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     after = trainer.sample_and_score(test) if len(test) else []
     plot_ppo_run(trainer.state.log_history, Path(args.output_dir) / "curves.png")
     measured = {"updates": trainer.updates, "kl_coef": trainer.kl_coef, "rewards": trainer.rewards.names}
     measured["start"] = "an adapter" if trainer.stack.roles["reference"].adapter else "the base model"
-    measured |= compare(before, after) if len(test) else {}
-    report = {"ppo": measured, "versions": versions()}
-    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
-    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    card = None
     if len(test):
-        write_card(args.output_dir, "policy", report, base_model=public_name(base_name(model)))
+        measured |= compare(before, after)
+        card = {
+            "base_model": public_name(base_name(model)),
+            "lineage": lineage(data, rewards, model_args, n_prompts=len(train)),
+            "datasets": [] if Path(data.dataset_name).exists() else [data.dataset_name],
+            "samples": read_samples(before, after),
+            "plot": "curves.png",
+            "caption": "reward, KL, entropy, length, critic and β over optimizer steps",
+            "relation": "adapter" if isinstance(model, PeftModel) or model_args.use_peft else "finetune",
+        }
+    given, seconds = (data, rewards, model_args, args), time.monotonic() - start
+    report = finish_run(args, "policy", {"ppo": measured}, given, seconds=seconds, card=card)
     return PPOResult(before, after, trainer.state.log_history, report)
+
+
+def lineage(
+    data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, *, n_prompts: int
+) -> dict[str, str]:
+    """What the policy was made from: its start, the reward models, the prompts."""
+    found = {"SFT": lineage_of(model_args.model_name_or_path, model_args.revision)}
+    many = len(rewards.reward_model) > 1
+    for number, name in enumerate(rewards.reward_model, start=1):
+        found[f"reward model {number}" if many else "reward model"] = lineage_of(name)
+    return found | {"prompts": lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=n_prompts)}
+
+
+def read_samples(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]) -> list[dict[str, str]]:
+    """A few held-out prompts with the completions of both ends, for the card."""
+    return [
+        {"prompt": plain_text(first.prompt), "before": first.completion, "after": second.completion}
+        for first, second in list(zip(before, after, strict=True))[:4]
+    ]
 
 
 def base_name(model: PreTrainedModel | PeftModel) -> str:

@@ -8,14 +8,13 @@ python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml --dat
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
 
 # isort: split
 import copy
 import gc
 import json
-import shlex
-import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from transformers import set_seed
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
 from hf_rlhf_ext.evaluation.reward_check import check_reward, fitting
-from hf_rlhf_ext.hub.card import write_card
-from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -37,6 +34,9 @@ from hf_rlhf_ext.scripts import (
     ComparisonArguments,
     DataArguments,
     ModelArguments,
+    check_push,
+    finish_run,
+    lineage_of,
     machine_defaults,
     public_name,
     refine,
@@ -77,7 +77,9 @@ def train_reward(
     extra_report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates on held-out comparisons, and saves adapter, head, normalisation, report and card."""
+    check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    start = time.monotonic()
     train, heldout = _read(data, comparisons)
     trainer = BradleyTerryTrainer(
         load_base_model(
@@ -93,21 +95,28 @@ def train_reward(
         normalization_dataset=normalization_dataset,
     )
     trainer.train(resume_from_checkpoint=resolve_checkpoint(args.resume_from_checkpoint, args.output_dir))
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
     measured = {"pairs": sum(map(len, trainer.train_dataset["pairs"]))}  # without what was too long
     if len(heldout):
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
         measured |= _measured(metrics) | {"groups": trainer.judged.groups()}
         plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
-    report = _write_report(args.output_dir, measured | (extra_report or {}))
+    card = None
     if "accuracy" in measured:
-        plot = Path(args.output_dir) / "evaluation.png"
-        base_model = public_name(model_args.model_name_or_path)
-        write_card(args.output_dir, "reward_model", report, base_model=base_model, plot=plot)
+        source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(trainer.train_dataset))
+        card = {
+            "base_model": public_name(model_args.model_name_or_path),
+            "lineage": {"comparisons": source},
+            "datasets": [] if Path(data.dataset_name).exists() else [data.dataset_name],
+            "plot": "evaluation.png",
+            "relation": "adapter" if model_args.use_peft else "finetune",
+        }
     else:
         (Path(args.output_dir) / "README.md").unlink(missing_ok=True)  # PEFT's empty form, which names local folders
-    return report
+    report = {"reward_model": measured | (extra_report or {})}
+    given = (data, comparisons or ComparisonArguments(), model_args, args)
+    return finish_run(args, "reward_model", report, given, seconds=time.monotonic() - start, card=card)
 
 
 def train_ensemble(
@@ -119,7 +128,8 @@ def train_ensemble(
     comparisons: ComparisonArguments | None = None,
 ) -> dict[str, Any]:
     """`train_reward` for each member, with its own seed, head and data order; then they are measured as one."""
-    folder, names = Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
+    check_push(args, model_args)
+    start, folder, names = time.monotonic(), Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
     prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     reports = []
     for k, name in enumerate(names):
@@ -128,7 +138,7 @@ def train_ensemble(
             reports.append(json.loads(report.read_text())["reward_model"])
             continue
         member = copy.deepcopy(args)
-        member.output_dir, member.seed = str(folder / name), args.seed + k
+        member.output_dir, member.seed, member.push_to_hub = str(folder / name), args.seed + k, False
         member.resume_from_checkpoint = last_complete_checkpoint(folder / name)
         set_seed(member.seed)
         options = data if member.resume_from_checkpoint else replace(data, overwrite=True)
@@ -146,7 +156,9 @@ def train_ensemble(
         )
         measured |= _measured(checked.figures) | {"groups": checked.groups}
         plot_judged(checked.judged, folder / "evaluation.png")
-    return _write_report(folder, measured)
+    given = (data, comparisons or ComparisonArguments(), ensemble, model_args, args)
+    seconds = time.monotonic() - start
+    return finish_run(args, "reward_model", {"reward_model": measured}, given, seconds=seconds, card=None)
 
 
 def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple[Dataset, Dataset]:
@@ -156,13 +168,6 @@ def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple
     print(load_report.summary())
     test = load_comparisons(name, split=split, **data.reading())[0] if split else None
     return train_and_heldout(refine(rows, comparisons or ComparisonArguments()), data, test)
-
-
-def _write_report(folder: str | Path, measured: dict[str, Any]) -> dict[str, Any]:
-    report = {"reward_model": measured, "versions": versions()}
-    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
-    (Path(folder) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
 
 
 def _measured(metrics: dict[str, float]) -> dict[str, Any]:

@@ -8,12 +8,10 @@ python recipes/sft.py --config recipes/configs/smollm2-135m/sft.yaml --dataset_n
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
 
 # isort: split
-import json
-import shlex
-import sys
+import time
 from pathlib import Path
 
 from datasets import Dataset
@@ -24,15 +22,17 @@ from trl import SFTConfig, SFTTrainer
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.data.formats import UnknownFormat, load_demonstrations, load_rows
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
-from hf_rlhf_ext.hub.card import write_card
-from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.hub.trainer import HubMixin
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.scripts import (
     DataArguments,
     DemonstrationArguments,
     ModelArguments,
+    check_push,
     choose_demonstrations,
+    finish_run,
+    lineage_of,
     machine_defaults,
     public_name,
     train_and_heldout,
@@ -43,6 +43,10 @@ TRAINED = ("prompt", "completion", "messages", "tools", "text", "input_ids", "la
 """Columns that SFTTrainer reads; the others say where a row is from."""
 
 
+class PushingSFTTrainer(HubMixin, SFTTrainer):
+    """TRL's SFTTrainer, whose pushes leave pickles and local names at home."""
+
+
 def train_sft(
     data: DataArguments,
     model_args: ModelArguments,
@@ -51,8 +55,9 @@ def train_sft(
     demonstrations: DemonstrationArguments | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Trains on demonstrations of any public format and saves adapter, tokenizer and figures in `args.output_dir`."""
+    check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    options = demonstrations or DemonstrationArguments()
+    start, options = time.monotonic(), demonstrations or DemonstrationArguments()
     text_field, split = args.dataset_text_field, data.dataset_test_split
     rows = read_demonstrations(data, data.dataset_train_split, text_field, options)
     test = read_demonstrations(data, split, text_field, options) if split else None
@@ -64,7 +69,7 @@ def train_sft(
     first = rows[0].get("messages", rows[0].get("prompt"))
     check_tokenizer(tokenizer, needs_chat_template=is_messages(first))
     train, heldout = (part.select_columns([c for c in part.column_names if c in TRAINED]) for part in (train, heldout))
-    trainer = SFTTrainer(
+    trainer = PushingSFTTrainer(
         load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
         args=args,
         train_dataset=train,
@@ -76,12 +81,17 @@ def train_sft(
     with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics |= trainer.evaluate() if len(heldout) else {}
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
-    report = {"sft": metrics | chosen, "versions": versions()}
-    report["command"] = strip_local_paths("python " + shlex.join(sys.argv))
-    (Path(args.output_dir) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_card(args.output_dir, "sft", report, base_model=public_name(model_args.model_name_or_path))
+    source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
+    card = {
+        "base_model": public_name(model_args.model_name_or_path),
+        "lineage": {"demonstrations": source},
+        "datasets": [] if Path(data.dataset_name).exists() else [data.dataset_name],
+        "relation": "adapter" if model_args.use_peft else "finetune",
+    }
+    given = (data, options, model_args, args)
+    finish_run(args, "sft", {"sft": metrics | chosen}, given, seconds=time.monotonic() - start, card=card)
     return trainer.model, trainer.processing_class
 
 

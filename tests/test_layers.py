@@ -21,9 +21,16 @@ LAYERS = [
     {"metrics"},
     {"data"},
     {"modeling"},
-    {"reward", "ppo", "evaluation", "collect", "hub", "cli", "scripts"},
+    {"reward", "ppo", "evaluation", "collect", "hub", "cli"},
+    {"scripts"},
 ]
-SIDEWAYS = {("ppo", "reward.scorer"), ("ppo", "reward.ensemble")}  # PPO scores with what the reward layer trained
+SIDEWAYS = {
+    ("ppo", "reward.scorer"),  # PPO scores with what the reward layer trained
+    ("ppo", "reward.ensemble"),
+    ("reward", "hub.trainer"),  # a trainer knows how to push; cards are the recipes' business
+    ("ppo", "hub.trainer"),
+    ("hub", "reward.export"),
+}
 TRL_INTERNALS_IN = "compat"
 
 

@@ -1,5 +1,6 @@
 """Model cards with measured results: one Jinja template a kind of model, and no trace of the machine that made them."""
 
+import json
 import math
 import os
 import platform
@@ -54,8 +55,28 @@ KINDS = {
 }
 
 
-def write_card(
-    folder: str | Path,
+def write_card(folder: str | Path, kind: str, report: Mapping[str, Any], **options: Any) -> Path:
+    """Writes `folder/README.md` from a report (the quickstart's `report.json`) and returns its path.
+
+    `options` are those of `render_card`; `plot`, a PNG, is copied into `folder` so that the link also holds on the Hub.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot = options.get("plot")
+    if plot is not None and Path(plot).resolve() != (folder / Path(plot).name).resolve():
+        shutil.copyfile(plot, folder / Path(plot).name)
+    path = folder / "README.md"
+    ModelCard(render_card(kind, report, **options)).save(path)
+    return path
+
+
+def card_from_report(report: Mapping[str, Any], **changes: Any) -> str | None:
+    """The card of a report that says under `card` what its card needs, as the recipes' do; None of another report."""
+    options = report.get("card")
+    return render_card(**options | changes, report=report) if options else None
+
+
+def render_card(
     kind: str,
     report: Mapping[str, Any],
     *,
@@ -66,55 +87,62 @@ def write_card(
     datasets: Sequence[str] = (),
     samples: Sequence[Mapping[str, str]] = (),
     plot: str | Path | None = None,
+    caption: str | None = None,
     limits: Sequence[str] = (),
-) -> Path:
-    """Writes `folder/README.md` from a report (the quickstart's `report.json`) and returns its path.
+    lineage: Mapping[str, str] | None = None,
+    relation: str = "adapter",
+) -> str:
+    """A model card's text.
 
     Args:
         kind: "policy", "reward_model" or "sft".
+        report: what was measured, with `command`, `versions`, `hardware`, `seconds` (by stage) where they are known.
         base_model: id on the Hub of the base, or the embedded model's name, which is translated.
         repo_id: where the adapter will live; the snippet shows a placeholder when it is None.
         config: options of the run, as a mapping or as YAML.
-        datasets: ids on the Hub only; local data belong into `limits` or `config`.
+        datasets: ids on the Hub only; local data belong into `lineage`.
         samples: rows of `prompt`, `before`, `after`; their markdown is escaped.
-        plot: a PNG, copied into `folder` so that the link also holds on the Hub.
+        plot: a PNG in the card's folder.
+        caption: what it shows, where that is not what plots of this kind show.
         limits: further sentences beside those that are derived from the report.
+        lineage: what this model was made from (`{"reward model": "alice/reward"}`); ids on the Hub become links.
+        relation: to the base: "adapter", "merge" (the adapter is merged into it), or "finetune" (all weights).
 
     Asks no network. Raises `UserError` for an unknown kind, or a report without the numbers that the kind needs.
     """
     if kind not in KINDS:
         raise UserError(f"write_card: kind {kind!r} does not exist; choose one of {', '.join(KINDS)}.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     embedded, base_model = base_model in EMBEDDED_BASES, EMBEDDED_BASES.get(base_model, base_model)
     results = collect_results(kind, report)
     model_name = strip_local_paths(model_name or f"{base_model.rsplit('/', 1)[-1]}-{kind.replace('_', '-')}")
     text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False) if config else ""
     # What varies from machine to machine goes through the filter here; the templates' own prose does not need to.
     body = (
-        _environment()
+        environment()
         .get_template(f"{kind}.md.jinja")
         .render(
             title=f"{model_name}: {KINDS[kind].title}",
             base_model=base_model,
+            relation=relation,
             repo_id=repo_id or "<this repository>",
             report=report,
             results=results,
+            lineage={name: _linked(strip_local_paths(str(source))) for name, source in (lineage or {}).items()},
             command=strip_local_paths(str(report.get("command", "not recorded"))),
             config=strip_local_paths(text),
             versions={name: strip_local_paths(str(v)) for name, v in report.get("versions", {}).items()},
             hardware=strip_local_paths(str(report.get("hardware") or hardware())),
+            hours=sum(report.get("seconds", {}).values()) / 3600,
             samples=samples,
-            plot=_copy_plot(plot, folder),
+            plot=Path(plot).name if plot else None,
+            plot_caption=caption,
             limits=[*derive_limits(kind, report, base_model, embedded), *map(strip_local_paths, limits)],
             citations=citations(kind, results, text),
         )
     )
-    data = card_data(kind, results, base_model=base_model, model_name=model_name, datasets=datasets)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    path = folder / "README.md"
-    card.save(path)
-    return path
+    names = {"base_model": base_model, "model_name": model_name, "datasets": datasets}
+    data = card_data(kind, results, **names, relation=relation)
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def card_data(
@@ -124,8 +152,9 @@ def card_data(
     base_model: str,
     model_name: str,
     datasets: Sequence[str],
+    relation: str = "adapter",
 ) -> ModelCardData:
-    """The YAML header: an adapter of `base_model`, found by its tags, with the results as a model index."""
+    """The YAML header: what it is to `base_model`, found by its tags, with the results as a model index."""
     spec, embedded = KINDS[kind], base_model in EMBEDDED_BASES.values()
     evaluations = [
         EvalResult(
@@ -141,10 +170,10 @@ def card_data(
     ]
     return ModelCardData(
         base_model=base_model,
-        base_model_relation="adapter",
-        library_name="peft",
+        base_model_relation=relation,
+        library_name="peft" if relation == "adapter" else "transformers",
         pipeline_tag=spec.pipeline_tag,
-        tags=["trl", "rlhf", "hf_rlhf_ext", *spec.tags, "lora"],
+        tags=["trl", "rlhf", "hf_rlhf_ext", *spec.tags, *(["lora"] if relation == "adapter" else [])],
         license="apache-2.0" if embedded else None,  # of others their own, which a derivative inherits
         language="en" if embedded else None,
         datasets=list(datasets) or None,
@@ -263,17 +292,18 @@ def _interval(ci: Sequence[float]) -> str:
     return f"{ci[0]:.3f} to {ci[1]:.3f}"
 
 
-def _copy_plot(plot: str | Path | None, folder: Path) -> str | None:
-    if plot is None:
-        return None
-    target = folder / Path(plot).name
-    if Path(plot).resolve() != target.resolve():
-        shutil.copyfile(plot, target)
-    return target.name
+def _linked(source: str) -> str:
+    """An id on the Hub (`owner/name`, `datasets/owner/name`, with `@revision`) as a link; other text escaped."""
+    match = re.fullmatch(r"((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if not match or source.startswith("<"):
+        return escape_markdown(source)
+    revision = f"/tree/{match[2]}" if match[2] else ""
+    return f"[{source}](https://huggingface.co/{match[1]}{revision})"
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of all cards."""
     environment = Environment(  # markdown, not HTML: values are escaped by the `md` filter where a model wrote them
         loader=PackageLoader("hf_rlhf_ext.hub"),
         undefined=StrictUndefined,
@@ -284,3 +314,14 @@ def _environment() -> Environment:
     )
     environment.filters |= {"md": escape_markdown, "interval": _interval}
     return environment
+
+
+def main(folders: Sequence[str]) -> None:
+    """`python -m hf_rlhf_ext.hub.card FOLDER …` writes each folder's card again from the `report.json` beside it."""
+    for folder in folders:
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        ModelCard(card_from_report(report)).save(Path(folder) / "README.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -57,13 +57,22 @@ def _placeholder(path: str) -> str:
 
 def _names() -> list[tuple[str, str]]:
     """Host and user names with their placeholders; the long form of a host name first."""
+    return [(name, "<user>" if name == user_name() else "<host>") for name in machine_names()]
+
+
+def machine_names() -> list[str]:
+    """Host and user names of this machine; the long form of a host name first."""
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0], _node()}
+    found = [*sorted(hosts, key=len, reverse=True), user_name()]
+    return [name for name in found if len(name) > 1 and name != "localhost"]
+
+
+def user_name() -> str:
+    """The user's name; empty where there is none, as for a container's bare user id."""
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's user id without a name
-        user = ""
-    found = [(host, "<host>") for host in sorted(hosts, key=len, reverse=True)] + [(user, "<user>")]
-    return [(name, placeholder) for name, placeholder in found if len(name) > 1 and name != "localhost"]
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return ""
 
 
 def _node() -> str:

@@ -70,7 +70,7 @@ _PPO_PANELS = (
 
 
 def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
-    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, length, critic, β.
+    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, critic, β.
 
     Raises `ValueError` for a history without any of these figures.
     """

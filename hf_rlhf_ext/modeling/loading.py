@@ -139,7 +139,7 @@ def load_policy(
     base = load_base_model(base_id, **base_options)
     model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
     tokenizer_saved = not Path(folder_or_repo).is_dir() or (Path(folder_or_repo) / "tokenizer_config.json").is_file()
-    return model, load_tokenizer(folder_or_repo if tokenizer_saved else base_id)
+    return model, load_tokenizer(folder_or_repo, revision=revision) if tokenizer_saved else load_tokenizer(base_id)
 
 
 def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options) -> PeftModel:

@@ -198,8 +198,12 @@ class PPOConfig(BaseConfig):
             "their gradients stay the same. If `None`, `per_device_train_batch_size` alone decides."
         },
     )
-    mixed_pass: bool = field(
-        default=True, metadata={"help": "Score policy, reference and value in one pass where the adapters are LoRA."}
+    mixed_pass: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Score policy, reference and value in one pass where adapters are LoRA. If `None`, on a GPU only: "
+            "a CPU gains nothing."
+        },
     )
     max_skipped_steps: int = field(
         default=5,

@@ -128,7 +128,7 @@ class EvaluationMixin:
         with evaluating(self.policy), self._mixed_precision():
             for k in range(n):  # one at a time: two roles' states of every token are kept
                 part = (ids[k : k + 1], starts[k : k + 1], mask[k : k + 1])
-                hidden = self.stack.hidden_states(["policy", "reference"], *part, mixed=self.args.mixed_pass)
+                hidden = self.stack.hidden_states(["policy", "reference"], *part, mixed=self._mixed_pass)
                 total += chunked_kl(
                     hidden["policy"],
                     hidden["reference"],

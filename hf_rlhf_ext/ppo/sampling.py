@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from ..data.text import decode_completion
@@ -187,7 +189,7 @@ class RolloutMixin:
         roles = ["policy", "value", *(["reference"] if reference else [])]
         names = ["logprobs", "entropies", "values", *(["ref_logprobs"] if reference else [])]
         data = {name: torch.zeros(mask.shape, device=device) for name in names}
-        passes = len({self.stack.roles[role].adapter for role in roles}) if args.mixed_pass and self.stack.mixes else 1
+        passes = len({self.stack.roles[role].adapter for role in roles}) if self._mixed_pass and self.stack.mixes else 1
         chunks = budget_chunks(
             (prompt_lengths + lengths).tolist(),
             max_rows=max(1, args.per_device_train_batch_size // passes),
@@ -199,7 +201,7 @@ class RolloutMixin:
                 width, length = int(lengths[rows].max()), int((prompt_lengths + lengths)[rows].max())
                 part = {"input_ids": input_ids[rows, :length], "prompt_lengths": prompt_lengths[rows]}
                 part["mask"] = mask[rows, :width]
-                hidden = self.stack.hidden_states(roles, **part, mixed=args.mixed_pass)
+                hidden = self.stack.hidden_states(roles, **part, mixed=self._mixed_pass)
                 found = dict(zip(names, self._logprobs("policy", hidden["policy"], part), strict=False))
                 found["values"] = self.stack.roles["value"].head(hidden["value"]).squeeze(-1)
                 if reference:
@@ -224,13 +226,22 @@ class RolloutMixin:
         )
 
     def _output_head(self, role: str) -> Callable[[Tensor], Tensor]:
-        """Hidden states to logits of a role, whose adapter may train the head too."""
+        """Hidden states to logits of a role."""
+        plain = (self.stack.roles[role].model or self.stack.model).get_output_embeddings()
+        if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in plain.modules()):
+            return plain
 
+        # Its adapter trains the head too.
         def head(hidden: Tensor) -> Tensor:
             with self.stack.activate(role) as model:
                 return model.get_output_embeddings()(hidden)
 
         return head
+
+    @property
+    def _mixed_pass(self) -> bool:
+        asked = self.args.mixed_pass
+        return self.accelerator.device.type == "cuda" if asked is None else asked
 
     def _mixed_precision(self):
         return mixed_precision(self.policy, autocast_dtype(self.args))

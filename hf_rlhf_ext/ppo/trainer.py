@@ -2,6 +2,7 @@
 
 import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..compat import BaseTrainer, disable_dropout_in_model
 from ..errors import UserError
+from ..hub.trainer import HubMixin
 from ..modeling.adapters import adapters_in_autocast_dtype
-from ..modeling.loading import load_policy, load_tokenizer
+from ..modeling.loading import load_base_model, load_policy, load_tokenizer
 from ..modeling.logprobs import (
     check_output_head,
     chunked_logprobs,
@@ -21,6 +23,7 @@ from ..modeling.logprobs import (
     final_softcap,
     scatter_to_mask,
 )
+from ..reward.scorer import NORMALIZATION_FILE
 from .advantages import completion_mask
 from .batching import budget_chunks
 from .checkpoints import CheckpointMixin
@@ -39,7 +42,7 @@ from .setup import encode_prompts, tick_dataloader, warn_of_other_sampling, with
 from .shaping import RunningMoments
 
 
-class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, RolloutMixin, BaseTrainer):
+class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, RolloutMixin, BaseTrainer):
     """Proximal policy optimisation with a KL penalty, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
 
     Arguments are those of TRL's `GRPOTrainer` where both have them.
@@ -120,6 +123,8 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
             callbacks=[*(callbacks or []), self._signal],
             optimizers=optimizers,
         )
+        self._init_state()
+        self._init_guards()
         device = self.accelerator.device
         if self.accelerator.num_processes > 1:
             set_seed(args.seed + self.accelerator.process_index)  # each process samples completions of its own
@@ -129,9 +134,11 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
         self.eval_rewards = None
         if eval_reward_funcs is not None:
             self.eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs").to(device)
-        self.kl_coef = args.kl_coef
+
+    def _init_state(self) -> None:
+        self.kl_coef = self.args.kl_coef
         self.reward_moments = RunningMoments()
-        self._needs_reference = args.kl_coef > 0 or args.max_kl is not None
+        self._needs_reference = self.args.kl_coef > 0 or self.args.max_kl is not None
         self._rollouts = 0  # number of the one in use, or of the next
         self._step_in_rollout = 0  # micro-steps taken on it
         self._rollout: Rollout | None = None
@@ -139,7 +146,6 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
         self._sums: dict[str, Any] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
         self._completions: dict[str, Any] | None = None
-        self._init_guards()
 
     def _ptx_texts(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> list:
         if (dataset is None) != (args.ptx_coef == 0):
@@ -148,7 +154,8 @@ class PPOTrainer(CheckpointMixin, EvaluationMixin, FiguresMixin, GuardMixin, Rol
 
     def _attach_critic(self, args: PPOConfig, value_model: str | PreTrainedModel | None) -> None:
         if isinstance(value_model, str):
-            value_model, _ = load_policy(value_model)
+            is_reward = (Path(value_model) / NORMALIZATION_FILE).is_file()
+            value_model = load_base_model(value_model, task="reward" if is_reward else "causal_lm", dtype="float32")
         self.critic = attach_critic(self.stack, args.critic, value_model=value_model)
         self.value_head = self.stack.roles["value"].head
         if self.critic == "adapter" and "reward" in self.stack.roles:

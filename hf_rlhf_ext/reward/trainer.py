@@ -22,6 +22,7 @@ from ..data.formats import to_comparisons
 from ..data.schema import LoadReport
 from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, start_ids, tokenise_comparisons, tokenise_row
 from ..errors import UserError
+from ..hub.trainer import HubMixin
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
 from ..modeling.heads import is_encoder, untrained_layers
@@ -44,7 +45,7 @@ LABEL_FIELDS = ("i", "j", "target", "weight", "margin", "length_delta", "categor
 """Last axis of the labels that evaluation gathers (B, Pmax, 7); a padded pair is -100 throughout."""
 
 
-class BradleyTerryTrainer(RewardTrainer):
+class BradleyTerryTrainer(HubMixin, RewardTrainer):
     """TRL's `RewardTrainer` for comparisons: K completions, soft targets, weights, and scores that survive a reload.
 
     Args:

@@ -1,4 +1,5 @@
 import getpass
+import json
 import math
 import os
 import re
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub.card import KINDS, escape_markdown, write_card
+from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, write_card
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -200,3 +201,59 @@ def test_paths_are_cut_to_their_last_part_and_nothing_else_is_touched(machine, t
 def test_paths_below_the_working_folder_stay_runnable(machine):
     here = Path.cwd()
     assert strip_local_paths(f"python {here}/recipes/ppo.py --out {here}") == "python recipes/ppo.py --out ."
+
+
+# --- the shipped cards -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "model_cards").iterdir())
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_card_is_what_its_report_gives(folder):
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    shown = (folder / "README.md").read_text(encoding="utf-8")
+    assert shown == card_from_report(report), "run `make cards`"
+    if plot := report["card"].get("plot"):
+        assert (folder / plot).is_file() and f"]({plot})" in shown
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_the_numbers_of_a_shipped_card_are_those_of_the_run(folder):
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    run = json.loads((ROOT / "docs" / "quickstart" / "seed0.json").read_text(encoding="utf-8"))
+    assert {name: report[name] for name in run} == run
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
+def test_the_metadata_of_a_shipped_card_is_valid(folder):
+    data = ModelCard.load(folder / "README.md").data
+    again = ModelCardData(**yaml.safe_load(data.to_yaml()))
+    assert again.to_dict() == data.to_dict() and data.eval_results and data.base_model == BASE
+
+
+def test_there_is_a_card_for_every_stage():
+    assert [path.name for path in SHIPPED] == ["quickstart-ppo", "quickstart-reward", "quickstart-sft"]
+
+
+# --- what a merged model and the next round say ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_says_so(card, kind):
+    made = card(kind, relation="merge", repo_id="a/merged")
+    assert made.data.base_model_relation == "merge" and made.data.library_name == "transformers"
+    assert "lora" not in made.data.tags and "merged into" in made.text and "peft" not in made.text.split("## Limits")[0]
+
+
+def test_lineage_links_what_is_on_the_hub_and_escapes_the_rest(card):
+    lineage = {"SFT policy": "alice/sft@abc123", "prompts": "datasets/a/b", "pairs": "local *x*.jsonl (sha256 12)"}
+    text = card("policy", lineage=lineage, report=REPORT | {"seconds": {"ppo": 7200}}).text
+    assert "- SFT policy: [alice/sft@abc123](https://huggingface.co/alice/sft/tree/abc123)" in text
+    assert "- prompts: [datasets/a/b](https://huggingface.co/datasets/a/b)" in text
+    assert r"local \*x\*.jsonl \(sha256 12\)" in text and "in 2.0 hours" in text
+
+
+def test_a_report_without_card_options_has_no_card():
+    assert card_from_report(REPORT) is None
+    assert "kl" in card_from_report(REPORT | {"card": {"kind": "policy"}}, repo_id="a/b").lower()

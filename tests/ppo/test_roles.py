@@ -137,6 +137,20 @@ def test_critics_of_their_own_learn(make_trainer, tiny_config):
         assert {"value_head.weight", "value_head.bias"} < set(changed) and len(changed) > 10
 
 
+def test_a_critic_by_its_path_starts_as_the_model_there(make_trainer, base, tiny_config, tmp_path):
+    trainer = make_trainer(critic="model", value_model=str(base))
+    saved = LlamaForCausalLM.from_pretrained(base).state_dict()
+    own = trainer.stack.roles["value"].model.state_dict()
+    assert all(torch.equal(own[name], saved[name]) for name in saved) and not trainer.value_head.weight.any()
+    tiny_config.num_labels = 1
+    torch.manual_seed(4)
+    reward_model = LlamaForSequenceClassification(tiny_config)
+    reward_model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "reward_normalization.json").write_text("{}")
+    head = make_trainer(value_model=str(tmp_path / "whole")).value_head
+    assert torch.equal(head.weight, reward_model.score.weight)
+
+
 def test_a_value_model_for_another_critic_is_one_line(make_trainer, tiny_config):
     with pytest.raises(UserError, match="value_model was given, but critic='head': choose critic='model'"):
         make_trainer(critic="head", value_model=LlamaForCausalLM(tiny_config))

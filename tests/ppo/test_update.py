@@ -220,8 +220,8 @@ SGD = {"max_steps": 4, "optim": "sgd", "max_grad_norm": 1e3, "learning_rate": 0.
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"max_tokens_per_batch": 30},
         {"max_tokens_per_batch": 1, "gradient_checkpointing": True},
-        {"mixed_pass": False},
-        {"logprobs_chunk_size": 1000, "mixed_pass": False},
+        {"mixed_pass": True},
+        {"logprobs_chunk_size": 1000, "mixed_pass": True, "max_tokens_per_batch": 40},
     ],
 )
 def test_batching_changes_nothing(make_trainer, critic, options):
@@ -231,3 +231,18 @@ def test_batching_changes_nothing(make_trainer, critic, options):
     for got, expected in zip(parts.weights, whole.weights, strict=True):
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
+
+
+def test_the_policy_s_first_step_is_the_same_with_every_critic(make_trainer, tiny_config):
+    # Values are zero at first and the critic's gradient does not reach the policy: only later steps may differ.
+    steps = {}
+    torch.manual_seed(1)
+    value_model = LlamaForCausalLM(tiny_config)
+    for critic in ("head", "adapter", "model"):
+        options = SGD | {"critic": critic, "max_steps": 1} | ({"value_model": value_model} if critic == "model" else {})
+        recorder, *_ = run(make_trainer, **options)
+        steps[critic] = {name: weight for name, weight in recorder.weights[0].items() if ".default." in name}
+    assert steps["head"].keys() == steps["adapter"].keys() == steps["model"].keys() and len(steps["head"]) > 20
+    for name, weight in steps["head"].items():
+        torch.testing.assert_close(steps["adapter"][name], weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(steps["model"][name], weight, rtol=0, atol=1e-6)

@@ -12,17 +12,17 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
 from hf_rlhf_ext.cli import parse_recipe
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.scripts import machine_defaults
+from hf_rlhf_ext.scripts import ModelArguments, machine_defaults
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
 SCRIPTS = [path for path in sorted(RECIPES.glob("*.py")) if "run_recipe(main)" in path.read_text()]
 HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n", re.MULTILINE)  # PEP 723
-REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML leaves to the command line, beside the data set
+REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML may leave to the command line, beside the data set
 
 
 def dataclasses(recipe: str) -> tuple[type, ...]:
@@ -30,8 +30,10 @@ def dataclasses(recipe: str) -> tuple[type, ...]:
 
 
 def parse(path: Path, *options: str):
-    data = [] if "dataset_name" in yaml.safe_load(path.read_text()) else ["--dataset_name", "data.jsonl"]
-    argv = ["--config", str(path), *data, *REQUIRED.get(path.stem, ()), *options]
+    given = yaml.safe_load(path.read_text())
+    data = [] if "dataset_name" in given else ["--dataset_name", "data.jsonl"]
+    required = [] if "reward_model" in given else REQUIRED.get(path.stem, ())
+    argv = ["--config", str(path), *data, *required, *options]
     return parse_recipe(dataclasses(path.stem), argv, defaults=machine_defaults())
 
 
@@ -40,8 +42,10 @@ def header(script: Path) -> dict:
     return tomllib.loads("".join(line[2:] or "\n" for line in found.splitlines(keepends=True)))
 
 
-def test_every_stage_has_a_config_and_a_script():
-    assert {path.stem for path in CONFIGS} == {"sft", "reward", "ppo"}
+def test_every_stage_of_every_model_has_a_config_and_a_script():
+    found = {(path.parent.name, path.stem) for path in CONFIGS}
+    models = {"smollm2-135m", *SHAPES}
+    assert found == {(model, stage) for model in models for stage in ("sft", "reward", "ppo")}
     assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart", "inspect_data", "check_reward"}
 
 
@@ -113,31 +117,39 @@ def test_the_command_in_the_docstring_parses(script):
 
 
 # What `config.json` of the models says, for the memory that a YAML's comment states.
-QWEN = {"vocab_size": 151936, "num_hidden_layers": 28}
-LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
+QWEN = {"vocab_size": 151936, "num_hidden_layers": 28, "tie_word_embeddings": True}
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
 SHAPES = {
     "qwen2.5-1.5b": (Qwen2Config, QWEN, (1536, 8960, 12, 2)),
-    "qwen2.5-7b": (Qwen2Config, QWEN | {"vocab_size": 152064}, (3584, 18944, 28, 4)),
-    "llama-3.2-3b": (LlamaConfig, LLAMA | {"num_hidden_layers": 28}, (3072, 8192, 24, 8)),
+    "qwen2.5-7b": (Qwen2Config, QWEN | {"vocab_size": 152064, "tie_word_embeddings": False}, (3584, 18944, 28, 4)),
+    "llama-3.2-3b": (LlamaConfig, LLAMA | {"num_hidden_layers": 28, "tie_word_embeddings": True}, (3072, 8192, 24, 8)),
     "llama-3.1-8b": (LlamaConfig, LLAMA | {"num_hidden_layers": 32}, (4096, 14336, 32, 8)),
 }
 NF4 = (
     0.5 + 1 / 64 + 4 / (64 * 256)
 )  # bytes a weight: 4 bits, an 8-bit scale a block of 64, an fp32 one for 256 of those
-MEMORY = re.compile(r"NF4 weights ([\d.]+) GB, embeddings in bf16 ([\d.]+) GB, adapter .* fp32 ([\d.]+) GB")
+MEMORY = re.compile(
+    r"NF4 weights ([\d.]+) GB, embeddings(?: and output layer)? in bf16 ([\d.]+) GB, adapter .* fp32 ([\d.]+) GB[.,]"
+    r"(?:\n# reference and reward adapters, frozen, in fp32 ([\d.]+) GB)?"
+)
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_memory_in_the_comment_is_what_the_shapes_give(name):
-    path = RECIPES / "configs" / name / "reward.yaml"
+def test_the_memory_in_the_comment_is_what_the_shapes_give(name, stage):
+    path = RECIPES / "configs" / name / f"{stage}.yaml"
+    task = "SEQ_CLS" if stage == "reward" else "CAUSAL_LM"
     config_class, options, (hidden, intermediate, heads, kv_heads) = SHAPES[name]
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
     config = config_class(**options | sizes | {"num_key_value_heads": kv_heads, "num_labels": 1})
+    auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-        embeddings = model.get_input_embeddings().weight.numel()
+        model = auto.from_config(config)
+        embeddings = sum(p.numel() for name, p in model.named_parameters() if re.search("embed_tokens|lm_head", name))
         linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
-        model = get_peft_model(model, parse(path)[3].peft_config("SEQ_CLS"))
+        model = get_peft_model(model, next(o for o in parse(path) if isinstance(o, ModelArguments)).peft_config(task))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    expected = (linear * NF4, embeddings * 2, trained * 4 * 4)  # weight, gradient, two moments
-    assert [float(found) for found in MEMORY.search(path.read_text()).groups()] == [round(n / 1e9, 2) for n in expected]
+    expected = [linear * NF4, embeddings * 2, trained * 4 * 4]  # weight, gradient, two moments
+    expected += [trained * 4 * 2] if stage == "ppo" else []
+    found = [float(n) for n in MEMORY.search(path.read_text()).groups() if n is not None]
+    assert found == [round(n / 1e9, 2) for n in expected]

@@ -1,0 +1,153 @@
+"""Finds what must not be published: secrets, traces of the machine, e-mail addresses, and files that run code."""
+
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UserError
+from .privacy import machine_names, user_name
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill", "*.npy", "*.npz")
+"""Endings of files that may run code when they are loaded, optimizer states and training arguments among them."""
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # they spell everything by chance
+_COMMON = {"root", "user", "users", "admin", "ubuntu", "runner", "model", "base", "data", "test", "main", "host", "app"}
+_MAX_TEXT = 32 * 2**20
+
+# Kind of finding: what it looks like in one line of text.
+_TOKENS = (
+    r"\bhf_[A-Za-z0-9]{16,}|\bhf_oauth_\S{8,}|\bapi_org_\w{20,}|\bsk-[\w-]{20,}|\bgh[oprsu]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}"
+    r"|\bpypi-[\w-]{16,}|\bA(?:KIA|SIA)[A-Z0-9]{16}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+)
+_CREDENTIALS = (
+    r"(?i)\bbearer\s+[\w.~+/-]{12,}|://[^\s/:@'\"]+:[^\s/@'\"]+@"
+    r"|(?:aws_secret_access_key|api_?key|\bsecret|passw(?:or)?d|(?:access|auth|hub|hf|push_to_hub)_?token)"
+    r"[\"']?\s*[:=]\s*[\"']?(?!null|none|true|false|<|\$|\{)[^\s\"',}{]{8,}"
+)
+_PATHS = (  # of two parts or more, or a home, a drive, a share; never a URL's rest, a closing tag, Reddit's /r/
+    r"(?<![\w.:/\\<>~-])(?!/[ru]/)(?:/[\w.@-]+){2,}|(?<![\w.:/\\<>~-])/(?:root|home|tmp|mnt|data|scratch)\b"
+    r"|(?<!\w)~\w*/\w|\bfile:/+\w|(?<!\w)[A-Za-z]:\\{1,2}(?:Users|Windows|home|(?![nrt])\w{2,}\\{1,2}\w)|(?<!\\)\\\\\w[\w.-]+\\\w"
+)
+_KINDS = {
+    "token": _TOKENS,
+    "private-key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "credential": _CREDENTIALS,
+    "home": r"(?<![\w.])(?:/home/|/Users/|/root\b|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.-]*",
+    "email": r"(?<![\w.+/-])(?!git@|no-?reply@)[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
+    "address": r"(?<![\d.])(?:(?:10|127)\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2}(?![\d.])",
+    "remote-code": r"(?i)trust_remote_code[\"']?\s*[:=]\s*[\"']?(?:true|1|yes|on)\b|[\"']?auto_map[\"']?\s*:",
+    "path": _PATHS,
+}
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
+_SECRET_KINDS = ("token", "private-key", "credential")
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
+
+
+class Finding(NamedTuple):
+    """Something that must not be published; `line` counts from 1, and is 0 for a file as a whole."""
+
+    kind: str
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.file}:{self.line} ({self.text})"
+
+    def allowed(self, allow: Iterable[str]) -> bool:
+        """Whether `kind:file:line`, or `kind:file` for all of a file, is in `allow`."""
+        return not {f"{self.kind}:{self.file}:{self.line}", f"{self.kind}:{self.file}"}.isdisjoint(allow)
+
+
+def scan(files: Mapping[str, Path | bytes], allow: Iterable[str] = ()) -> list[Finding]:
+    """All findings in `files` (name in the repository: content, or where it is), but for those in `allow`."""
+    allow = set(allow)
+    found = [finding for name, content in sorted(files.items()) for finding in _scan_file(name, content)]
+    return [finding for finding in found if not finding.allowed(allow)]
+
+
+def scan_folder(folder: str | Path, allow: Iterable[str] = ()) -> list[Finding]:
+    """`scan` over every file of a folder."""
+    folder = Path(folder)
+    return scan({str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}, allow)
+
+
+def refuse_findings(findings: list[Finding]) -> None:
+    """Raises `UserError`, in one line, if there is any finding."""
+    if findings:
+        shown = "; ".join(map(str, findings[:5])) + f"; and {len(findings) - 5} more" * (len(findings) > 5)
+        first = findings[0]
+        raise UserError(
+            f"not pushed, this must not be published: {shown}. Remove it, or let one pass with "
+            f"--allow {first.kind}:{first.file}:{first.line} (allow= in Python)."
+        )
+
+
+def scan_text(text: str, file: str, *, vocabulary: bool = False) -> Iterator[Finding]:
+    """Findings in text, line by line; in a vocabulary only what nobody would have there by chance."""
+    kinds = {k: p for k, p in _PATTERNS.items() if not vocabulary or k == "token"}
+    known = [*_machine_strings(names=not vocabulary)]
+    json_like = file.endswith((".json", ".jsonl"))
+    for number, line in enumerate(text.splitlines(), start=1):
+        if json_like:
+            line = _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else " " if m[2] in "nrtbf" else m[2], line)
+        spans: list[tuple[int, int]] = []
+        matches = [(kind, m) for kind, string in known for m in string.finditer(line)]
+        for kind, match in matches + [(kind, m) for kind, pattern in kinds.items() for m in pattern.finditer(line)]:
+            if not any(start < match.end() and match.start() < end for start, end in spans):  # one finding a place
+                spans.append(match.span())
+                yield Finding(kind, file, number, _excerpt(kind, match[0]))
+
+
+def _scan_file(name: str, content: Path | bytes) -> Iterator[Finding]:
+    if isinstance(content, Path) and content.is_symlink():
+        yield Finding("link", name, 0, "a link: what it points to may be anything")
+        return
+    for finding in scan_text(name, name):  # a file's name can tell as much as its content
+        yield finding._replace(line=0)
+    if Path(name).match("events.out.tfevents*"):
+        yield Finding("event-file", name, 0, "names the host it was written on")
+    if name.endswith((".py", ".so", ".sh")):
+        yield Finding("code", name, 0, "runs where it is trusted")
+    data = content[:_MAX_TEXT] if isinstance(content, bytes) else _head(content)
+    if any(Path(name).match(pattern) for pattern in PICKLES) or re.match(
+        rb"\x80[\x02-\x05]|PK.{20,80}/data\.pkl", data
+    ):
+        yield Finding("pickle", name, 0, "may run code when it is loaded")
+    elif name.endswith(".safetensors"):
+        (size,) = struct.unpack("<Q", data[:8]) if len(data) >= 8 else (0,)
+        header = data[8 : 8 + size].decode(errors="replace")
+        yield from scan_text("".join(re.findall(r'"__metadata__":\{.*?\}', header)), name)
+    elif b"\0" not in data[:4096]:
+        yield from scan_text(data.decode(errors="replace"), name, vocabulary=Path(name).name in _VOCABULARIES)
+    else:
+        text = data.decode("latin-1")
+        yield from (Finding(k, name, 0, s.pattern) for k, s in _machine_strings(names=False) if s.search(text))
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_TEXT)
+
+
+def _machine_strings(*, names: bool) -> Iterator[tuple[str, re.Pattern]]:
+    """What only this machine can know: folders and secrets of the environment; user and host names with `names`."""
+    for folder in {str(Path.home()), str(Path.cwd())}:
+        if folder.count(os.sep) > 1:  # not "/root" or "/", which other words contain
+            yield "home", re.compile(re.escape(folder))
+    for name, value in os.environ.items():
+        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 12:
+            yield "token", re.compile(re.escape(value))
+    for name in machine_names() if names else ():
+        if name.lower() not in _COMMON:
+            kind = "user" if name == user_name() else "host"
+            yield kind, re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")
+
+
+def _excerpt(kind: str, text: str) -> str:
+    """The finding itself; of a secret only how it begins."""
+    return f"{text[:6]}…" if kind in _SECRET_KINDS else text[:60]

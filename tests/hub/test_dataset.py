@@ -1,0 +1,71 @@
+"""Comparisons on the Hub: the rows come back, annotators stay unnamed, and nothing leaks."""
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import DatasetCard, hf_hub_download
+
+from hf_rlhf_ext import load_comparisons, quality_report
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub.dataset import push_comparisons
+
+LICENCES = {"Anthropic/hh-rlhf": "mit"}
+
+
+def vote(annotator, label):
+    return {"annotator": annotator, "pair": [0, 1], "label": label}
+
+
+@pytest.fixture
+def rows():
+    made = [
+        {
+            "prompt": f"Question {k}?",
+            "completions": [f"Yes {k}.", f"No {k}."],
+            "pairs": [[0, 1]],
+            "targets": [1.0 if k % 3 else 0.5],
+            "weights": [1.0],
+            "votes": [vote("Jane Doe", 1.0), vote("Bob", 0.0 if k % 3 else 1.0)],
+        }
+        for k in range(12)
+    ]
+    return Dataset.from_list(made)
+
+
+def test_rows_and_card_arrive_in_one_private_commit(hub, rows, tmp_path):
+    comparisons, report = load_comparisons(rows)
+    quality = quality_report(comparisons)
+    splits = DatasetDict({"train": comparisons.select(range(8)), "test": comparisons.select(range(8, 12))})
+    push_comparisons(splits, "alice/judged", licences=LICENCES, report=report, quality=quality)
+    repo = hub.repo("alice/judged", "datasets")
+    assert repo.private and len(repo.history()) == 2
+    path = hf_hub_download("alice/judged", "data/test-00000-of-00001.parquet", repo_type="dataset")
+    pulled = load_dataset("parquet", data_files=path, split="train", cache_dir=tmp_path).to_list()
+    expected = splits["test"].to_list()
+    assert [row | {"votes": None} for row in pulled] == [row | {"votes": None} for row in expected]
+    assert {v["annotator"] for row in pulled for v in row["votes"]} <= {"1", "2"}
+    assert b"Jane" not in b"".join(hub.files("alice/judged", "datasets").values())
+    card = DatasetCard.load("alice/judged")
+    assert yaml.safe_load(card.data.to_yaml()) == card.data.to_dict() and card.data.license == "mit"
+    for text in ("| train | 8 | 8 |", "| test | 4 | 4 |", "Anthropic/hh", "| `targets` | P(i is better)", "12 rows"):
+        assert text in card.text.replace("\\", "")
+    assert "| agreement |" in card.text and "| cohen kappa |" in card.text
+
+
+def test_names_are_kept_on_demand(hub, rows):
+    quality = quality_report(load_comparisons(rows)[0])
+    licences = {"us": "cc-by-4.0", "them": "mit"}
+    push_comparisons(rows, "judged", licences=licences, keep_annotators=True, quality=quality)
+    assert DatasetCard.load("alice/judged").data.license == "other"
+    assert "Jane Doe" in DatasetCard.load("alice/judged").text
+    assert b"Jane" in hub.files("alice/judged", "datasets")["data/train-00000-of-00001.parquet"]
+
+
+def test_leaks_in_rows_and_missing_licences_are_refused(hub, rows):
+    leaky = rows.add_column("category", [f"from /mnt/disk/{k}" if k == 4 else "chat" for k in range(12)])
+    with pytest.raises(UserError, match=r"path:train:5 \(/mnt/disk/4\)"):
+        push_comparisons(leaky, "judged", licences=LICENCES)
+    assert hub.requests == []
+    push_comparisons(leaky, "judged", licences=LICENCES, allow=["path:train:5"])
+    with pytest.raises(UserError, match="licences is empty"):
+        push_comparisons(rows, "judged", licences={})

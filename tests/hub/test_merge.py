@@ -1,0 +1,101 @@
+"""One plain model of a run's adapter and its base, from the base's full weights."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_rlhf_ext import RewardScorer, load_base_model, load_policy
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub.merge import merge_run
+from hf_rlhf_ext.hub.push import push_run
+from hf_rlhf_ext.reward.scorer import RewardNormalization
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture
+def base(tiny_llama, chat_tokenizer, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def make_run(base, chat_tokenizer, tmp_path):
+    """An adapter's folder with a report, as a recipe leaves it."""
+
+    def make(kind: str, load_in_4bit: bool = False):
+        task = "reward" if kind == "reward_model" else "causal_lm"
+        model = load_base_model(base, task=task, dtype="float32", load_in_4bit=load_in_4bit)
+        config = LoraConfig(
+            r=4,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights=False,
+            task_type="SEQ_CLS" if task == "reward" else "CAUSAL_LM",
+        )
+        torch.manual_seed(1)
+        folder = tmp_path / kind
+        get_peft_model(model, config).save_pretrained(folder)
+        chat_tokenizer.save_pretrained(folder)
+        if task == "reward":
+            RewardNormalization(mean=0.5, std=2.0, base_dtype="float32").save(folder)
+        measured = {"ppo": {"kl": 3.0}, "reward_model": {"accuracy": 0.7}, "versions": {}, "hardware": "one CPU"}
+        card = {"kind": kind, "base_model": "alice/base"}
+        (folder / "report.json").write_text(json.dumps(measured | {"card": card}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_merged_policy_is_the_adapter_on_the_full_weights(make_run, base, tmp_path, quantised):
+    folder = make_run(
+        "policy", load_in_4bit=quantised
+    )  # trained on 4 bits: the full weights are loaded again all the same
+    merged = merge_run(folder, tmp_path / "merged", dtype="float32")
+    full, _ = load_policy(folder, dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(plain.eval()(IDS).logits, full.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert (
+        not (merged / "adapter_config.json").exists()
+        and "quantization_config" not in (merged / "config.json").read_text()
+    )
+
+
+def test_bf16_is_rounded_once(make_run, tmp_path):
+    merged = merge_run(make_run("policy"), tmp_path / "merged", dtype="bfloat16")
+    weights = load_file(merged / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make_run, base, tmp_path):
+    HfApi().create_repo("alice/base")
+    HfApi().upload_folder(repo_id="alice/base", folder_path=base)
+    folder = make_run("reward_model")
+    push_run(folder, "alice/merged", merge="float32", base_model="alice/base")
+    found = hub.files("alice/merged")
+    assert "model.safetensors" in found and "adapter_config.json" not in found
+    card = ModelCard.load("alice/merged")
+    assert card.data.base_model_relation == "merge" and card.data.library_name == "transformers"
+    scorer = RewardScorer.from_pretrained(folder, dtype="float32")
+    text = scorer.text("Hello?", "Yes.")
+    plain = AutoModelForSequenceClassification.from_pretrained("alice/merged")
+    ids = torch.tensor([scorer.tokenizer(text)["input_ids"]])
+    assert plain(ids).logits.item() == pytest.approx(scorer.score_ids(ids.tolist())[0], abs=1e-5)
+    again = RewardScorer.from_pretrained("alice/merged", dtype="float32")
+    assert again(["Hello?"], ["Yes."]) == pytest.approx(scorer(["Hello?"], ["Yes."]), abs=1e-5)
+    assert not (folder / "pushed.json").exists()  # the adapter itself was not
+
+
+def test_what_cannot_be_merged_is_one_line(make_run, base, tmp_path):
+    with pytest.raises(UserError, match="holds no adapter"):
+        merge_run(base, tmp_path / "merged")
+    quantised = tmp_path / "quantised"
+    load_base_model(base, dtype="float32", load_in_4bit=True).save_pretrained(quantised)
+    with pytest.raises(UserError, match="quantised is itself quantised: give the full weights' id"):
+        merge_run(make_run("policy"), tmp_path / "merged", base_model=str(quantised))

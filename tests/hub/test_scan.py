@@ -1,0 +1,157 @@
+"""Leaks of every kind, each seeded once in a folder that looks like a run's, and nothing where there is nothing."""
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub.scan import Finding, refuse_findings, scan, scan_folder
+
+ROOT = Path(__file__).parents[2]
+DIGITS = "aB3dE6gH9j" * 4
+FAKE = "-".join(["sk", "proj", DIGITS])  # joined here, so that no scanner of this repository stumbles on it
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    home = tmp_path / "homes" / "zelda77"
+    home.mkdir(parents=True)
+    for name, value in {
+        "HOME": str(home),
+        "LOGNAME": "zelda77",
+        "USER": "zelda77",
+        "MY_API_KEY": "v3ry-odd-value",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("socket.gethostname", lambda: "gpubox9.lab.local")
+    return home
+
+
+TEXT_LEAKS = [  # kind of finding, file, the line it is in
+    ("token", "README.md", "hf_" + DIGITS),
+    ("token", "train.yaml", f"key: {FAKE}"),
+    ("token", "report.json", json.dumps({"a": "ghp_" + DIGITS})),
+    ("token", "notes.txt", "github_pat_" + DIGITS),
+    ("token", "log.txt", "AKIA" + "ABCDEFGH12345678"),
+    ("token", "samples.md", "glpat-" + DIGITS),
+    ("token", "a.txt", "xoxb-" + DIGITS),
+    ("token", "b.txt", "AIza" + DIGITS),
+    ("token", "c.txt", "eyJ" + DIGITS + ".eyJ" + DIGITS + "." + DIGITS),
+    ("token", "d.txt", "its value is v3ry-odd-value"),  # of an environment variable
+    ("token", "tokenizer.json", json.dumps({"model": "hf_" + DIGITS})),
+    ("private-key", "id.txt", "-----BEGIN OPENSSH " + "PRIVATE KEY-----"),
+    ("credential", "e.txt", "Authorization: Bearer abcdefghijklmnop"),
+    ("credential", "f.yaml", "hub_token: abcdefgh1234"),
+    ("credential", "g.txt", "aws_secret_access_key = abcdefgh1234+/="),
+    ("credential", "h.txt", "git clone https://bob:hunter22@git.example.com/x"),
+    ("credential", "args.json", json.dumps({"wandb_api_key": "0123456789abcdef"})),
+    ("home", "i.txt", "python /home/bob/train.py"),
+    ("home", "j.txt", "/Users/bob/models"),
+    ("home", "adapter_config.json", json.dumps({"base_model_name_or_path": r"C:\Users\bob\model"})),
+    ("user", "k.txt", "by zelda77."),
+    ("host", "l.txt", "ran on gpubox9"),
+    ("email", "samples.jsonl", json.dumps({"completion": "write to\njane.doe@corp.com today"})),
+    ("address", "m.txt", "vllm at http://192.168.1.20:8000"),
+    ("path", "n.yaml", "dataset_name: /mnt/disk/pairs.jsonl"),
+    ("path", "o.txt", r"\\server\share\x"),
+    ("path", "p.txt", "file:///srv/x"),
+    ("path", "q.txt", "see ~/runs/a"),
+    ("remote-code", "config.json", json.dumps({"trust_remote_code": True})),
+    ("remote-code", "r.yaml", "trust_remote_code: yes"),
+    ("remote-code", "value/config.json", json.dumps({"auto_map": {"AutoModel": "modeling.X"}})),
+]
+
+
+@pytest.mark.parametrize("kind, name, leak", TEXT_LEAKS, ids=lambda value: str(value)[:24])
+def test_a_leak_in_text_is_found_with_its_line(machine, kind, name, leak):
+    found = scan({name: f"first line\n\n{leak}\nlast line\n".encode()})
+    assert [(f.kind, f.file, f.line) for f in found] == [(kind, name, 3)]
+    if kind in ("token", "private-key", "credential"):
+        assert len(found[0].text) <= 7  # never the secret itself
+
+
+def test_leaks_that_are_files(machine, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "runs").mkdir(parents=True)
+    torch.save({"a": torch.zeros(2)}, folder / "optimizer.pt")
+    torch.save([1], folder / "training_args.bin")
+    (folder / "renamed.dat").write_bytes(pickle.dumps({"a": 1}))
+    torch.save([1], folder / "weights")
+    (folder / "modeling_x.py").write_text("print()")
+    (folder / "runs" / "events.out.tfevents.1.gpubox9").write_bytes(b"\0")
+    (folder / "secret.txt").symlink_to("/etc/hostname")
+    (folder / "plot.png").write_bytes(b"\x89PNG\0\0" + str(machine).encode())
+    save_file({"w": torch.zeros(2)}, folder / "w.safetensors", metadata={"from": "/mnt/disk/run"})
+    found = {(f.file, f.kind) for f in scan_folder(folder)}
+    assert found == {
+        ("optimizer.pt", "pickle"),
+        ("training_args.bin", "pickle"),
+        ("renamed.dat", "pickle"),
+        ("weights", "pickle"),
+        ("modeling_x.py", "code"),
+        ("runs/events.out.tfevents.1.gpubox9", "host"),
+        ("runs/events.out.tfevents.1.gpubox9", "event-file"),
+        ("secret.txt", "link"),
+        ("plot.png", "home"),
+        ("w.safetensors", "path"),
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "reward/nat, 1/2, and/or, TCP/IP, 24/7 and </s> or <br/>",
+        "https://huggingface.co/a/b, hf://x/y and arXiv:2203.02155",
+        "python recipes/ppo.py --output_dir runs/ppo --dataset_name <path>/pairs.jsonl",
+        '{"pad_token": "<|pad|>", "eos_token": "</s>", "trust_remote_code": false, "hub_token": null}',
+        "hub_token: <HUB_TOKEN>",
+        '{"chat_template": "{{ \'A:\\\\n\\\\n\' + m }}\\nQ:\\nuser: what"}',
+        "posted in /r/AskReddit by /u/someone; SUBREDDIT: r/relationships",
+        "@article{ouyang2022training, journal={arXiv}} git@github.com:a/b you@example.com",
+        "torch 2.13.0+cpu, cuda 12.10.1.2, 10 of 20",
+        "root of the tree, the user said, a local host",
+    ],
+)
+def test_what_is_no_leak(machine, line):
+    assert scan({"README.md": line.encode(), "x.json": line.encode()}) == []
+
+
+def test_vocabularies_may_spell_anything_but_tokens():
+    assert scan({"tokenizer.json": b'{"/usr/bin": 1, "a@b.com": 2, "/home/": 3}'}) == []
+
+
+def test_findings_are_let_pass_one_by_one(machine):
+    files = {"a.txt": b"/mnt/x/y\nbob@corp.com\nann@corp.com\n"}
+    assert len(scan(files)) == 3
+    assert [f.line for f in scan(files, allow=["email:a.txt:3"])] == [1, 2]
+    assert [f.kind for f in scan(files, allow=["email:a.txt"])] == ["path"]
+    assert scan(files, allow=["email:a.txt", "path:a.txt:1"]) == []
+    assert len(scan(files, allow=["a.txt", "email", "path:b.txt:1"])) == 3
+
+
+def test_a_refusal_is_one_line_with_file_and_line():
+    refuse_findings([])
+    findings = [Finding("path", "a.txt", k, "/mnt/x") for k in range(1, 8)]
+    with pytest.raises(
+        UserError, match=r"path:a.txt:1 \(/mnt/x\); .*; and 2 more. Remove it.*--allow path:a.txt:1 "
+    ) as e:
+        refuse_findings(findings)
+    assert "\n" not in str(e.value)
+
+
+def test_none_on_the_shipped_cards_and_reports():
+    assert scan_folder(ROOT / "model_cards") == [] if (ROOT / "model_cards").exists() else True
+    assert scan_folder(ROOT / "docs" / "quickstart") == []
+
+
+def test_long_lines_are_no_trouble():
+    start = time.monotonic()
+    scan(
+        {"a.jsonl": (b"a word / and more words, " * 80_000), "b.txt": b"/" * 200_000 + b"a." * 200_000 + b"@" * 50_000}
+    )
+    assert time.monotonic() - start < 10

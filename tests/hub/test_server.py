@@ -1,0 +1,204 @@
+"""The stand-in, by the clients that it is for: huggingface_hub, datasets, peft and transformers."""
+
+import json
+import time
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from tests.hub.conftest import ALICE, BOB
+
+WEIGHTS = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run" / "value").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}\n")
+    (tmp_path / "run" / "empty.txt").touch()
+    (tmp_path / "run" / "model.safetensors").write_bytes(WEIGHTS)
+    (tmp_path / "run" / "value" / "head.safetensors").write_bytes(WEIGHTS[:-1])
+    return tmp_path / "run"
+
+
+def test_upload_then_download_gives_the_same_bytes(hub, folder, tmp_path):
+    api = HfApi()
+    assert api.create_repo("alice/a", private=True).repo_id == "alice/a"
+    first = api.upload_folder(repo_id="alice/a", folder_path=folder)
+    assert {line for line in hub.requests if line.startswith("PUT")}  # two files went by LFS
+    assert hub.repo("alice/a").at("main").files["model.safetensors"].lfs
+    got = snapshot_download("alice/a", local_dir=tmp_path / "got")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "got" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    assert got == str(tmp_path / "got")
+    names = {"config.json", "empty.txt", "model.safetensors", "value/head.safetensors", ".gitattributes"}
+    assert set(api.list_repo_files("alice/a")) == names
+    assert {entry.path for entry in api.list_repo_tree("alice/a")} == names - {"value/head.safetensors"} | {"value"}
+    assert [entry.path for entry in api.list_repo_tree("alice/a", "value")] == ["value/head.safetensors"]
+    info = api.model_info("alice/a")
+    assert info.sha == first.oid and info.private
+
+
+def test_the_same_files_again_are_no_commit_and_no_upload(hub, folder):
+    api = HfApi()
+    api.create_repo("alice/a")
+    first = api.upload_folder(repo_id="alice/a", folder_path=folder)
+    asked = len(hub.requests)
+    assert api.upload_folder(repo_id="alice/a", folder_path=folder).oid == first.oid
+    assert not [line for line in hub.requests[asked:] if line.startswith("PUT") or "/commit/" in line]
+    assert len(hub.repo("alice/a").history()) == 2
+
+
+def test_revisions_branches_tags_and_deletions(hub, folder):
+    api = HfApi()
+    api.create_repo("acme/a")
+    first = api.upload_folder(repo_id="acme/a", folder_path=folder)
+    api.create_tag("acme/a", tag="v1")
+    api.create_branch("acme/a", branch="try/out")
+    (folder / "config.json").write_text('{"a": 1}\n')
+    (folder / "empty.txt").unlink()
+    api.upload_folder(repo_id="acme/a", folder_path=folder, delete_patterns="*.txt")
+    read = {r: open(hf_hub_download("acme/a", "config.json", revision=r)).read() for r in (first.oid, "v1", "try/out")}
+    assert set(read.values()) == {"{}\n"}
+    assert open(hf_hub_download("acme/a", "config.json")).read() == '{"a": 1}\n'
+    refs = api.list_repo_refs("acme/a")
+    assert [b.name for b in refs.branches] == ["main", "try/out"] and refs.tags[0].target_commit == first.oid
+    with pytest.raises(EntryNotFoundError):
+        hf_hub_download("acme/a", "empty.txt")
+    with pytest.raises(RevisionNotFoundError):
+        hf_hub_download("acme/a", "config.json", revision="v2")
+    assert [c.title for c in api.list_repo_commits("acme/a")][-1] == "initial commit"
+    api.delete_repo("acme/a")
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info("acme/a")
+
+
+def test_a_half_downloaded_file_goes_on_where_it_stopped(hub, folder):
+    api = HfApi()
+    api.create_repo("alice/a")
+    api.upload_folder(repo_id="alice/a", folder_path=folder)
+    url = f"{hub.url}/alice/a/resolve/main/model.safetensors"
+    part = get_session().get(url, headers={"Range": "bytes=10000-", "Authorization": f"Bearer {ALICE}"})
+    assert part.status_code == 206 and part.content == WEIGHTS[10000:]
+    assert get_session().head(url).headers["X-Linked-Size"] == str(len(WEIGHTS))
+
+
+def test_private_is_hidden_and_other_peoples_names_are_refused(hub, folder):
+    api = HfApi()
+    api.create_repo("alice/secret", private=True)
+    api.upload_folder(repo_id="alice/secret", folder_path=folder)
+    api.create_repo("alice/open")
+    for token in (False, BOB):
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi().model_info("alice/secret", token=token)
+        with pytest.raises(RepositoryNotFoundError):
+            snapshot_download("alice/secret", token=token)
+    assert HfApi().model_info("alice/open", token=False).id == "alice/open"
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi(token=BOB).create_repo("alice/mine")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi(token=BOB).upload_folder(repo_id="alice/open", folder_path=folder)
+    with pytest.raises(HfHubHTTPError, match="401"):
+        HfApi(token="hf_wrong").create_repo("alice/mine")
+    with pytest.raises(HfHubHTTPError, match="409"):
+        api.create_repo("alice/open")
+    api.create_repo("alice/open", exist_ok=True)
+    assert api.whoami()["name"] == "alice" and [org["name"] for org in api.whoami()["orgs"]] == ["acme"]
+    with pytest.raises(HfHubHTTPError, match="Invalid user token"):
+        HfApi(token="hf_wrong").whoami()
+
+
+def test_content_that_is_not_its_sha256_and_a_commit_without_it_are_refused(hub):
+    api = HfApi()
+    api.create_repo("alice/a")
+    put = get_session().put(f"{hub.url}/lfs/upload/{'0' * 64}", content=b"x")
+    assert put.status_code == 400 and not hub.uploaded
+    line = {"key": "lfsFile", "value": {"path": "a.bin", "algo": "sha256", "oid": "0" * 64, "size": 1}}
+    body = "\n".join(map(json.dumps, [{"key": "header", "value": {"summary": "x"}}, line]))
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    refused = get_session().post(f"{hub.url}/api/models/alice/a/commit/main", content=body, headers=headers)
+    assert refused.status_code == 400 and len(hub.repo("alice/a").history()) == 1
+    old = hub.repo("alice/a").at("main").oid
+    add = [CommitOperationAdd("a.txt", b"a")]
+    api.create_commit("alice/a", add, commit_message="a", parent_commit=old)
+    with pytest.raises(HfHubHTTPError, match="412"):
+        api.create_commit("alice/a", [CommitOperationAdd("a.txt", b"b")], commit_message="b", parent_commit=old)
+
+
+def test_a_readme_is_validated_on_every_commit(hub):
+    HfApi().create_repo("alice/a")
+    with pytest.raises(ValueError, match="Invalid metadata"):
+        HfApi().create_commit(
+            "alice/a", [CommitOperationAdd("README.md", b"---\na: [\n---\n# A")], commit_message="card"
+        )
+    ModelCard("---\nlicense: mit\n---\n# A").push_to_hub("alice/a")
+    assert ModelCard.load("alice/a").data.license == "mit"
+
+
+def test_faults_happen_when_and_where_they_are_asked_for(hub, folder, naps):
+    api = HfApi()
+    api.create_repo("alice/a")
+    hub.fault(429, match="preupload", headers={"Retry-After": "7"})
+    hub.fault(500, match="lfs/objects/batch", times=2)
+    hub.fault(match="PUT", read=100)  # the connection is cut in the middle of a file
+    api.upload_folder(repo_id="alice/a", folder_path=folder)
+    assert naps == [8.0, 1, 2, 1] and len(hub.files("alice/a")) == 5
+    (folder / "config.json").write_text("{1}")
+    hub.fault(match="/commit/", done=True)  # it arrived, but nobody hears of it
+    with pytest.raises(Exception, match="disconnected"):
+        api.upload_folder(repo_id="alice/a", folder_path=folder)
+    assert len(hub.repo("alice/a").history()) == 3 and hub.files("alice/a")["config.json"] == b"{1}"
+    hub.fault(403, match="whoami", after=1)
+    assert api.whoami()["name"] == "alice"
+    with pytest.raises(HfHubHTTPError, match="403"):
+        api.whoami()
+
+
+def test_stopping_does_not_wait_for_clients_that_keep_their_connection(hub):
+    HfApi().whoami()
+    start = time.monotonic()
+    hub.stop()
+    assert time.monotonic() - start < 1
+    with pytest.raises(Exception, match="refused"):
+        HfApi().whoami()
+
+
+LIBRARIES = """
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import sys
+
+rows = Dataset.from_list([{"a": i, "b": str(i)} for i in range(20)])
+info = rows.push_to_hub("alice/rows", private=True)
+assert load_dataset("alice/rows", split="train").to_list() == rows.to_list()
+Dataset.from_list([{"a": 0, "b": ""}]).push_to_hub("alice/rows")
+assert len(load_dataset("alice/rows", split="train", revision=info.oid)) == 20
+assert len(load_dataset("alice/rows", split="train")) == 1
+
+AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub("alice/tiny", private=True)
+AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("alice/tiny")
+base = AutoModelForCausalLM.from_pretrained("alice/tiny")
+model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+ids = torch.tensor([[1, 2, 3]])
+expected = model.eval()(ids).logits
+model.push_to_hub("alice/adapter", private=True)
+again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("alice/tiny"), "alice/adapter")
+assert torch.equal(again.eval()(ids).logits, expected)
+assert AutoTokenizer.from_pretrained("alice/tiny")("abc").input_ids
+"""
+
+
+@pytest.mark.slow
+def test_datasets_transformers_and_peft_make_their_round_trips(hub, elsewhere, stories_path):
+    elsewhere(LIBRARIES, stories_path)
+    assert hub.repo("alice/rows", "datasets").private and hub.repo("alice/adapter").private

@@ -1,0 +1,144 @@
+"""docs/coming_from_trl.md: no option of TRL's last PPO is missing; every name of ours, in the script too, exists."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+import hf_rlhf_ext
+from hf_rlhf_ext import PPOConfig, PPOTrainer
+from hf_rlhf_ext.metrics.names import METRICS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
+FIELDS = {field.name: field for field in dataclasses.fields(PPOConfig)}
+ARGUMENTS = set(inspect.signature(PPOTrainer).parameters)
+
+# Read off trl 1.12.0: experimental/ppo/ppo_config.py, and trainer/base_config.py, which it inherits from.
+TRL_OPTIONS = {
+    "learning_rate": 3e-6,
+    "dataset_num_proc": None,
+    "num_mini_batches": 1,
+    "total_episodes": None,
+    "local_rollout_forward_batch_size": 64,
+    "num_sample_generations": 10,
+    "response_length": 53,
+    "stop_token": None,
+    "stop_token_id": None,
+    "temperature": 0.7,
+    "missing_eos_penalty": None,
+    "sft_model_path": "EleutherAI/pythia-160m",
+    "world_size": None,
+    "num_total_batches": None,
+    "micro_batch_size": None,
+    "local_batch_size": None,
+    "batch_size": None,
+    "local_mini_batch_size": None,
+    "mini_batch_size": None,
+    "push_to_hub": False,
+    "reward_model_path": "EleutherAI/pythia-160m",
+    "model_adapter_name": None,
+    "ref_adapter_name": None,
+    "num_ppo_epochs": 4,
+    "whiten_rewards": False,
+    "kl_coef": 0.05,
+    "kl_estimator": "k1",
+    "cliprange": 0.2,
+    "vf_coef": 0.1,
+    "cliprange_value": 0.2,
+    "gamma": 1.0,
+    "lam": 0.95,
+    "ds3_gather_for_generation": True,
+    "logging_steps": 10,
+    "gradient_checkpointing": True,
+    "bf16": None,
+    "lr_scheduler_kwargs": None,
+    "use_liger_kernel": False,
+    "torch_empty_cache_steps": None,
+}
+# The same release's PPOTrainer.__init__, and the keys of `metrics` in its train().
+TRL_ARGUMENTS = {"args", "processing_class", "model", "ref_model", "reward_model", "train_dataset", "value_model"}
+TRL_ARGUMENTS |= {"data_collator", "eval_dataset", "optimizers", "callbacks", "peft_config"}
+TRL_METRICS = {f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")}
+TRL_METRICS |= {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg"}
+TRL_METRICS |= {"loss/value_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens"}
+TRL_METRICS |= {"lr", "episode", "eps"}
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table(text: str, columns: int) -> list[list[str]]:
+    """Rows of the first table with so many columns, without its head."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in rows if len(row) == columns and not set(row[0]) <= set("-")][1:]
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+OPTIONS = table(section("Options"), 5)
+SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_option_of_trl_is_in_the_table_with_its_default():
+    found = {quoted(row[0])[0]: ast.literal_eval(quoted(row[1])[0]) for row in OPTIONS}
+    assert found == TRL_OPTIONS and len(OPTIONS) == len(TRL_OPTIONS)
+
+
+@pytest.mark.parametrize("row", OPTIONS, ids=lambda row: row[0])
+def test_our_side_of_an_option_exists_with_its_default(row):
+    names = quoted(row[2])
+    assert len(names) == 1 or (row[2] == "none" and row[4])  # none, and why
+    for name in names:
+        assert name in FIELDS or name in ARGUMENTS
+        if name in FIELDS:
+            assert ast.literal_eval(quoted(row[3])[0]) == FIELDS[name].default
+
+
+def test_what_the_options_say_beside_the_table_exists():
+    properties = {name for name, value in vars(PPOConfig).items() if isinstance(value, property)}
+    theirs, attributes = set(TRL_OPTIONS) | {"fp16"}, {"Trainer", "TrainingArguments", "GRPOTrainer", "PPOConfig"}
+    known = FIELDS.keys() | ARGUMENTS | properties | theirs | attributes
+    words = {word for row in OPTIONS for word in quoted(row[4])}
+    words |= {word for row in table(section("Options"), 3) for word in quoted(row[0])}
+    words |= set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1]))
+    words = {word for word in words if re.fullmatch(r"\w+", word)} - {"None", "generate_completions"}
+    assert words - known == set()
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1])) - {"recipes/ppo.py --help"}
+    assert ours <= FIELDS.keys() - inherited - theirs
+
+
+def test_every_argument_of_trl_is_in_the_table_and_ours_exist():
+    rows = table(section("Arguments of the trainer"), 3)
+    assert {quoted(row[0])[0] for row in rows} == TRL_ARGUMENTS
+    for row in rows:
+        assert row[1] == "none" or quoted(row[1])[0] in ARGUMENTS
+
+
+def test_every_metric_of_trl_is_in_the_table_and_ours_exist():
+    rows = table(section("Metrics"), 3)
+    assert {quoted(row[0])[0] for row in rows} == TRL_METRICS
+    for row in rows:
+        assert row[1] == "none" or quoted(row[1])[0] in METRICS
+        assert not any("/" in word and word not in METRICS for word in quoted(row[2]))
+
+
+def test_the_script_uses_only_public_names_and_real_options():
+    assert len(SCRIPT) == 1
+    tree = ast.parse(SCRIPT[0])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_rlhf_ext":
+            assert {alias.name for alias in node.names} <= set(hf_rlhf_ext.__all__)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("PPOConfig", "PPOTrainer"):
+            known = FIELDS.keys() if node.func.id == "PPOConfig" else ARGUMENTS
+            assert not node.args and {keyword.arg for keyword in node.keywords} <= known
+    config = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "PPOConfig")
+    options = {keyword.arg: eval(ast.unparse(keyword.value), {}) for keyword in config.keywords}
+    assert PPOConfig(**options | {"bf16": False, "use_cpu": True}).rollout_size == 64
