@@ -11,6 +11,7 @@ Finished stages are kept: a second run goes on where the first one stopped.
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
 from ppo import PPOResult, RewardArguments, train_ppo
 from quickstart_data import GoldReward, SimulatedAnnotator, make_demonstrations, make_prompts
 from quickstart_report import check_report, peak_memory_gb, print_table, write_samples
@@ -32,16 +34,21 @@ from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
 from hf_rlhf_ext.data.formats import load_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_prompt
-from hf_rlhf_ext.hub.card import write_card
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.modeling.adapters import evaluating, merged_adapter
 from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL, preferred_dtype
 from hf_rlhf_ext.ppo.rollout import generate_completions, sampling_config, stop_token_ids
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments
+from hf_rlhf_ext.scripts import DataArguments, ModelArguments, lineage_of
+from hf_rlhf_ext.scripts import write_report as write_report_and_card
 
 STAGES = ("data", "sft", "comparisons", "reward_model", "ppo", "report")
 NEW_TOKENS = 32
+DATA = {
+    "demonstrations": "demonstrations.jsonl",
+    "comparisons": "comparisons/train.jsonl",
+    "prompts": "prompts/train.jsonl",
+}
 TEMPERATURE = 0.8  # at 1.0 a 135M model is often incoherent; the same for what is judged, PPO and the evaluation
 SYSTEM = {"role": "system", "content": "Answer in one or two sentences."}  # the template's own is three times as long
 
@@ -348,12 +355,26 @@ def write_report(quickstart: Quickstart, progress: Progress, reward: dict, ppo: 
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_frontier(ppo["points"], folder / "frontier.png")
     write_samples(folder / "samples.md", ppo["samples"])
-    config = asdict(args) | asdict(quickstart.size)
-    card = {"report": report, "base_model": EMBEDDED_MODEL, "config": config}
-    write_card(folder / "sft", "sft", **card)
-    plot = folder / "reward_model" / "evaluation.png"
-    write_card(folder / "reward_model", "reward_model", **card, plot=plot if plot.is_file() else None)
-    write_card(folder / "policy", "policy", **card, samples=ppo["samples"], plot=folder / "frontier.png")
+    config = yaml.safe_dump(asdict(args) | asdict(quickstart.size), sort_keys=False)
+    data = {name: lineage_of(str(quickstart.data / path), dataset=True) for name, path in DATA.items()}
+    sft, model = (lineage_of(str(folder / stage)) for stage in ("sft", "reward_model"))
+    cards: dict[str, dict[str, Any]] = {
+        "sft": {"kind": "sft", "lineage": {"demonstrations": data["demonstrations"]}},
+        "reward_model": {"kind": "reward_model", "lineage": {"comparisons": data["comparisons"]}},
+        "policy": {
+            "kind": "policy",
+            "lineage": {"SFT policy": sft, "reward model": model, "prompts": data["prompts"]},
+            "samples": ppo["samples"],
+            "plot": "frontier.png",
+        },
+    }
+    if (folder / "reward_model" / "evaluation.png").is_file():
+        cards["reward_model"]["plot"] = "evaluation.png"
+    for stage in cards:
+        (folder / stage).mkdir(exist_ok=True)
+    shutil.copyfile(folder / "frontier.png", folder / "policy" / "frontier.png")
+    for stage, card in cards.items():
+        write_report_and_card(folder / stage, report, {"base_model": EMBEDDED_MODEL, "config": config, **card})
     return report
 
 

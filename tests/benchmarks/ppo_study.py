@@ -5,7 +5,8 @@ make study-ppo          # writes docs/study/ppo.json and .png; goes on where it 
 `stories260K-<seed>`: 150 rollouts of 64 stories of 40 tokens. The reward counts six happy words (at most four); the
 gold reward, which training never sees, is VADER's sentiment. `kl_coef` follows `kl_target`. `smollm2-<seed>`:
 the embedded model on questions of HH-RLHF, 10 rollouts of 32 replies of 32 tokens, the same rewards, `kl_coef` fixed.
-`wrong`: stories260K without a leash (`kl_coef` 0) at 30 times the learning rate, with `load_best_model_at_end`.
+`wrong`: stories260K without a leash (`kl_coef` 0) at 30 times the learning rate, with `load_best_model_at_end`; and
+`wrong-warmup`, where the rate rises to that over 40 steps, so that there is something to go back to.
 `ppo_study.py NAME …` makes those runs alone.
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PrinterCallback
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_comparisons, load_tokenizer
@@ -37,6 +39,7 @@ OPENINGS = ["Once upon a time", "One day, a little girl", "Tom and Lily", "The b
 WORDS = ("happy", "smile", "fun", "love", "laugh", "play")
 ROLLOUTS, KL_TARGET, WARM_UP, WINDOW, BAND = 150, 6.0, 30, 10, 0.25
 """KL is judged after `WARM_UP` rollouts, as the mean over `WINDOW` rollouts: one rollout's mean of 64 is noisy."""
+N_THREADS = torch.get_num_threads()
 CURVES = {
     "kl": "objective/kl",
     "kl_coef": "objective/kl_coef",
@@ -151,6 +154,7 @@ def learn(name: str) -> dict[str, Any]:
     kind, seed = name.rsplit("-", 1)
     with TemporaryDirectory() as folder:
         trainer = (stories_trainer if kind == "stories260K" else smollm2_trainer)(folder, int(seed))
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return curves(trainer)
 
@@ -171,10 +175,13 @@ def go_wrong(name: str) -> dict[str, Any]:
     heard = Lines()
     logging.getLogger("hf_rlhf_ext").addHandler(heard)
     guards = {"load_best_model_at_end": True, "metric_for_best_model": "eval_objective/scores", "max_kl": 5 * KL_TARGET}
-    saving = {"eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 3}
+    saving = {"eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
+    if name == "wrong-warmup":
+        saving |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 40}
     with TemporaryDirectory() as folder:
         wrong = {"kl_coef": 0.0, "kl_target": None, "learning_rate": 30 * 1e-3}
         trainer = stories_trainer(folder, 0, **wrong, **guards, **saving)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         best = trainer.state.best_model_checkpoint
         kept = trainer.evaluate()
@@ -205,7 +212,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
             line["moving_mean_range"] = [round(float(smooth.min()), 2), round(float(smooth.max()), 2)]
             line["rollouts_within_25"] = round(float((abs(after / KL_TARGET - 1) <= BAND).mean()), 3)
             line["explained_variance"] = round(fmean(run["explained_variance"][-50:]), 3)
-        if name == "wrong":
+        if name.startswith("wrong"):
             line |= {key: run[key] for key in ("stopped_by", "best_step", "kept")}
         found[name] = line
     return found
@@ -248,11 +255,13 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 def main() -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(OUT.read_text()) if OUT.is_file() else {"command": "make study-ppo", "curves": {}}
-    wanted = [f"{kind}-{seed}" for kind in ("stories260K", "smollm2") for seed in SEEDS] + ["wrong"]
+    wanted = [f"{kind}-{seed}" for kind in ("stories260K", "smollm2") for seed in SEEDS]
+    wanted += ["wrong", "wrong-warmup"]
     asked = sys.argv[1:] or wanted
     for name in (name for name in wanted if name in asked and name not in done["curves"]):
+        torch.set_num_threads(N_THREADS if name.startswith("smollm2") else 1)  # tiny tensors gain nothing from more
         start = time.process_time()
-        run = go_wrong(name) if name == "wrong" else learn(name)
+        run = go_wrong(name) if name.startswith("wrong") else learn(name)
         run["cpu_minutes"] = round((time.process_time() - start) / 60, 1)  # a long run may be paused
         done["curves"][name] = run
         done["seeds"] = [seed for seed in SEEDS if f"stories260K-{seed}" in done["curves"]]

@@ -261,7 +261,7 @@ def test_no_pad_token_is_no_mistake(call, base_with, tmp_path, recipe):
         (
             "undefined",
             "reward function 'undefined' returned nan for completion 0: return a finite number, or None where another "
-            "function scores it.",
+            "function scores the completion.",
         ),
     ],
 )
