@@ -35,9 +35,9 @@ RUNS = {
     "trl": ("trl", MICRO_BATCH, 1),
     "ours, head": ("ours", "head", 2),
     "ours, adapter": ("ours", "adapter", 2),
-    "trl, micro-batch 4": ("trl", 4, 1),
     "stages, head": ("stages", "head", 1),
     "stages, adapter": ("stages", "adapter", 1),
+    "trl, micro-batch 4": ("trl", 4, 1),
 }
 
 
@@ -351,16 +351,17 @@ def show(name: str, found: dict) -> None:
 
 
 def summary(found: dict) -> dict:
-    """Ratios of speed (TRL's seconds over ours) and of memory (ours over TRL's)."""
-    trl, least = found["trl"], found["trl, micro-batch 4"]
-    head, adapter = found["ours, head"], found["ours, adapter"]
-    return {
-        "head_ratio": round(trl["seconds"] / head["seconds"], 3),
-        "adapter_ratio": round(trl["seconds"] / adapter["seconds"], 3),
-        "memory_ratio": round(max(head["peak_gb"], adapter["peak_gb"]) / trl["peak_gb"], 3),
-        "memory_ratio_micro_batch_4": round(max(head["peak_gb"], adapter["peak_gb"]) / least["peak_gb"], 3),
-        "stages": {critic: found[f"stages, {critic}"] for critic in ("head", "adapter")},
-    }
+    """Ratios of speed (TRL's seconds over ours) and of memory (ours over TRL's), of the runs that are there."""
+    ratios: dict = {}
+    ours = {critic: found[f"ours, {critic}"] for critic in ("head", "adapter") if f"ours, {critic}" in found}
+    for critic, one in ours.items():
+        ratios[f"{critic}_ratio"] = round(found["trl"]["seconds"] / one["seconds"], 3)
+    peak = max((one["peak_gb"] for one in ours.values()), default=0.0)
+    for name, key in (("trl", "memory_ratio"), ("trl, micro-batch 4", "memory_ratio_micro_batch_4")):
+        if peak and name in found:
+            ratios[key] = round(peak / found[name]["peak_gb"], 3)
+    ratios["stages"] = {name.removeprefix("stages, "): one for name, one in found.items() if name.startswith("stages")}
+    return ratios
 
 
 def main() -> None:
@@ -371,15 +372,19 @@ def main() -> None:
         for name in RUNS:
             found[name] = in_a_process(name, job, path)
             show(name, found[name])
-    results = summary(found)
+            write(found)
+    print(json.dumps(summary(found)))
+
+
+def write(found: dict) -> None:
+    """What was measured so far: a run that is stopped keeps what it has."""
     hardware = f"{len(os.sched_getaffinity(0))} CPU cores, no GPU"
     runs = {
         name: {key: round(value, 2) for key, value in one.items()} for name, one in found.items() if "seconds" in one
     }
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    written = {"command": "make bench-ppo", "hardware": hardware, "runs": runs, "results": results}
+    written = {"command": "make bench-ppo", "hardware": hardware, "runs": runs, "results": summary(found)}
     OUT.write_text(json.dumps(written, indent=1) + "\n")
-    print(json.dumps(results))
 
 
 def child(name: str, job: dict) -> dict:
