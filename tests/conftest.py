@@ -1,6 +1,9 @@
 """Shared fixtures: real tiny models and tokenizers, and the shared data where it is present."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,42 @@ def tiny_llama(tiny_config):
 
     torch.manual_seed(0)
     return LlamaForCausalLM(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built with this environment's setuptools from a copy (a build writes into its source folder)."""
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    # recipes and tests too: the build must leave them out by itself
+    for name in (
+        "setup.cfg",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "hf_rlhf_ext",
+        "recipes",
+        "tests",
+        "model_cards",
+    ):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (root / name).is_file():
+            shutil.copyfile(root / name, folder / "source" / name)
+    _pip("wheel", "--no-build-isolation", "-w", str(folder), "./source", cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    _pip("install", "--target", str(target), str(wheel), cwd=target)
+    return target
+
+
+def _pip(command: str, *args: str, cwd: Path) -> None:
+    words = [sys.executable, "-m", "pip", command, "-q", "--no-deps", "--no-index", *args]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -21,44 +21,6 @@ def run(*args: str, cwd: Path, path: list[Path] | None = None) -> subprocess.Com
     return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built with this environment's setuptools from a copy (a build writes into its source folder)."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    tracked = ["setup.cfg", "pyproject.toml", "LICENSE", "README.md", "hf_rlhf_ext", "recipes", "tests", "model_cards"]
-    source.mkdir()
-    for name in tracked:  # recipes and tests too: the build must leave them out by itself
-        if (ROOT / name).is_dir():
-            _copy_tree(ROOT / name, source / name)
-        elif (ROOT / name).is_file():
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    done = run(
-        *("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), "./source"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
-    return path
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    for path in source.rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else."""
-    target = tmp_path_factory.mktemp("site")
-    done = run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in names if name.startswith("hf_rlhf_ext-0.1.0.dist-info/")}

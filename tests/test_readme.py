@@ -49,11 +49,20 @@ def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_python_of_the_readme_runs(code, tmp_path):
+def test_python_of_the_readme_runs(code, installed, tmp_path):
+    """From the installed wheel, outside of the checkout."""
+    code += "\nimport hf_rlhf_ext\nprint(hf_rlhf_ext.__file__)"
+    known = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=known | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == str(installed / "hf_rlhf_ext" / "__init__.py")
 
 
 def test_every_make_target_of_the_readme_exists():
@@ -105,6 +114,18 @@ def test_noise_table_of_the_readme_is_that_of_the_committed_study():
             values = [results[f"{level}|{method}|{seed}"] for seed in range(3)]
             cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}")
         assert f"| {float(level):.0%} | {' | '.join(cells)} |" in README
+
+
+def test_ppo_study_of_the_readme_is_the_committed_one():
+    found, rows = json.loads((ROOT / "docs" / "study" / "ppo.json").read_text(encoding="utf-8"))["summary"], []
+    for seed in range(3):
+        run = found[f"stories260K-{seed}"]
+        assert run["moving_mean_within_25"] == 1.0 and run["rollouts"] >= 150
+        gold, score = (" → ".join(f"{x:.2f}" for x in run[f"{name}_before_after"]) for name in ("gold", "score"))
+        figures = f"{run['kl_mean']:.2f} | {run['moving_mean_within_25']:.0%} | {run['explained_variance']:.2f}"
+        rows.append(f"| {seed} | {gold} | {score} | {figures} |")
+    assert "\n".join(rows) in README
+    assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stopped_by"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data", "check_reward"])

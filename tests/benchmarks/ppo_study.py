@@ -224,8 +224,9 @@ def plot(runs: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(3, 2)
-    for column, kind in enumerate(("stories260K", "smollm2")):
+    kinds = [kind for kind in ("stories260K", "smollm2") if any(name.startswith(kind) for name in runs)]
+    panels = figure.subplots(3, max(len(kinds), 1), squeeze=False)
+    for column, kind in enumerate(kinds):
         mine = {name: run for name, run in runs.items() if name.startswith(kind)}
         upper, middle, lower = panels[:, column]
         upper.set_title(f"{kind}, {len(mine)} seeds", fontsize=LABEL_SIZE + 1, color=INK, loc="left")

@@ -26,7 +26,9 @@ PUSHES = re.findall(r"^    python -m hf_rlhf_ext\.hub\.push (.*)$", README, re.M
 
 
 @pytest.mark.slow
-def test_the_two_lines_that_load_from_the_hub_run_as_written(hub, elsewhere, tiny_llama, chat_tokenizer, tmp_path):
+def test_the_two_lines_that_load_from_the_hub_run_as_written(
+    hub, elsewhere, installed, tiny_llama, chat_tokenizer, tmp_path
+):
     (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if '"alice/' in code]
     tiny_llama.save_pretrained(tmp_path / "base")
     chat_tokenizer.save_pretrained(tmp_path / "base")
@@ -38,7 +40,7 @@ def test_the_two_lines_that_load_from_the_hub_run_as_written(hub, elsewhere, tin
         chat_tokenizer.save_pretrained(tmp_path / name)
         RewardNormalization().save(tmp_path / name)
         push_run(tmp_path / name)
-    printed = elsewhere(snippet).stdout
+    printed = elsewhere(snippet, PYTHONPATH=str(installed)).stdout  # the wheel, not the checkout
     assert re.fullmatch(r"\[-?\d+\.\d+(e-\d+)?\]\n", printed)
 
 
