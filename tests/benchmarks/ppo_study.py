@@ -219,38 +219,43 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(runs: dict[str, Any], path: Path) -> None:
+    """A column a model, a line a seed: gold reward, KL with the target's band, and the critic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 9), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    kinds = [kind for kind in ("stories260K", "smollm2") if any(name.startswith(kind) for name in runs)]
-    panels = figure.subplots(3, max(len(kinds), 1), squeeze=False)
-    for column, kind in enumerate(kinds):
-        mine = {name: run for name, run in runs.items() if name.startswith(kind)}
+    panels = figure.subplots(3, 2)
+    for column, kind in enumerate(("stories260K", "smollm2")):
+        mine = [run for name, run in runs.items() if name.startswith(kind)]
         upper, middle, lower = panels[:, column]
         upper.set_title(f"{kind}, {len(mine)} seeds", fontsize=LABEL_SIZE + 1, color=INK, loc="left")
-        for run in mine.values():
-            e = run["evaluations"]
-            x = np.arange(len(run["kl"]))
-            upper.plot(e["rollout"], e["gold"], "o-", color=GOLD_COLOUR, markersize=3, alpha=0.8)
-            middle.plot(x, run["kl"], color=PROXY_COLOUR, alpha=0.25, linewidth=0.8)
-            if len(run["kl"]) > WINDOW:
-                middle.plot(x[WINDOW - 1 :], moving_mean(run["kl"]), color=PROXY_COLOUR, linewidth=1.5)
-            else:
-                middle.plot(x, run["kl"], "o-", color=PROXY_COLOUR, markersize=3)
-            lower.plot(x, run["explained_variance"], color=INK, alpha=0.5, linewidth=1)
+        for run in mine:
+            upper.plot(run["evaluations"]["rollout"], run["evaluations"]["gold"], "o-", color=GOLD_COLOUR, markersize=3)
+            draw_kl(middle, run["kl"])
+            lower.plot(run["explained_variance"], color=INK, alpha=0.6, linewidth=1)
         upper.set_ylabel("gold reward (sentiment)", fontsize=LABEL_SIZE, color=GOLD_COLOUR)
         middle.set_ylabel("KL, nats per completion", fontsize=LABEL_SIZE, color=PROXY_COLOUR)
         lower.set_ylabel("value explained variance", fontsize=LABEL_SIZE, color=INK)
         lower.set_xlabel("rollout", fontsize=LABEL_SIZE, color=INK)
         if kind == "stories260K":
-            middle.axhspan(KL_TARGET * (1 - BAND), KL_TARGET * (1 + BAND), color=GRID, zorder=0)
-            middle.axvline(WARM_UP, color=GRID, linewidth=1)
+            middle.axhspan(KL_TARGET * (1 - BAND), KL_TARGET * (1 + BAND), color=GRID, zorder=0, label="target ± 25 %")
+            middle.axvline(WARM_UP, color=INK, linewidth=0.8, linestyle=":", label="end of the warm-up")
+            named = dict(zip(*reversed(middle.get_legend_handles_labels()), strict=True))  # one entry for all seeds
+            middle.legend(named.values(), named, frameon=False, fontsize=TICK_SIZE, labelcolor=INK, loc="lower right")
     for axes in panels.flatten():
         axes.tick_params(labelsize=TICK_SIZE, colors=INK)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def draw_kl(axes, kl: list[float]) -> None:
+    if len(kl) <= WINDOW:
+        axes.plot(kl, "o-", color=PROXY_COLOUR, markersize=3)
+        return
+    axes.plot(kl, color=PROXY_COLOUR, alpha=0.2, linewidth=0.8, label="one rollout")
+    smooth = moving_mean(kl)
+    axes.plot(range(WINDOW - 1, len(kl)), smooth, color=PROXY_COLOUR, linewidth=1.5, label=f"mean over {WINDOW}")
 
 
 def main() -> None:
