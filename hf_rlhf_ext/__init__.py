@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .data.collators import DataCollatorForComparisons
     from .data.formats import load_comparisons, load_demonstrations
     from .data.quality import quality_report
+    from .hub.card import write_card
     from .hub.dataset import push_comparisons
     from .hub.push import push_run
     from .modeling.loading import load_base_model, load_policy, load_tokenizer
@@ -44,6 +45,7 @@ _HOMES = {
     "push_comparisons": "hub.dataset",
     "push_run": "hub.push",
     "quality_report": "data.quality",
+    "write_card": "hub.card",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "push_comparisons",
     "push_run",
     "quality_report",
+    "write_card",
 ]
 
 require_supported_trl()

@@ -15,12 +15,18 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(folder)
+        if is_complete(folder):
+            return str(folder)
     return None
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether the checkpoint was written to its end."""
+    try:
+        json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
@@ -30,6 +36,11 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if str(resume_from_checkpoint).lower() != "true":
         if not Path(resume_from_checkpoint).is_dir():
             raise UserError(f"resume_from_checkpoint: no folder {resume_from_checkpoint}: give a checkpoint, or true.")
+        if not is_complete(resume_from_checkpoint):
+            raise UserError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} was not written to its end (no whole "
+                "trainer_state.json): give another checkpoint, or true for the last whole one."
+            )
         return str(resume_from_checkpoint)
     found = last_complete_checkpoint(output_dir)
     if found is None:

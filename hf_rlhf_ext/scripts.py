@@ -1,6 +1,5 @@
 """Options that the recipes share, beside TRL's configs, how they hold rows out, and what they leave at the end."""
 
-import hashlib
 import json
 import shlex
 import sys
@@ -12,9 +11,12 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trl import ModelConfig, get_peft_config
 
 from .cli import versions
@@ -23,9 +25,9 @@ from .data.refine import filter_comparisons, weigh_by_reliability
 from .errors import UserError
 from .hub.card import hardware, write_card
 from .hub.privacy import strip_local_paths
-from .hub.push import PUSHED_FILE, check_access, try_push
+from .hub.push import PUSHED_FILE, check_access, content_digest, try_push
 from .hub.trainer import push_options
-from .modeling.loading import EMBEDDED_MODEL, adapter_base, preferred_dtype
+from .modeling.loading import EMBEDDED_MODEL, adapter_base, preferred_dtype, resolve_location
 
 
 @dataclass
@@ -177,7 +179,10 @@ class ModelArguments(ModelConfig):
     def peft_config(self, task_type: str) -> PeftConfig | None:
         """The adapter's configuration for `CAUSAL_LM` or `SEQ_CLS`, None where all weights are trained."""
         self.lora_task_type = task_type
-        return get_peft_config(self)
+        config = get_peft_config(self)
+        if config is not None:
+            config.revision = self.revision  # of the base: without it, a reload would take the newest weights
+        return config
 
 
 def machine_defaults() -> dict[str, bool]:
@@ -228,6 +233,17 @@ def public_name(model_name_or_path: str) -> str:
     return path.resolve().name if path.exists() else model_name_or_path
 
 
+def hub_dataset(data: DataArguments) -> dict[str, Any]:
+    """What a card says of a data set on the Hub: its id, and its commit if the Hub tells; nothing of a local one."""
+    if Path(data.dataset_name).expanduser().exists():
+        return {}
+    try:
+        sha = HfApi().dataset_info(data.dataset_name, revision=data.dataset_revision, timeout=10).sha
+    except Exception:  # no network, no right, offline: a card can do without
+        sha = None
+    return {"datasets": [data.dataset_name], "dataset_revision": sha}
+
+
 _NOT_OF_THE_RUN = ("push_to_hub", "hub_token", "hub_model_id", "overwrite", "resume_from_checkpoint", "lora_task_type")
 """Options that say nothing about what was trained."""
 
@@ -235,19 +251,32 @@ _NOT_OF_THE_RUN = ("push_to_hub", "hub_token", "hub_model_id", "overwrite", "res
 def check_push(args: TrainingArguments, model_args: ModelArguments) -> None:
     """Refuses `--push_to_hub` before anything is loaded where it could only fail at the end.
 
+    `args.hub_model_id` becomes the full id.
+
     Raises:
-        UserError: no right to write there, or a local base model, with which nobody could load the adapter.
+        UserError: no right to write there, a local base model, with which nobody could load the adapter, or one that
+            brings code of its own.
     """
     if not args.push_to_hub:
         return
-    name = model_args.model_name_or_path
-    base = adapter_base(name, model_args.revision) or name
-    if model_args.use_peft and Path(base).expanduser().exists():
+    name, revision = model_args.model_name_or_path, model_args.revision
+    adapter = adapter_base(name, revision)
+    base, whole = adapter or name, not adapter and not model_args.use_peft
+    if not whole and Path(base).expanduser().exists():
         raise UserError(
             f"push_to_hub: the base model {base} is a local folder, with which nobody could load the adapter: push it "
             "first, and train from its Hub id."
         )
-    check_access(args.hub_model_id or Path(args.output_dir).absolute().name, args.hub_token)
+    args.hub_model_id = check_access(args.hub_model_id or Path(args.output_dir).absolute().name, args.hub_token)
+    path, location = resolve_location(name, revision)
+    saved = get_tokenizer_config(path, **location) | (
+        PreTrainedConfig.get_config_dict(path, **location)[0] if whole else {}
+    )
+    if args.trust_remote_code or "auto_map" in saved:
+        raise UserError(
+            f"push_to_hub: {name} brings code of its own (trust_remote_code, auto_map), which is not published "
+            "unasked: train without push_to_hub, then `python -m hf_rlhf_ext.hub.push` says what to --allow."
+        )
 
 
 def finish_run(
@@ -261,6 +290,8 @@ def finish_run(
 ) -> dict[str, Any]:
     """Writes `training_config.yaml`, `report.json` and the card into `args.output_dir`, and pushes it where asked.
 
+    Call it on every process: that of rank 0 writes and pushes.
+
     Args:
         kind: of the card, see `hub.card.KINDS`.
         report: what was measured, by section.
@@ -269,11 +300,13 @@ def finish_run(
         card: arguments of `write_card`, plots as names of files in the folder; None writes no card.
     """
     folder, config = Path(args.output_dir), training_config(*options)
-    (folder / "training_config.yaml").write_text(config, encoding="utf-8")
     about = {"seed": args.seed, "seconds": {kind: round(seconds, 1)}, "hardware": hardware(), "versions": versions()}
     report = {**report, **about, "command": strip_local_paths("python " + shlex.join(sys.argv))}
-    report = write_report(folder, report, card and {"kind": kind, "config": config, **card})
-    if args.push_to_hub:
+    if args.process_index == 0:
+        (folder / "training_config.yaml").write_text(config, encoding="utf-8")
+        report = write_report(folder, report, card and {"kind": kind, "config": config, **card})
+    PartialState().wait_for_everyone()  # before the push, which may take longer than they would wait
+    if args.process_index == 0 and args.push_to_hub:
         try_push(folder, args.hub_model_id, **push_options(args))
     return report
 
@@ -322,13 +355,10 @@ def lineage_of(name: str, revision: str | None = None, *, dataset: bool = False,
     counted = f", {rows} rows" if rows is not None else ""
     if not path.exists():
         return f"{'datasets/' if dataset else ''}{name}" + (f"@{revision}" if revision else "")
+    kinds = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".arrow") if dataset else (".safetensors",)
+    digest = content_digest(path, kinds)
     if (path / PUSHED_FILE).is_file():
         pushed = json.loads((path / PUSHED_FILE).read_text(encoding="utf-8"))
-        return f"{pushed['repo_id']}@{pushed['commit']}"
-    kinds = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".arrow") if dataset else (".safetensors",)
-    digest = hashlib.sha256()
-    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in kinds):
-        if not any(folder.startswith("checkpoint-") for folder in part.relative_to(path).parts):
-            with part.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest() if part != path else file.read())
-    return f"local {path.resolve().name} (sha256 {digest.hexdigest()[:16]}{counted})"
+        if pushed.get("weights") == digest:  # not trained on since then
+            return f"{pushed['repo_id']}@{pushed['commit']}"
+    return f"local {path.resolve().name} (sha256 {digest}{counted})"

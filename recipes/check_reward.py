@@ -13,6 +13,7 @@ from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versio
 # isort: split
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
-from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward, fitting
+from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward, fitting, within
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.heads import position_limit
@@ -60,8 +61,13 @@ def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
         rows = rows.select(range(min(data.eval_rows, len(rows))))
     scorer = load_reward(args.reward_model, batch_size=args.batch_size)
     member = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
-    rows = fitting(rows, member.tokenizer, position_limit(bare_model(member.model)))
-    checked = check_reward(scorer.raw, rows, reward=scorer if isinstance(scorer, RewardEnsemble) else None)
+    limit, seen = position_limit(bare_model(member.model)), {}
+    rows = fitting(rows, member.tokenizer, limit)
+    together = isinstance(scorer, RewardEnsemble)
+    # Called for the rows first, then for each probe: the first disagreement is that on the rows.
+    reward = partial(scorer, log_metric=seen.setdefault) if together else None
+    checked = check_reward(scorer.raw, rows, reward=reward, fits=within(member.tokenizer, limit))
+    checked.figures.update({"disagreement": seen["reward_disagreement"]} if together else {})
     folder = Path(args.output_dir)
     plot_judged(checked.judged, folder / "evaluation.png")
     written = {name: value for name, value in vars(checked).items() if name != "judged"}
@@ -73,8 +79,9 @@ def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
 def print_table(checked: RewardCheck) -> None:
     table = Table("figure", "value", title=checked.verdict, title_justify="left")
     figures = checked.figures
-    for name in ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece"):
-        value = figures[name]
+    for name in ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece", "disagreement"):
+        if (value := figures.get(name)) is None:  # one model does not disagree
+            continue
         table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
     for name in ("accuracy", "gain"):
         if f"{name}_low" in figures:  # not over a single prompt
@@ -86,6 +93,8 @@ def print_table(checked: RewardCheck) -> None:
             table.add_row(label, f"{found['accuracy']:.3f} on {found['n']}")
     for name, share in checked.probes.items():
         table.add_row(f"probe '{name}' beats the chosen answer", f"{share:.0%}")
+    for name, count in checked.left_out.items():
+        table.add_row(f"probe '{name}' too long for the model", f"{count} prompts left out")
     Console().print(table)
 
 

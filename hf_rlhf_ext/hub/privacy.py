@@ -15,14 +15,19 @@ _PATH = re.compile(
     r"|(?:\bfile:/+|(?<![\w.:/\\<>~-])(?:~\w*/|/|(?:\.\./)+)(?=[\w.~])|(?<!\w)[A-Za-z]:[\\/]|(?<!\\)\\\\(?=\w))"
     r"(?P<path>[^\s'\",;:|)\]}<>]*)"
 )
+_ID = r"(?<![\w./~-])(?:datasets/)?{name}/[\w.-]+(?![\w.-]*/)"  # owner/name on the Hub; a path has more parts
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|hf_oauth_\S+|[sg]h[ps]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,})")
+
+COMMON_NAMES = frozenset("root user users admin ubuntu runner model base data test main host app".split())
+"""Names of users and hosts that tell nothing, and that ordinary text and options hold."""
 
 
 def strip_local_paths(text: str) -> str:
     """Returns `text` without local paths, user name, host name or access tokens.
 
     Paths under the working folder become relative; of others the last component stays (`<path>/data.jsonl`), so that a
-    command still reads as one. URLs stay, but for what they may carry of the rest.
+    command still reads as one. URLs stay, but for what they may carry of the rest; so do ids on the Hub, whose owner
+    may be called as the user is.
     """
     text = _TOKEN.sub("<token>", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -31,8 +36,19 @@ def strip_local_paths(text: str) -> str:
     text = _shorten_known_folders(text)
     text = _PATH.sub(_shorten, text)
     for name, placeholder in _names():
-        text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", placeholder, text)
+        known = rf"(?P<id>{_ID.format(name=re.escape(name))})|(?<!\w){re.escape(name)}(?!\w)"
+        text = re.sub(known, lambda m, n=name, p=placeholder: m[0] if _is_id(m["id"]) else m[0].replace(n, p, 1), text)
     return text
+
+
+def _is_id(found: str | None) -> bool:
+    return found is not None and not Path(found.removeprefix("datasets/")).exists()
+
+
+def hub_owners(*ids: str | None) -> set[str]:
+    """Owners of those that are ids on the Hub (`owner/name`, `datasets/owner/name@revision`), in lower case."""
+    found = (re.fullmatch(r"(?:datasets/)?([\w.-]+)/[\w.-]+(?:@.*)?", name or "") for name in ids)
+    return {match[1].lower() for match in found if match}
 
 
 def _shorten_known_folders(text: str) -> str:
@@ -61,10 +77,10 @@ def _names() -> list[tuple[str, str]]:
 
 
 def machine_names() -> list[str]:
-    """Host and user names of this machine; the long form of a host name first."""
+    """Host and user names of this machine that tell something; the long form of a host name first."""
     hosts = {socket.gethostname(), socket.gethostname().split(".")[0], _node()}
     found = [*sorted(hosts, key=len, reverse=True), user_name()]
-    return [name for name in found if len(name) > 1 and name != "localhost"]
+    return [name for name in found if len(name) > 1 and name != "localhost" and name.lower() not in COMMON_NAMES]
 
 
 def user_name() -> str:

@@ -4,23 +4,27 @@ python -m hf_rlhf_ext.hub.push runs/ppo --repo alice/polite-policy
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import logging
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from ..errors import UserError
 from .card import EMBEDDED_BASES, card_from_report
+from .privacy import hub_owners
 from .scan import PICKLES, refuse_findings, scan
 
 logger = logging.getLogger(__name__)
@@ -31,8 +35,10 @@ LEFT_OUT = (*PICKLES, "checkpoint-*", "events.out.tfevents*", "runs", "wandb", "
 _LEFT_OUT_TOO = (".*", "_*", "*.tmp", "*.lock", "hf_rlhf_ext.json", "trainer_state.json", "pushed.json")
 PUSHED_FILE = "pushed.json"
 """What `push_run` leaves in the folder: where it went, for the cards of what is made from it."""
-_STALE = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "reward_normalization.json")
+MANIFEST = ".hf_rlhf_ext.json"
+"""What a push leaves in the repository: the names of its files; the next push removes those that it does not have."""
 _ATTEMPTS = 4
+_LONGEST_WAIT = 300  # seconds; a Hub that asks for more is for later: a rented machine would wait
 _LOCAL_MARKS = ("is_local", "local_files_only", "_commit_hash")
 _BASE_KEYS = ("base_model_name_or_path", "base_model", "name_or_path", "_name_or_path")
 
@@ -51,6 +57,7 @@ def push_run(
     allow: Iterable[str] = (),
     merge: str | None = None,
     base_model: str | None = None,
+    license: str | None = None,
     message: str = "Upload of a finished run",
 ) -> str:
     """Pushes the folder of a run (adapters, heads, normalisation, tokenizer, options, report, plots, card).
@@ -67,6 +74,7 @@ def push_run(
         merge: "bfloat16", "float16" or "float32" pushes one plain model in that dtype, the adapter merged into an
             unquantised reload of its base.
         base_model: Hub id of the base, where the run had it in a local folder.
+        license: of the model (`apache-2.0`); default is what the base's card on the Hub says.
         message: of the commit.
 
     Returns:
@@ -76,25 +84,27 @@ def push_run(
         UserError: a leak, no right to write there, a base that nobody else has, in one line.
         PushError: the Hub failed, after retries; the line has the command that pushes later.
     """
-    folder = Path(folder)
+    folder, allow = Path(folder), list(allow)
     if not folder.is_dir():
         raise UserError(f"push: no folder {folder}: give the output_dir of a finished run.")
     repo_id = repo_id or folder.resolve().name
+    target: dict[str, Any] = {"private": private, "revision": revision, "allow": allow}
+    about = {"base_model": base_model, "license": license}
+    later = later_command(folder, repo_id, **target, merge=merge, **about)
+    repo_id, digest = check_access(repo_id, token), content_digest(folder)
     with tempfile.TemporaryDirectory() as scratch:
         source = folder
         if merge is not None:
             from .merge import merge_run  # loads torch
 
             source = merge_run(folder, Path(scratch) / folder.resolve().name, dtype=merge, base_model=base_model)
-        files = run_files(source, repo_id, base_model)
-        options = {"private": private, "revision": revision}
+        files = run_files(source, repo_id, **about, token=token)
         try:
-            commit = push_files(files, repo_id, token=token, allow=allow, message=message, **options)
+            commit = push_files(files, repo_id, token=token, message=message, **target)
         except PushError as error:
-            later = later_command(folder, repo_id, merge=merge, **options)
             raise PushError(f"{error} It is kept in {folder}; later: {later}") from error
     if merge is None:
-        known = {"repo_id": commit.repo_url.repo_id, "commit": commit.oid}
+        known = {"repo_id": commit.repo_url.repo_id, "commit": commit.oid, "weights": digest}
         (folder / PUSHED_FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
     return commit.commit_url
 
@@ -107,26 +117,38 @@ def push_files(
     token: str | None = None,
     revision: str | None = None,
     allow: Iterable[str] = (),
+    public: Iterable[str] = (),
     message: str = "Upload",
     repo_type: str = "model",
 ) -> CommitInfo:
-    """Scans `files` (name in the repository: content, or where it is) and pushes them in one commit."""
-    refuse_findings(scan(files, allow))
+    """Scans `files` (name in the repository: content, or where it is) and pushes them to `owner/name` in one commit.
+
+    What an earlier push left there and this one lacks is removed in it. `public` are names that may be published
+    (`hub_owners`), beside the owners of `repo_id` and of what a run says that it was made from.
+    """
+    if "/" not in repo_id:
+        raise PushError(f"not pushed: the Hub cannot be reached, so it is not known whose {repo_id} would be.")
+    files = files | {MANIFEST: (json.dumps({"files": sorted(files)}, indent=2) + "\n").encode()}
+    refuse_findings(scan(files, allow, {*public, *hub_owners(repo_id, *_named(files))}))
     api = HfApi(token=token)
-    repo_id = check_access(repo_id, token)
     kind: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
 
     def push() -> CommitInfo:
         _create(api, private, **kind)
         if revision is not None:
             api.create_branch(**kind, branch=revision, exist_ok=True)
-        there = api.list_repo_files(**kind, revision=revision)
-        stale = [name for name in there if name not in files and any(fnmatch(name, p) for p in _STALE)]
+        head = api.repo_info(**kind, revision=revision)
+        there, stale = {file.rfilename for file in head.siblings}, set()
+        if MANIFEST in there:
+            manifest = api.hf_hub_download(**kind, filename=MANIFEST, revision=head.sha)
+            stale = (there & set(json.loads(Path(manifest).read_bytes())["files"])) - files.keys()
         # Made anew for every attempt: they ask again what has arrived, also of a commit whose answer was lost.
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        operations += map(CommitOperationDelete, stale if repo_type == "model" else ())
-        # Not upload_folder: with hf_xet it splits what is large into several commits.
-        return api.create_commit(**kind, operations=operations, commit_message=message, revision=revision)
+        operations += map(CommitOperationDelete, sorted(stale))
+        # Not upload_folder: with hf_xet it splits what is large into several commits. Refused (412), and made again,
+        # where another push came between.
+        options = {"commit_message": message, "revision": revision, "parent_commit": head.sha}
+        return api.create_commit(**kind, operations=operations, **options)
 
     try:
         return _retried(push)
@@ -134,7 +156,13 @@ def push_files(
         raise PushError(f"not pushed to {repo_id}: {_line(error)}.") from error
 
 
-def run_files(folder: Path, repo_id: str | None = None, base_model: str | None = None) -> dict[str, Path | bytes]:
+def run_files(
+    folder: Path,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> dict[str, Path | bytes]:
     """What is pushed of a run's folder: name in the repository, and content where it differs from the file's."""
     files: dict[str, Path | bytes] = {}
     for path in sorted(folder.rglob("*")):
@@ -146,12 +174,26 @@ def run_files(folder: Path, repo_id: str | None = None, base_model: str | None =
         raise UserError(f"push: {folder} holds no weights (*.safetensors): give the output_dir of a finished run.")
     if (readme := folder / "README.md").is_file() and "<!-- Provide" in readme.read_text(encoding="utf-8"):
         files.pop("README.md", None)  # PEFT's empty form, which names local folders
-    report = files.get("report.json")
-    if isinstance(report, Path):
+    if "report.json" in files:
+        report = _read_json(folder / "report.json")
         changes = {"repo_id": repo_id} | ({"base_model": base_model} if base_model else {})
-        if card := card_from_report(json.loads(report.read_text(encoding="utf-8")), **changes):
-            files["README.md"] = card.encode()
+        try:
+            if "card" in report:
+                found = license or _license_of(base_model or report["card"].get("base_model", ""), token)
+                files["README.md"] = card_from_report(report | {"license": found}, **changes).encode()
+        except Exception as error:  # a report of another version, or one that somebody wrote
+            raise UserError(f"push: no card can be made of {folder / 'report.json'}: {_line(error)}.") from error
     return files
+
+
+def content_digest(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> str:
+    """Beginning of a sha256 over a file, or over a folder's files of such names, but for checkpoints."""
+    digest = hashlib.sha256()
+    for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in suffixes):
+        if not any(folder.startswith(("checkpoint-", ".")) for folder in part.relative_to(path).parts):
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest() if part != path else file.read())
+    return digest.hexdigest()[:16]
 
 
 def check_access(repo_id: str, token: str | None = None) -> str:
@@ -198,10 +240,10 @@ def try_push(folder: str | Path, repo_id: str | None = None, **options: Any) -> 
         url = push_run(folder, repo_id, **options)
     except PushError as error:
         print(f"warning: {error}", file=sys.stderr)
-    except UserError as error:
-        options = {name: options[name] for name in ("private", "revision") if name in options}
-        later = later_command(folder, repo_id, **options)
-        print(f"warning: {error} The run is kept in {folder}; later: {later}", file=sys.stderr)
+    except Exception as error:
+        later = later_command(folder, repo_id, **{k: v for k, v in options.items() if k not in ("token", "message")})
+        what = error if isinstance(error, UserError) else f"not pushed ({type(error).__name__}: {_line(error)})."
+        print(f"warning: {what} The run is kept in {folder}; later: {later}", file=sys.stderr)
     else:
         print(f"Pushed: {url}")
         return url
@@ -209,17 +251,12 @@ def try_push(folder: str | Path, repo_id: str | None = None, **options: Any) -> 
 
 
 def later_command(
-    folder: str | Path,
-    repo_id: str | None,
-    *,
-    private: bool = True,
-    revision: str | None = None,
-    merge: str | None = None,
+    folder: str | Path, repo_id: str | None, *, private: bool = True, allow: Iterable[str] = (), **given: str | None
 ) -> str:
-    """The command that pushes a folder."""
+    """The command that pushes a folder; `given` are further arguments of `push_run`."""
     words = ["python", "-m", "hf_rlhf_ext.hub.push", str(folder)] + ["--public"] * (not private)
-    given = {"--repo": repo_id, "--revision": revision, "--merge": merge}
-    return shlex.join(words + [part for name, value in given.items() if value for part in (name, value)])
+    options = [("repo", repo_id), *given.items(), *(("allow", finding) for finding in allow)]
+    return shlex.join(words + [word for name, value in options if value for word in (f"--{name}", value)])
 
 
 def _create(api: HfApi, private: bool, **kind: Any) -> RepoUrl:
@@ -231,7 +268,7 @@ def _create(api: HfApi, private: bool, **kind: Any) -> RepoUrl:
 
 def _public_json(path: Path, base_model: str | None) -> bytes:
     """A configuration without marks of the machine it was saved on, its base under the name that others know."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read_json(path)
     for mark in _LOCAL_MARKS:
         found.pop(mark, None)
     for key in _BASE_KEYS:
@@ -250,6 +287,43 @@ def _public_json(path: Path, base_model: str | None) -> bytes:
     return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"push: {path} is no JSON ({_line(error)}): mend or remove it.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"push: {path} is no JSON object: mend or remove it.")
+    return found
+
+
+def _named(files: Mapping[str, Path | bytes]) -> Iterator[str]:
+    """All values of a run's report, options and adapter configurations: ids on the Hub among them."""
+    for name, content in files.items():
+        if name.endswith(("report.json", "adapter_config.json", "training_config.yaml")):
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            with contextlib.suppress(ValueError, yaml.YAMLError):  # then it names nothing
+                yield from _strings((json.loads if name.endswith(".json") else yaml.safe_load)(data))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _license_of(base_model: str, token: str | None) -> str | None:
+    """What the card of the base says, which a derivative inherits; None where there is no such card to be read."""
+    if base_model in (*EMBEDDED_BASES, *EMBEDDED_BASES.values()):
+        return "apache-2.0"
+    try:
+        return ModelCard.load(base_model, token=token, ignore_metadata_errors=True).data.license
+    except Exception:  # no network, no repository, no card
+        return None
+
+
 def _retried(call: Callable[[], T]) -> T:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -257,9 +331,9 @@ def _retried(call: Callable[[], T]) -> T:
         except Exception as error:
             status = _status(error)
             permanent = status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429)
-            if permanent or attempt == _ATTEMPTS:
-                raise
             seconds = _wait(error, attempt)
+            if permanent or attempt == _ATTEMPTS or seconds > _LONGEST_WAIT:
+                raise
             logger.warning("push: %s; again in %d s (%d of %d).", _line(error), seconds, attempt, _ATTEMPTS - 1)
             time.sleep(seconds)
     raise AssertionError("not reached")
@@ -300,12 +374,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     parser.add_argument("--revision", help="branch to push to, made where it does not exist")
     parser.add_argument("--base_model", help="Hub id of the base, where the run had it in a local folder")
+    parser.add_argument("--license", help="licence of the model; default is the base's, as its card says")
     parser.add_argument("--merge", choices=["bfloat16", "float16", "float32"], help="push one plain, merged model")
     parser.add_argument("--allow", action="append", default=[], metavar="KIND:FILE:LINE", help="let a finding pass")
     args = parser.parse_args(argv)
-    options = {"revision": args.revision, "allow": args.allow, "merge": args.merge, "base_model": args.base_model}
+    options = vars(args)
+    folder, repo, public = (options.pop(name) for name in ("folder", "repo", "public"))
     try:
-        print(f"Pushed: {push_run(args.folder, args.repo, private=not args.public, **options)}")
+        print(f"Pushed: {push_run(folder, repo, private=not public, **options)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

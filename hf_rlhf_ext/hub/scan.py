@@ -1,8 +1,12 @@
 """Finds what must not be published: secrets, traces of the machine, e-mail addresses, and files that run code."""
 
+import io
+import json
 import os
+import pickletools
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +18,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", 
 """Endings of files that may run code when they are loaded, optimizer states and training arguments among them."""
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # they spell everything by chance
-_COMMON = {"root", "user", "users", "admin", "ubuntu", "runner", "model", "base", "data", "test", "main", "host", "app"}
-_MAX_TEXT = 32 * 2**20
+# What may be bytes, not text: pictures, and vocabularies of sentencepiece.
+_BINARIES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".model")
+_RUNS_CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # opcodes of pickles
 
 # Kind of finding: what it looks like in one line of text.
 _TOKENS = (
@@ -39,7 +44,8 @@ _KINDS = {
     "home": r"(?<![\w.])(?:/home/|/Users/|/root\b|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.-]*",
     "email": r"(?<![\w.+/-])(?!git@|no-?reply@)[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
     "address": r"(?<![\d.])(?:(?:10|127)\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2}(?![\d.])",
-    "remote-code": r"(?i)trust_remote_code[\"']?\s*[:=]\s*[\"']?(?:true|1|yes|on)\b|[\"']?auto_map[\"']?\s*:",
+    "remote-code": r"(?i)trust_remote_code[\"']?\s*[:=]\s*[\"']?(?:true|1|yes|on)\b|[\"']?auto_map[\"']?\s*:"
+    r"|--trust_remote_code\b(?![\s=]+[\"']?(?:false|f|no|n|off|0)\b)",
     "path": _PATHS,
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
@@ -63,10 +69,13 @@ class Finding(NamedTuple):
         return not {f"{self.kind}:{self.file}:{self.line}", f"{self.kind}:{self.file}"}.isdisjoint(allow)
 
 
-def scan(files: Mapping[str, Path | bytes], allow: Iterable[str] = ()) -> list[Finding]:
-    """All findings in `files` (name in the repository: content, or where it is), but for those in `allow`."""
+def scan(files: Mapping[str, Path | bytes], allow: Iterable[str] = (), public: Iterable[str] = ()) -> list[Finding]:
+    """All findings in `files` (name in the repository: content, or where it is), but for those in `allow`.
+
+    `public` are names, in lower case, that may be published though user or host are called so: `hub_owners`.
+    """
     allow = set(allow)
-    found = [finding for name, content in sorted(files.items()) for finding in _scan_file(name, content)]
+    found = [finding for name, content in sorted(files.items()) for finding in _scan_file(name, content, public)]
     return [finding for finding in found if not finding.allowed(allow)]
 
 
@@ -87,12 +96,12 @@ def refuse_findings(findings: list[Finding]) -> None:
         )
 
 
-def scan_text(text: str, file: str, *, vocabulary: bool = False) -> Iterator[Finding]:
+def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Iterable[str] = ()) -> Iterator[Finding]:
     """Findings in text, line by line; in a vocabulary only what nobody would have there by chance."""
     kinds = {k: p for k, p in _PATTERNS.items() if not vocabulary or k == "token"}
-    known = [*_machine_strings(names=not vocabulary)]
+    known = [*_machine_strings(names=not vocabulary, public=public)]
     json_like = file.endswith((".json", ".jsonl"))
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a row of JSON may hold U+2028
         if json_like:
             line = _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else " " if m[2] in "nrtbf" else m[2], line)
         spans: list[tuple[int, int]] = []
@@ -103,38 +112,69 @@ def scan_text(text: str, file: str, *, vocabulary: bool = False) -> Iterator[Fin
                 yield Finding(kind, file, number, _excerpt(kind, match[0]))
 
 
-def _scan_file(name: str, content: Path | bytes) -> Iterator[Finding]:
+def _scan_file(name: str, content: Path | bytes, public: Iterable[str]) -> Iterator[Finding]:
     if isinstance(content, Path) and content.is_symlink():
         yield Finding("link", name, 0, "a link: what it points to may be anything")
         return
-    for finding in scan_text(name, name):  # a file's name can tell as much as its content
+    for finding in scan_text(name, name, public=public):  # a file's name can tell as much as its content
         yield finding._replace(line=0)
-    if Path(name).match("events.out.tfevents*"):
-        yield Finding("event-file", name, 0, "names the host it was written on")
     if name.endswith((".py", ".so", ".sh")):
         yield Finding("code", name, 0, "runs where it is trusted")
-    data = content[:_MAX_TEXT] if isinstance(content, bytes) else _head(content)
-    if any(Path(name).match(pattern) for pattern in PICKLES) or re.match(
-        rb"\x80[\x02-\x05]|PK.{20,80}/data\.pkl", data
-    ):
-        yield Finding("pickle", name, 0, "may run code when it is loaded")
+    if Path(name).match("events.out.tfevents*"):
+        yield Finding("event-file", name, 0, "names the host it was written on")
     elif name.endswith(".safetensors"):
-        (size,) = struct.unpack("<Q", data[:8]) if len(data) >= 8 else (0,)
-        header = data[8 : 8 + size].decode(errors="replace")
-        yield from scan_text("".join(re.findall(r'"__metadata__":\{.*?\}', header)), name)
-    elif b"\0" not in data[:4096]:
-        yield from scan_text(data.decode(errors="replace"), name, vocabulary=Path(name).name in _VOCABULARIES)
-    else:
+        yield from _scan_safetensors(name, content, public)
+    elif any(Path(name).match(pattern) for pattern in PICKLES) or _is_pickle(data := _bytes(content)):
+        yield Finding("pickle", name, 0, "may run code when it is loaded")
+    elif (text := _text(data)) is not None:
+        yield from scan_text(text, name, vocabulary=Path(name).name in _VOCABULARIES, public=public)
+    elif name.lower().endswith(_BINARIES):
         text = data.decode("latin-1")
         yield from (Finding(k, name, 0, s.pattern) for k, s in _machine_strings(names=False) if s.search(text))
+    else:
+        yield Finding("binary", name, 0, "no UTF-8 text, weights or picture: what is in it cannot be seen")
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_MAX_TEXT)
+def _scan_safetensors(name: str, content: Path | bytes, public: Iterable[str]) -> Iterator[Finding]:
+    """Findings in the metadata; tensors are numbers."""
+    try:
+        (size,) = struct.unpack("<Q", _bytes(content, 8))
+        metadata = json.loads(_bytes(content, 8 + size)[8:]).get("__metadata__", {})
+    except (ValueError, struct.error, AttributeError):
+        yield Finding("binary", name, 0, "no safetensors header that can be read")
+    else:
+        yield from scan_text(json.dumps(metadata, ensure_ascii=False), name, public=public)
 
 
-def _machine_strings(*, names: bool) -> Iterator[tuple[str, re.Pattern]]:
+def _bytes(content: Path | bytes, size: int = -1) -> bytes:
+    if isinstance(content, bytes):
+        return content if size < 0 else content[:size]
+    with content.open("rb") as file:
+        return file.read(size)
+
+
+def _text(data: bytes) -> str | None:
+    try:
+        return data.decode() if b"\0" not in data else None
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_pickle(data: bytes) -> bool:
+    """Whether `data` is a pickle that runs code, of any protocol, or an archive that holds one (torch.save's)."""
+    if re.match(rb"\x80[\x02-\x05]", data):
+        return True
+    try:
+        if zipfile.is_zipfile(stream := io.BytesIO(data)):
+            return any(name.endswith(".pkl") for name in zipfile.ZipFile(stream).namelist())
+        *found, (_, _, end) = pickletools.genops(data)
+        whole = end == len(data.rstrip()) - 1  # words may be opcodes by chance, up to a full stop
+        return whole and not _RUNS_CODE.isdisjoint(opcode.name for opcode, _, _ in found)
+    except Exception:  # whatever the two make of what is none
+        return False
+
+
+def _machine_strings(*, names: bool, public: Iterable[str] = ()) -> Iterator[tuple[str, re.Pattern]]:
     """What only this machine can know: folders and secrets of the environment; user and host names with `names`."""
     for folder in {str(Path.home()), str(Path.cwd())}:
         if folder.count(os.sep) > 1:  # not "/root" or "/", which other words contain
@@ -143,7 +183,7 @@ def _machine_strings(*, names: bool) -> Iterator[tuple[str, re.Pattern]]:
         if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 12:
             yield "token", re.compile(re.escape(value))
     for name in machine_names() if names else ():
-        if name.lower() not in _COMMON:
+        if name.lower() not in public:
             kind = "user" if name == user_name() else "host"
             yield kind, re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")
 

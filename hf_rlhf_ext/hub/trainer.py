@@ -1,9 +1,9 @@
 """`push_to_hub` for trainers: Trainer's options, without the pickles and half-written folders that it would send."""
 
+import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import UserError
+from .card import FROM_PYTHON, trainer_report
 from .push import create_private_repo, push_files, run_files, try_push
 
 
@@ -23,6 +24,11 @@ class HubMixin:
     """
 
     _push_thread: threading.Thread | None = None
+
+    @property
+    def card_kind(self) -> str:
+        """Which of `hub.card.KINDS` this trainer makes."""
+        return {"PPO": "policy", "Reward": "reward_model"}.get(self._name, "sft")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Checks the token and makes the repository, before training."""
@@ -53,6 +59,9 @@ class HubMixin:
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
+        report = Path(self.args.output_dir) / "report.json"
+        if not report.is_file() or FROM_PYTHON in report.read_text(encoding="utf-8"):  # no recipe's: of the last push
+            report.write_text(json.dumps(trainer_report(self), indent=2) + "\n", encoding="utf-8")
         options = push_options(self.args) | {"message": commit_message or "Upload"}
         options |= {name: value for name, value in {"token": token, "revision": revision}.items() if value is not None}
         return try_push(self.args.output_dir, self.hub_model_id, **options)
@@ -66,20 +75,28 @@ class HubMixin:
             if not args.hub_always_push:
                 return
             self._finish_current_push()
-        # Linked, not copied: the checkpoint may be rotated away before it is sent.
-        scratch = tempfile.mkdtemp(prefix=".push-", dir=args.output_dir)
-        left_out = shutil.ignore_patterns(
-            "README.md", "*.pt", "*.pth", "*.bin"
-        )  # PEFT's empty card names local folders
-        copy = Path(scratch) / Path(checkpoint_folder).name
-        shutil.copytree(checkpoint_folder, copy, copy_function=_link, ignore=left_out)
-        step, options = self.state.global_step, push_options(args)
+        scratch, step, options = Path(args.output_dir) / ".push", self.state.global_step, push_options(args)
+
+        def warn(error: Exception) -> None:
+            said = error if isinstance(error, UserError) else f"not pushed: {type(error).__name__}: {error}."
+            print(f"warning: step {step}: {said} Training goes on.", file=sys.stderr)
+
+        try:  # linked, not copied: the checkpoint may be rotated away before it is sent
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            # Without README.md: PEFT's empty card names local folders.
+            left_out = shutil.ignore_patterns("README.md", "*.pt", "*.pth", "*.bin")
+            shutil.copytree(checkpoint_folder, scratch, copy_function=_link, ignore=left_out)
+        except OSError as error:  # shutil.Error too
+            return warn(error)
 
         def push() -> None:
+            # The card and the report of an earlier push go with its weights: they say nothing about these.
             try:
-                push_files(run_files(copy), self.hub_model_id, message=f"Training in progress, step {step}", **options)
-            except UserError as error:
-                print(f"warning: step {step}: {error} Training goes on.", file=sys.stderr)
+                push_files(
+                    run_files(scratch), self.hub_model_id, message=f"Training in progress, step {step}", **options
+                )
+            except Exception as error:
+                warn(error)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 

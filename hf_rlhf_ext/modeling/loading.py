@@ -92,7 +92,9 @@ def load_base_model(
         model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs)
         if task == "reward" and is_encoder(model) and not load_in_4bit and kwargs["dtype"] != torch.float32:
             model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs | {"dtype": torch.float32})
-    model.config.name_or_path = model.name_or_path = model_name_or_path
+    local = os.path.expanduser(model_name_or_path)
+    known = os.path.abspath(local) if os.path.exists(local) else model_name_or_path  # an adapter names its base by it
+    model.config.name_or_path = model.name_or_path = known
     if load_in_4bit:
         keep_nf4_gradients_right(model)
     if task == "reward" and load_in_4bit and is_encoder(model):
@@ -121,7 +123,12 @@ def load_tokenizer(
 
 
 def load_policy(
-    folder_or_repo: str | Path, *, revision: str | None = None, is_trainable: bool = False, **base_options
+    folder_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    trust_remote_code: bool = False,
+    **base_options,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a policy that a recipe saved: its base (from the adapter's config), the adapter, and the tokenizer.
 
@@ -129,17 +136,20 @@ def load_policy(
         folder_or_repo: an adapter folder or repository, or a whole model.
         revision: of the adapter's repository.
         is_trainable: keep the adapter's parameters trainable, to go on from it (PPO from an SFT adapter).
+        trust_remote_code: as in Transformers, for base and tokenizer.
         base_options: passed to `load_base_model` (dtype, load_in_4bit, …).
     """
     folder_or_repo = os.path.expanduser(folder_or_repo)
-    base_id = adapter_base(folder_or_repo, revision)
+    remote = {"trust_remote_code": trust_remote_code}
+    base_id, base_revision = base_and_revision(folder_or_repo, revision)
     if base_id is None:
-        model = load_base_model(folder_or_repo, revision=revision, **base_options)
-        return model, load_tokenizer(folder_or_repo, revision=revision)
-    base = load_base_model(base_id, **base_options)
+        model = load_base_model(folder_or_repo, revision=revision, **remote, **base_options)
+        return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
+    base = load_base_model(base_id, revision=base_revision, **remote, **base_options)
     model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
     tokenizer_saved = not Path(folder_or_repo).is_dir() or (Path(folder_or_repo) / "tokenizer_config.json").is_file()
-    return model, load_tokenizer(folder_or_repo, revision=revision) if tokenizer_saved else load_tokenizer(base_id)
+    source = (folder_or_repo, revision) if tokenizer_saved else (base_id, base_revision)
+    return model, load_tokenizer(source[0], revision=source[1], **remote)
 
 
 def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options) -> PeftModel:
@@ -165,8 +175,13 @@ def found_or_refused(option: str, name: str) -> Iterator[None]:
 
 def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
     """The base model id in `adapter_config.json`, or None where the folder or repository is not an adapter."""
+    return base_and_revision(folder_or_repo, revision)[0]
+
+
+def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple[str | None, str | None]:
+    """As `adapter_base`, with the base's revision (None: the newest), where training took a certain one."""
     if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
-        return None
+        return None, None
     local = Path(folder_or_repo).expanduser()
     if local.is_dir() or folder_or_repo.startswith(_LOCAL):
         path = local / "adapter_config.json"
@@ -177,7 +192,8 @@ def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None
         with found_or_refused("model_name_or_path", folder_or_repo):
             found = cached_file(folder_or_repo, "adapter_config.json", revision=revision, **quiet)
         path = Path(found) if found else local / "adapter_config.json"
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config.get("base_model_name_or_path"), config.get("revision")
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -77,6 +77,7 @@ class AdapterStack:
             found = Role(model=source.requires_grad_(trainable))
             if trainable:
                 self.model.add_module(f"{role}_model", source)  # so that optimizers and devices see it
+                source.to(next(self.model.parameters()).device)  # Trainer moves no model whose base is in 4 bits
         else:
             if not isinstance(self.model, PeftModel):
                 raise UserError(f"role {role!r}: a model without adapters shares its base with no other role.")

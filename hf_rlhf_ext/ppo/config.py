@@ -45,6 +45,9 @@ class PPOConfig(BaseConfig):
     )
 
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a model."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Early stopping goes on counting where the checkpoint was saved."}
+    )
 
     # Rollouts
     max_completion_length: int = field(
@@ -130,9 +133,12 @@ class PPOConfig(BaseConfig):
             "tokens. `kl_coef` adapts towards it (Ziegler et al. 2019, arXiv:1909.08593). If `None`, it is fixed."
         },
     )
-    kl_horizon: int = field(
-        default=10000,
-        metadata={"help": "Completions over which an error of ±0.2, the clip, moves `kl_coef` by a factor e^±0.2."},
+    kl_horizon: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions over which an error of ±0.2, the clip, moves `kl_coef` by a factor e^±0.2. If `None`, "
+            "those of ten rollouts: Ziegler et al. took 10000 for runs of millions of completions."
+        },
     )
 
     max_kl: float | None = field(
@@ -223,8 +229,13 @@ class PPOConfig(BaseConfig):
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "objective/scores"  # Transformers' own choice is a loss
+        if self.greater_is_better is None and "objective/kl" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
         super().__post_init__()
         self._check_ranges()
+        self._check_trainer_options()
         if clash := {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"} & set(
             self.generation_kwargs or ()
         ):
@@ -244,21 +255,39 @@ class PPOConfig(BaseConfig):
         for name in (*at_least_1, "warn_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("ptx_coef", "kl_coef", "length_target", "exact_kl_rows"):
-            if getattr(self, name) < 0:
+        at_least_0 = ("ptx_coef", "kl_coef", "length_target", "exact_kl_rows", "vf_coef", "top_k")
+        for name in (*at_least_0, "missing_eos_penalty"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("gamma", "gae_lambda", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("clip_range", "top_p"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, got {self.temperature}: PPO needs sampled completions.")
         if self.kl_target is not None and self.kl_target <= 0:
             raise UserError(
                 f"kl_target must be positive nats, got {self.kl_target}. For a fixed kl_coef, leave it out."
             )
-        for name in ("max_kl", "target_kl", "importance_sampling_cap", "reward_clip"):
+        for name in ("max_kl", "target_kl", "importance_sampling_cap", "reward_clip", "value_clip_range"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}: leave it out for no limit.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in (None, *allowed):
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def _check_trainer_options(self) -> None:
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch":
+                steps = name.replace("strategy", "steps")
+                raise UserError(f"{name}='epoch': PPO is one epoch of rollouts: set {name}='steps' and {steps}.")
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise UserError(
+                f"metric_for_best_model={self.metric_for_best_model!r}: PPO's evaluation has no loss: take "
+                "objective/scores, or rewards/NAME/mean of a reward function."
+            )
 
     @property
     def estimator(self) -> str:

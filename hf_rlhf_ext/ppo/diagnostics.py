@@ -1,6 +1,7 @@
 """What a PPO run's own figures say about its health: one line each, with the cause and the option to change."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
@@ -31,7 +32,8 @@ def diagnose(
 
     Args:
         history: logged figures of each rollout, oldest first (`metrics.names` has their units), `eval_…` figures in
-            the rollout that an evaluation followed. Only the first five, the last five and the evaluations are read.
+            the rollout that an evaluation followed (`eval_<set>_…` where there are several sets), those before the
+            first one in a row of their own. Only the first five, the last five and the evaluations are read.
         temperature, top_k, top_p: those of the run, to explain a negative KL.
         eval_completions: completions of one evaluation. With it and `eval_rewards/<name>/std`, a fall of an eval
             reward counts only above two standard errors.
@@ -147,30 +149,30 @@ def _overoptimization(history: History, eval_completions: int | None) -> str | N
     The first sign of over-optimisation (Gao et al. 2022, arXiv:2210.10760, fig. 1). A change counts where it exceeds
     two standard errors of a difference of two means, 2·√(2/n)·std; every change does where n or std is unknown.
     """
-    proxy = "eval_objective/scores"
-    for reward in _eval_only_rewards(history):
-        gold = f"eval_rewards/{reward}/mean"
+    for prefix, reward in _eval_only_rewards(history):
+        proxy, gold = f"{prefix}objective/scores", f"{prefix}rewards/{reward}/mean"
         evaluations = [h for h in history if len(_finite((h.get(proxy, math.nan), h.get(gold, math.nan)))) == 2]
         if len(evaluations) < 3:
             continue
         best, last = max(evaluations, key=lambda h: h[gold]), evaluations[-1]
         fall = min(best[gold] - h[gold] for h in evaluations[-2:])
         rise = last[proxy] - best[proxy]
-        gold_noise = _noise(best, f"eval_rewards/{reward}/std", eval_completions)
+        gold_noise = _noise(best, f"{prefix}rewards/{reward}/std", eval_completions)
         if fall > gold_noise and rise > _noise(best, f"{proxy}_std", eval_completions):
+            where = "evaluation" if prefix == "eval_" else f"evaluation on {prefix[len('eval_') : -1]}"
             return (
-                f"{reward} fell from its best {best[gold]:.3g} to {last[gold]:.3g} in evaluation while the training "
+                f"{reward} fell from its best {best[gold]:.3g} to {last[gold]:.3g} in {where} while the training "
                 f"reward rose from {best[proxy]:.3g} to {last[proxy]:.3g}: the policy games the reward. Keep the best "
                 "checkpoint, and raise kl_coef, or lower kl_target or max_kl"
             )
     return None
 
 
-def _eval_only_rewards(history: History) -> list[str]:
-    """Names of rewards that evaluation logs and training does not."""
+def _eval_only_rewards(history: History) -> list[tuple[str, str]]:
+    """Rewards that evaluation logs and training does not: the prefix of each set's figures, and the reward's name."""
     names = sorted({key for figures in history for key in figures})
-    means = [key for key in names if key.startswith("eval_rewards/") and key.endswith("/mean")]
-    return [key[len("eval_rewards/") : -len("/mean")] for key in means if key.removeprefix("eval_") not in names]
+    means = [match for key in names if (match := re.fullmatch(r"(eval_(?:[^/]+_)?)rewards/(.+)/mean", key))]
+    return [(prefix, reward) for prefix, reward in map(re.Match.groups, means) if f"rewards/{reward}/mean" not in names]
 
 
 def _noise(figures: Mapping[str, float], std: str, n: int | None) -> float:

@@ -2,13 +2,16 @@
 
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from ..compat import print_prompt_completions_sample
 from ..data.text import decode_completion
 from ..errors import UserError
 from ..modeling.adapters import evaluating
@@ -16,6 +19,7 @@ from ..modeling.logprobs import chunked_kl, final_softcap
 from .advantages import completion_mask
 from .kl import kl_k1, kl_k3
 from .rollout import pack_sequences
+from .scoring import extra_columns
 from .setup import encode_prompts
 
 
@@ -23,7 +27,8 @@ from .setup import encode_prompts
 class EvaluatedCompletion:
     """One sampled completion: its text, each reward, and what it cost in KL.
 
-    `score` is the weighted sum of the training rewards; `kl` and `kl_k3` are summed over its tokens, in nats.
+    `score` is the weighted sum of the training rewards; `kl` and `kl_k3` are summed over its tokens, in nats. `logged`
+    and `extra` are what reward functions gave to `log_metric` (for the batch it was in) and to `log_extra`.
     """
 
     prompt: str | list
@@ -35,6 +40,8 @@ class EvaluatedCompletion:
     n_tokens: int
     stopped: bool
     completion_ids: list[int] = field(default_factory=list, repr=False)
+    logged: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class EvaluationMixin:
@@ -43,6 +50,7 @@ class EvaluationMixin:
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Samples a completion for each prompt and returns means of rewards, KL and length (`eval_…`).
 
+        The completions go as a table to the trackers of `report_to`, and with `log_completions` some to the screen.
         The random state of training is untouched: a run with evaluation gives the weights of one without.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -59,6 +67,8 @@ class EvaluationMixin:
         metrics |= self._exact_kl(dataset, rows, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - start, 2)
         self.log(metrics)
+        if self.is_world_process_zero():
+            self._show_evaluation(rows, f"{metric_key_prefix}_completions")
         self._remember_evaluation(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -86,12 +96,15 @@ class EvaluationMixin:
 
     def _evaluate_batch(self, examples: list[dict], prompt_ids: list[list[int]]) -> list[EvaluatedCompletion]:
         completion_ids, _ = self._generate(prompt_ids)
-        per_func = self._score(self.rewards, examples, completion_ids).per_func
+        logged: dict[str, list[float]] = defaultdict(list)
+        extra, log_extra = extra_columns(len(examples))
+        hooks = {"log_metric": lambda name, value: logged[name].append(value), "log_extra": log_extra}
+        per_func = self._score(self.rewards, examples, completion_ids, **hooks).per_func
         scores = self.rewards.combine(per_func).tolist()
         named = {name: per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)}
         if self.eval_rewards is not None:
-            extra = self._score(self.eval_rewards, examples, completion_ids).per_func
-            named |= {name: extra[:, i].tolist() for i, name in enumerate(self.eval_rewards.names)}
+            others = self._score(self.eval_rewards, examples, completion_ids, **hooks).per_func
+            named |= {name: others[:, i].tolist() for i, name in enumerate(self.eval_rewards.names)}
         data = self._rescore(prompt_ids, completion_ids, reference=True)
         kl = kl_k1(data["logprobs"], data["ref_logprobs"]).sum(1).tolist()  # both are zero in the padding
         k3 = kl_k3(data["logprobs"], data["ref_logprobs"]).sum(1).tolist()
@@ -106,9 +119,24 @@ class EvaluationMixin:
                 n_tokens=len(ids),
                 stopped=ids[-1] in self._stop_ids,
                 completion_ids=ids,
+                logged={name: fmean(values) for name, values in logged.items()},
+                extra={name: values[i] for name, values in extra.items()},
             )
             for i, (example, ids) in enumerate(zip(examples, completion_ids, strict=True))
         ]
+
+    def _show_evaluation(self, rows: list[EvaluatedCompletion], title: str) -> None:
+        """Prints the first completions, the same prompts each time, and sends all as a table to `report_to`."""
+        prompts, texts = [row.prompt for row in rows], [row.completion for row in rows]
+        figures = {name: [row.rewards[name] for row in rows] for name in rows[0].rewards}
+        figures["kl"] = [row.kl for row in rows]
+        extra = {name: [row.extra.get(name) for row in rows] for row in rows for name in row.extra}
+        step, n = self.state.global_step, self.args.num_completions_to_print
+        if self.args.log_completions:
+            shown = ({name: values[:n] for name, values in columns.items()} for columns in (figures, extra))
+            print_prompt_completions_sample(prompts[:n], texts[:n], next(shown), None, step, None, next(shown))
+        columns = {"step": [step] * len(rows), "prompt": list(map(str, prompts)), "completion": texts}
+        self._send_table(title, columns | figures | extra)
 
     @torch.no_grad()
     def _exact_kl(self, dataset: Dataset, rows: list[EvaluatedCompletion], prefix: str) -> dict[str, float]:
@@ -155,4 +183,6 @@ def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:
         given = [row.rewards[name] for row in rows if row.rewards[name] == row.rewards[name]]  # NaN: not scored
         means[f"rewards/{name}/mean"] = fmean(given) if given else float("nan")
         means[f"rewards/{name}/std"] = pstdev(given) if given else float("nan")
+    for name in {name: None for row in rows for name in row.logged}:
+        means[name] = fmean(row.logged[name] for row in rows if name in row.logged)
     return means

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers.integrations import TensorBoardCallback
 
 from ..compat import print_prompt_completions_sample
 from ..data.text import decode_completion
@@ -79,25 +80,32 @@ class FiguresMixin:
                 self._completions = None
         super().log(logs, start_time)
 
-    def _show_completions(self, examples: list[dict], completion_ids: list[list[int]], per_func: Tensor) -> None:
+    def _show_completions(
+        self, examples: list[dict], completion_ids: list[list[int]], per_func: Tensor, extra: dict[str, list]
+    ) -> None:
         """Prints a sample of completions, and sends all of them as a table where `report_to` takes one."""
         prompts = [example["prompt"] for example in examples]
         texts = [decode_completion(self.processing_class, ids) for ids in completion_ids]
         rewards = {name: per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)}
         step, shown = self.state.global_step, self.args.num_completions_to_print
-        print_prompt_completions_sample(prompts, texts, rewards, None, step, shown)
+        print_prompt_completions_sample(prompts, texts, rewards, None, step, shown, extra)
         columns: dict[str, list[Any]] = {"step": [step] * len(texts), "prompt": list(map(str, prompts))}
-        send_table(self.args.report_to, columns | {"completion": texts} | rewards)
+        self._send_table("completions", columns | {"completion": texts} | rewards | extra)
 
+    def _send_table(self, title: str, columns: dict[str, list[Any]]) -> None:
+        """Sends a table to the trackers in use: as a table to Weights & Biases and trackio, as text to TensorBoard."""
+        import pandas as pd
 
-def send_table(report_to: list[str], columns: dict[str, list[Any]]) -> None:
-    """Logs a table of completions to the trackers in use that have tables (Weights & Biases, trackio)."""
-    import pandas as pd
-
-    for name in {"wandb", "trackio"} & set(report_to):
-        tracker = __import__(name)
-        if name == "trackio" or tracker.run is not None:
-            tracker.log({"completions": tracker.Table(dataframe=pd.DataFrame(columns))})
+        table = pd.DataFrame(columns)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                with pd.option_context("display.max_colwidth", None):
+                    callback.tb_writer.add_text(title, table.to_html(index=False), self.state.global_step)
+                callback.tb_writer.flush()
+        for name in {"wandb", "trackio"} & set(self.args.report_to):
+            tracker = __import__(name)
+            if name == "trackio" or tracker.run is not None:
+                tracker.log({title: tracker.Table(dataframe=table)})
 
 
 def reduced(tensors: list[Tensor], accelerator) -> None:

@@ -4,9 +4,12 @@ import logging
 import math
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import UserError
@@ -23,7 +26,7 @@ class GuardMixin:
     """Guards for `PPOTrainer`. State that a resumed run needs is in `guard_state`."""
 
     def _init_guards(self) -> None:
-        self._halted: str | None = None  # why no further step may change the weights
+        self.stopped_by: str | None = None  # then no further step may change the weights
         self._skipped_in_a_row = 0
         self._rollbacks = 0
         self._good_checkpoint: str | None = None
@@ -47,28 +50,41 @@ class GuardMixin:
 
     # ---- Gradients ----
 
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def _skip_step(self) -> None:
+        """Makes the optimizer step to come change nothing, not even by momentum or weight decay."""
+        parameters, scaler = self._trained_parameters(), self.accelerator.scaler
+        for parameter in parameters:
+            parameter.grad = None
+        if scaler is not None:  # it refuses a step without gradients, and skips one where they are not finite
+            scaler.scale(torch.zeros((), device=self.accelerator.device))  # its first use may be this one
+            parameters[-1].grad = torch.full_like(parameters[-1], torch.inf)
+
     def _finish_gradients(self) -> None:
         """Before clipping: sums gradients over processes, and drops those that are not finite, on all processes.
 
         A skipped step leaves weights and the optimizer's state as they are; the learning-rate schedule goes on. After
-        `max_skipped_steps` in a row training ends. With fp16, the gradient scaler does this itself.
+        `max_skipped_steps` in a row training ends. With fp16 a skipped step also halves the loss scale, and only those
+        at a scale of 1 or less count: above it, an overflow may be the scale's and no fault of the run.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        parameters, scaler = self._trained_parameters(), self.accelerator.scaler
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             reduced([parameter.grad for parameter in parameters], self.accelerator)
-        if self.accelerator.scaler is not None:
-            return
         gradients = [p.grad for p in parameters if p.grad is not None]
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)  # summed: the same on all
         self._observe("guards/skipped_steps", 0.0 if finite else 1.0)
         if finite:
             self._skipped_in_a_row = 0
             return
-        for parameter in parameters:
-            parameter.grad = None  # not zero: the optimizer would still decay the weights and move by momentum
+        self._skip_step()
+        if scaler is not None and (scale := scaler.get_scale()) > 1:
+            self._warn(f"gradients overflow at a loss scale of {scale:g}: this step is skipped and the scale halved")
+            return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.args.max_skipped_steps:
             self._halt(
@@ -128,7 +144,7 @@ class GuardMixin:
             return False
         remedy = "raise kl_coef, set kl_target, or lower learning_rate"
         good = self._checkpoint_to_go_back_to()
-        if action == "rollback" and good is None:
+        if good is None:
             problem += ", and there is no checkpoint below it to go back to"
         elif action == "rollback" and self._rollbacks < MAX_ROLLBACKS:
             self._rollbacks += 1
@@ -136,9 +152,9 @@ class GuardMixin:
             self._restore(good)
             self._warn(f"{problem}: back to {good.name} (no. {self._rollbacks}), with kl_coef {self.kl_coef:g}")
             return True
-        elif action == "rollback":
+        else:
             self._restore(good)
-            problem += f", the weights are those of {good.name}"
+            problem += f", the weights are those of {good.name} (to go on, resume from that one)"
         self._halt(f"{problem}: {remedy}")
         return False
 
@@ -153,16 +169,18 @@ class GuardMixin:
                 group["lr"] = rate
 
     def _halt(self, reason: str) -> None:
-        """Ends training: from here on no step changes a weight and no checkpoint counts as the best."""
-        if self._halted is None:
-            self._halted = reason
+        """Ends training: from here on no step changes a weight, is saved, or counts as the best."""
+        if self.stopped_by is None:
+            self.stopped_by = reason
             self._warn(f"training stops: {reason}")
         self.control.should_training_stop = True
 
     def _remember_rollout(self) -> None:
         """Keeps the rollout's figures, and says what they tell of the run's health."""
         if self._history and self._clipped[1]:
-            self._history[-1]["policy/clipfrac_avg"] = float(self._clipped[0]) / self._clipped[1]
+            clipped = torch.tensor([float(self._clipped[0])], device=self.accelerator.device)
+            reduced([clipped], self.accelerator)  # each process has its share of every mini-batch
+            self._history[-1]["policy/clipfrac_avg"] = float(clipped) / self._clipped[1]
         self._clipped = [0.0, 0.0]
         self._history.append(dict(self._last_rollout))
         kept = len(self._history) - LAST
@@ -179,8 +197,9 @@ class GuardMixin:
         return min((len(part) for part in sets if part is not None), default=None)
 
     def _remember_evaluation(self, metrics: dict[str, float]) -> None:
-        if self._history:
-            self._history[-1] |= {name: value for name, value in metrics.items() if isinstance(value, float)}
+        if not self._history:
+            self._history.append({})  # before the first rollout: what over-optimisation is measured from
+        self._history[-1] |= {name: value for name, value in metrics.items() if isinstance(value, float)}
 
     def _warn(self, line: str) -> None:
         if self.is_world_process_zero():
@@ -188,13 +207,24 @@ class GuardMixin:
 
     # ---- Checkpoints ----
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.stopped_by is not None:
+            self.control.should_save = False  # it would hold a rollout that no resumed run may train on
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """Whether this is the best model so far; never after a guard has stopped the run or above `max_kl`."""
-        kl = next((value for name, value in metrics.items() if name.endswith("objective/kl")), 0.0)
-        bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-        bad += ["objective/kl"] if self.args.max_kl is not None and not kl <= self.args.max_kl else []
-        if self.args.metric_for_best_model is not None and (self._halted is not None or bad):
-            self._warn(f"not a candidate for the best model: {self._halted or bad[0] + ' is out of bounds'}")
+        chosen = self.args.metric_for_best_model
+        if chosen is None:
+            return False
+        chosen = f"eval_{chosen.removeprefix('eval_')}"
+        if chosen not in metrics:
+            raise UserError(f"metric_for_best_model: evaluation has no {chosen!r}: take one of {', '.join(metrics)}.")
+        ceiling = math.inf if self.args.max_kl is None else self.args.max_kl
+        bad = [name for name, value in metrics.items() if name.endswith("objective/kl") and not value <= ceiling]
+        bad += [] if math.isfinite(metrics[chosen]) else [chosen]
+        if self.stopped_by is not None or bad:
+            self._warn(f"not a candidate for the best model: {self.stopped_by or bad[0] + ' is out of bounds'}")
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -206,37 +236,58 @@ def _evaluated(row: dict[str, float]) -> bool:
 class SaveOnSignal(TrainerCallback):
     """At SIGTERM, saves at the end of the optimizer step and ends training: so batch systems take a machine back.
 
-    Handlers are set while training runs, in the main thread only; the process then exits with 128 + 15.
+    `received` is set by the signal, on this process; `agreed` by the trainer, at the same step on all of them.
     """
 
     def __init__(self):
-        self.received = False
-        self._before = None
+        self.received = self.agreed = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.received = False
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGTERM while training runs, in the main thread only; the process then exits with 128 + 15."""
+        self.received = self.agreed = False
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._receive) if here else None
+        try:
+            yield
+        finally:
+            if here:
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if self.agreed:
+            raise SystemExit(128 + signal.SIGTERM)
+        if self.received:  # after the last step: as if it came now
+            signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, number, frame):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received:
+        if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-        if self.received:
+        if self.agreed:
             logger.warning("SIGTERM: saved at step %d; go on with resume_from_checkpoint=True.", state.global_step)
-            raise SystemExit(128 + signal.SIGTERM)
 
 
-def refuse_sharded(args) -> None:
-    """Raises `UserError` for set-ups that PPO's own gradient reduction does not cover."""
+def check_setup(args) -> None:
+    """Raises `UserError` for set-ups that PPO's own gradient reduction, or its KL controller, does not cover."""
     if args.n_gpu > 1:
         raise UserError("PPOTrainer uses one device a process: start it with `accelerate launch`, or hide all but one.")
     if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         raise UserError("PPOTrainer runs with plain data parallelism: leave deepspeed and fsdp out.")
+    completions = args.rollout_size * args.world_size
+    if args.kl_target is not None and args.kl_horizon is not None and completions >= 5 * args.kl_horizon:
+        raise UserError(
+            f"kl_horizon={args.kl_horizon} is a fifth or less of a rollout's {completions} completions: kl_coef could "
+            "become zero or negative; set it to several rollouts, or leave it out."
+        )
+
+
+def refuse_fp16_weights(model: nn.Module) -> None:
+    """Raises `UserError` for trained weights in fp16, which a gradient scaler cannot unscale."""
+    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise UserError(
+            "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train an "
+            "adapter (peft_config)."
+        )

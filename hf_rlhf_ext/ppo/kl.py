@@ -33,7 +33,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, kl_target: float, kl_horizon: 
         kl: measured KL(policy ‖ reference), nats per completion, mean over the rollout.
         kl_target: nats per completion to aim at.
         kl_horizon: completions over which an error of ±0.2, where it is clipped, moves β by a factor of about e^±0.2.
-        n_sequences: completions in the rollout.
+        n_sequences: completions in the rollout; below 5·horizon, or β would not stay positive.
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * n_sequences / kl_horizon)

@@ -7,15 +7,23 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..errors import UserError
 from ..modeling.heads import ScalarHead, head_name
-from ..modeling.loading import adapter_base, load_tokenizer
+from ..modeling.loading import adapter_base, load_policy, load_tokenizer
 from ..modeling.stack import AdapterStack, Role
 from ..reward.scorer import RewardNormalization, RewardScorer, local_folder
 
 logger = logging.getLogger(__name__)
+
+
+def load_trainable(
+    name: str, peft_config: PeftConfig | None, **options
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """`load_policy` for training: fp32 where the whole model is trained, the machine's dtype under an adapter."""
+    whole = peft_config is None and adapter_base(name) is None
+    return load_policy(name, is_trainable=True, **options, **({"dtype": "float32"} if whole else {}))
 
 
 def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> AdapterStack:
@@ -34,9 +42,22 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         stack = AdapterStack(get_peft_model(model, peft_config))
         stack.attach("reference")
     else:
+        warn_of_rounded_updates("model", model)
         stack = AdapterStack(model)
         stack.attach("reference", copy.deepcopy(model).eval())
     return stack
+
+
+def warn_of_rounded_updates(name: str, model: nn.Module) -> None:
+    """One line where weights that are trained themselves have too few digits for it."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if dtype != torch.float32:
+        logger.warning(
+            "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
+            "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
+            name,
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
@@ -57,7 +78,15 @@ def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Modu
     if kind == "model":
         if value_model is None and has_adapter:
             raise UserError("critic='model' needs value_model=: with an adapter as the policy there is none to copy.")
-        value_model = value_model if value_model is not None else copy.deepcopy(stack.model)
+        if value_model is None:
+            value_model = copy.deepcopy(stack.model)
+        elif getattr(value_model, "is_quantized", False):
+            raise UserError("value_model is trained whole, which quantised weights cannot be: load it in fp32.")
+        else:
+            warn_of_rounded_updates("value_model", value_model)
+        config = value_model.config.get_text_config()
+        if config.pad_token_id is None:
+            config.pad_token_id = 0  # sequence classification refuses batches without; its own pooling is not read
         attached = {name for role in stack.roles for name in (f"{role}_head", f"{role}_model")}
         for name in attached & dict(value_model.named_children()).keys():
             delattr(value_model, name)
@@ -75,6 +104,17 @@ def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Modu
         stack.model.add_module("value_head", head)
         stack.roles["value"] = Role(stack.roles["policy"].adapter, head=head)
     return kind
+
+
+def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
+    """Turns gradient checkpointing on in a critic of its own: beside an adapter, Trainer reaches the base only."""
+    critic = stack.roles["value"].model
+    if critic is None or not args.gradient_checkpointing:
+        return
+    options = dict(args.gradient_checkpointing_kwargs or {})
+    which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    enable = getattr(critic, "activation_checkpointing_enable", None) or critic.gradient_checkpointing_enable
+    enable(options or None, **which)
 
 
 def _head_for(model: nn.Module) -> ScalarHead:

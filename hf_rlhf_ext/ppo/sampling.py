@@ -17,7 +17,7 @@ from .batching import budget_chunks, concat_rows
 from .kl import KL_ESTIMATORS, adapted_kl_coef, kl_k1
 from .losses import importance_weights, masked_mean
 from .rollout import Rollout, generate_completions, pack_sequences, prompt_indices, sampling_config
-from .scoring import RewardFunctions, Scores
+from .scoring import RewardFunctions, Scores, extra_columns
 from .shaping import length_penalty
 
 
@@ -46,8 +46,9 @@ class RolloutMixin:
         self._record_rollout(data, scores, kl, returns)
         if args.kl_target is not None:
             mean_kl = masked_mean(kl_k1(data["logprobs"], ref_logprobs), mask, len(lengths)).item()
+            n, horizon = len(lengths), args.kl_horizon or 10 * len(lengths)
             self.kl_coef = adapted_kl_coef(
-                self.kl_coef, mean_kl, kl_target=args.kl_target, kl_horizon=args.kl_horizon, n_sequences=len(lengths)
+                self.kl_coef, mean_kl, kl_target=args.kl_target, kl_horizon=horizon, n_sequences=n
             )
         weights = None
         if args.importance_sampling_correction:
@@ -75,7 +76,8 @@ class RolloutMixin:
         examples = [self.train_dataset[row] for row in rows]
         prompt_ids = [self._train_prompts[row] for row in rows]
         completion_ids, sampled = self._generate(prompt_ids)
-        scores = self._score(self.rewards, examples, completion_ids, log_metric=self._observe)
+        extra, log_extra = extra_columns(len(examples))
+        scores = self._score(self.rewards, examples, completion_ids, log_metric=self._observe, log_extra=log_extra)
         data = self._rescore(prompt_ids, completion_ids, reference=self._needs_reference)
         device = data["logprobs"].device
         data["stopped"] = torch.tensor([ids[-1] in self._stop_ids for ids in completion_ids], device=device)
@@ -87,6 +89,7 @@ class RolloutMixin:
         if scores.dense is not None or processes > 1:  # another process may have token rewards
             data["dense"] = torch.zeros_like(data["logprobs"]) if scores.dense is None else scores.dense
         self._completions = {"examples": examples, "completion_ids": completion_ids, "per_func": scores.per_func}
+        self._completions["extra"] = extra
         return data
 
     def _gathered(self, data: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class RewardFunctions:
         reward_weights: weight of each in the sum; None is 1 each.
         processing_classes: tokenizer of each reward model (None for callables); loaded by the model's name if left out.
         share: takes a path or Hub id and returns a scorer on weights that are loaded already, or None to load it.
+        trust_remote_code: for reward models and tokenizers that are loaded, as in Transformers.
         option: name of the argument, for error messages.
     """
 
@@ -58,6 +59,7 @@ class RewardFunctions:
         processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         *,
         share: Callable[[str | Path], RewardScorer | None] | None = None,
+        trust_remote_code: bool = False,
         option: str = "reward_funcs",
     ):
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -67,7 +69,8 @@ class RewardFunctions:
         for name, given in (("reward_weights", reward_weights), ("reward_processing_classes", tokenizers)):
             if given is not None and len(given) != len(funcs):
                 raise UserError(f"{name} has {len(given)} entries for {len(funcs)} {option}: give one each.")
-        self.funcs = [_as_callable(f, t, share, option) for f, t in zip(funcs, tokenizers, strict=True)]
+        pairs = zip(funcs, tokenizers, strict=True)
+        self.funcs = [_as_callable(f, t, share, option, trust_remote_code) for f, t in pairs]
         names = [get_callable_name(func) for func in self.funcs]
         self.names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
         self.weights = torch.tensor(reward_weights or [1.0] * len(funcs), dtype=torch.float32)
@@ -132,19 +135,33 @@ class RewardFunctions:
         return outputs
 
 
+def extra_columns(n: int) -> tuple[dict[str, list], Callable[[str, list], None]]:
+    """Columns of a table of `n` completions, and the `log_extra(column, values)` by which reward functions fill it."""
+    columns: dict[str, list] = {}
+
+    def log_extra(column: str, values: list) -> None:
+        if len(values) != n:
+            raise UserError(f"log_extra({column!r}): {len(values)} values for {n} completions: give one for each.")
+        columns[column] = list(values)
+
+    return columns, log_extra
+
+
 def _as_callable(
     func: RewardFunc,
     tokenizer: PreTrainedTokenizerBase | None,
     share: Callable[[str | Path], RewardScorer | None] | None,
     option: str,
+    trust_remote_code: bool,
 ) -> Callable:
     if isinstance(func, str | Path):
         shared = share(func) if share is not None else None
-        func = shared if shared is not None else load_reward(func)
+        func = shared if shared is not None else load_reward(func, trust_remote_code=trust_remote_code)
         if isinstance(func, RewardScorer):
             func.tokenizer = tokenizer or func.tokenizer
     elif isinstance(func, nn.Module):
-        func = RewardScorer(func, tokenizer or load_tokenizer(func.config.name_or_path))
+        name = func.config.name_or_path
+        func = RewardScorer(func, tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code))
     elif not callable(func):
         raise UserError(f"{option}: {func!r} is neither callable, a model, nor a path.")
     return func

@@ -15,6 +15,13 @@ from .config import PPOConfig
 
 logger = logging.getLogger(__name__)
 
+SAMPLING_OPTIONS = {"repetition_penalty": 1, "typical_p": 1, "guidance_scale": 1, "min_p": 0, "top_h": None}
+SAMPLING_OPTIONS |= {"epsilon_cutoff": 0, "eta_cutoff": 0, "no_repeat_ngram_size": 0, "min_length": 0}
+SAMPLING_OPTIONS |= {"min_new_tokens": 0, "sequence_bias": None, "bad_words_ids": None, "suppress_tokens": None}
+SAMPLING_OPTIONS |= {"begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None}
+SAMPLING_OPTIONS |= {"exponential_decay_length_penalty": None, "watermarking_config": None}
+"""Fields of `GenerationConfig` that change the distribution of tokens, and the value at which each does nothing."""
+
 
 def encode_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
@@ -51,6 +58,9 @@ def encode_prompts(
 def warn_of_other_sampling(args: PPOConfig) -> None:
     """One line where completions are drawn from a distribution other than the one whose probabilities PPO uses."""
     given = {"top_k": args.top_k or None, "top_p": args.top_p if args.top_p < 1 else None}
+    for name, neutral in SAMPLING_OPTIONS.items():
+        value = (args.generation_kwargs or {}).get(name)
+        given[name] = None if value == neutral else value
     given = [f"{name}={value}" for name, value in given.items() if value is not None]
     if given and not args.importance_sampling_correction:
         logger.warning(
@@ -58,6 +68,14 @@ def warn_of_other_sampling(args: PPOConfig) -> None:
             "shows by how much): leave it out, or set importance_sampling_correction.",
             ", ".join(given),
         )
+
+
+def check_best_metric(args: PPOConfig, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Refuses a `metric_for_best_model` that names none of several evaluation sets, before anything is sampled."""
+    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
+    if chosen and isinstance(eval_dataset, dict) and not chosen.startswith(tuple(f"{name}_" for name in eval_dataset)):
+        name = next(iter(eval_dataset))
+        raise UserError(f"metric_for_best_model: eval_dataset has several sets: say which, as in {name}_{chosen}.")
 
 
 def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfig:

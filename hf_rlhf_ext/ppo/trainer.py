@@ -15,7 +15,7 @@ from ..compat import BaseTrainer, disable_dropout_in_model
 from ..errors import UserError
 from ..hub.trainer import HubMixin
 from ..modeling.adapters import adapters_in_autocast_dtype
-from ..modeling.loading import load_base_model, load_policy, load_tokenizer
+from ..modeling.loading import load_base_model, load_tokenizer
 from ..modeling.logprobs import (
     check_output_head,
     chunked_logprobs,
@@ -30,15 +30,15 @@ from .checkpoints import CheckpointMixin
 from .config import PPOConfig
 from .evaluation import EvaluationMixin
 from .figures import FiguresMixin, reduced
-from .guards import GuardMixin, SaveOnSignal, refuse_sharded
+from .guards import GuardMixin, SaveOnSignal, check_setup, refuse_fp16_weights
 from .kl import KL_ESTIMATORS
 from .losses import masked_mean, policy_loss, value_loss
 from .ptx import encode_texts
-from .roles import attach_critic, build_stack, scale_critic, shared_reward
+from .roles import attach_critic, build_stack, checkpoint_critic, load_trainable, scale_critic, shared_reward
 from .rollout import Rollout, pack_sequences, prompt_indices, stop_token_ids
 from .sampling import RolloutMixin
 from .scoring import RewardFunc, RewardFunctions
-from .setup import encode_prompts, tick_dataloader, warn_of_other_sampling, with_max_steps
+from .setup import check_best_metric, encode_prompts, tick_dataloader, warn_of_other_sampling, with_max_steps
 from .shaping import RunningMoments
 
 
@@ -66,6 +66,7 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
     Attributes:
         stack: the `AdapterStack` with the roles policy, reference, value, and reward where it shares the base.
         kl_coef: β as it is now.
+        stopped_by: why a guard ended the last `train`, in one line; None where none did.
     """
 
     # `compute_loss` divides by the token count of the whole mini-batch itself.
@@ -92,23 +93,29 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         args = args if args is not None else PPOConfig("ppo")
         if train_dataset is None:
             raise UserError("train_dataset is required: rows with a column 'prompt'.")
-        refuse_sharded(args)
+        check_setup(args)
+        remote = {"trust_remote_code": args.trust_remote_code}
         if isinstance(model, str):
-            model, tokenizer = load_policy(model, is_trainable=True)
+            model, tokenizer = load_trainable(model, peft_config, **remote)
             processing_class = tokenizer if processing_class is None else processing_class
         elif processing_class is None:
-            processing_class = load_tokenizer(model.config.name_or_path)
+            processing_class = load_tokenizer(model.config.name_or_path, **remote)
         self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self._train_prompts = encode_prompts(train_dataset, processing_class, args, "train", self._max_positions)
         self._texts = self._ptx_texts(ptx_dataset, processing_class, args)
         check_output_head(model, self._train_prompts[0])
         warn_of_other_sampling(args)
+        check_best_metric(args, eval_dataset)
         set_seed(args.seed)  # new adapters are drawn before Trainer does it
         self.stack = build_stack(model, peft_config)
-        self.rewards = RewardFunctions(
-            reward_funcs, args.reward_weights, reward_processing_classes, share=lambda f: shared_reward(self.stack, f)
-        )
+        loading = {"share": lambda f: shared_reward(self.stack, f), **remote}
+        self.rewards = RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes, **loading)
         self._attach_critic(args, value_model)
+        self.eval_rewards = None  # after the critic, which starts from a reward that is trained on
+        if eval_reward_funcs is not None:
+            self.eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs", **loading)
+        if args.fp16:
+            refuse_fp16_weights(self.stack.model)
         if args.disable_dropout:
             disable_dropout_in_model(self.stack.model)
         self._stop_ids = stop_token_ids(processing_class, self.stack.model, args.stop_token_ids)
@@ -130,10 +137,9 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
             set_seed(args.seed + self.accelerator.process_index)  # each process samples completions of its own
         if self.stack.roles["reference"].model is not None:
             self.stack.roles["reference"].model.to(device)
-        self.rewards.to(device)
-        self.eval_rewards = None
-        if eval_reward_funcs is not None:
-            self.eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs").to(device)
+        for rewards in (self.rewards, self.eval_rewards):
+            if rewards is not None:
+                rewards.to(device)
 
     def _init_state(self) -> None:
         self.kl_coef = self.args.kl_coef
@@ -155,8 +161,10 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
     def _attach_critic(self, args: PPOConfig, value_model: str | PreTrainedModel | None) -> None:
         if isinstance(value_model, str):
             is_reward = (Path(value_model) / NORMALIZATION_FILE).is_file()
-            value_model = load_base_model(value_model, task="reward" if is_reward else "causal_lm", dtype="float32")
+            kind, remote = "reward" if is_reward else "causal_lm", args.trust_remote_code
+            value_model = load_base_model(value_model, task=kind, dtype="float32", trust_remote_code=remote)
         self.critic = attach_critic(self.stack, args.critic, value_model=value_model)
+        checkpoint_critic(self.stack, args)
         self.value_head = self.stack.roles["value"].head
         if self.critic == "adapter" and "reward" in self.stack.roles:
             scorer, weight = next(
@@ -174,6 +182,11 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         """Rollouts that the policy has been trained on, the one in use included."""
         return self._rollouts + (self._step_in_rollout > 0)
 
+    @property
+    def _steps_in_all(self) -> int:
+        """Micro-steps on one rollout: where `_step_in_rollout` is there, the next one is due."""
+        return self.args.steps_per_rollout * self.args.gradient_accumulation_steps
+
     # ---- The loop: Trainer's, with a rollout in front of every `steps_per_rollout` optimizer steps ----
 
     def get_train_dataloader(self):
@@ -186,7 +199,8 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         with adapters_in_autocast_dtype(self.policy, enabled=self.args.bf16 or self.args.fp16):
             inputs = self._prepare_inputs(inputs)
             total = torch.zeros((), device=self.accelerator.device)
-            if self._halted is not None:
+            if self.stopped_by is not None:
+                self._skip_step()
                 return total
             parts = self._parts(inputs["rows"])
             share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
@@ -200,7 +214,7 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
             if self.accelerator.sync_gradients:
                 total += self._ptx_gradients()
                 self._finish_step()
-        return total
+        return total * self.accelerator.num_processes  # Trainer averages what are shares here
 
     def _parts(self, rows: Tensor) -> list[Tensor]:
         lengths = (self._rollout.prompt_lengths + self._rollout.completion_lengths)[rows].tolist()
@@ -214,7 +228,7 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         """
         args, processes, here = self.args, self.accelerator.num_processes, self.accelerator.process_index
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps  # micro-steps
-        if self._step_in_rollout == per_epoch * args.num_ppo_epochs:
+        if self._step_in_rollout == self._steps_in_all:
             self._rollouts, self._step_in_rollout = self._rollouts + 1, 0
         if self._step_in_rollout == 0:
             self._rollout = self._next_rollout()
@@ -229,12 +243,12 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         """After the last backward pass of an optimizer step: leaves the rollout where the policy has moved too far."""
         moved = torch.tensor([self._approx_kl, float(self._signal.received)], device=self.accelerator.device)
         reduced([moved], self.accelerator)
-        self._approx_kl, self._signal.received = 0.0, bool(moved[1])
+        self._approx_kl, self._signal.agreed = 0.0, bool(moved[1])
         self._finish_gradients()
         args = self.args
         if args.target_kl is not None and float(moved[0]) > args.target_kl:
             self._observe("policy/stopped_early", 1.0)
-            self._step_in_rollout = args.steps_per_rollout * args.gradient_accumulation_steps
+            self._step_in_rollout = self._steps_in_all
         elif args.target_kl is not None:
             self._observe("policy/stopped_early", 0.0)
 
@@ -327,6 +341,8 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the critic's weights in groups of their own; the value head comes last."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if set(optimizer.param_groups[-1]["params"]) == set(self.value_head.parameters()):
+            return optimizer  # of an earlier `train`
         rate = self.args.learning_rate if self.args.value_learning_rate is None else self.args.value_learning_rate
         head, critic = set(self.value_head.parameters()), set(self._critic_parameters())
         for group in list(optimizer.param_groups):

@@ -43,7 +43,8 @@ class BradleyTerryConfig(RewardConfig):
         default="bradley_terry",
         metadata={
             "help": "Loss of a prompt whose completions are ranked in full, without ties: `bradley_terry` over all its "
-            "pairs as in InstructGPT, or `plackett_luce`. Other prompts keep their pairs.",
+            "pairs as in InstructGPT, or `plackett_luce`, which knows no margins and no label smoothing. Other prompts "
+            "keep their pairs.",
             "choices": ["bradley_terry", "plackett_luce"],
         },
     )
@@ -68,7 +69,8 @@ class BradleyTerryConfig(RewardConfig):
         metadata={
             "help": "Whether to measure mean and standard deviation of the scores after training, on the "
             "normalisation set, and to save them in `reward_normalization.json`. `RewardScorer` then returns "
-            "(score - mean) / std: mean zero as in InstructGPT (arXiv:2203.02155, sec. 3.5), unit deviation is ours."
+            "(score - mean) / std: mean zero as in InstructGPT (arXiv:2203.02155, sec. 3.5), unit deviation is ours. "
+            "Without, or where it fails (which is said), the file has 0 and 1; base dtype, 4 bits and autocast always."
         },
     )
     normalization_max_rows: int = field(

@@ -10,7 +10,7 @@ import numpy as np
 from peft import PeftModel
 
 from ..errors import UserError
-from ..modeling.loading import adapter_base, load_tokenizer
+from ..modeling.loading import base_and_revision, load_tokenizer
 from .scorer import RewardNormalization, RewardScorer, local_folder
 
 logger = logging.getLogger(__name__)
@@ -123,12 +123,12 @@ def _member(
 ) -> RewardScorer:
     """A further member, on the base of the first where it has the same one, dtype and precision."""
     recorded = RewardNormalization.load(folder)
-    base = adapter_base(str(folder))
-    if recorded is None or base is None or not isinstance(first.model, PeftModel):
+    base = base_and_revision(str(folder))
+    if recorded is None or base[0] is None or not isinstance(first.model, PeftModel):
         return RewardScorer.from_pretrained(folder, **options)
     of_first = RewardNormalization.load(first_folder)
     same = [(r.base_dtype, r.autocast, r.load_in_4bit) for r in (recorded, of_first) if r is not None]
-    if base != adapter_base(str(first_folder)) or len(set(same)) != 1:
+    if base != base_and_revision(str(first_folder)) or len(set(same)) != 1:
         logger.warning("%s has another base or precision than %s: loaded on its own.", folder, first_folder)
         return RewardScorer.from_pretrained(folder, **options)
     name = f"member-{number}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model
@@ -55,9 +55,7 @@ def export_merged(
     options |= {"dtype": resolve_dtype(dtype), "load_in_4bit": False}
     scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
     model = scorer.model.merge_and_unload() if isinstance(scorer.model, PeftModel) else bare_model(scorer.model)
-    merged = RewardScorer(model, scorer.tokenizer, mean=scorer.mean, std=scorer.std)
     texts = [scorer.text(prompt, completion) for prompt, completion in _TRIED]
-    after = merged.score_ids([scorer.tokenizer(text)["input_ids"] for text in texts])
     scorer.tokenizer.pad_token = padding
     config = model.config
     config.get_text_config().pad_token_id = config.pad_token_id = scorer.tokenizer.pad_token_id
@@ -67,6 +65,12 @@ def export_merged(
     scorer.tokenizer.save_pretrained(output_dir)
     stored = str(options["dtype"]).removeprefix("torch.")
     RewardNormalization(mean=scorer.mean, std=scorer.std, base_dtype=stored).save(output_dir)
+    device, sequences = model.device, [scorer.tokenizer(text)["input_ids"] for text in texts]
+    del model, scorer  # room for the one that others will load, its head rounded
+    remote = options.get("trust_remote_code", False)
+    plain = AutoModelForSequenceClassification.from_pretrained(output_dir, dtype="auto", trust_remote_code=remote)
+    with torch.no_grad():
+        after = [plain.to(device).eval()(torch.tensor([ids], device=device)).logits.item() for ids in sequences]
     return max(abs(a - b) for a, b in zip(before, after, strict=True))
 
 

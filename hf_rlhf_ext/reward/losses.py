@@ -93,7 +93,8 @@ def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
     """Indices (n,) from best to worst where pairs (P, 2) and targets order all n completions strictly, else None."""
     wins = torch.zeros(n, dtype=torch.int64, device=pairs.device)
     decided = (targets == 0) | (targets == 1)
-    if len(pairs) != n * (n - 1) // 2 or not bool(decided.all()):
+    judged = len(pairs.sort(1).values.unique(dim=0))  # a pair judged twice stands for no other one
+    if not judged == len(pairs) == n * (n - 1) // 2 or not bool(decided.all()):
         return None
     wins.index_add_(0, torch.where(targets == 1, pairs[:, 0], pairs[:, 1]), torch.ones_like(pairs[:, 0]))
     order = wins.argsort(descending=True)
@@ -104,17 +105,18 @@ def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
 def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Pair losses (P,), in which every fully ranked prompt has its Plackett-Luce loss instead, on its first pair.
 
-    `batch` has `pairs`, `targets`, `weights`, `prompt_index` (P, …) and `completion_counts` (B,) as the collator makes
-    them. The ranking weighs as much as the pairs it replaces; prompts without a full strict ranking keep their pairs.
+    `batch` has `pairs`, `targets`, `weights` and `prompt_index` (P, …), the pairs of a prompt together, as the collator
+    makes them. What is ranked are the completions of these pairs. The ranking weighs as much as the pairs it replaces;
+    prompts without a full strict ranking keep their pairs.
     """
     losses = losses.clone()
-    starts = (batch["completion_counts"].cumsum(0) - batch["completion_counts"]).tolist()
-    for prompt, (start, n) in enumerate(zip(starts, batch["completion_counts"].tolist(), strict=True)):
-        of_prompt = (batch["prompt_index"] == prompt).nonzero().squeeze(1)
-        order = ranking_of(batch["pairs"][of_prompt] - start, batch["targets"][of_prompt], n)
-        if n > 2 and order is not None:
-            losses[of_prompt] = 0.0
-            losses[of_prompt[0]] = batch["weights"][of_prompt].sum() * plackett_luce_loss(scores[start + order])
+    ends = batch["prompt_index"].unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        members, pairs = batch["pairs"][start:end].unique(return_inverse=True)
+        order = ranking_of(pairs, batch["targets"][start:end], len(members))
+        if len(members) > 2 and order is not None:
+            losses[start:end] = 0.0
+            losses[start] = batch["weights"][start:end].sum() * plackett_luce_loss(scores[members[order]])
     return losses
 
 

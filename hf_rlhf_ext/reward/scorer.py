@@ -27,7 +27,7 @@ from ..data.text import (
 from ..errors import UserError
 from ..modeling.adapters import active_adapter, bare_model, evaluating, mixed_precision
 from ..modeling.heads import head_name, install_fp32_score, is_encoder, position_limit
-from ..modeling.loading import adapter_base, attach_adapter, found_or_refused, load_base_model, load_tokenizer
+from ..modeling.loading import attach_adapter, base_and_revision, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.logprobs import captured_hidden_states, contiguous_head_inputs
 from ..modeling.prefix import model_inputs, why_not
 
@@ -40,8 +40,9 @@ NORMALIZATION_FILE = "reward_normalization.json"
 class RewardNormalization:
     """What turns raw scores into rewards, and what a reload must repeat to get the same scores.
 
-    `mean` and `std` (population) of `n` raw scores; `base_dtype` of the trunk's weights; `autocast` dtype or None;
-    `load_in_4bit`; the `layout` of the batches; `base_model` as a Hub id, None where it was a local folder.
+    `mean` and `std` (population) of `n` raw scores, 0 and 1 where none were measured; `base_dtype` of the trunk's
+    weights; `autocast` dtype or None; `load_in_4bit`; the `layout` of the batches; `base_model` as a Hub id, None where
+    it was a local folder.
     """
 
     mean: float = 0.0
@@ -64,6 +65,15 @@ class RewardNormalization:
             return None
         found = json.loads(path.read_text())
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+def dtype_name(model: nn.Module) -> str:
+    """Dtype of the trunk's weights as `RewardNormalization.base_dtype` has it."""
+    return str(bare_model(model).dtype).removeprefix("torch.")
+
+
+def is_4bit(model: nn.Module) -> bool:
+    return bool(getattr(bare_model(model), "is_loaded_in_4bit", False))
 
 
 def score_head(model: nn.Module) -> nn.Module:
@@ -142,6 +152,9 @@ def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) 
     rows = [{"prompt_ids": prompt, "completion_ids": completions} | judged for prompt, completions in texts]
     here, was_training, pad = next(model.parameters()).device, model.training, config.pad_token_id
     config.pad_token_id = 0 if pad is None else pad
+    window = getattr(config, "sliding_window", None)
+    if window:  # one that such short texts notice
+        config.sliding_window = min(window, 3)
     model.eval()
     found = []
     try:
@@ -158,6 +171,8 @@ def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) 
         return f"it refuses the layout: {str(error).splitlines()[0]}"
     finally:
         config.pad_token_id = pad
+        if window:
+            config.sliding_window = window
         model.train(was_training)
     shared, plain = found
     exact = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float32
@@ -174,6 +189,7 @@ class RewardScorer:
         tokenizer: its tokenizer; text is tokenised as in training (`data.text`).
         mean, std: a reward is (score - mean) / std.
         batch_size: sequences per forward pass; sequences of similar length go together.
+        max_tokens: tokens per forward pass, padding included; a longer sequence goes alone. None: no limit.
         autocast: dtype to compute in, None for that of the weights.
         adapter: name of the adapter to score with, where a `PeftModel` holds several; None is the active one.
         head: the score head, where `model` is a causal LM that has none of its own.
@@ -189,6 +205,7 @@ class RewardScorer:
         mean: float = 0.0,
         std: float = 1.0,
         batch_size: int = 32,
+        max_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         adapter: str | None = None,
         head: nn.Module | None = None,
@@ -200,7 +217,7 @@ class RewardScorer:
             score_head(model)  # refuses other models early
         self.head = head
         self.model, self.tokenizer, self.mean, self.std = model, tokenizer, mean, std
-        self.batch_size, self.autocast, self.adapter = batch_size, autocast, adapter
+        self.batch_size, self.max_tokens, self.autocast, self.adapter = batch_size, max_tokens, autocast, adapter
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:  # without one, Transformers refuses batches
             text_config.pad_token_id = tokenizer.pad_token_id
@@ -235,12 +252,18 @@ class RewardScorer:
         if recorded is None:
             logger.warning("%s has no %s: scores are raw.", folder_or_repo, NORMALIZATION_FILE)
             recorded = RewardNormalization()
+        elif (recorded.mean, recorded.std) == (0.0, 1.0):
+            logger.warning("%s was saved without a normalisation: scores are raw.", folder_or_repo)
         options = {
             "dtype": recorded.base_dtype if dtype == "auto" else dtype,
             "load_in_4bit": recorded.load_in_4bit if load_in_4bit is None else load_in_4bit,
             "trust_remote_code": trust_remote_code,
         }
         model = _load_reward_model(folder, base, options)
+        found = {"base_dtype": dtype_name(model), "load_in_4bit": is_4bit(model)}
+        trained = {name: getattr(recorded, name) for name in found}
+        if base is not None and not isinstance(base, str) and trained not in (found, found | {"base_dtype": "auto"}):
+            logger.warning("%s: trained on a base with %s, given %s: scores differ.", folder_or_repo, trained, found)
         if not options["load_in_4bit"]:
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         autocast = getattr(torch, recorded.autocast) if recorded.autocast else None
@@ -279,8 +302,10 @@ class RewardScorer:
         scores = [0.0] * len(sequences)
         device = next(self.model.parameters()).device
         with evaluating(self.model), active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
-            for start in range(0, len(order), self.batch_size):
-                chunk = order[start : start + self.batch_size]
+            while order:
+                most = self.max_tokens // len(sequences[order[0]]) if self.max_tokens else self.batch_size
+                n = max(1, min(self.batch_size, most))
+                chunk, order = order[:n], order[n:]
                 batch = pad_right([sequences[k] for k in chunk], self.tokenizer.pad_token_id)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 with mixed_precision(self.model, self.autocast):
@@ -316,14 +341,15 @@ def local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
 
 
 def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options: dict) -> PreTrainedModel | PeftModel:
-    base_id = adapter_base(str(folder))
+    base_id, base_revision = base_and_revision(str(folder))
     if not (folder / "adapter_config.json").is_file():
         model = load_base_model(str(folder), task="reward", **options)
         _restore_fp32_head(model, folder)
         return model
     if PeftConfig.from_pretrained(str(folder)).task_type == TaskType.CAUSAL_LM:
         raise UserError(f"reward model: {folder} is a policy adapter, without a score head: give a reward model's.")
-    base = base or base_id
+    if base is None:
+        base, options = base_id, options | {"revision": base_revision}
     if not base:
         raise UserError(f"{folder.name}: the adapter names no base model: pass base= a model or its id.")
     model = load_base_model(base, task="reward", **options) if isinstance(base, str) else base

@@ -2,8 +2,12 @@
 
 import copy
 import logging
+from inspect import signature
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -30,11 +34,54 @@ def check_head_is_trained(peft_config: PeftConfig | None) -> None:
         )
 
 
+def check_head_moves(model: nn.Module) -> None:
+    if not any(p.requires_grad for p in score_head(model).parameters()):
+        name = "classifier" if is_encoder(bare_model(model)) else "score"
+        raise UserError(
+            f"model: the score head of this {type(model).__name__} is frozen: build it with task_type='SEQ_CLS' (or "
+            f"{name!r} among modules_to_save), and load a saved one with is_trainable=True."
+        )
+
+
 def with_saved_layers(peft_config: PeftConfig, names: list[str]) -> PeftConfig:
     """A copy of the configuration whose `modules_to_save` has these layers too."""
     found = copy.deepcopy(peft_config)
     found.modules_to_save = sorted({*(found.modules_to_save or ()), *names})
     return found
+
+
+def with_revision(peft_config: PeftConfig | None, revision: str | None) -> PeftConfig | None:
+    """A copy of the configuration that names this revision of the base, for whoever loads the adapter."""
+    if peft_config is None or revision is None:
+        return peft_config
+    found = copy.copy(peft_config)
+    found.revision = revision
+    return found
+
+
+def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A demonstration (`prompt` and `completion`, or `messages`) as a comparison row of one completion, unjudged."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if "messages" in row:
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+    judged = {"pairs": [], "targets": [], "weights": [], "margins": None}
+    return {"prompt": prompt, "completions": [completion], "row": number} | judged
+
+
+def warn_over_budget(collator: Any, rows: Dataset | None) -> None:
+    """Says how many prompts `max_tokens_per_batch` does not bound, as each is at least one forward pass."""
+    if rows is None or getattr(collator, "max_tokens", None) is None:
+        return
+    sizes = [collator.size(row) for row in rows]
+    if over := [size for size in sizes if size > collator.max_tokens]:
+        logger.warning(
+            "max_tokens_per_batch=%d does not bound %d of %d prompts, which take up to %d tokens in one pass: raise it "
+            "to what fits into memory, or judge fewer completions a prompt.",
+            collator.max_tokens,
+            len(over),
+            len(sizes),
+            max(over),
+        )
 
 
 def length_limit(model: nn.Module, max_length: int | None) -> int | None:
@@ -45,15 +92,28 @@ def length_limit(model: nn.Module, max_length: int | None) -> int | None:
     return limit
 
 
-def resolve_model(model, processing_class, args: BradleyTerryConfig):
-    """(model with an fp32 score head, tokenizer)."""
-    name = model if isinstance(model, str) else model.config._name_or_path
+def load_options(args: BradleyTerryConfig, trainer_options: dict[str, Any]) -> dict[str, Any]:
+    """What loads a model that is given by its name, from where TRL's users put it."""
+    quantised = trainer_options.get("quantization_config")
+    given = {"quantization_config": quantised} if quantised is not None else {}
+    return {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {}) | given
+
+
+def resolve_model(model, processing_class, options: dict[str, Any]):
+    """(model with an fp32 score head, tokenizer); `options` are those of `load_base_model`."""
+    name = model
     if isinstance(model, str):
-        options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-        args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
+        if unknown := sorted(options.keys() - signature(load_base_model).parameters):
+            raise UserError(
+                f"{', '.join(unknown)}: not an option of a model given by its name: for 4 bits (NF4) pass "
+                "model_init_kwargs={'load_in_4bit': True}, for all else a loaded model."
+            )
         model = load_base_model(model, task="reward", **options)
+    else:
+        name = model.config._name_or_path
     if processing_class is None:
-        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        known = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
+        processing_class = load_tokenizer(name, **known)
     head = score_head(model)
     if isinstance(head, ModulesToSaveWrapper):
         head.original_module = _as_scalar_head(head.original_module)
@@ -61,13 +121,10 @@ def resolve_model(model, processing_class, args: BradleyTerryConfig):
             head.modules_to_save[adapter] = _as_scalar_head(module)
     elif not isinstance(model, PeftModel):
         install_fp32_score(model)
-    if isinstance(model, PeftModel) and not any(p.requires_grad for p in head.parameters()):
-        raise UserError(
-            "model: the score head of this PeftModel is frozen: build it with task_type='SEQ_CLS', and load a saved "
-            "one with is_trainable=True."
-        )
-    if isinstance(model, PeftModel) and is_encoder(bare_model(model)):
-        _check_layers_are_saved(model)
+    if isinstance(model, PeftModel):
+        check_head_moves(model)  # early, and again when an adapter is on
+        if is_encoder(bare_model(model)):
+            _check_layers_are_saved(model)
     return model, processing_class
 
 
@@ -107,7 +164,8 @@ def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str,
         return "shared_prefix"
     if asked == "shared_prefix":
         raise UserError(f"layout: 'shared_prefix' does not work with this model, {problem}: pass layout='plain'.")
-    logger.info("layout: plain rows, since %s.", problem)
+    expected = virtual or is_encoder(bare_model(model)) or not PartialState().is_main_process
+    logger.log(logging.INFO if expected else logging.WARNING, "layout: plain rows, since %s.", problem)
     return "plain"
 
 

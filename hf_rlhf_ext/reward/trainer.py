@@ -1,5 +1,6 @@
 """Bradley-Terry reward models from pairs and K-wise comparisons."""
 
+import copy
 import logging
 import os
 import random
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +21,7 @@ from trl import RewardTrainer
 
 from ..data.formats import to_comparisons
 from ..data.schema import LoadReport
-from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, fit_row, start_ids, tokenise_comparisons, tokenise_row
+from ..data.tokenization import CATEGORY_CODE, TOKENISED_COLUMNS, tokenise_comparisons
 from ..errors import UserError
 from ..hub.trainer import HubMixin
 from ..metrics import preference
@@ -28,14 +29,19 @@ from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
 from ..modeling.heads import is_encoder, untrained_layers
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
-from .scorer import RewardNormalization, RewardScorer, score_batch
+from .scorer import RewardNormalization, RewardScorer, dtype_name, is_4bit, score_batch
 from .setup import (
     check_head_is_trained,
+    check_head_moves,
     length_limit,
+    load_options,
     make_collator,
     repair_fp32,
     resolve_layout,
     resolve_model,
+    single_row,
+    warn_over_budget,
+    with_revision,
     with_saved_layers,
 )
 
@@ -86,16 +92,19 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
             raise UserError(f"args: pass a BradleyTerryConfig, got {type(args).__name__}.")
         check_head_is_trained(peft_config)
         set_seed(args.seed)  # the head is drawn at load
-        model, processing_class = resolve_model(model, processing_class, args)
+        given = load_options(args, trainer_options)
+        if isinstance(model, str):
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
+            peft_config = with_revision(peft_config, given.get("revision"))
+        model, processing_class = resolve_model(model, processing_class, given)
         if peft_config is not None and is_encoder(model):
             peft_config = with_saved_layers(peft_config, untrained_layers(model))
         self.layout = resolve_layout(model, peft_config, args.layout, args.device)
         self.max_length = length_limit(model, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
-        self.normalization: RewardNormalization | None = None
         self.judged: preference.JudgedPairs | None = None  # of the last evaluation, for plots
-        self._category_codes: dict[str | None, int] = {}
-        self._prepared: set[str] = set()  # fingerprints of the data sets with these codes
+        self._category_codes: dict[str, int] = {}
         self._user_metrics = compute_metrics
         self._sums: dict[str, Tensor] = {}
         # TRL casts trainable parameters of quantised models to bf16, a trained adapter's too: keep what they were.
@@ -113,55 +122,55 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
             **trainer_options,
         )
         repair_fp32(self.model, before)
+        check_head_moves(self.model)
+        self.normalization = self._recorded()
+        warn_over_budget(self.data_collator, self.train_dataset)
         self._normalization_rows = self._prepare_normalization(normalization_dataset)
 
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if isinstance(dataset, Dataset) and set(TOKENISED_COLUMNS) <= set(dataset.column_names):
-            foreign = CATEGORY_CODE in dataset.column_names and dataset._fingerprint not in self._prepared
-            return dataset.remove_columns(CATEGORY_CODE) if foreign else dataset  # codes of another trainer
+            if CATEGORY_CODE not in dataset.column_names:
+                return dataset
+            names = dataset.features[CATEGORY_CODE].int2str(list(dataset[CATEGORY_CODE]))  # another trainer's, maybe
+            return self._with_category_codes(dataset.remove_columns(CATEGORY_CODE), names)
         with args.main_process_first(desc=f"{dataset_name} data set"):
             dataset, report = to_comparisons(dataset, source=dataset_name)
             if "category" in dataset.column_names:
-                codes = [self._category_codes.setdefault(c, len(self._category_codes)) for c in dataset["category"]]
-                dataset = dataset.add_column(CATEGORY_CODE, codes)
-            dataset = tokenise_comparisons(
-                dataset,
-                processing_class,
-                max_length=self.max_length,
-                overflow=args.overflow,
-                report=report,
-                num_proc=args.dataset_num_proc,
-            )
+                dataset = self._with_category_codes(dataset, dataset["category"])
+            return self._tokenise(dataset, report, processing_class, args)
+
+    def _with_category_codes(self, dataset: Dataset, names: list[str | None]) -> Dataset:
+        codes = [self._category_codes.setdefault(name or "", len(self._category_codes)) for name in names]
+        return dataset.add_column(CATEGORY_CODE, codes, feature=ClassLabel(names=list(self._category_codes)))
+
+    def _tokenise(self, dataset: Dataset, report: LoadReport, tokenizer, args: BradleyTerryConfig) -> Dataset:
+        options = {"max_length": self.max_length, "overflow": args.overflow, "num_proc": args.dataset_num_proc}
+        dataset = tokenise_comparisons(dataset, tokenizer, report=report, **options)
         logger.log(logging.WARNING if report.dropped or report.flagged else logging.INFO, report.summary())
-        self.data_reports[dataset_name] = report
-        self._prepared.add(dataset._fingerprint)
+        self.data_reports[report.source] = report
         return dataset
 
-    def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | list[dict[str, Any]]:
+    def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | None:
         """Tokenised rows whose completions are scored after training, drawn with `seed`."""
+        if not self.args.normalize_rewards:
+            return None
         if dataset is None:
             dataset = self.train_dataset
-        n_rows, limit = len(dataset), self.args.normalization_max_rows
-        if n_rows > limit:
-            dataset = dataset.select(sorted(random.Random(self.args.seed).sample(range(n_rows), limit)))
+        numbers, limit = list(range(len(dataset))), self.args.normalization_max_rows
+        if not numbers:
+            raise UserError("normalization_dataset has no rows: leave it out, or pass normalize_rewards=False.")
+        if len(numbers) > limit:
+            numbers = sorted(random.Random(self.args.seed).sample(numbers, limit))
+            dataset = dataset.select(numbers)
         columns = set(dataset.column_names)
         if {"prompt", "completion"} <= columns or "messages" in columns:
-            return [self._demonstration(row, k) for k, row in enumerate(dataset)]
+            rows = Dataset.from_list([single_row(row, k) for k, row in zip(numbers, dataset, strict=True)])
+            report = LoadReport(source="normalization", rows_in=len(rows), kept=len(rows))
+            with self.args.main_process_first(desc="normalization data set"):
+                return self._tokenise(rows, report, self.processing_class, self.args)
         return self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
-
-    def _demonstration(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if "messages" in row:
-            prompt, completion = row["messages"][:-1], row["messages"][-1:]
-        ids = tokenise_row({"prompt": prompt, "completions": [completion]}, self.processing_class)
-        max_length = self.max_length
-        if max_length is None:
-            return ids
-        where = f"normalization row {index}"
-        options = {"overflow": self.args.overflow, "start_ids": start_ids(self.processing_class)}
-        return fit_row(ids, max_length=max_length, where=where, **options) or {"completion_ids": []}
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -217,7 +226,7 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
             losses = bradley_terry_loss(*given)
         else:
             losses = tie_model_loss(*given, model=args.tie_model, threshold=args.tie_threshold)
-        if args.ranking_loss == "plackett_luce" and "completion_counts" in inputs:
+        if args.ranking_loss == "plackett_luce":
             losses = rank_prompts(losses, scores, inputs)
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * centering_penalty(
@@ -299,11 +308,12 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
         prompts, _ = rows = np.nonzero(labels[..., 0] >= 0)  # where a pair is, not padding
         i, j, targets, weights, margins, length_deltas, codes = labels[rows].T
         scores_i, scores_j = scores[prompts, i.astype(int)], scores[prompts, j.astype(int)]
-        n_pairs, both = len(i), np.concatenate([scores_i, scores_j])
-        pairs = {"targets": targets, "weights": weights, "margins": margins}
-        pairs["pairs"] = np.arange(2 * n_pairs).reshape(2, -1).T
-        losses = self._pair_losses(torch.from_numpy(both), {name: torch.from_numpy(x) for name, x in pairs.items()})
-        names = np.array([*(name or "" for name in self._category_codes), ""])[codes.astype(int)]  # -1: no category
+        both = np.concatenate([scores_i, scores_j])
+        pairs = {"targets": targets, "weights": weights, "margins": margins, "prompt_index": prompts}
+        pairs["pairs"] = prompts[:, None] * scores.shape[1] + np.stack([i, j], 1).astype(int)
+        given = {name: torch.from_numpy(value) for name, value in pairs.items()}
+        losses = self._pair_losses(torch.from_numpy(scores.ravel()), given)
+        names = np.array([*self._category_codes, ""])[codes.astype(int)]  # -1: no category
         self.judged = preference.JudgedPairs(
             scores_i, scores_j, targets, weights, margins, length_deltas, prompts, names
         )
@@ -320,43 +330,48 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
 
     def train(self, *args, **kwargs):
         """Trains as `Trainer.train`, then measures the normalisation on the final (or best) weights."""
-        self.normalization = None  # a checkpoint on the way must not carry an old one
+        self.normalization = self._recorded()  # a checkpoint on the way must not carry an old one
         result = super().train(*args, **kwargs)
         if self.args.normalize_rewards:
             self.normalization = self._measure_normalization()
         return result
 
-    def _measure_normalization(self) -> RewardNormalization:
-        model = self.accelerator.unwrap_model(self.model)
-        scorer = RewardScorer(
-            model, self.processing_class, batch_size=self.args.eval_batch_size, autocast=self._autocast_dtype
-        )
-        sequences = [row["prompt_ids"] + ids for row in self._normalization_rows for ids in row["completion_ids"]]
-        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        scores = np.array(gather_object(scorer.score_ids(sequences[rank::n_ranks])))
-        std = float(scores.std())
-        if not np.isfinite(std) or std == 0.0:
-            raise UserError(
-                f"normalize_rewards: the {len(scores)} scores of the normalisation set have deviation {std}: check the "
-                "learning rate and the data, or pass normalize_rewards=False."
-            )
-        base = bare_model(model)
+    def _recorded(self, **measured: Any) -> RewardNormalization:
+        """What a reload must repeat, with what was `measured`."""
+        base, autocast = bare_model(self.model), self._autocast_dtype
         name = base.config._name_or_path or None
-        autocast = self._autocast_dtype
         return RewardNormalization(
-            mean=float(scores.mean()),
-            std=std,
-            n=len(scores),
-            base_dtype=str(base.dtype).removeprefix("torch."),
+            base_dtype=dtype_name(base),
             autocast=str(autocast).removeprefix("torch.") if autocast else None,
-            load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)),
+            load_in_4bit=is_4bit(base),
             layout=self.layout,
             base_model=None if name is None or os.path.exists(name) or Path(name).is_absolute() else name,
+            **measured,
         )
+
+    def _measure_normalization(self) -> RewardNormalization:
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        limits = {"batch_size": args.eval_batch_size, "max_tokens": args.max_tokens_per_batch}
+        scorer = RewardScorer(model, self.processing_class, **limits, autocast=self._autocast_dtype)
+        sequences = [row["prompt_ids"] + ids for row in self._normalization_rows for ids in row["completion_ids"]]
+        rank, n_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        try:
+            found = scorer.score_ids(sequences[rank::n_ranks]), ""
+        except (RuntimeError, UserError) as error:  # out of memory, say
+            found = [], f"{type(error).__name__}: {error}".splitlines()[0]
+        parts = gather_object([found])
+        problem = next((text for _, text in parts if text), "")
+        scores = np.array([score for part, _ in parts for score in part])
+        mean, std = (float(scores.mean()), float(scores.std())) if len(scores) else (0.0, 0.0)
+        if problem or not np.isfinite(std) or std == 0.0:  # a finished run is worth more than its scale
+            problem = problem or f"{len(scores)} scores have deviation {std}: check the learning rate and the data"
+            logger.warning("normalize_rewards: no normalisation, the model gives raw scores: %s", problem)
+            return self._recorded()
+        return self._recorded(mean=mean, std=std, n=len(scores))
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.normalization is not None and self.args.should_save:
+        if self.args.should_save:
             self.normalization.save(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs):

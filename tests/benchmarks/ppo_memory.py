@@ -104,6 +104,24 @@ def ratio(table: dict[str, int], one_base: int) -> float:
     return ours / (one_base + shared + table["activations, one model"])
 
 
+def train_reward(base: str, folder: str, **options) -> None:
+    """A reward adapter on that model in NF4, saved in `folder`: longer answers are better."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_base_model, load_tokenizer
+
+    answers = ["They are sweet.", "They are sweet, and good for you.", "Fruit is good.", "Fruit is good in many ways."]
+    rows = [{"prompt": "Why fruit?", "chosen": answers[k + 1], "rejected": answers[k]} for k in (0, 2)]
+    args = BradleyTerryConfig(folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **options)
+    model = load_base_model(base, task="reward", load_in_4bit=True)
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS")
+    data, tokenizer = Dataset.from_list(rows), load_tokenizer(base)
+    trainer = BradleyTerryTrainer(model, args, data, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+
+
 def main() -> None:
     from tempfile import TemporaryDirectory
 
@@ -111,19 +129,19 @@ def main() -> None:
     from peft import LoraConfig
 
     from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_tokenizer
+    from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL
 
     model = load_base_model(load_in_4bit=True)
     one_base = distinct_bytes(state_tensors(model))
     prompts = Dataset.from_dict({"prompt": ["Name three fruits and say why people like them."] * 16})
     with TemporaryDirectory() as folder:
+        train_reward(EMBEDDED_MODEL, f"{folder}/reward", max_steps=1)
         args = PPOConfig(folder, use_cpu=True, per_device_train_batch_size=16, max_completion_length=32, max_steps=1,
                          num_ppo_epochs=1, critic="adapter", report_to="none", save_strategy="no")  # fmt: skip
         lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-        def length(completions, **kwargs):
-            return [float(len(text)) for text in completions]
-
-        trainer = PPOTrainer(model, length, args, prompts, processing_class=load_tokenizer(), peft_config=lora)
+        options = {"processing_class": load_tokenizer(), "peft_config": lora}
+        trainer = PPOTrainer(model, f"{folder}/reward", args, prompts, **options)
+        assert trainer.rewards.funcs[0].model is trainer.model  # all four on one base
         trainer.train()
         table = memory_table(trainer)
     print("| part | MB |\n|---|---|")

@@ -2,11 +2,14 @@
 
 make bench-reward       # about 25 minutes on two idle cores; RLHF_SHARED names the shared data folder
 
+Writes docs/study/reward_benchmark.json when all is done; the last line of output is its results.
+
 SmolLM2-135M in bf16, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows of at most 1,024 tokens in file
 order (no length grouping on either side), the same allocator settings. TRL: padded pairs. Ours: shared prefix,
-micro-batches of at most 2,400 tokens. K-wise rows put K replies of the file under one prompt; TRL gets all their pairs.
-The first optimizer step warms up and is not counted. The limit: after each step of "ours, 16 prompts" a bare forward
-and backward of the same model on as many tokens, in full rows of about 400, is timed; the fraction is bare over step
+micro-batches of at most 2,400 tokens. K-wise rows are of HH-RLHF harmless, whose prompts are conversations and longer
+(140 tokens on average, those of helpful 45): K replies of the file under one prompt; TRL gets all their pairs. The
+first optimizer step warms up and is not counted. The limit: after each step of "ours, 16 prompts" a bare forward and
+backward of the same model on as many tokens, in full rows of about 400, is timed; the fraction is bare over step
 seconds.
 """
 
@@ -17,10 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 
-DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data" / "hh_helpful_train.jsonl"
+DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data"
+PAIRS, K_WISE = "hh_helpful_train.jsonl", "hh_harmless_test.jsonl.gz"
+REPORT = Path(__file__).parents[2] / "docs" / "study" / "reward_benchmark.json"
 MAX_TOKENS = 2400
 # name -> (trainer, completions a prompt, prompts or pairs a step, steps after the warm-up, micro-batch, checkpointing)
 RUNS = {
@@ -40,10 +46,10 @@ LIMIT = "ours, 16 prompts"
 
 
 def comparison_rows(n: int, k: int) -> list[dict]:
-    """`n` rows of the file; with k > 2, replies of the rows that follow are put under the same prompt."""
+    """`n` rows of `PAIRS`; with k > 2, of `K_WISE`, with replies of the rows that follow under the same prompt."""
     from hf_rlhf_ext import load_comparisons
 
-    rows = load_comparisons(str(DATA), split="train[:600]", group=False)[0].to_list()
+    rows = load_comparisons(str(DATA / (PAIRS if k == 2 else K_WISE)), split="train[:600]", group=False)[0].to_list()
     if k == 2:
         return rows[:n]
     replies = [completion for row in rows for completion in row["completions"]]
@@ -189,11 +195,14 @@ def in_a_process(name: str) -> dict[str, float]:
 
 def main() -> None:
     found = {}
-    print(f"{'':26} pairs/s  tokens/s  peak GB", flush=True)
-    for name in RUNS:
-        found[name] = in_a_process(name)
-        one = found[name]
-        print(f"{name:26} {one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}", flush=True)
+    print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
+    for name, (_, k, *_) in RUNS.items():
+        found[name] = one = in_a_process(name)
+        print(
+            f"{name:26} {one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}  "
+            f"{PAIRS if k == 2 else K_WISE}",
+            flush=True,
+        )
     difference = in_a_process("difference")["max_score_diff"]
 
     def ratio(ours: str, trl: str, what: str = "pairs_per_s") -> float:
@@ -210,7 +219,25 @@ def main() -> None:
         "k9_ratio": ratio("ours, K = 9", "trl, K = 9 as pairs"),
         "limit_fraction": round(found[ours]["limit_fraction"], 3),
     }
+    write_report(found, results)
     print(json.dumps(results))
+
+
+def write_report(found: dict[str, dict[str, float]], results: dict[str, float]) -> None:
+    """The committed file, in one piece."""
+    import_module("torch")  # `hardware` names the card where it is there
+    from hf_rlhf_ext.hub.card import hardware
+
+    digits = {"pairs_per_s": 2, "tokens_per_s": 0, "peak_gb": 2}
+    runs = {
+        name: {key: round(one[key], n or None) for key, n in digits.items()}
+        | {"rows": PAIRS if RUNS[name][1] == 2 else K_WISE}
+        for name, one in found.items()
+    }
+    report = {"command": "make bench-reward", "hardware": hardware(), "runs": runs, "results": results}
+    scratch = REPORT.with_suffix(".tmp")
+    scratch.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(REPORT)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,14 @@ import math
 import random
 
 import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
 
 from hf_rlhf_ext.data.text import plain_text
-from hf_rlhf_ext.evaluation.reward_check import PROBES, check_reward
+from hf_rlhf_ext.evaluation.reward_check import PROBES, check_reward, fitting, within
+from hf_rlhf_ext.modeling.heads import install_fp32_score, position_limit
+from hf_rlhf_ext.reward.scorer import RewardScorer
 
 GOOD = "The river runs north. It meets the sea near the old harbour."
 
@@ -99,3 +104,48 @@ def test_a_single_prompt_has_no_interval():
     figures = check_reward(honest, rows(1), probes=False).figures
     assert "accuracy" in figures and not {"accuracy_low", "gain_low"} & set(figures)
     assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_probes_that_a_model_has_no_positions_for_are_left_out_and_counted():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sunny", "garden", "happy", "lazy", "fox"]
+    tokenizer = hf.BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+    tokenizer.eos_token = tokenizer.sep_token
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = hf.BertConfig(vocab_size=len(words), max_position_embeddings=24, num_labels=1, **sizes)
+    scorer = RewardScorer(install_fp32_score(hf.BertForSequenceClassification(config)).eval(), tokenizer)
+    limit = position_limit(scorer.model)
+    made = [
+        {"prompt": "sunny " * (2 + k), "completions": ["happy fox", "lazy"], "pairs": [[0, 1]], "targets": [1.0]}
+        for k in range(24)
+    ]
+    rows = fitting(Dataset.from_list(made), tokenizer, limit)
+    assert len(rows) == 18  # 2 + k words, 2 of the answer, [CLS], 2 [SEP]
+    with pytest.raises(ValueError, match="the reward model takes 24"):
+        check_reward(scorer.raw, rows)
+    checked = check_reward(scorer.raw, rows, fits=within(tokenizer, limit))
+    assert checked.left_out["filler"] == 18 and "filler" not in checked.probes  # 51 words more
+    assert checked.left_out["prompt copied"] == 9 and "prompt copied" in checked.probes
+    assert "empty" not in checked.left_out
+    short = [row for row in rows if len(row["prompt"].split()) <= 10]
+    alone = check_reward(scorer.raw, short, fits=within(tokenizer, limit))
+    assert alone.probes["prompt copied"] == checked.probes["prompt copied"]  # the share of those that fit
+
+
+def test_a_gain_that_may_be_chance_and_one_that_is_only_brevity_do_not_pass():
+    data = rows(300)
+    lengths = [[len(plain_text(c).split()) for c in row["completions"]] for row in data]
+    for row, (first, second) in zip(data, lengths, strict=True):  # the shorter one wins in four of five
+        row["targets"] = [float((first < second) == (random.Random(str(row)).random() < 0.8))]
+    brief = check_reward(lambda p, c: [-float(len(plain_text(text).split())) for text in c], data, probes=False)
+    assert brief.figures["gain_low"] > 0.2  # beside "longer wins", it looks good
+    assert brief.figures["length_baseline"] == 1 - brief.figures["longer_wins_baseline"] > 0.6
+    assert any("counting words may do as well" in problem for problem in brief.problems)
+
+    def unsure(prompts, completions):
+        noise = [random.Random("0" + plain_text(completion)).gauss(0, 6) for completion in completions]
+        return [score + error for score, error in zip(honest(prompts, completions), noise, strict=True)]
+
+    few = check_reward(unsure, rows(60), probes=False)
+    assert few.figures["gain"] > 0 >= few.figures["length_gain_low"]
+    assert any("counting words may do as well" in problem for problem in few.problems)

@@ -8,18 +8,25 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from markdown_it import MarkdownIt
+from peft import LoraConfig
 
+from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer, load_base_model
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, write_card
-from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.hub.privacy import COMMON_NAMES, strip_local_paths
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPORT = {
     "seed": 3,
+    "gold_reward": "vader",
     "reward_model": {
         "pairs": 900,
         "heldout_pairs": 180,
+        "decided_pairs": 160,
+        "prompts": 30,
         "accuracy": 0.78125,
         "accuracy_ci95": [0.72, 0.84],
         "nll": 0.5,
@@ -70,10 +77,14 @@ def test_results_carry_n_and_interval_in_the_table_and_in_the_model_index(card):
     reward = card("reward_model")
     results = {result.metric_type: result for result in reward.data.eval_results}
     assert results["accuracy"].metric_value == pytest.approx(0.7812, abs=1e-4)
-    assert "95 % CI 0.720 to 0.840" in results["accuracy"].metric_name and "n = 180" in results["accuracy"].dataset_name
-    assert "| Pairwise accuracy | 0.781 | 0.720 to 0.840 | 180 |" in reward.text
+    # Ties have no winner to find.
+    assert results["accuracy"].metric_name == "Pairwise accuracy (n = 160, 95 % CI 0.720 to 0.840)"
+    assert results["nll"].metric_name.endswith(" (n = 180)")
+    assert {result.dataset_name for result in results.values()} == {"held-out pairs of the run"}
+    assert "| Pairwise accuracy | 0.781 | 0.720 to 0.840 | 160 |" in reward.text
+    assert "180 pairs of 30 prompts were held out; accuracy counts the 160 that are no ties." in reward.text
     policy = card("policy")
-    assert "| Gain in gold reward over the SFT policy | 0.551 | 0.450 to 0.640 | 16 |" in policy.text
+    assert "| Gain in gold reward | 0.551 | 0.450 to 0.640 | 16 |" in policy.text
     assert "8.9 nats of KL a completion (β = 0.05)" in policy.text
     assert "| chat | 12 | 0.200 | 0.125 |" in policy.text
     sft = [result.metric_type for result in card("sft").data.eval_results]
@@ -120,7 +131,74 @@ def test_a_card_of_other_data_shows_what_was_measured(card):
     assert "simulated" not in text and "noisy" not in text and "0.600" in text
     text = card("policy", {"ppo": {"kl": 3.0}}).text
     assert "VADER" not in text and "3.000" in text
-    assert card("sft", {}).data.eval_results is None
+    for kind in KINDS:  # old reports lack much; what they lack is left out, never made up
+        empty = card(kind, {})
+        assert empty.data.eval_results is None and "## Results" not in empty.text
+
+
+def test_a_recipes_policy_shows_n_beta_and_second_opinions_without_a_gold_reward(card):
+    ppo = {"n": 24, "updates": 8, "kl": 3.5, "kl_ci95": [3.0, 4.0], "kl_coef": 0.05, "rewards": ["reward_model"]}
+    ppo |= {"proxy_before": -0.1, "proxy_after": 0.9, "proxy_gain": 1.0, "proxy_gain_ci95": [0.8, 1.2]}
+    ppo |= {"eval_rewards": ["a_judge", "silent"], "a_judge_before": 0.4, "a_judge_after": 0.3, "a_judge_gain": -0.1}
+    ppo |= {"a_judge_gain_ci95": [-0.2, 0.1], "stopped_by": "KL is 9.1 nats, above max_kl = 8 <b>"}
+    text = card("policy", {"ppo": ppo}).text
+    rows = ["| Gain in proxy reward | 1.000 | 0.800 to 1.200 | 24 |", "completion | 3.500 | 3.000 to 4.000 | 24 |"]
+    rows += [r"| Gain in reward a\_judge, unseen by PPO | -0.100 | -0.200 to 0.100 | 24 |"]
+    assert all(row in text for row in rows)
+    assert "Proxy reward went from -0.100 to 0.900, in 8 updates, at 3.5 nats of KL a completion (β = 0.05)." in (
+        text.replace(r"A\_judge reward went from 0.400 to 0.300, proxy", "Proxy")
+    )
+    limits = text.split("## Limits")[1]
+    assert r"Reward a\_judge, which PPO did not see, fell by 0.100" in limits
+    assert r"ended training before its time: KL is 9.1 nats, above max\_kl = 8 &lt;b&gt;" in limits
+
+
+def test_an_sft_recipes_card_shows_its_loss(card):
+    sft = {"eval_loss": 1.25, "eval_mean_token_accuracy": 0.75, "heldout_rows": 40, "train_loss": 0.5}
+    made = card("sft", {"sft": sft})
+    assert "| Loss, nats per token | 1.250 | – | 40 |" in made.text
+    assert "| Accuracy of the next token | 0.750 | – | 40 |" in made.text
+    assert made.data.eval_results[0].dataset_name == "held-out demonstrations of the run"
+
+
+def test_a_reward_models_length_bias_and_gain_are_in_its_card(card):
+    gaps = {"0 to 2": {"n": 20, "accuracy": 0.55}, "2 to 9": {"n": 21, "accuracy": 0.7}}
+    gaps |= {"9 to 40": {"n": 22, "accuracy": 0.9}}
+    measured = REPORT["reward_model"] | {"groups": {"length_gap": gaps, "a|b": {"<c>": {"n": 1, "accuracy": 1.0}}}}
+    measured |= {"gain": 0.259, "gain_ci95": [-0.1, 0.4], "brier": 0.15, "ece": 0.05}
+    text = card("reward_model", {"reward_model": measured}).text
+    assert "(0 to 2 tokens apart) its accuracy is 0.550 (n = 20), where they differ most (9 to 40 tokens) 0.900" in text
+    assert "may be chance" in text and "| Expected calibration error | 0.050 | – | 180 |" in text
+    assert "| Gain in accuracy over it | 0.259 | -0.100 to 0.400 | 160 |" in text
+    assert r"| a\|b | &lt;c&gt; |" in text
+
+
+def test_an_ensemble_names_its_members(card):
+    ensemble = {"pairs": 9, "accuracy": 0.7, "disagreement": 0.25, "combine": "min"}
+    ensemble |= {"members": [{"accuracy": 0.6, "nll": 0.61}, {"pairs": 9}]}
+    made = card("reward_model", {"reward_model": ensemble}, repo_id="alice/both")
+    assert "ensemble of 2" in made.text and "(combined by min)" in made.text
+    assert "| 0 | 0.600 | 0.610 |" in made.text and "| 1 | – | – |" in made.text
+    assert "standard deviation of their rewards | 0.250 |" in made.text
+    assert 'RewardEnsemble.from_pretrained("alice/both")' in made.text and "AutoModel" not in made.text
+    assert made.data.library_name == "hf_rlhf_ext"
+
+
+def test_results_name_the_data_set_and_its_commit(card):
+    made = card("policy", datasets=["alice/prompts"], dataset_revision="abc123")
+    found = made.data.eval_results[0]
+    assert (found.dataset_type, found.dataset_revision) == ("alice/prompts", "abc123")
+    assert made.data.datasets == ["alice/prompts"]
+    assert card("policy").data.eval_results[0].dataset_revision is None
+
+
+def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(card):
+    made = card("policy", repo_id="runs/quickstart/policy", system_prompt='Say "hi".').text
+    assert "No weights are published with this card: `runs/quickstart/policy`" in made
+    (snippet,) = re.findall(r"```python\n(.*?)```", made, re.DOTALL)
+    compile(snippet, "snippet", "exec")
+    assert r'{"role": "system", "content": "Say \"hi\"."}' in snippet
+    assert "No weights" not in card("policy", repo_id="alice/policy").text
 
 
 def test_samples_cannot_break_the_card(card):
@@ -129,6 +207,36 @@ def test_samples_cannot_break_the_card(card):
     assert "<script>" not in text and "\n---" not in text and "\n# H" not in text and "<!--" not in text
     assert "49" not in text.split("## Samples")[1].split("## Limits")[0] and "](http://y" not in text
     assert escape_markdown("a_b *c* `d`\n\ne") == r"a\_b \*c\* \`d\` ⏎ e"
+
+
+NASTY = ["# H\n---\n<script>x</script> |a|b| ![x](http://y) *b* `c`", "```\n</details>\n# H2", "[l](http://z)\n\n- i"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("evil", NASTY)
+def test_no_text_breaks_out_of_its_place(card, kind, evil):
+    """Read by a markdown parser: the structure of a card with nasty names is that of one with plain names."""
+    row = {"n": 12, "gold_before": 0.2, "gold_after": 0.1}
+
+    def shape(text):
+        ppo = REPORT["ppo"] | {"start": text, "rewards": [text], "stopped_by": text}
+        ppo |= {"eval_rewards": [text], f"{text}_before": 0.5, f"{text}_after": 0.25, f"{text}_gain": -0.25}
+        model = REPORT["reward_model"] | {"groups": {text: {text: {"n": 1, "accuracy": 0.5}}}, "combine": text}
+        model |= {"members": [{}], "length_gap": {}}
+        report = REPORT | {"ppo": ppo, "reward_model": model, "categories": {text: row}, "seed": text}
+        report |= {"command": f"python x.py --run '{text}'", "hardware": text, "versions": {text: text}}
+        options = {"model_name": text, "config": f"mix: |\n  {text}", "lineage": {text: text}, "caption": text}
+        options |= {"plot": None, "samples": [dict.fromkeys(("prompt", "before", "after"), text)]}
+        options |= {"repo_id": "alice/x", "base_model": f"base {text}", "system_prompt": text}
+        made = card(kind, report, **options)
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(made.text)
+        inline = [child.type for token in tokens for child in token.children or ()]
+        snippet = next(token.content for token in tokens if token.info == "python")
+        compile(snippet, "snippet", "exec")
+        assert yaml.safe_load(made.data.to_yaml())["base_model"] == f"base {text}"
+        return [t.type for t in tokens], [t for t in inline if t not in ("text", "text_special", "softbreak")]
+
+    assert shape(evil) == shape("plain")
 
 
 @pytest.mark.parametrize("value", [None, math.nan, "0.5"])
@@ -174,7 +282,8 @@ def test_no_trace_of_this_very_machine(card, kind):
     content = card(kind, REPORT | {"command": here}).content
     for secret in (os.getcwd(), str(Path.home()), socket.gethostname()):
         assert len(secret) < 2 or secret not in content
-    assert not re.search(rf"(?<!\w){re.escape(getpass.getuser())}(?!\w)", content)
+    user = getpass.getuser()
+    assert user in COMMON_NAMES or not re.search(rf"(?<!\w){re.escape(user)}(?!\w)", content)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +331,24 @@ def test_a_shipped_card_is_what_its_report_gives(folder):
 def test_the_numbers_of_a_shipped_card_are_those_of_the_run(folder):
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     run = json.loads((ROOT / "docs" / "quickstart" / "seed0.json").read_text(encoding="utf-8"))
+    decided = report["reward_model"].pop("decided_pairs", None)
     assert {name: report[name] for name in run} == run
+    if decided is not None:  # the only number of pairs that the run's accuracy can be a share of
+        pairs, accuracy = run["reward_model"]["heldout_pairs"], run["reward_model"]["accuracy"]
+        assert [n for n in range(1, pairs + 1) if abs(accuracy * n - round(accuracy * n)) < 1e-9] == [decided]
+
+
+def test_shipped_cards_say_what_speaks_against_them():
+    policy, reward, sft = ((folder / "README.md").read_text(encoding="utf-8") for folder in SHIPPED)
+    for seed in range(3):
+        run = json.loads((ROOT / "docs" / "quickstart" / f"seed{seed}.json").read_text(encoding="utf-8"))["ppo"]
+        assert "{:+.3f} ({:+.3f} to {:+.3f})".format(run["gold_gain"], *run["gold_gain_ci95"]) in policy
+    found = re.search(r"flattery .*? (\d+ %) .*? (\d+ %)", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found and all(share in reward for share in found.groups()) and "Not ready for PPO" in reward
+    assert "best of three" in policy and "I am happy to help" in policy.split("## Limits")[1]
+    for card in (policy, reward, sft):
+        assert "No weights are published" in card and "cut at 32 tokens" in card and "learning_rate" in card
+        assert '"Answer in one or two sentences."' in card and "weights the numbers were not measured" in card
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
@@ -248,12 +374,53 @@ def test_a_merged_model_says_so(card, kind):
 
 def test_lineage_links_what_is_on_the_hub_and_escapes_the_rest(card):
     lineage = {"SFT policy": "alice/sft@abc123", "prompts": "datasets/a/b", "pairs": "local *x*.jsonl (sha256 12)"}
-    text = card("policy", lineage=lineage, report=REPORT | {"seconds": {"ppo": 7200}}).text
+    report = REPORT | {"seconds": {"sft": 90, "ppo": 7200}}
+    text = card("policy", lineage=lineage, report=report).text
     assert "- SFT policy: [alice/sft@abc123](https://huggingface.co/alice/sft/tree/abc123)" in text
     assert "- prompts: [datasets/a/b](https://huggingface.co/datasets/a/b)" in text
-    assert r"local \*x\*.jsonl \(sha256 12\)" in text and "in 2.0 hours" in text
+    assert r"local \*x\*.jsonl \(sha256 12\)" in text
+    assert "this stage took 2.0 hours" in text and "this stage took 1.5 minutes" in card("sft", report).text
 
 
 def test_a_report_without_card_options_has_no_card():
     assert card_from_report(REPORT) is None
     assert "kl" in card_from_report(REPORT | {"card": {"kind": "policy"}}, repo_id="a/b").lower()
+
+
+# --- a push from Python, without a recipe ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["policy", "reward_model"])
+def test_a_trainer_pushed_from_python_has_a_card_with_its_last_evaluation(
+    hub, kind, tiny_llama, chat_tokenizer, tmp_path
+):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    HfApi().create_repo("alice/base")
+    HfApi().upload_folder(repo_id="alice/base", folder_path=tmp_path / "base")
+    policy = kind == "policy"
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True}
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM" if policy else "SEQ_CLS")
+    model = load_base_model("alice/base", task="causal_lm" if policy else "reward")
+    given = {"processing_class": chat_tokenizer, "peft_config": lora}
+    if policy:
+        rows = Dataset.from_dict({"prompt": ["Tell me", "a sunny day", "fox", "words, many"]})
+        args = PPOConfig(str(tmp_path / "out"), max_completion_length=4, num_mini_batches=1, critic="head", **options)
+        given |= {"args": args, "train_dataset": rows, "eval_dataset": rows}
+        trainer = PPOTrainer(model, lambda completions, **_: [float(len(text)) for text in completions], **given)
+    else:
+        rows = Dataset.from_list([{"prompt": f"Day {i}?", "chosen": "Sunny!", "rejected": "No."} for i in range(4)])
+        args = BradleyTerryConfig(str(tmp_path / "out"), **options)
+        trainer = BradleyTerryTrainer(model, args=args, train_dataset=rows, eval_dataset=rows, **given)
+    trainer.train()
+    trainer.push_to_hub()
+    first = ModelCard.load("alice/out")
+    assert first.data.base_model == "alice/base" and first.data.base_model_relation == "adapter"
+    assert not first.data.eval_results and "started from Python" in first.text
+    key, label = ("eval_objective/kl", "KL to the") if policy else ("eval_accuracy", "Pairwise accuracy")
+    value = trainer.evaluate()[key]
+    trainer.push_to_hub()
+    (row,) = [line for line in ModelCard.load("alice/out").text.splitlines() if f"| {label}" in line]
+    assert f" {value:.3f} " in row and row.endswith("| 4 |")

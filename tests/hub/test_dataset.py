@@ -1,5 +1,7 @@
 """Comparisons on the Hub: the rows come back, annotators stay unnamed, and nothing leaks."""
 
+import re
+
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
@@ -25,7 +27,7 @@ def rows():
             "pairs": [[0, 1]],
             "targets": [1.0 if k % 3 else 0.5],
             "weights": [1.0],
-            "votes": [vote("Jane Doe", 1.0), vote("Bob", 0.0 if k % 3 else 1.0)],
+            "votes": [vote("Jane Doe" if k < 8 else "Ann", 1.0), vote("Bob", 0.0 if k % 3 else 1.0)],
         }
         for k in range(12)
     ]
@@ -43,7 +45,8 @@ def test_rows_and_card_arrive_in_one_private_commit(hub, rows, tmp_path):
     pulled = load_dataset("parquet", data_files=path, split="train", cache_dir=tmp_path).to_list()
     expected = splits["test"].to_list()
     assert [row | {"votes": None} for row in pulled] == [row | {"votes": None} for row in expected]
-    assert {v["annotator"] for row in pulled for v in row["votes"]} <= {"1", "2"}
+    # One numbering over all splits: Jane is 1 in train, Bob 2 in both, Ann 3 in test.
+    assert {v["annotator"] for row in pulled for v in row["votes"]} == {"2", "3"}
     assert b"Jane" not in b"".join(hub.files("alice/judged", "datasets").values())
     card = DatasetCard.load("alice/judged")
     assert yaml.safe_load(card.data.to_yaml()) == card.data.to_dict() and card.data.license == "mit"
@@ -65,7 +68,19 @@ def test_leaks_in_rows_and_missing_licences_are_refused(hub, rows):
     leaky = rows.add_column("category", [f"from /mnt/disk/{k}" if k == 4 else "chat" for k in range(12)])
     with pytest.raises(UserError, match=r"path:train:5 \(/mnt/disk/4\)"):
         push_comparisons(leaky, "judged", licences=LICENCES)
-    assert hub.requests == []
+    assert hub.repos == {}
     push_comparisons(leaky, "judged", licences=LICENCES, allow=["path:train:5"])
     with pytest.raises(UserError, match="licences is empty"):
         push_comparisons(rows, "judged", licences={})
+
+
+def test_the_card_s_snippet_runs_elsewhere_and_a_name_of_one_s_own_is_enough(hub, rows, elsewhere, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "alice")  # the user is called as the owner is: that is no leak
+    splits = DatasetDict({"train": rows.select(range(8)), "test": rows.select(range(8, 12))})
+    push_comparisons(splits, "judged", licences={"alice/pairs": "mit"}, title="What people liked")
+    push_comparisons(rows.select(range(8)), "judged", licences={"alice/pairs": "mit"}, title="What people liked")
+    assert "data/test-00000-of-00001.parquet" not in hub.files("alice/judged", "datasets")
+    text = DatasetCard.load("alice/judged").text
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    printed = elsewhere(snippet + "print(len(comparisons), comparisons[0]['completions'])").stdout
+    assert printed.splitlines()[-1] == "8 ['Yes 0.', 'No 0.']" and "# What people liked" in text

@@ -71,6 +71,8 @@ def test_bf16_is_rounded_once(make_run, tmp_path):
     merged = merge_run(make_run("policy"), tmp_path / "merged", dtype="bfloat16")
     weights = load_file(merged / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    report = json.loads((merged / "report.json").read_text())  # which weights those were, by no name of this machine
+    assert report["merge"] == {"dtype": "bfloat16", "base": "base", "max_score_difference": None}
 
 
 def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make_run, base, tmp_path):
@@ -88,6 +90,8 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
     ids = torch.tensor([scorer.tokenizer(text)["input_ids"]])
     assert plain(ids).logits.item() == pytest.approx(scorer.score_ids(ids.tolist())[0], abs=1e-5)
     again = RewardScorer.from_pretrained("alice/merged", dtype="float32")
+    merge = json.loads(found["report.json"])["merge"]
+    assert merge.pop("max_score_difference") < 1e-5 and merge == {"dtype": "float32", "base": "alice/base"}
     assert again(["Hello?"], ["Yes."]) == pytest.approx(scorer(["Hello?"], ["Yes."]), abs=1e-5)
     assert not (folder / "pushed.json").exists()  # the adapter itself was not
 

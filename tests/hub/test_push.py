@@ -3,16 +3,28 @@
 import json
 import logging
 import random
+import shlex
 
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save, save_file
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub import push
-from hf_rlhf_ext.hub.push import PushError, check_access, create_private_repo, push_run, try_push
-from tests.hub.conftest import BOB
+from hf_rlhf_ext.hub.push import (
+    PushError,
+    check_access,
+    content_digest,
+    create_private_repo,
+    push_files,
+    push_run,
+    try_push,
+)
+from hf_rlhf_ext.modeling.adapters import save_adapter
+from hf_rlhf_ext.modeling.loading import load_base_model
+from tests.hub.conftest import ALICE, BOB
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPORT = {"ppo": {"kl": 3.0}, "versions": {"trl": "1.16.0"}, "command": "python recipes/ppo.py", "seconds": {"ppo": 60}}
@@ -30,6 +42,7 @@ PUSHED = {
     "value/adapter_model.safetensors",
     "value_head.safetensors",
     ".gitattributes",
+    ".hf_rlhf_ext.json",
 }
 
 
@@ -72,10 +85,11 @@ def test_one_private_commit_of_what_others_need(hub, run_folder):
     assert json.loads(files["tokenizer_config.json"]) == {"name_or_path": None, "chat_template": "{{ 1 }}"}
     card = ModelCard.load("alice/polite")
     assert card.data.base_model == BASE and card.data.base_model_relation == "adapter"
-    assert "alice/polite" in card.text or "polite" in card.text
-    assert "prompts: [a/prompts](https://huggingface.co/a/prompts)" in card.text and "0.02 hours" in card.text
+    assert 'from_pretrained(base, "alice/polite")' in card.text  # though only "polite" was given
+    assert "prompts: [a/prompts](https://huggingface.co/a/prompts)" in card.text and "1.0 minutes" in card.text
     known = json.loads((run_folder / "pushed.json").read_text())  # for the cards of what is made from it
-    assert known == {"repo_id": "alice/polite", "commit": repo.history()[0].oid}
+    digest = content_digest(run_folder)
+    assert known == {"repo_id": "alice/polite", "commit": repo.history()[0].oid, "weights": digest}
     (run_folder / "pushed.json").unlink()
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before  # nothing else has changed
 
@@ -85,13 +99,51 @@ def test_a_second_push_sends_only_what_changed_and_removes_stale_weights(hub, ru
     assert not hub.repo("acme/polite").private
     (run_folder / "value_head.safetensors").unlink()
     (run_folder / "training_config.yaml").write_text("learning_rate: 2.0e-4\n")
-    HfApi().create_commit("acme/polite", [CommitOperationAdd("LICENSE", b"mine")], commit_message="by hand")
+    by_hand = {"LICENSE": b"mine", "fp16/model.safetensors": b"weights of mine" * 100}
+    HfApi().create_commit("acme/polite", [CommitOperationAdd(*file) for file in by_hand.items()], commit_message="mine")
     asked = len(hub.requests)
     push_run(run_folder, "acme/polite", private=False)
-    assert set(hub.files("acme/polite")) == PUSHED - {"value_head.safetensors"} | {"LICENSE"}
+    assert set(hub.files("acme/polite")) == PUSHED - {"value_head.safetensors"} | set(by_hand)
     assert not [line for line in hub.requests[asked:] if line.startswith("PUT")]
     push_run(run_folder, "acme/polite", private=False)
     assert len(hub.repo("acme/polite").history()) == 4  # the third push had nothing to say
+
+
+def test_weights_without_a_card_take_the_old_card_away(hub, run_folder):
+    push_run(run_folder, "alice/polite")
+    changed = {"adapter_model.safetensors": save({"lora": torch.rand(8)})}  # as of a checkpoint
+    push_files(changed, "alice/polite")
+    assert set(hub.files("alice/polite")) == {".gitattributes", ".hf_rlhf_ext.json", *changed}
+
+
+def test_a_push_that_another_one_overtook_starts_from_that(hub, run_folder, naps, monkeypatch):
+    others = {"ensemble.json": b"{}", "member-0/adapter_config.json": b"{}"}
+    commit, first = HfApi.create_commit, [True]
+
+    def overtaken(self, *args, **options):
+        if first and first.pop():
+            push_files(others, "alice/polite")
+        return commit(self, *args, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", overtaken)
+    push_run(run_folder, "alice/polite")
+    assert set(hub.files("alice/polite")) == PUSHED and len(hub.repo("alice/polite").history()) == 3
+
+
+def test_a_user_who_is_called_the_same_here_and_there(hub, run_folder, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "alice")
+    lineage = {"SFT": "alice/sft@main", "prompts": "local x"}
+    report = REPORT | {"card": CARD | {"lineage": lineage}, "command": "python recipes/ppo.py --sft alice/sft"}
+    (run_folder / "report.json").write_text(json.dumps(report))
+    push_run(run_folder)
+    card = ModelCard.load("alice/polite").text
+    assert "[alice/sft@main](" in card and "--sft alice/sft" in card and 'from_pretrained(base, "alice/polite")' in card
+    (run_folder / "training_config.yaml").write_text("value_model: alice/value\nreward_model:\n- alice/reward\n")
+    push_run(run_folder, "acme/polite")
+    (run_folder / "training_config.yaml").write_text("run_name: of alice\n")
+    (run_folder / "report.json").write_text(json.dumps(REPORT))
+    with pytest.raises(UserError, match="user:training_config.yaml:1"):
+        push_run(run_folder, "acme/polite")
 
 
 def test_another_branch_and_a_public_repository(hub, run_folder, caplog):
@@ -107,7 +159,7 @@ def test_a_leak_is_refused_and_nothing_is_sent(hub, run_folder):
     (run_folder / "training_config.yaml").write_text("a: 1\ndataset_name: /mnt/disk/pairs.jsonl\n")
     with pytest.raises(UserError, match=r"path:training_config.yaml:2 \(/mnt/disk/pairs.jsonl\)") as error:
         push_run(run_folder)
-    assert "\n" not in str(error.value) and hub.requests == []
+    assert "\n" not in str(error.value) and hub.repos == {}
     push_run(run_folder, allow=["path:training_config.yaml:2"])
     assert set(hub.files("alice/polite")) == PUSHED
 
@@ -122,6 +174,17 @@ def test_a_base_that_nobody_else_has(hub, run_folder, tmp_path):
     found = hub.files("alice/polite")
     assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == "alice/base"
     assert ModelCard.load("alice/polite").data.base_model == "alice/base"
+
+
+def test_a_base_in_a_folder_beside_the_run_is_local_from_everywhere(hub, tiny_llama, tmp_path, monkeypatch):
+    tiny_llama.save_pretrained(tmp_path / "models" / "llama")
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(load_base_model("models/llama"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "run")
+    save_adapter(model, "default", tmp_path / "run" / "value")
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="names a local base, .*models/llama, which nobody else has"):
+        push_run(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run(hub, tmp_path):
@@ -189,6 +252,75 @@ def test_a_failure_is_one_line_with_the_command_that_pushes_later(hub, run_folde
     )
 
 
+def test_the_later_command_says_all_that_was_asked_for(hub, run_folder, naps, capsys):
+    hub.fault(503, match="/commit/", times=100)
+    options = {"private": False, "revision": "x", "base_model": "alice/base", "license": "mit", "allow": ["a:b:1", "c"]}
+    assert try_push(run_folder, "polite", token=ALICE, **options) is None
+    line = capsys.readouterr().err.splitlines()[-1]
+    hub.faults.clear()
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(push, "push_run", lambda *args, **given: asked.append((args, given)))
+        push.main(shlex.split(line.partition("hf_rlhf_ext.hub.push ")[2]))
+    assert asked == [((str(run_folder), "polite"), options | {"merge": None})]
+    command = push.later_command(run_folder, "polite", merge="float16", base_model=None)
+    assert command.endswith(f"{run_folder} --repo polite --merge float16")
+
+
+def test_a_hub_that_asks_for_a_day_is_for_later(hub, run_folder, naps):
+    hub.fault(429, match="/commit/", headers={"Retry-After": "86400"})
+    with pytest.raises(PushError, match="429 .*; later: python -m"):
+        push_run(run_folder)
+    assert not [s for s in naps if s > 1]
+
+
+def test_an_owner_that_cannot_be_asked_for_is_not_guessed(hub, run_folder, naps):
+    hub.fault(503, match="whoami", times=100)
+    with pytest.raises(PushError, match="cannot be reached, so it is not known whose polite would be.*later"):
+        push_run(run_folder)
+    push_run(run_folder, "alice/polite")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("adapter_config.json", "{", "adapter_config.json is no JSON (Expecting"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is no JSON object"),
+        ("report.json", "", "report.json is no JSON (Expecting"),
+        (
+            "report.json",
+            json.dumps(REPORT | {"card": CARD | {"colour": "red"}}),
+            "unexpected keyword argument 'colour'",
+        ),
+        ("report.json", json.dumps(REPORT | {"card": "none"}), "no card can be made of"),
+    ],
+)
+def test_a_broken_file_is_one_line(hub, run_folder, capsys, name, content, message):
+    (run_folder / name).write_text(content)
+    assert try_push(run_folder) is None
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert message in line and "; later: python -m" in line and "Traceback" not in line
+    with pytest.raises(UserError):
+        push_run(run_folder)
+
+
+def test_the_licence_is_the_base_s_or_the_one_given(hub, run_folder):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "alice/base"}
+    for part in (run_folder, run_folder / "value"):
+        (part / "adapter_config.json").write_text(json.dumps(config))
+    (run_folder / "report.json").write_text(json.dumps(REPORT | {"card": CARD | {"base_model": "alice/base"}}))
+    push_run(run_folder)
+    assert ModelCard.load("alice/polite").data.license is None
+    HfApi().create_repo("alice/base")
+    HfApi().upload_file(
+        repo_id="alice/base", path_in_repo="README.md", path_or_fileobj=b"---\nlicense: llama3.2\n---\nA base."
+    )
+    push_run(run_folder)
+    assert ModelCard.load("alice/polite").data.license == "llama3.2"
+    push_run(run_folder, license="mit")
+    assert ModelCard.load("alice/polite").data.license == "mit"
+
+
 def test_what_the_hub_refuses_for_good_is_not_tried_again(hub, run_folder, naps):
     hub.fault(413, match="/commit/", times=100)
     with pytest.raises(PushError, match="413"):
@@ -203,7 +335,7 @@ def test_interrupted_at_every_point_main_is_the_old_or_the_new_and_the_next_push
     push_run(run_folder, "alice/polite")
     rng = random.Random(0)
     faults = [{}, {"read": 1000}, {"done": True}, {"status": 500}, {"status": 429, "headers": {"Retry-After": "1"}}]
-    points = sorted(rng.sample(range(1, 12), 10))  # of the twelve requests of a push with two new files
+    points = sorted(rng.sample(range(1, 14), 10))  # of the fourteen requests of a push with two new files
     stopped = 0
     for round_, after in enumerate(points):
         old = hub.files("alice/polite")

@@ -1,8 +1,10 @@
 """Leaks of every kind, each seeded once in a folder that looks like a run's, and nothing where there is nothing."""
 
+import gzip
 import json
 import pickle
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub.privacy import hub_owners, strip_local_paths
 from hf_rlhf_ext.hub.scan import Finding, refuse_findings, scan, scan_folder
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +66,8 @@ TEXT_LEAKS = [  # kind of finding, file, the line it is in
     ("path", "q.txt", "see ~/runs/a"),
     ("remote-code", "config.json", json.dumps({"trust_remote_code": True})),
     ("remote-code", "r.yaml", "trust_remote_code: yes"),
+    ("remote-code", "s.md", "python recipes/sft.py --trust_remote_code true --seed 1"),
+    ("remote-code", "t.md", "python recipes/sft.py --seed 1 --trust_remote_code"),
     ("remote-code", "value/config.json", json.dumps({"auto_map": {"AutoModel": "modeling.X"}})),
 ]
 
@@ -82,17 +87,33 @@ def test_leaks_that_are_files(machine, tmp_path):
     torch.save([1], folder / "training_args.bin")
     (folder / "renamed.dat").write_bytes(pickle.dumps({"a": 1}))
     torch.save([1], folder / "weights")
+    (folder / "ascii.txt").write_bytes(pickle.dumps(Path("x"), protocol=0))
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        archive.writestr("a" * 100 + ".txt", "x")
+    with zipfile.ZipFile(folder / "model.zip", "w") as archive:
+        archive.writestr("a" * 100 + "/data.pkl", "x")
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"/mnt/disk/x"))
+    (folder / "wide.txt").write_text("/mnt/disk/x", encoding="utf-16")
+    (folder / "rows.db").write_bytes(b"SQLite format 3\0")
+    (folder / "short.safetensors").write_bytes(b"\x08")
     (folder / "modeling_x.py").write_text("print()")
     (folder / "runs" / "events.out.tfevents.1.gpubox9").write_bytes(b"\0")
     (folder / "secret.txt").symlink_to("/etc/hostname")
     (folder / "plot.png").write_bytes(b"\x89PNG\0\0" + str(machine).encode())
-    save_file({"w": torch.zeros(2)}, folder / "w.safetensors", metadata={"from": "/mnt/disk/run"})
+    save_file({"w": torch.zeros(2)}, folder / "w.safetensors", metadata={"a": "{}", "from": "/mnt/disk/run"})
     found = {(f.file, f.kind) for f in scan_folder(folder)}
     assert found == {
         ("optimizer.pt", "pickle"),
         ("training_args.bin", "pickle"),
         ("renamed.dat", "pickle"),
         ("weights", "pickle"),
+        ("ascii.txt", "pickle"),
+        ("data.zip", "binary"),
+        ("model.zip", "pickle"),
+        ("rows.jsonl.gz", "binary"),
+        ("wide.txt", "binary"),
+        ("rows.db", "binary"),
+        ("short.safetensors", "binary"),
         ("modeling_x.py", "code"),
         ("runs/events.out.tfevents.1.gpubox9", "host"),
         ("runs/events.out.tfevents.1.gpubox9", "event-file"),
@@ -110,6 +131,7 @@ def test_leaks_that_are_files(machine, tmp_path):
         "python recipes/ppo.py --output_dir runs/ppo --dataset_name <path>/pairs.jsonl",
         '{"pad_token": "<|pad|>", "eos_token": "</s>", "trust_remote_code": false, "hub_token": null}',
         "hub_token: <HUB_TOKEN>",
+        "python x.py --trust_remote_code false --push_to_hub true; --trust_remote_code=no",
         '{"chat_template": "{{ \'A:\\\\n\\\\n\' + m }}\\nQ:\\nuser: what"}',
         "posted in /r/AskReddit by /u/someone; SUBREDDIT: r/relationships",
         "@article{ouyang2022training, journal={arXiv}} git@github.com:a/b you@example.com",
@@ -145,8 +167,35 @@ def test_a_refusal_is_one_line_with_file_and_line():
 
 
 def test_none_on_the_shipped_cards_and_reports():
-    assert scan_folder(ROOT / "model_cards") == [] if (ROOT / "model_cards").exists() else True
-    assert scan_folder(ROOT / "docs" / "quickstart") == []
+    for folder in (ROOT / "model_cards", ROOT / "docs" / "quickstart"):
+        assert any(folder.rglob("*.md")) and scan_folder(folder) == []
+
+
+def test_a_name_on_the_hub_is_public_and_a_name_that_ordinary_text_holds_is_none(machine, monkeypatch):
+    card = {"README.md": b'load_policy("zelda77/polite")\nby zelda77'}
+    assert [f.line for f in scan(card)] == [1, 2]
+    assert scan(card, public={"zelda77"}) == []
+    ids = "SFT: zelda77/sft@ab12, --dataset_name datasets/zelda77/pairs"
+    assert strip_local_paths(f"{ids}, made by zelda77") == f"{ids}, made by <user>"
+    assert strip_local_paths("--output_dir zelda77/runs/a") == "--output_dir <user>/runs/a"
+    (machine / "zelda77").mkdir()
+    (machine / "zelda77" / "rows.jsonl").touch()
+    monkeypatch.chdir(machine)
+    assert strip_local_paths("zelda77/rows.jsonl") == "<user>/rows.jsonl"  # it is here: no id
+    assert hub_owners("Zelda77/sft@ab12", "datasets/bob/x", "local sft (sha256 1)", "a/b/c", None) == {"zelda77", "bob"}
+    monkeypatch.setenv("LOGNAME", "test")
+    assert strip_local_paths("--dataset_test_split test") == "--dataset_test_split test"
+    assert scan({"a.txt": b"test"}) == []
+
+
+def test_a_line_is_what_ends_with_a_newline(machine):
+    rows = "\n".join(["one\u2028two\x85three", "bob@corp.com"])
+    assert [f.line for f in scan({"a.jsonl": rows.encode()})] == [2]
+
+
+def test_a_large_file_is_read_to_its_end(tmp_path):
+    (tmp_path / "large").write_bytes((b"a word " * 150_000 + b"\n") * 33 + b"hf_" + DIGITS.encode())  # 33 MiB
+    assert [f.line for f in scan({"tokenizer.json": tmp_path / "large"})] == [34]
 
 
 def test_long_lines_are_no_trouble():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import colors, image
 
-from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier, plot_ppo_run
+from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier, plot_judged, plot_ppo_run
+from hf_rlhf_ext.metrics.preference import JudgedPairs
 
 POINTS = [
     {"update": u, "kl": kl, "gold": gold, "proxy": proxy, "gold_ci": 0.1}
@@ -63,6 +64,35 @@ def test_pyplot_stays_unused(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_evaluation_is_drawn_panel_by_panel(tmp_path):
+    rng = np.random.default_rng(0)
+    scores, targets = rng.normal(size=(80, 2)), np.ones(80)
+    lengths, names = rng.integers(1, 9, 80), np.array(["chat", "open qa"] * 40)
+
+    def panels(name, **changed):
+        given = {"scores_i": scores[:, 0], "scores_j": scores[:, 1], "targets": targets, "weights": targets}
+        given |= {"margins": np.zeros(80), "length_deltas": lengths, "prompts": np.arange(80), "categories": names}
+        picture = image.imread(plot_judged(JudgedPairs(**given | changed), tmp_path / name))[..., :3]
+        height, width = (size // 2 for size in picture.shape[:2])
+        halves = picture[:height], picture[height:]
+        return [part for rows in halves for part in (rows[:, :width], rows[:, width:])]
+
+    def counted(panel, colour):
+        return int((np.abs(panel - np.array(colors.to_rgb(colour))).max(-1) < 0.02).sum())
+
+    def faded(colour):  # as the histogram has it, on white
+        return tuple(0.45 * value + 0.55 for value in colors.to_rgb(colour))
+
+    whole = panels("whole.png")
+    assert [counted(panel, PROXY_COLOUR) > 200 for panel in whole] == [True, False, True, True]
+    assert counted(whole[1], faded(PROXY_COLOUR)) > 500 < counted(whole[1], faded(GOLD_COLOUR))
+    bare = panels("bare.png", categories=np.array([""] * 80), length_deltas=np.zeros(80))
+    assert counted(bare[2], PROXY_COLOUR) == 0 == counted(bare[3], PROXY_COLOUR)  # nothing to group by
+    apart = panels("apart.png", scores_i=scores[:, 0] + 9)  # sides that do not overlap hide nothing of each other
+    assert counted(apart[1], faded(GOLD_COLOUR)) > counted(whole[1], faded(GOLD_COLOUR))
+    assert counted(apart[0], PROXY_COLOUR) < counted(whole[0], PROXY_COLOUR)  # one bin instead of a curve
 
 
 def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):

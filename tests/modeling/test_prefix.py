@@ -6,9 +6,13 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from hf_rlhf_ext.data.collators import DataCollatorForComparisons
+from hf_rlhf_ext.modeling import prefix
+from hf_rlhf_ext.modeling.adapters import mixed_precision
+from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.modeling.prefix import mask_function, prefix_mask, why_not
 from hf_rlhf_ext.reward.scorer import score_batch, shared_prefix_problem
 
@@ -32,21 +36,24 @@ ARCHITECTURES = {
     "qwen2": (hf.Qwen2Config, {}),
     "qwen2-sliding": (hf.Qwen2Config, WINDOW | MIXED | {"use_sliding_window": True}),
     "qwen3": (hf.Qwen3Config, {}),
+    "qwen3-sliding": (hf.Qwen3Config, WINDOW | MIXED | {"use_sliding_window": True}),
     "gemma": (hf.GemmaConfig, {}),
     "gemma2": (hf.Gemma2Config, WINDOW | MIXED | {"attn_implementation": "eager"}),
     "gemma3": (hf.Gemma3TextConfig, WINDOW | MIXED),
     "mistral": (hf.MistralConfig, {"sliding_window": None}),
     "mistral-sliding": (hf.MistralConfig, WINDOW),
     "phi3": (hf.Phi3Config, {"sliding_window": None}),
+    "phi3-sliding": (hf.Phi3Config, WINDOW),
     "gpt2": (hf.GPT2Config, {}),
     "gpt-neox": (hf.GPTNeoXConfig, {}),
     "opt": (hf.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 
 
-def make(name, dtype=torch.float32):
+def make(name, dtype=torch.float32, **larger):
     torch.manual_seed(0)
     config_class, options = ARCHITECTURES[name]
+    options = options | larger
     attention = options.get("attn_implementation", "sdpa")
     sizes = SIZES | {k: v for k, v in options.items() if k != "attn_implementation"}
     config = config_class(**sizes, attn_implementation=attention)
@@ -60,12 +67,12 @@ def make(name, dtype=torch.float32):
     return model
 
 
-def rows(seed=0, n=3):
+def rows(seed=0, n=3, longest=9):
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(n):
         k = int(rng.integers(2, 5))
-        completions = [rng.integers(1, 64, rng.integers(1, 9)).tolist() for _ in range(k)]
+        completions = [rng.integers(1, 64, rng.integers(1, longest)).tolist() for _ in range(k)]
         pairs = [[i, j] for i in range(k) for j in range(i)]
         row = {"prompt_ids": rng.integers(1, 64, rng.integers(1, 12)).tolist(), "completion_ids": completions}
         made.append(row | {"pairs": pairs, "targets": [1.0] * len(pairs), "weights": [1.0] * len(pairs)})
@@ -74,8 +81,10 @@ def rows(seed=0, n=3):
 
 def scores_and_gradients(model, layout, data):
     model.zero_grad()
-    scores = score_batch(model, DataCollatorForComparisons(0, layout=layout)(data))
-    torch.tanh(scores * torch.arange(1, len(scores) + 1)).sum().backward()
+    device = next(model.parameters()).device
+    batch = DataCollatorForComparisons(0, layout=layout)(data)
+    scores = score_batch(model, {name: values.to(device) for name, values in batch.items()})
+    torch.tanh(scores * torch.arange(1, len(scores) + 1, device=device)).sum().backward()
     return scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -94,6 +103,31 @@ def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
         assert plain.abs().max() > 0.05  # there is something to get wrong
         assert (shared - plain).abs().max() <= tolerance * max(1.0, plain.abs().max())
         assert (shared_gradient - plain_gradient).norm() <= tolerance * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "gemma3"])
+def test_lora_in_bf16_and_nf4_is_near_plain_rows(name, load_in_4bit, tmp_path):
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+    make(name).save_pretrained(tmp_path)
+    base = load_base_model(str(tmp_path), task="reward", dtype="bfloat16", load_in_4bit=load_in_4bit)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False)
+    model, found = get_peft_model(base, config).train(), {}
+    for layout in ("plain", "shared_prefix"):
+        with mixed_precision(model, torch.bfloat16):
+            found[layout] = scores_and_gradients(model, layout, rows())
+    (plain, plain_gradient), (shared, shared_gradient) = found.values()
+    assert plain.std() > 0.05 and (shared - plain).abs().max() < 0.05 * plain.abs().max()
+    assert torch.nn.functional.cosine_similarity(shared_gradient, plain_gradient, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3"])
+def test_the_probe_sees_a_window_that_no_short_text_reaches(name, monkeypatch):
+    model = make(name, sliding_window=64).eval()
+    assert shared_prefix_problem(model) is None and model.config.sliding_window == 64
+    monkeypatch.setattr(prefix, "prefix_mask", lambda *given: prefix_mask(*given[:3]))  # forgets the window
+    assert "apart from plain rows" in shared_prefix_problem(model)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -174,6 +208,21 @@ def test_flex_attention_scores_the_same(name):
     assert expected.abs().max() > 0.05
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert why_not(model) == "flex_attention has no backward pass on a CPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_flex_attention_trains_the_same_on_a_gpu(name):
+    sizes = {"hidden_size": 64, "head_dim": 16, "max_position_embeddings": 512}
+    model, data = make(name, **sizes).cuda().train(), rows(longest=60)
+    length = DataCollatorForComparisons(0, layout="shared_prefix")(data)["input_ids"].shape[1]
+    assert length > 128 and length % 128
+    plain, plain_gradient = scores_and_gradients(model, "plain", data)
+    model.set_attn_implementation("flex_attention")
+    assert shared_prefix_problem(model) is None
+    shared, shared_gradient = scores_and_gradients(model, "shared_prefix", data)
+    assert (shared - plain).abs().max() <= 1e-3 * plain.abs().max()
+    assert (shared_gradient - plain_gradient).norm() <= 1e-3 * plain_gradient.norm()
 
 
 def test_the_mask_function_is_what_flex_attention_calls():

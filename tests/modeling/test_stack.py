@@ -179,6 +179,12 @@ def test_a_model_of_its_own_is_a_role_too(stack, tiny_config, tmp_path):
     assert torch.equal(own.lm_head.weight, expected)
 
 
+def test_a_trained_model_of_its_own_goes_where_the_base_is(tiny_llama, tiny_config, lora):
+    stack = AdapterStack(get_peft_model(tiny_llama.to("meta"), lora))  # as a 4-bit base that is on its card already
+    stack.attach("critic", LlamaForCausalLM(tiny_config), head=ScalarHead(32), trainable=True)
+    assert {p.device.type for p in stack.parameters("critic")} == {"meta"}
+
+
 def test_mistakes_are_one_line(stack, tiny_config, reward_folder):
     with pytest.raises(UserError, match="role 'reference' is no adapter: it cannot be copied"):
         stack.attach("copy", "reference")

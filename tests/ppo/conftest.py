@@ -73,7 +73,7 @@ def make_storyteller(stories_path, tmp_path):
         {"prompt": ["Once upon a time", "One day, a little girl", "Tom and Lily", "The big dog"] * 16}
     )
 
-    def make(model, *, reward_funcs=joy, **options):
+    def make(model, *, reward_funcs=joy, eval_reward_funcs=None, **options):
         defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 0}
         defaults |= {"per_device_train_batch_size": 32, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 44}
         defaults |= {"learning_rate": 3e-3, "value_learning_rate": 2e-2, "value_clip_range": None, "vf_coef": 0.5}
@@ -86,6 +86,7 @@ def make_storyteller(stories_path, tmp_path):
             train_dataset=prompts,
             eval_dataset=prompts,
             processing_class=load_tokenizer(str(stories_path)),
+            eval_reward_funcs=eval_reward_funcs,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
 

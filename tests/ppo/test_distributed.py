@@ -52,8 +52,12 @@ def run(tiny_config, chat_tokenizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "adapter"])
 def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
-    options = {"critic": critic, "kl_target": 0.5, "kl_horizon": 16}
+    options = {"critic": critic, "save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}
+    options |= {"kl_target": 0.5, "kl_horizon": 16, "clip_range": 0.01}
     one, two = run("one", 1, ONE | options), run("two", 2, TWO | options)
+    saved = {path.name for path in (two / "checkpoint-8").iterdir()}
+    assert saved >= {"rng_state_0.pth", "rng_state_1.pth", "ppo_state.json", "trainer_state.json"}
+    assert not (two / "checkpoint-6").exists()
     expected = load_file(one / "weights-0.safetensors")
     ranks = [load_file(two / f"weights-{rank}.safetensors") for rank in (0, 1)]
     assert expected.keys() == ranks[0].keys()
@@ -66,8 +70,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
     for ours, wanted in zip(rollouts[1], rollouts[0], strict=True):
         assert ours.keys() == wanted.keys()
         for name in wanted:
-            if name not in ("loss", "epoch"):  # Trainer averages the ranks' shares of the loss
+            if name != "epoch":
                 assert ours[name] == pytest.approx(wanted[name], abs=2e-4), name
+    guards = [json.loads((folder / "guards-0.json").read_text())["history"] for folder in (one, two)]
+    clipped, wanted = ([row.get("policy/clipfrac_avg") for row in history] for history in guards)
+    assert wanted[0] > 0 and clipped == pytest.approx(wanted, abs=1e-6)
     evaluations = [json.loads((folder / "evaluation-0.json").read_text()) for folder in (one, two)]
     for name in ("eval_objective/scores", "eval_objective/kl", "eval_completions/mean_length"):
         assert evaluations[1][name] == pytest.approx(evaluations[0][name], abs=1e-3), name

@@ -131,7 +131,8 @@ def test_a_kl_above_the_ceiling_stops_training_with_the_weights_of_then(make_sha
     kl = [log["objective/kl"] for log in trainer.state.log_history if "objective/kl" in log]
     assert len(kl) == 4 and kl[-1] > 5.0 > max(kl[:-1])
     line = warnings()[-1]
-    assert "training stops: KL is" in line and "above max_kl = 5: raise kl_coef, set kl_target, or lower" in line
+    assert "training stops: KL is" in line and "above max_kl = 5, and there is no checkpoint below it" in line
+    assert line.endswith(f"{trainer.stopped_by}.") and "raise kl_coef, set kl_target, or lower" in line
 
 
 def test_above_the_ceiling_nothing_counts_as_the_best_model(make_sharp, prompts, warnings):
@@ -149,7 +150,7 @@ def test_above_the_ceiling_nothing_counts_as_the_best_model(make_sharp, prompts,
     assert max(kl[step] for step in (2, 4, 6, 8)) < 5.0 < min(kl[step] for step in (10, 12))
     assert trainer.state.best_global_step == 8
     assert_same(trained(trainer.model), watch.weights[8])
-    assert any("not a candidate for the best model: objective/kl is out of bounds" in line for line in warnings())
+    assert any("not a candidate for the best model: eval_objective/kl is out of bounds" in line for line in warnings())
 
 
 def test_the_coefficient_can_be_raised_instead(make_sharp, warnings):
@@ -227,6 +228,116 @@ def test_weights_that_broke_without_a_checkpoint_are_one_line(make_sharp):
     assert "\n" not in str(e.value)
 
 
+# What a stopped run leaves
+
+
+def checkpoints(trainer):
+    return {int(path.name.split("-")[1]) for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+
+
+def test_a_stop_goes_back_to_the_last_good_checkpoint_which_rotation_kept_and_can_train_again(make_sharp, warnings):
+    watch = Watch()
+    options = LONG | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer = make_sharp(callbacks=[Jump(10, every_time=False), watch], max_kl=5.0, **options)
+    trainer.train()
+    assert trainer.state.global_step == 13 and "above max_kl = 5" in trainer.stopped_by
+    assert "the weights are those of checkpoint-8 (to go on, resume from that one)" in warnings()[-1]
+    assert_same(trained(trainer.model), watch.weights[8])
+    assert checkpoints(trainer) == {8, 12}  # none of step 13: it would hold the rollout that ended the run
+    assert trainer.args.save_total_limit == 2
+    trainer.train()
+    assert trainer.stopped_by is None and trainer.state.global_step == 24
+    assert "objective/kl" in next(log for log in trainer.state.log_history if "loss" in log)  # a rollout of its own
+    assert moved(watch.weights[1], watch.weights[13])
+
+
+def test_steps_skipped_in_an_earlier_training_do_not_count(make_trainer):
+    trainer = make_trainer(max_steps=4, max_skipped_steps=2)
+    spoiled(trainer, {4})
+    trainer.train()
+    assert trainer._skipped_in_a_row == 1
+    spoiled(trainer, {1})
+    trainer.train()
+    assert trainer.stopped_by is None and trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("limit, kept", [(1, {2}), (2, {2, 12, 16}), (4, {2, 12, 14, 16}), (None, None)])
+def test_save_total_limit_keeps_the_newest_the_best_and_the_last_good_one(make_trainer, prompts, limit, kept):
+    def judge(prompts, trainer_state, **kwargs):
+        return [-float(trainer_state.global_step)] * len(prompts)
+
+    options = {"max_steps": 16, "eval_dataset": prompts.select(range(1)), "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "eval_reward_funcs": judge, "exact_kl_rows": 0}
+    trainer = make_trainer(metric_for_best_model="rewards/judge/mean", save_total_limit=limit, **options)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert checkpoints(trainer) == (kept or set(range(2, 18, 2)))
+
+
+# Half precision: the steps of a gradient scaler
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_fp16(request, make_sharp):
+    """`make_sharp` in fp16; on a CPU, where accelerate has no gradient scaler, with a real one put in."""
+
+    def make(**options):
+        on_cpu = request.param == "cpu"
+        trainer = make_sharp(use_cpu=on_cpu, fp16=True, **options)
+        if on_cpu:
+            trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_in_fp16_an_overflow_is_skipped_counted_and_said(make_fp16, warnings, critic):
+    watch = Watch()
+    trainer = make_fp16(max_steps=10, callbacks=[watch], critic=critic, weight_decay=0.1)
+    spoiled(trainer, {6})
+    trainer.train()
+    skipped = {log["step"]: log["guards/skipped_steps"] for log in trainer.state.log_history if "loss" in log}
+    assert skipped[6] == 1 and sum(skipped.values()) < 8  # the first steps may look for the scale
+    for step in range(2, 11):
+        assert moved(watch.weights[step], watch.weights[step - 1]) == (skipped[step] == 0), step
+    lines = [line for line in warnings() if "gradients overflow at a loss scale of" in line]
+    assert len(lines) == sum(skipped.values()) and trainer.stopped_by is None
+    assert trainer.accelerator.scaler.get_scale() == 65536 / 2 ** len(lines)
+
+
+def test_in_fp16_too_many_steps_that_no_scale_mends_end_training(make_fp16, warnings):
+    watch = Watch()
+    trainer = make_fp16(max_steps=40, callbacks=[watch], max_skipped_steps=3)
+    spoiled(trainer, set(range(3, 41)))
+    trainer.train()
+    assert "3 optimizer steps in a row had gradients that are not finite" in trainer.stopped_by
+    assert trainer.state.global_step < 25 and trainer.accelerator.scaler.get_scale() == 0.125
+    assert_same(trained(trainer.model), watch.weights[2])
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+@pytest.mark.parametrize("step", [0, 10])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_in_fp16_a_stop_changes_nothing(make_fp16, critic, step, max_grad_norm):
+    watch, jump = Watch(), Jump(step)
+    trainer = make_fp16(callbacks=[jump, watch], max_kl=5.0, critic=critic, max_grad_norm=max_grad_norm, **LONG)
+    before = {}
+    if step == 0:  # the scaler has not been used yet
+        jump.on_step_end(trainer.args, trainer.state, trainer.control, trainer.model)
+        before = trained(trainer.model)
+    trainer.train()
+    stopped_at = 13 if step else 1
+    assert trainer.state.global_step == stopped_at and "above max_kl" in trainer.stopped_by
+    assert_same(watch.weights[stopped_at], watch.weights.get(stopped_at - 1, before))
+
+
+def test_weights_in_fp16_are_not_trained_in_fp16(make_trainer, tiny_config):
+    with pytest.raises(UserError, match="fp16=True cannot train weights that are fp16 themselves: load") as error:
+        make_trainer(fp16=True, model=LlamaForCausalLM(tiny_config).half(), peft_config=None)
+    assert "\n" not in str(error.value)
+
+
 # Early stops
 
 
@@ -280,6 +391,24 @@ def test_early_stopping_by_an_evaluation(make_trainer, prompts):
     assert trainer.state.global_step == 6 and trainer.state.best_global_step == 2
 
 
+def test_early_stopping_goes_on_counting_in_a_resumed_run(make_trainer, prompts):
+    def judge(prompts, trainer_state, **kwargs):
+        return [-float(trainer_state.global_step)] * len(prompts)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    options = {"max_steps": 12, "eval_dataset": prompts, "eval_reward_funcs": judge, "exact_kl_rows": 0}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"metric_for_best_model": "rewards/judge/mean", "load_best_model_at_end": True}
+    patience = {"early_stopping_patience": 2}
+    make_trainer(callbacks=[EarlyStoppingCallback(**patience), Stop()], **options).train()
+    resumed = make_trainer(callbacks=[EarlyStoppingCallback(**patience)], **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6  # one evaluation without progress before the interruption, one after
+
+
 # Warnings and signals
 
 
@@ -320,9 +449,38 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_resumes_exactly(make_t
     assert_same(trained(second.model), trained(whole.model))
 
 
+def test_a_failed_training_gives_sigterm_back(make_trainer):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise ZeroDivisionError
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(callbacks=[Fail()]).train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_is_acted_on_only_where_all_processes_agreed(make_trainer):
+    seen = []
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:  # after the processes have asked each other, for the last time
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        trainer = make_trainer(callbacks=[Late()], max_steps=4, save_strategy="steps", save_steps=100)
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] and not trainer._signal.agreed  # passed on when training had ended
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"kl_target": 1.0, "kl_horizon": 1}, "kl_horizon=1 is a fifth or less of a rollout's 8 completions"),
         ({"max_kl": 0.0}, "max_kl must be positive, got 0.0: leave it out for no limit."),
         ({"max_kl_action": "pray"}, "max_kl_action must be one of stop, raise_kl_coef, rollback, got 'pray'."),
         (

@@ -63,3 +63,9 @@ def test_the_gradient_of_k2_as_a_loss_is_the_gradient_of_the_kl(policies):
 def test_the_adaptive_controller_worked_by_hand(kl, expected):
     got = adapted_kl_coef(0.1, kl, kl_target=6.0, kl_horizon=1000, n_sequences=64)
     assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_coefficient_stays_positive_in_rollouts_of_up_to_five_horizons():
+    clip = {"kl_target": 1.0, "kl_horizon": 100}
+    assert 0 < adapted_kl_coef(0.1, 0.0, n_sequences=499, **clip) < 1e-3  # what PPOTrainer lets through
+    assert adapted_kl_coef(0.1, 0.0, n_sequences=500, **clip) <= 0  # what it refuses

@@ -34,6 +34,6 @@ def test_ppo_learns_on_a_4_bit_base_that_stays_as_it_was(stories_path, make_stor
     assert digest(trainer.model) == bits
     assert after["eval_objective/scores"] > before["eval_objective/scores"] + 0.7
     assert 0.5 < after["eval_objective/kl"] < 20 and sum(explained[-5:]) / 5 > 0.3
-    assert trainer._halted is None
+    assert trainer.stopped_by is None
     table = MEMORY["memory_table"](trainer)
     assert MEMORY["ratio"](table, one_base) <= 1.25, table

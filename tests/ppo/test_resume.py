@@ -83,6 +83,45 @@ def test_resuming_is_exact(make_trainer, kind, step):
     assert logs[0] == logs[1] and len(logs[0]) == 16
 
 
+def test_resuming_in_the_same_process_is_exact(make_trainer):
+    straight = make_trainer(folder="whole", save_steps=16, critic="adapter", **WHOLE)
+    straight.train()
+    trainer = make_trainer(folder="parts", save_steps=6, critic="adapter", callbacks=[StopAt(8)], **WHOLE)
+    trainer.train()
+    groups = len(trainer.optimizer.param_groups)
+    trainer.remove_callback(StopAt)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 16 and len(trainer.optimizer.param_groups) == groups
+    assert_same(everything(trainer), everything(straight))
+    logs = [[log for log in t.state.log_history if "loss" in log] for t in (straight, trainer)]
+    assert logs[0] == logs[1]
+
+
+def test_another_kl_coef_counts_in_a_resumed_run(make_trainer, caplog):
+    options = KINDS["adaptive KL"]
+    first = make_trainer(save_steps=4, callbacks=[StopAt(4)], **(WHOLE | options))
+    first.train()
+    assert first.kl_coef != 0.2
+    second = make_trainer(save_steps=4, **(WHOLE | options | {"kl_coef": 0.5, "max_steps": 8}))
+    second.train(resume_from_checkpoint=True)
+    used = [log["objective/kl_coef"] for log in second.state.log_history if "objective/kl_coef" in log]
+    assert used == [0.2, 0.5] and "kl_coef was 0.2 (adapted to" in caplog.text
+    assert "in checkpoint-4: it is 0.5 from here on, as set now" in caplog.text
+
+
+def test_other_sizes_of_a_rollout_are_refused_in_its_middle_only(make_trainer):
+    make_trainer(save_steps=2, callbacks=[StopAt(6)], **WHOLE).train()
+    other = WHOLE | {"gradient_accumulation_steps": 1, "num_mini_batches": 4, "max_steps": 12, "save_steps": 20}
+    folder = Path(make_trainer(**other).args.output_dir)
+    with pytest.raises(UserError) as error:
+        make_trainer(**other).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    message = "was saved in the middle of a rollout with gradient_accumulation_steps=2, it is 1 now: set 2, or resume"
+    assert message in str(error.value) and "\n" not in str(error.value)
+    between = make_trainer(**other)
+    between.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert between.state.global_step == 12 and between._rollouts == 1 + 0  # rollouts of 8 steps from step 5 on
+
+
 def test_resuming_keeps_the_reference_of_the_first_start(make_trainer, tiny_config, lora):
     step = 6
 
@@ -125,6 +164,26 @@ def test_a_half_written_checkpoint_is_passed_over(make_trainer, damage):
     again = make_trainer(save_steps=4, **(WHOLE | {"max_steps": 8}))
     again.train(resume_from_checkpoint=True)
     assert_same(everything(again), everything(trainer))
+
+
+def test_a_checkpoint_that_is_written_again_does_not_count_meanwhile(make_trainer):
+    make_trainer(save_steps=4, **(WHOLE | {"max_steps": 4})).train()
+
+    class Killed(BaseException):
+        pass
+
+    def die(folder):
+        raise Killed
+
+    again = make_trainer(save_steps=4, **(WHOLE | {"max_steps": 4}))
+    again._save_optimizer_and_scheduler = die
+    with pytest.raises(Killed):
+        again.train()
+    folder = Path(again.args.output_dir)
+    assert (folder / "checkpoint-4" / "optimizer.pt").is_file() and last_complete_checkpoint(folder) is None
+    with pytest.raises(UserError, match="checkpoint-4 was not written to its end") as error:
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert "\n" not in str(error.value)
 
 
 def test_what_a_checkpoint_and_a_finished_run_hold(make_trainer, tiny_config, tmp_path):

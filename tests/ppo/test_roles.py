@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, RewardScorer
 from hf_rlhf_ext.data.text import encode_completion, encode_prompt
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.modeling.logprobs import completion_hidden_states
 
 PROMPTS = ["Tell me", "a sunny day", "The quick brown fox jumps over", "happy or sad?"]
@@ -154,3 +155,79 @@ def test_a_critic_by_its_path_starts_as_the_model_there(make_trainer, base, tiny
 def test_a_value_model_for_another_critic_is_one_line(make_trainer, tiny_config):
     with pytest.raises(UserError, match="value_model was given, but critic='head': choose critic='model'"):
         make_trainer(critic="head", value_model=LlamaForCausalLM(tiny_config))
+
+
+class Forwards:
+    """How often the first layer of a model computes while it is trained."""
+
+    def __init__(self, model):
+        self.calls = 0
+        model.model.layers[0].mlp.register_forward_pre_hook(self._count)
+
+    def _count(self, module, args):
+        self.calls += module.training
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_gradient_checkpointing_is_on_in_a_critic_of_its_own(make_trainer, tiny_config, peft):
+    calls, weights = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        options = {"gradient_checkpointing": checkpointing, "max_steps": 1, "num_mini_batches": 1, "num_ppo_epochs": 1}
+        trainer = make_trainer(
+            critic="model",
+            value_model=LlamaForCausalLM(copy.deepcopy(tiny_config)),
+            **options,
+            **({} if peft else {"peft_config": None}),
+        )
+        counted = Forwards(trainer.stack.roles["value"].model)
+        trainer.train()
+        calls.append(counted.calls)
+        weights.append(trainer.stack.roles["value"].model.state_dict())
+    assert calls == [1, 2]  # computed again in the backward pass
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_reward_model_without_a_pad_token_can_be_the_critic(make_trainer, tiny_config):
+    config = copy.deepcopy(tiny_config)
+    config.num_labels, config.pad_token_id = 1, None
+    trainer = make_trainer(critic="model", value_model=LlamaForSequenceClassification(config), max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_weights_that_are_trained_whole_are_fp32_or_it_is_said(make_trainer, base, tiny_config, caplog):
+    model = load_base_model(str(base), dtype="bfloat16")
+    model.save_pretrained(base)  # a checkpoint in bf16, as most are
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext"):
+        loaded = make_trainer(model=str(base), peft_config=None, processing_class=None)
+        assert {p.dtype for p in loaded.policy.parameters()} == {torch.float32} and not caplog.text
+        make_trainer(model=model)  # an adapter on it: fp32 itself
+        assert not caplog.text
+        make_trainer(model=model, peft_config=None)
+        assert "model is trained whole and its weights are bfloat16: updates far smaller than a weight" in caplog.text
+        caplog.clear()
+        make_trainer(critic="model", value_model=LlamaForCausalLM(tiny_config).bfloat16())
+        assert "value_model is trained whole and its weights are bfloat16" in caplog.text
+
+
+def test_a_quantised_critic_is_one_line(make_trainer, base):
+    with pytest.raises(UserError, match="value_model is trained whole, which quantised weights cannot be: load it"):
+        make_trainer(critic="model", value_model=load_base_model(str(base), load_in_4bit=True))
+
+
+def test_a_gold_adapter_for_evaluation_shares_the_base_and_leaves_training_alone(make_trainer, base, reward, prompts):
+    weights = []
+    for options in ({}, {"eval_reward_funcs": str(reward), "eval_dataset": prompts}):
+        trainer = make_trainer(model=policy(base), **options)
+        trainer.train()
+        weights.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    assert trainer.eval_rewards.funcs[0].model is trainer.model and trainer.critic == "adapter"
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
+    rows = trainer.sample_and_score(prompts)
+    expected = RewardScorer.from_pretrained(reward)([row.prompt for row in rows], [row.completion for row in rows])
+    found = [row.rewards[trainer.eval_rewards.names[0]] for row in rows]
+    assert found == pytest.approx(expected, abs=1e-4)

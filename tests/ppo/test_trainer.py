@@ -1,5 +1,6 @@
 """PPOTrainer on tiny real models: references, PEFT kinds, evaluation, clipping, precision, logs, and errors."""
 
+import json
 import math
 
 import pytest
@@ -284,7 +285,8 @@ def test_messages_go_through_the_chat_template_and_come_back_as_messages(make_tr
 
     dataset = Dataset.from_dict({"prompt": CHAT, "topic": ["fox", "joy", "text"], "completion": ["x", "y", "z"]})
     make_trainer(train_dataset=dataset, reward_funcs=reward, max_steps=1).train()
-    assert seen["prompt"] in CHAT and len(seen["topic"]) == 8 and seen["columns"] == {"completion_ids", "log_metric"}
+    assert seen["prompt"] in CHAT and len(seen["topic"]) == 8
+    assert seen["columns"] == {"completion_ids", "log_extra", "log_metric"}
     (message,) = seen["completion"]
     assert message["role"] == "assistant" and "<|im_" not in message["content"]
 
@@ -566,3 +568,30 @@ def test_the_defaults_are_those_of_trl(tmp_path):
     assert args.gradient_checkpointing and args.bf16 and args.learning_rate == 1e-5
     assert (args.minibatch_size, args.rollout_size, args.steps_per_rollout) == (8, 8, 4)
     assert PPOTrainer._name == "PPO"
+
+
+def test_trust_remote_code_reaches_everything_that_is_loaded(tiny_config, chat_tokenizer, prompts, lora, tmp_path):
+    folder = tmp_path / "remote"
+    LlamaForCausalLM(tiny_config).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "of_a_stranger", "architectures": ["StrangeModel"]}
+    config["auto_map"] = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "strange.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class StrangeConfig(LlamaConfig):\n    model_type = 'of_a_stranger'\n"
+        "class StrangeModel(LlamaForCausalLM):\n    config_class = StrangeConfig\n"
+    )
+
+    def make(trust):
+        args = PPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", trust_remote_code=trust,
+                         max_completion_length=4, critic="model", save_strategy="no")  # fmt: skip
+        reward = {"reward_funcs": letter_reward, "value_model": str(folder)}
+        return PPOTrainer(str(folder), args=args, train_dataset=prompts, peft_config=lora, **reward)
+
+    with pytest.raises((ValueError, UserError)):
+        make(False)
+    trainer = make(True)
+    assert type(trainer.model.get_base_model()).__name__ == "StrangeModel"
+    assert type(trainer.stack.roles["value"].model).__name__ == "StrangeModel"

@@ -1,4 +1,7 @@
-"""PPOTrainer's weights equal those of a second PPO, written here from the equations and nothing else."""
+"""PPOTrainer's advantages, returns, losses, figures and weights equal those of a second PPO.
+
+That one is written here from the equations and nothing else: one unpadded sequence at a time, sums written out.
+"""
 
 import copy
 
@@ -16,6 +19,8 @@ OPTIONS = {
     "gamma": 0.97,
     "gae_lambda": 0.9,
     "vf_coef": 0.5,
+    "clip_range": 0.03,  # both clips bind
+    "value_clip_range": 0.05,
     "entropy_coef": 0.01,
     "reward_clip": 1.0,
     "missing_eos_penalty": 0.75,
@@ -31,6 +36,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, dense=False):
         self.rollouts, self.orders, self.weights, self.dense = [], {}, [], dense
+        self.kept = {}  # what PPOTrainer made of each rollout
 
     def reward(self, prompts, completions, completion_ids, **kwargs):
         scores = [float(sum(ids) % 7 - 3) for ids in completion_ids]
@@ -41,18 +47,19 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.orders.setdefault(len(self.rollouts) - 1, self.trainer._rollout.order)
+        self.kept[len(self.rollouts) - 1] = self.trainer._rollout
         self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
 
 
 def reference_ppo(model, tokenizer, recorded, stops, args, critic="head", texts=None):
-    """Weights after every optimizer step. One unpadded sequence at a time, full logits, sums written out."""
+    """Weights and figures after every optimizer step, and what each rollout is made into."""
     head, own = model.value_head, ".value." if critic == "adapter" else "value_"
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     critics = [p for name, p in names.items() if own in name or "value_head" in name]
     policy = [p for p in names.values() if not any(p is other for other in critics)]
     groups = [{"params": policy}, {"params": critics, "lr": args.value_learning_rate}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
-    history, seen = [], []
+    history, steps, made, seen = [], [], [], []
 
     def states(prompt, ids, adapter):
         tokens = torch.tensor([(encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt) + ids])
@@ -123,24 +130,44 @@ def reference_ppo(model, tokenizer, recorded, stops, args, critic="head", texts=
             rows.append([prompt, ids, old, values, advantages, advantages + values, ref, weights])
         every = torch.cat([row[4] for row in rows])
         mean, std = every.mean(), every.std(correction=0)
+        made.append(
+            [
+                {
+                    "old_logprobs": old,
+                    "ref_logprobs": ref,
+                    "values": values,
+                    "advantages": (advantages - mean) / std,
+                    "returns": returns,
+                }
+                for _, _, old, values, advantages, returns, ref, _ in rows
+            ]
+        )
         for epoch in recorded.orders[number].tolist():
             size = len(epoch) // args.num_mini_batches
             for start in range(0, len(epoch), size):
                 batch = [rows[i] for i in epoch[start : start + size]]
                 n_tokens = sum(len(row[1]) for row in batch)
+                figures = dict.fromkeys(FIGURES, 0.0)
                 for prompt, ids, old, old_values, advantages, returns, ref, weights in batch:
                     new, hidden, entropy, _ = forward(prompt, ids)
                     ratio, advantage = (new - old).exp(), (advantages - mean) / std
-                    surrogate = weights * torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                    low, high = 1 - args.clip_range, 1 + args.clip_range
+                    surrogate = weights * torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+                    bound = ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+                    figures["policy/clipfrac_avg"] += bound.sum().item() / n_tokens
+                    figures["loss/policy_avg"] -= surrogate.sum().item() / n_tokens
                     loss = -surrogate - args.entropy_coef * entropy
                     if args.kl_placement == "loss":
                         loss = loss + args.kl_coef * estimate(new, ref)
                     if critic == "head":
-                        loss = loss + critic_loss(values_of(prompt, ids, hidden), old_values, returns, args)
+                        values = values_of(prompt, ids, hidden)
+                        loss = loss + args.vf_coef * critic_loss(values, old_values, returns, args)
                     (loss.sum() / n_tokens).backward()
                     if critic != "head":
                         values = values_of(prompt, ids, None)
-                        (critic_loss(values, old_values, returns, args).sum() / n_tokens).backward()
+                        (args.vf_coef * critic_loss(values, old_values, returns, args).sum() / n_tokens).backward()
+                    figures["loss/value_avg"] += critic_loss(values, old_values, returns, args).sum().item() / n_tokens
+                    figures["val/clipfrac_avg"] += value_clip_bound(values, old_values, returns, args) / n_tokens
                 if texts:
                     mine = [texts[i] for i in prompt_indices(len(history), 3, len(texts), args.seed)]
                     count = sum(len(targets) for _, targets in mine)
@@ -152,12 +179,23 @@ def reference_ppo(model, tokenizer, recorded, stops, args, critic="head", texts=
                 optimizer.step()
                 optimizer.zero_grad()
                 history.append({n: p.detach().clone() for n, p in names.items()})
-    return history
+                steps.append(figures)
+    return history, steps, made
+
+
+FIGURES = ("policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg")
 
 
 def critic_loss(values, old_values, returns, args):
-    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
-    return args.vf_coef * 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    clipped = old_values + (values - old_values).clamp(-args.value_clip_range, args.value_clip_range)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def value_clip_bound(values, old_values, returns, args):
+    """Tokens whose value has moved further than allowed, and is nearer to the return than the edge is."""
+    moved = values - old_values
+    nearer = (values - returns).abs() < (old_values + args.value_clip_range * moved.sign() - returns).abs()
+    return ((moved.abs() > args.value_clip_range) & nearer).sum().item()
 
 
 def run(make_trainer, **options):
@@ -185,7 +223,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokenizer, tiny_config, kind):
+def test_rollouts_figures_and_weights_of_every_step_equal_the_reference(
+    make_trainer, chat_tokenizer, tiny_config, kind
+):
     options, texts = dict(KINDS[kind]), None
     if kind == "ptx":
         lines = ["A fox is quick and brown.", "Many words!", "The garden, on a sunny day", "happy people there"]
@@ -199,7 +239,7 @@ def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokeniz
     stops = trainer._stop_ids
     stopped = [ids[-1] in stops for _, completions, _ in recorder.rollouts for ids in completions]
     assert len(recorder.rollouts) == 2 and len(set(lengths)) > 3 and 0 < sum(stopped) < len(stopped)
-    expected = reference_ppo(start, chat_tokenizer, recorder, stops, trainer.args, trainer.critic, texts)
+    expected, steps, made = reference_ppo(start, chat_tokenizer, recorder, stops, trainer.args, trainer.critic, texts)
     assert len(expected) == len(recorder.weights) == 8
     for step, (got, wanted) in enumerate(zip(recorder.weights, expected, strict=True)):
         assert got.keys() == wanted.keys() and any("value_head" in name for name in got)
@@ -207,6 +247,22 @@ def test_weights_after_every_step_equal_the_reference(make_trainer, chat_tokeniz
             torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-5, msg=f"step {step}: {name}")
     change = max((recorder.weights[-1][name] - weight).abs().max() for name, weight in recorder.weights[0].items())
     assert change > 1e-2  # a thousand times the tolerance
+    for number, rows in enumerate(made):
+        for row, wanted in enumerate(rows):
+            for name, values in wanted.items():
+                got = getattr(recorder.kept[number], name)[row]
+                torch.testing.assert_close(got[: len(values)], values, rtol=0, atol=1e-5, msg=f"{number} {row} {name}")
+                assert name == "advantages" or not got[len(values) :].any()
+    logs = [log for log in trainer.state.log_history if "loss/policy_avg" in log]
+    for step, (log, figures) in enumerate(zip(logs, steps, strict=True)):
+        for name, value in figures.items():
+            assert log[name] == pytest.approx(value, abs=1e-5), (step, name)
+    for number, log in enumerate(log for log in logs if "objective/kl" in log):
+        kl = sum((row["old_logprobs"] - row["ref_logprobs"]).sum() for row in made[number]) / len(made[number])
+        assert log["objective/kl"] == pytest.approx(float(kl), abs=1e-5)
+    assert number == 1 and abs(float(kl)) > 1e-3
+    assert max(figures["policy/clipfrac_avg"] for figures in steps) > 0.05
+    assert max(figures["val/clipfrac_avg"] for figures in steps) > 0.05
 
 
 SGD = {"max_steps": 4, "optim": "sgd", "max_grad_norm": 1e3, "learning_rate": 0.1}  # the loss's scale shows

@@ -53,6 +53,7 @@ def save_result(trainer, out):
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights-{rank}.safetensors")
     (out / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
+    (out / f"guards-{rank}.json").write_text(json.dumps(trainer.guard_state))
 
 
 def main():

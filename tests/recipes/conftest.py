@@ -19,6 +19,9 @@ REWARDS = """
 def length(prompts, completions, **columns):
     return [float(len(completion[-1]["content"])) for completion in completions]
 
+def vowels(prompts, completions, **columns):
+    return [float(sum(letter in "aeiou" for letter in completion[-1]["content"])) for completion in completions]
+
 def too_few(prompts, completions, **columns):
     return [1.0]
 

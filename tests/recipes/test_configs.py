@@ -89,7 +89,10 @@ def test_defaults_fit_the_machine_and_yield_to_the_user(recipe):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_inline_metadata_can_be_installed(script):
     metadata = header(script)
-    assert metadata.keys() == {"requires-python", "dependencies"}
+    assert metadata.keys() - {"tool"} == {"requires-python", "dependencies"}
+    assert metadata.get("tool", {}).keys() <= {"uv"} and metadata.get("tool", {"uv": {}})["uv"].keys() <= {
+        "override-dependencies"
+    }
     pythons = SpecifierSet(metadata["requires-python"])
     assert "3.11" in pythons and "3.10" not in pythons
     for requirement in map(Requirement, metadata["dependencies"]):
@@ -98,6 +101,18 @@ def test_the_inline_metadata_can_be_installed(script):
             f"not what is here: {requirement}"
         )
         assert requirement.extras <= set(importlib.metadata.metadata(requirement.name).get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_header_asks_for_what_the_config_needs(path):
+    """A rented machine must not find out after it has been paid for."""
+    needs = set()
+    for options in parse(path):
+        needs |= {"quant"} if getattr(options, "load_in_4bit", False) else set()
+        needs |= {"quickstart"} if str(getattr(options, "model_name_or_path", "")).startswith("embedded:") else set()
+        needs |= {"data"} if hasattr(options, "reliability") else set()
+    (requirement,) = map(Requirement, header(RECIPES / f"{path.stem}.py")["dependencies"])
+    assert needs <= requirement.extras
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -19,6 +19,11 @@ def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
     assert report["members"][0]["nll"] != report["members"][1]["nll"]  # their seeds differ
     assert (tmp_path / "reward" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "reward" / "member-1" / "README.md").is_file()
+    card = (tmp_path / "reward" / "README.md").read_text()
+    assert (
+        f"standard deviation of their rewards | {report['disagreement']:.3f} |" in card and report["disagreement"] > 0
+    )
+    assert "ensemble of 2" in card and f"| 1 | {report['members'][1]['accuracy']:.3f} |" in card
     ensemble = load_reward(tmp_path / "reward", device="cpu")
     assert (ensemble.combine, ensemble.penalty) == ("conservative", 0.5)
 
@@ -53,3 +58,13 @@ def test_the_check_takes_the_rows_that_training_held_out(call, tmp_path):
     trained = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
     assert checked["rows"] == 4 and checked["figures"]["accuracy"] == trained["accuracy"]
     assert abs(checked["figures"]["nll"] - trained["nll"]) < 1e-3
+
+
+def test_an_ensemble_is_measured_on_the_rows_of_its_members(call, tmp_path):
+    cut = {"max_length": 40, "overflow": "truncate_prompt_left"}  # the longer rejected answers do not fit
+    done = call("reward", output_dir=tmp_path / "reward", members=2, eval_rows=4, **cut)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
+    assert report["heldout_pairs"] == report["members"][0]["heldout_pairs"] == 4
+    assert report["longer_wins_baseline"] == report["members"][0]["longer_wins_baseline"]
+    assert report["disagreement"] > 0

@@ -116,13 +116,34 @@ def test_a_hub_that_fails_costs_one_line_and_no_training(base, hub, call, naps, 
     done = call("sft", **options)
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("warning: not pushed to alice/out: ")]
-    assert line.endswith(f"later: python -m hf_rlhf_ext.hub.push {tmp_path / 'out'} --repo out")
+    assert line.endswith(f"later: python -m hf_rlhf_ext.hub.push {tmp_path / 'out'} --repo alice/out")
     load_policy(tmp_path / "out")
     hub.faults.clear()
     from hf_rlhf_ext.hub import push
 
     push.main([str(tmp_path / "out"), "--repo", "out"])
     assert "adapter_model.safetensors" in hub.files("alice/out")
+
+
+@pytest.mark.slow
+def test_a_run_that_a_guard_stopped_stays_here(base, hub, call, tmp_path):  # noqa: F811
+    options = {"model_name_or_path": base, "output_dir": tmp_path / "out", "push_to_hub": "true", "max_steps": 12}
+    done = call("ppo", **options, reward_funcs="my_rewards.length", max_kl=1e-3, learning_rate=0.05)
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("warning: a guard stopped the run")]
+    assert line.endswith(f"all the same: python -m hf_rlhf_ext.hub.push {tmp_path / 'out'} --repo alice/out")
+    assert "Pushed" not in done.out and not any("safetensors" in name for name in hub.files("alice/out"))
+
+
+def test_the_commit_of_a_data_set_is_asked_and_no_hub_is_no_error(hub, monkeypatch):  # noqa: F811
+    from hf_rlhf_ext.scripts import DataArguments, hub_dataset
+
+    HfApi().create_repo("alice/prompts", repo_type="dataset")
+    found = hub_dataset(DataArguments(dataset_name="alice/prompts"))
+    assert found == {"datasets": ["alice/prompts"], "dataset_revision": HfApi().dataset_info("alice/prompts").sha}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_dataset(DataArguments(dataset_name="alice/prompts"))["dataset_revision"] is None
+    assert hub_dataset(DataArguments(dataset_name=__file__)) == {}
 
 
 def test_options_of_a_run_are_a_config_that_gives_them_again(tmp_path):

@@ -59,7 +59,9 @@ def test_sft_leaves_a_trained_adapter_that_loads(runs, workspace):
     assert tokenizer.chat_template
     measured = report(folder)
     assert math.isfinite(measured["sft"]["train_loss"]) and math.isfinite(measured["sft"]["eval_loss"])
-    assert "SFT policy" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"| Loss, nats per token | {measured['sft']['eval_loss']:.3f} | – | 2 |" in card
+    assert f"| Accuracy of the next token | {measured['sft']['eval_mean_token_accuracy']:.3f} | – | 2 |" in card
 
 
 @pytest.mark.slow
@@ -67,6 +69,7 @@ def test_reward_leaves_report_card_and_scorer(runs, workspace):
     folder = workspace / "runs" / "reward"
     measured = report(folder)["reward_model"]
     assert (measured["pairs"], measured["heldout_pairs"]) == (8, 4)
+    assert (measured["decided_pairs"], measured["prompts"]) == (4, 4)
     low, high = measured["accuracy_ci95"]
     assert 0 <= low <= measured["accuracy"] <= high <= 1 and 0 <= measured["longer_wins_baseline"] <= 1
     assert measured["nll"] == pytest.approx(math.log(2), abs=0.1)  # two steps from scores near zero
@@ -87,6 +90,10 @@ def test_ppo_trains_on_the_sft_adapter_towards_both_rewards(runs, workspace):
         and measured["mean_length_before"] > 0
         and all(math.isfinite(measured[name]) for name in ("proxy_before", "proxy_after", "kl", "mean_length_after"))
     )
+    card = (folder / "README.md").read_text()
+    assert f"| Gain in proxy reward | {measured['proxy_gain']:.3f} |" in card and "KL a completion (β = " in card
+    assert re.search(r"^\| KL to the policy .* \| -?[\d.]+ \| -?[\d.]+ to -?[\d.]+ \| 2 \|$", card, re.MULTILINE)
+    assert "- SFT policy: local sft" in card and "the SFT policy, rewarded by" in card
     assert "rewards/reward_model/mean" in runs["ppo"].out and "rewards/length/mean" in runs["ppo"].out
     assert adapter_bytes(folder) != adapter_bytes(workspace / "runs" / "sft")
     model, _ = load_policy(str(folder))
@@ -132,6 +139,35 @@ def test_a_finished_run_is_resumed_refused_or_overwritten(runs, call, workspace)
 
 
 @pytest.mark.slow
+def test_the_next_round_names_the_last_and_second_opinions_are_reported(runs, call, workspace):
+    options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/ppo-2", "max_steps": 2}
+    done = call("ppo", model_name_or_path="runs/ppo", eval_reward_funcs="my_rewards.vowels", **options)
+    assert done.code == 0, done.err
+    folder = workspace / "runs" / "ppo-2"
+    measured, card = report(folder)["ppo"], (folder / "README.md").read_text()
+    assert (
+        measured["start"] == "the PPO policy of the last round" and "- PPO policy of the last round: local ppo" in card
+    )
+    assert measured["eval_rewards"] == ["vowels"] and measured["rewards"] == ["length"]
+    assert measured["vowels_gain"] == pytest.approx(measured["vowels_after"] - measured["vowels_before"])
+    low, high = measured["vowels_gain_ci95"]
+    assert low <= measured["vowels_gain"] <= high
+    assert f"| Gain in reward vowels, unseen by PPO | {measured['vowels_gain']:.3f} |" in card
+
+
+@pytest.mark.slow
+def test_a_run_that_a_guard_stopped_says_so(runs, call, workspace):
+    options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/stopped", "max_steps": 12}
+    done = call("ppo", max_kl=1e-3, learning_rate=0.05, **options)
+    assert done.code == 0, done.err
+    why = report(workspace / "runs" / "stopped")["ppo"]["stopped_by"]
+    assert "above max_kl = 0.001" in why and f"A guard ended training before its time: {why}." in done.out
+    assert (
+        "- A guard ended training before its time: KL is" in (workspace / "runs" / "stopped" / "README.md").read_text()
+    )
+
+
+@pytest.mark.slow
 def test_ppo_from_a_base_model_with_a_reward_function(call, workspace):
     done = call("ppo", reward_funcs="my_rewards.length", output_dir="runs/ppo-base")
     assert done.code == 0, done.err
@@ -150,11 +186,12 @@ def test_sft_takes_the_other_columns_of_trl_too(call, workspace, write_jsonl, tm
         assert math.isfinite(report(tmp_path / name)["sft"]["eval_loss"])
 
 
-def test_without_held_out_rows_there_is_no_card_with_empty_results(call, tmp_path):
+def test_without_held_out_rows_the_card_says_that_nothing_was_measured(call, tmp_path):
     done = call("reward", output_dir=tmp_path / "reward", max_steps=1)
     assert done.code == 0, done.err
     assert "accuracy" not in report(tmp_path / "reward")["reward_model"]
-    assert not (tmp_path / "reward" / "README.md").exists()  # PEFT's own form would name the base's folder
+    card = (tmp_path / "reward" / "README.md").read_text()  # not PEFT's own form, which names the base's folder
+    assert "Not measured: no comparisons were held out." in card and "## Results" not in card and "![" not in card
 
 
 def test_all_weights_can_be_trained(call, tmp_path):

@@ -11,7 +11,7 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.ppo.scoring import RewardFunctions
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, combine_rewards, load_reward
-from hf_rlhf_ext.reward.export import export_merged, own_pad_token
+from hf_rlhf_ext.reward.export import _TRIED, export_merged, own_pad_token
 from hf_rlhf_ext.reward.scorer import RewardScorer
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
@@ -110,7 +110,15 @@ def test_a_plain_pipeline_gives_the_scores_of_a_merged_model(train, chat_tokeniz
 
 
 def test_merging_a_bf16_model_reports_what_it_moves(train, tmp_path):
-    assert 0 < export_merged(train(bf16=True)[0], tmp_path / "merged", device="cpu") < 0.05
+    folder = train(bf16=True)[0]
+    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder, device="cpu"), zip(*_TRIED, strict=True)
+    texts = [scorer.text(prompt, completion) for prompt, completion in _TRIED]
+    expected = np.array(scorer.raw(list(prompts), list(completions)))
+    for dtype in ("float32", "bfloat16"):
+        moved = export_merged(folder, tmp_path / dtype, dtype=dtype, device="cpu")
+        pipe = pipeline("text-classification", model=str(tmp_path / dtype), device="cpu")
+        found = [one["score"] for one in pipe(texts)]
+        assert 0 < moved < 0.05 and moved == pytest.approx(np.abs(np.array(found) - expected).max(), abs=1e-6)
 
 
 def test_a_pad_token_of_its_own(chat_tokenizer):
@@ -120,6 +128,47 @@ def test_a_pad_token_of_its_own(chat_tokenizer):
     chat_tokenizer.chat_template += "<|pad|>"
     with pytest.raises(UserError, match="no special token is free for padding"):
         own_pad_token(chat_tokenizer)
+
+
+@pytest.mark.slow
+def test_a_policy_with_another_tokenizer_is_scored_by_its_text(train, tiny_config, chat_tokenizer, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(["ask answer"], trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet))
+    other = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", padding_side="left")
+    other.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    scorer, seen = RewardScorer.from_pretrained(train()[0], device="cpu"), []
+    tiny_config.vocab_size, tiny_config.eos_token_id, tiny_config.pad_token_id = len(other), 0, 0
+    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path / "policy-base")
+    other.save_pretrained(tmp_path / "policy-base")
+
+    def reward(prompts, completions, completion_ids, **columns):
+        rewards = scorer(prompts, completions, completion_ids=completion_ids, **columns)
+        seen.extend(zip(prompts, completions, completion_ids, rewards, strict=True))
+        return rewards
+
+    args = GRPOConfig(
+        str(tmp_path / "policy"), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no",
+        per_device_train_batch_size=4, num_generations=2, max_completion_length=6, logging_steps=1,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS])
+    trainer = GRPOTrainer(str(tmp_path / "policy-base"), reward, args=args, train_dataset=data)
+    trainer.train()
+    assert len(seen) == 4 and trainer.state.log_history[0]["rewards/reward/mean"] == pytest.approx(
+        np.mean([row[3] for row in seen]), abs=1e-5
+    )
+    for prompt, completion, ids, given in seen:
+        text = completion[0]["content"]
+        assert text == other.decode(ids, skip_special_tokens=True)
+        before = chat_tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        own = chat_tokenizer(before)["input_ids"] + chat_tokenizer(text + "<|im_end|>")["input_ids"]
+        assert own != other(before)["input_ids"] + ids  # the template and the vocabulary of the reward model
+        assert given == pytest.approx((scorer.score_ids([own])[0] - scorer.mean) / scorer.std, abs=1e-4)
 
 
 @pytest.mark.slow

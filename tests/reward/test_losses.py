@@ -120,5 +120,7 @@ def test_a_ranking_is_read_from_pairs_or_there_is_none():
     assert ranking_of(torch.tensor(pairs), targets, 4).tolist() == order
     assert ranking_of(torch.tensor(pairs[:-1]), targets[:-1], 4) is None  # a pair is missing
     assert ranking_of(torch.tensor(pairs), targets.where(targets == 1, 0.5), 4) is None  # ties
+    twice = torch.tensor([(0, 1), (1, 0), (1, 2)])  # nobody has compared 0 and 2
+    assert ranking_of(twice, f64(1.0, 0.0, 1.0), 3) is None
     circle = torch.tensor([(0, 1), (1, 2), (2, 0)])
     assert ranking_of(circle, f64(1.0, 1.0, 1.0), 3) is None

@@ -20,48 +20,7 @@ from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.scorer import RewardScorer, score_batch, score_sequences
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
-
-WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "quick brown"]
-
-
-@pytest.fixture
-def seqcls(tiny_config):
-    """A random two-layer reward model in fp32, the same weights every time."""
-    tiny_config.num_labels = 1
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(tiny_config)
-
-
-@pytest.fixture
-def make_trainer(seqcls, chat_tokenizer, tmp_path):
-    def make(train, *, model=None, peft="lora", folder="out", **options):
-        names = ("eval_dataset", "normalization_dataset", "compute_metrics", "callbacks")
-        arguments = {name: options.pop(name) for name in names if name in options}
-        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
-        defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3, "disable_tqdm": True}
-        args = BradleyTerryConfig(output_dir=str(tmp_path / folder), **(defaults | options))
-        config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft == "lora" else peft
-        return BradleyTerryTrainer(
-            model or seqcls, args, train, processing_class=chat_tokenizer, peft_config=config, **arguments
-        )
-
-    return make
-
-
-def comparisons(n, *, seed=0, k=None):
-    """Ragged comparisons of 2 to 4 completions with soft targets, margins and uneven weights."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n):
-        size = k or int(rng.integers(2, 5))
-        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) + f" {m}" for m in range(size)]
-        pairs = [[i, j] for i in range(size) for j in range(i + 1, size)]
-        row = {"prompt": f"Tell {rng.choice(WORDS)}:", "completions": texts, "pairs": pairs}
-        row["targets"] = rng.choice([0.0, 0.5, 0.8, 1.0], len(pairs)).tolist()
-        row["weights"] = rng.uniform(0.2, 2, len(pairs)).tolist()
-        row["margins"] = rng.normal(0, 0.3, len(pairs)).tolist()
-        rows.append(row)
-    return Dataset.from_list(rows)
+from tests.reward.examples import WORDS, comparisons
 
 
 def trainable(model):
@@ -135,7 +94,7 @@ def test_categories_of_another_trainers_data_are_not_taken_for_ours(make_trainer
     theirs = make_trainer(comparisons(4).add_column("category", ["a", "b", "c", "d"]), folder="theirs")
     mine = make_trainer(comparisons(4).add_column("category", ["x", "y", "x", "y"]), folder="mine")
     metrics = mine.evaluate(theirs.train_dataset)
-    assert "eval_accuracy" in metrics and not [name for name in metrics if "/category/" in name]
+    assert {name[-1] for name in metrics if "/category/" in name} <= set("abcd")
     assert "eval_accuracy/category/x" in mine.evaluate(mine.train_dataset)
 
 
@@ -340,24 +299,36 @@ def test_losses_of_the_options_are_those_of_the_equations(make_trainer, layout):
 
 
 TWO_PROCESSES = """
-import sys, torch
+import json, sys, torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, AutoTokenizer
 from datasets import load_from_disk
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer
 
+class Counting(BradleyTerryTrainer):
+    seen = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.seen.append(len(inputs["micro_batches"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 folder, batch = sys.argv[1], int(sys.argv[2])
 args = BradleyTerryConfig(
     folder + f"/out{batch}", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=3,
     per_device_train_batch_size=batch, max_tokens_per_batch=60, learning_rate=1e-2, disable_tqdm=True, seed=3,
-    normalize_rewards=False, data_seed=5,
+    data_seed=5, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
 )
-trainer = BradleyTerryTrainer(
+trainer = Counting(
     LlamaForSequenceClassification.from_pretrained(folder + "/base", dtype=torch.float32), args,
-    load_from_disk(folder + "/rows"), processing_class=AutoTokenizer.from_pretrained(folder + "/base"),
+    load_from_disk(folder + "/rows"), load_from_disk(folder + "/heldout"),
+    processing_class=AutoTokenizer.from_pretrained(folder + "/base"),
     peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
 )
 trainer.train()
+metrics = {name: value for name, value in trainer.evaluate().items() if "time" not in name and "per_second" not in name}
+found = {"metrics": metrics, "normalization": vars(trainer.normalization), "micro_batches": trainer.seen}
+json.dump(found, open(f"{folder}/found{batch}-{args.process_index}.json", "w"))
 weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 torch.save(weights, f"{folder}/weights{batch}-{args.process_index}.pt")
 """
@@ -368,6 +339,7 @@ def test_two_processes_with_different_numbers_of_micro_batches_equal_one(seqcls,
     seqcls.save_pretrained(tmp_path / "base")
     chat_tokenizer.save_pretrained(tmp_path / "base")
     comparisons(12).save_to_disk(tmp_path / "rows")
+    comparisons(7, seed=1).save_to_disk(tmp_path / "heldout")  # odd, and of ragged K
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for processes, batch in ((1, 4), (2, 2)):
@@ -382,6 +354,13 @@ def test_two_processes_with_different_numbers_of_micro_batches_equal_one(seqcls,
     for name, value in one.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=0, atol=5e-5)
+    alone, rank0, rank1 = (json.loads((tmp_path / f"found{n}.json").read_text()) for n in ("4-0", "2-0", "2-1"))
+    assert rank0["micro_batches"] != rank1["micro_batches"] and len(rank0["micro_batches"]) == 5  # 2, 1 and 2 batches
+    for name in ("metrics", "normalization"):
+        assert rank0[name] == rank1[name]
+        figures = {key: value for key, value in alone[name].items() if isinstance(value, float | int)}
+        assert {key: rank0[name][key] for key in figures} == pytest.approx(figures, abs=1e-4)
+    assert alone["metrics"]["eval_pairs"] > 7 and alone["normalization"]["n"] > 12
 
 
 def test_head_and_adapters_are_fp32_on_a_bf16_base_and_computed_in_bf16(make_trainer, seqcls):

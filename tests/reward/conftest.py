@@ -1,0 +1,33 @@
+"""A trainer on a tiny reward model, and its options."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import LlamaForSequenceClassification
+
+from hf_rlhf_ext.reward.config import BradleyTerryConfig
+from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
+
+
+@pytest.fixture
+def seqcls(tiny_config):
+    """A random two-layer reward model in fp32, the same weights every time."""
+    tiny_config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(tiny_config)
+
+
+@pytest.fixture
+def make_trainer(seqcls, chat_tokenizer, tmp_path):
+    def make(train, *, model=None, peft="lora", folder="out", **options):
+        names = ("eval_dataset", "normalization_dataset", "compute_metrics", "callbacks")
+        arguments = {name: options.pop(name) for name in names if name in options}
+        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+        defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3, "disable_tqdm": True}
+        args = BradleyTerryConfig(output_dir=str(tmp_path / folder), **(defaults | options))
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft == "lora" else peft
+        return BradleyTerryTrainer(
+            model or seqcls, args, train, processing_class=chat_tokenizer, peft_config=config, **arguments
+        )
+
+    return make

@@ -1,0 +1,22 @@
+"""Comparison rows for the tests of this folder."""
+
+import numpy as np
+from datasets import Dataset
+
+WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "quick brown"]
+
+
+def comparisons(n, *, seed=0, k=None):
+    """Ragged comparisons of 2 to 4 completions with soft targets, margins and uneven weights."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        size = k or int(rng.integers(2, 5))
+        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) + f" {m}" for m in range(size)]
+        pairs = [[i, j] for i in range(size) for j in range(i + 1, size)]
+        row = {"prompt": f"Tell {rng.choice(WORDS)}:", "completions": texts, "pairs": pairs}
+        row["targets"] = rng.choice([0.0, 0.5, 0.8, 1.0], len(pairs)).tolist()
+        row["weights"] = rng.uniform(0.2, 2, len(pairs)).tolist()
+        row["margins"] = rng.normal(0, 0.3, len(pairs)).tolist()
+        rows.append(row)
+    return Dataset.from_list(rows)
