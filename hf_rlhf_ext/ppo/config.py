@@ -151,7 +151,7 @@ class PPOConfig(BaseConfig):
         default="stop",
         metadata={
             "help": "Above `max_kl`: `stop` training, `raise_kl_coef` (double it), or `rollback` to the last "
-            "checkpoint below it, and double `kl_coef`; keep at least two checkpoints for that."
+            "checkpoint below it, and double `kl_coef`."
         },
     )
     exact_kl_rows: int = field(

@@ -104,8 +104,8 @@ def ratio(table: dict[str, int], one_base: int) -> float:
     return ours / (one_base + shared + table["activations, one model"])
 
 
-def train_reward(base: str, folder: str, **options) -> None:
-    """A reward adapter on that model in NF4, saved in `folder`: longer answers are better."""
+def train_reward(base: str, folder: str, *, precision: dict | None = None, **options) -> None:
+    """A reward adapter on that model, in NF4 unless `precision` says otherwise: longer answers are better."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -114,7 +114,7 @@ def train_reward(base: str, folder: str, **options) -> None:
     answers = ["They are sweet.", "They are sweet, and good for you.", "Fruit is good.", "Fruit is good in many ways."]
     rows = [{"prompt": "Why fruit?", "chosen": answers[k + 1], "rejected": answers[k]} for k in (0, 2)]
     args = BradleyTerryConfig(folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **options)
-    model = load_base_model(base, task="reward", load_in_4bit=True)
+    model = load_base_model(base, task="reward", **(precision or {"load_in_4bit": True}))
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS")
     data, tokenizer = Dataset.from_list(rows), load_tokenizer(base)
     trainer = BradleyTerryTrainer(model, args, data, processing_class=tokenizer, peft_config=lora)
