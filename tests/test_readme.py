@@ -127,6 +127,22 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
     assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stopped_by"]
 
 
+def test_ppo_benchmark_of_the_readme_is_the_committed_one():
+    found = json.loads((ROOT / "docs" / "study" / "ppo_benchmark.json").read_text(encoding="utf-8"))
+    runs, results = found["runs"], found["results"]
+    for label, name in [
+        ("TRL 1.12.0", "trl"),
+        ('ours, `critic="head"`', "ours, head"),
+        ('ours, `critic="adapter"`', "ours, adapter"),
+    ]:
+        ratio = runs["trl"]["seconds"] / runs[name]["seconds"]
+        assert f"| {label} | {runs[name]['seconds']:.1f} | {ratio:.2f} | {runs[name]['peak_gb']:.2f} |" in README
+    text = " ".join(README.split())
+    for critic, words in [("head", "{:.2f}, {:.2f} and {:.2f} times"), ("adapter", "{:.2f}, {:.2f} and {:.2f} with")]:
+        stages = results["stages"][critic]
+        assert words.format(*(stages[stage]["ratio"] for stage in ("generate", "score", "update"))) in text
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data", "check_reward"])
 def test_help_of_every_recipe_prints(stage, capsys):
     from hf_rlhf_ext.cli import parse_recipe
