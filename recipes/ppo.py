@@ -182,7 +182,8 @@ def train_ppo(
         best = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
         if args.push_to_hub and not best:
             args.push_to_hub = False
-            later = later_command(args.output_dir, args.hub_model_id, private=args.hub_private_repo is not False)
+            target = {"private": args.hub_private_repo is not False, "revision": args.hub_revision}
+            later = later_command(args.output_dir, args.hub_model_id, **target)
             print(f"warning: a guard stopped the run, so it is not pushed; all the same: {later}", file=sys.stderr)
     given, seconds = (data, rewards, model_args, args), time.monotonic() - start
     report = finish_run(args, "policy", {"ppo": measured}, given, seconds=seconds, card=card)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
@@ -144,7 +145,9 @@ def train_ensemble(
         options = data if member.resume_from_checkpoint else replace(data, overwrite=True)
         reports.append(train_reward(options, model_args, member, comparisons=comparisons)["reward_model"])
         gc.collect()  # a trainer is a circle of references: its model would stay beside the next one
-    RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
+    if args.process_index == 0:
+        RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
+    PartialState().wait_for_everyone()  # all of them read it below
     measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
     train, heldout = _read(data, comparisons)
     if len(heldout):

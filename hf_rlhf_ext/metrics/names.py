@@ -94,8 +94,13 @@ METRICS: dict[str, Metric] = _TRAINER | _REWARD_MODEL | _PPO
 
 
 def find_metric(key: str) -> Metric | None:
-    """The metric behind a logged key: `eval_accuracy` is `accuracy`, `rewards/gold/mean` is `rewards/<name>/mean`."""
-    for candidate in (key, re.sub(r"^(eval|train|test)[_/]", "", key)):
+    """The metric behind a logged key: `eval_accuracy` is `accuracy`, `rewards/gold/mean` is `rewards/<name>/mean`.
+
+    Where `eval_dataset` is a dict, Trainer puts the name of the set between: `eval_hard_accuracy` is `accuracy` too.
+    """
+    bare = re.sub(r"^(eval|train|test)[_/]", "", key)
+    parts = bare.split("_") if bare != key else []
+    for candidate in (key, bare, *("_".join(parts[n:]) for n in range(1, len(parts)))):
         if candidate in METRICS:
             return METRICS[candidate]
         if re.fullmatch(r"accuracy/(category|length_gap|margin)/.+", candidate):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from ..compat import suppress_seqcls_warning
@@ -52,8 +54,18 @@ def preferred_dtype() -> torch.dtype:
     """The dtype this machine computes fastest in: bf16 on CUDA cards and CPUs with bf16 instructions, else fp32."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def warn_of_emulated_bf16(args: TrainingArguments) -> None:
+    """Says that bf16, the default of TRL's trainers, is several times slower than fp32 on this CPU."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nobody has measured it
+    if args.bf16 and args.device.type == "cpu" and x86 and not _cpu_has_bf16():
+        logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False.")
 
 
 def load_base_model(

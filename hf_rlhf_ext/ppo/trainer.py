@@ -15,7 +15,7 @@ from ..compat import BaseTrainer, disable_dropout_in_model
 from ..errors import UserError
 from ..hub.trainer import HubMixin
 from ..modeling.adapters import adapters_in_autocast_dtype
-from ..modeling.loading import load_base_model, load_tokenizer
+from ..modeling.loading import load_base_model, load_tokenizer, warn_of_emulated_bf16
 from ..modeling.logprobs import (
     check_output_head,
     chunked_logprobs,
@@ -94,6 +94,7 @@ class PPOTrainer(HubMixin, CheckpointMixin, EvaluationMixin, FiguresMixin, Guard
         if train_dataset is None:
             raise UserError("train_dataset is required: rows with a column 'prompt'.")
         check_setup(args)
+        warn_of_emulated_bf16(args)
         remote = {"trust_remote_code": args.trust_remote_code}
         if isinstance(model, str):
             model, tokenizer = load_trainable(model, peft_config, **remote)

@@ -27,6 +27,7 @@ from ..hub.trainer import HubMixin
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
 from ..modeling.heads import is_encoder, untrained_layers
+from ..modeling.loading import warn_of_emulated_bf16
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .scorer import RewardNormalization, RewardScorer, dtype_name, is_4bit, score_batch
@@ -90,6 +91,7 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
         args = args or BradleyTerryConfig(output_dir="reward_model")
         if not isinstance(args, BradleyTerryConfig):
             raise UserError(f"args: pass a BradleyTerryConfig, got {type(args).__name__}.")
+        warn_of_emulated_bf16(args)
         check_head_is_trained(peft_config)
         set_seed(args.seed)  # the head is drawn at load
         given = load_options(args, trainer_options)

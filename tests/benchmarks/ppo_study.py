@@ -4,7 +4,8 @@ make study-ppo          # writes docs/study/ppo.json and .png; goes on where it 
 
 `stories260K-<seed>`: 150 rollouts of 64 stories of 40 tokens. The reward counts six happy words (at most four); the
 gold reward, which training never sees, is VADER's sentiment. `kl_coef` follows `kl_target`. `smollm2-<seed>`:
-the embedded model on questions of HH-RLHF, 10 rollouts of 32 replies of 32 tokens, the same rewards, `kl_coef` fixed.
+the embedded model on questions of HH-RLHF, 10 rollouts of 32 replies of 32 tokens, the same rewards, `kl_coef` fixed,
+in the dtype that the machine computes fastest in (`dtype` in the file).
 `wrong`: stories260K without a leash (`kl_coef` 0) at 30 times the learning rate, with `load_best_model_at_end`; and
 `wrong-warmup`, where the rate rises to that over 40 steps, so that there is something to go back to.
 `ppo_study.py NAME …` makes those runs alone.
@@ -30,6 +31,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_comparisons, load_tokenizer
 from hf_rlhf_ext.data.text import encode_prompt, plain_text
 from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, GRID, INK, LABEL_SIZE, PROXY_COLOUR, TICK_SIZE
+from hf_rlhf_ext.modeling.loading import preferred_dtype
 
 SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
 OUT = Path("docs/study/ppo.json")
@@ -116,6 +118,7 @@ def smollm2_trainer(folder: str, seed: int) -> PPOTrainer:
     rows = load_comparisons(str(SHARED / "data" / "hh_helpful_train.jsonl"), split="train", group=False)[0].to_list()
     prompts = [row["prompt"] for row in rows[:500] if len(encode_prompt(tokenizer, row["prompt"])) <= 60]
     args = {
+        "bf16": preferred_dtype() == torch.bfloat16,
         "per_device_train_batch_size": 32,
         "max_tokens_per_batch": 1600,
         "num_ppo_epochs": 2,
@@ -156,7 +159,7 @@ def learn(name: str) -> dict[str, Any]:
         trainer = (stories_trainer if kind == "stories260K" else smollm2_trainer)(folder, int(seed))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return curves(trainer)
+    return curves(trainer) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
 
 
 class Lines(logging.Handler):

@@ -2,9 +2,11 @@
 
 make study-reward       # writes docs/study/reward_model.json; goes on where it was stopped, a finished run is kept
 
-SmolLM2-135M in bf16, LoRA r 16, lr 2e-4, batch 16, one epoch, HH-RLHF helpful rows of at most 1,024 tokens: 500 held
-out by prompt, 1,000 to train on, three seeds; and one run of ours on all the other rows. TRL trains on padded pairs in
-micro-batches of 4 with the chat template's own ending, ours on a shared prefix; each is scored as it was trained.
+SmolLM2-135M, LoRA r 16, lr 2e-4, batch 16, one epoch, HH-RLHF helpful rows of at most 1,024 tokens: 500 held out by
+prompt, 1,000 to train on, three seeds; and one run of ours on all the other rows. TRL trains on one pair at a time,
+sixteen a step (the same mean as any other micro-batch, and the fewest padded tokens), with the chat template's own
+ending, ours on a shared prefix; each is scored as it was trained. Both compute in the dtype that is fastest on the
+machine (`dtype` of each run in the file); a seed counts as a pair where both runs share it.
 """
 
 import json
@@ -34,10 +36,13 @@ from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.data.tokenization import longest, tokenise_row
 from hf_rlhf_ext.metrics.preference import clustered_mean_ci, longer_wins_baseline
 from hf_rlhf_ext.modeling.adapters import mixed_precision
+from hf_rlhf_ext.modeling.loading import preferred_dtype
 
 DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data" / "hh_helpful_train.jsonl"
 OUT = Path("docs/study/reward_model.json")
 SEEDS, HELD_OUT, PAIRS, MAX_LENGTH = (0, 1, 2), 500, 1000, 1024
+DTYPE = preferred_dtype()
+AUTOCAST = DTYPE if DTYPE == torch.bfloat16 else None
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
 
 
@@ -55,7 +60,7 @@ def options(folder: str, seed: int) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": True,
+        "bf16": DTYPE == torch.bfloat16,
         "learning_rate": 2e-4,
         "warmup_steps": 5,
         "num_train_epochs": 1,
@@ -73,10 +78,10 @@ def train_ours(train: list[dict], heldout: list[dict], seed: int, folder: str) -
     args = BradleyTerryConfig(
         per_device_train_batch_size=16, max_tokens_per_batch=1600, normalize_rewards=False, **options(folder, seed)
     )
-    model, tokenizer = load_base_model(task="reward", dtype="bfloat16"), load_tokenizer()
+    model, tokenizer = load_base_model(task="reward", dtype=DTYPE), load_tokenizer()
     trainer = BradleyTerryTrainer(model, args, Dataset.from_list(train), processing_class=tokenizer, peft_config=LORA)
     trainer.train()
-    scorer = RewardScorer(trainer.model, tokenizer, batch_size=8, autocast=torch.bfloat16)
+    scorer = RewardScorer(trainer.model, tokenizer, batch_size=8, autocast=AUTOCAST)
     sides = [scorer.raw([row["prompt"] for row in heldout], [row["completions"][k] for row in heldout]) for k in (0, 1)]
     return (np.array(sides[0]) - np.array(sides[1])).tolist()
 
@@ -89,8 +94,8 @@ def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) ->
         chosen, rejected = (i, j) if target > 0.5 else (j, i)
         sides = {"chosen": row["completions"][chosen], "rejected": row["completions"][rejected]}
         pairs.append({name: row["prompt"] + side for name, side in sides.items()})
-    args = RewardConfig(per_device_train_batch_size=4, gradient_accumulation_steps=4, **options(folder, seed))
-    model, tokenizer = load_base_model(task="reward", dtype="bfloat16"), load_tokenizer()
+    args = RewardConfig(per_device_train_batch_size=1, gradient_accumulation_steps=16, **options(folder, seed))
+    model, tokenizer = load_base_model(task="reward", dtype=DTYPE), load_tokenizer()
     trainer = RewardTrainer(
         model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=LORA
     )
@@ -100,7 +105,7 @@ def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) ->
     @torch.no_grad()
     def score(messages: list[dict]) -> float:
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        with mixed_precision(model, torch.bfloat16):
+        with mixed_precision(model, AUTOCAST):
             return model(input_ids=torch.tensor([ids], device=model.device)).logits.item()
 
     return [
@@ -123,7 +128,8 @@ def summary(runs: dict[str, Any], heldout: list[dict]) -> dict[str, Any]:
     hits = {name: right(run["deltas"], heldout) for name, run in runs.items()}
     for name, values in hits.items():
         found[name] = [float(values.mean()), *clustered_mean_ci(values, prompts)]
-    both = [seed for seed in SEEDS if {f"ours-{seed}", f"trl-{seed}"} <= set(runs)]
+    pairs = {seed: [runs.get(f"{kind}-{seed}", {}).get("dtype") for kind in ("ours", "trl")] for seed in SEEDS}
+    both = [seed for seed, (ours, trl) in pairs.items() if ours is not None and ours == trl]
     if both:
         difference = np.mean([hits[f"ours-{seed}"] - hits[f"trl-{seed}"] for seed in both], 0)
         found["ours_minus_trl"] = [float(difference.mean()), *clustered_mean_ci(difference, prompts)]
@@ -145,7 +151,8 @@ def main() -> None:
             run = train_ours if kind == "ours" else train_trl
             deltas = run(train, heldout, 0 if seed == "all" else int(seed), folder)
         minutes = round((time.process_time() - start) / 60, 1)  # of CPU time: a long run may be paused
-        done["runs"][name] = {"pairs": len(train), "cpu_minutes": minutes, "deltas": [round(d, 4) for d in deltas]}
+        about = {"pairs": len(train), "dtype": str(DTYPE).removeprefix("torch."), "cpu_minutes": minutes}
+        done["runs"][name] = about | {"deltas": [round(d, 4) for d in deltas]}
         done["summary"] = summary(done["runs"], heldout)
         OUT.write_text(json.dumps(done) + "\n")
         print(f"{name}: {done['summary'][name]} in {minutes} CPU minutes", flush=True)

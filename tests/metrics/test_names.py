@@ -22,6 +22,9 @@ def test_every_metric_has_a_unit_and_a_meaning_on_one_line():
         ("train_loss", "loss"),
         ("rewards/my_reward/mean", "rewards/<name>/mean"),
         ("eval_rewards/a/b/std", "rewards/<name>/std"),
+        ("eval_hard_accuracy", "accuracy"),
+        ("eval_my_set_accuracy_low", "accuracy_low"),
+        ("eval_hard_objective/kl", "objective/kl"),
     ],
 )
 def test_logged_keys_are_found_with_their_prefix(logged, key):
@@ -41,6 +44,7 @@ def test_a_key_without_an_entry_is_refused_by_name():
     with pytest.raises(KeyError, match="objective/klll"):
         describe(["loss", "objective/klll"])
     assert find_metric("rewards/gold") is None
+    assert find_metric("hard_accuracy") is None  # no prefix of Trainer's: nobody's key
 
 
 def test_every_name_that_the_trainers_spell_is_explained():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling import loading
@@ -21,6 +21,7 @@ from hf_rlhf_ext.modeling.loading import (
     load_tokenizer,
     preferred_dtype,
     resolve_dtype,
+    warn_of_emulated_bf16,
 )
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -51,6 +52,25 @@ def test_an_unknown_dtype_is_one_line(saved_llama, name):
     with pytest.raises(UserError) as error:
         load_base_model(saved_llama, dtype=name)
     assert str(error.value) == f"dtype: {name!r} is not a floating dtype; use auto, float32, bfloat16 or float16."
+
+
+@pytest.mark.parametrize(
+    "bf16, cpu_has_bf16, machine, expected",
+    [
+        (True, False, "x86_64", 1),
+        (True, False, "AMD64", 1),
+        (True, False, "arm64", 0),  # whose bf16 nobody has measured here
+        (True, True, "x86_64", 0),
+        (False, False, "x86_64", 0),
+    ],
+)
+def test_bf16_on_a_cpu_without_it_is_said(monkeypatch, caplog, tmp_path, bf16, cpu_has_bf16, machine, expected):
+    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: cpu_has_bf16)
+    monkeypatch.setattr(loading.platform, "machine", lambda: machine)
+    warn_of_emulated_bf16(TrainingArguments(str(tmp_path), use_cpu=True, bf16=bf16))
+    assert [record.message for record in caplog.records if "bf16=False" in record.message] == expected * [
+        "bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False."
+    ]
 
 
 # Folders

@@ -115,6 +115,13 @@ def test_the_header_asks_for_what_the_config_needs(path):
     assert needs <= requirement.extras
 
 
+def test_what_checks_a_reward_model_installs_what_trained_it():
+    """Its base is the embedded model, or in 4 bits."""
+    train, check = (header(RECIPES / f"{name}.py") for name in ("reward", "check_reward"))
+    (asked,), (made,) = map(Requirement, check["dependencies"]), map(Requirement, train["dependencies"])
+    assert asked.extras == made.extras - {"data"} and check["tool"] == train["tool"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_command_in_the_docstring_parses(script):
     """What `--help` shows first must not be wrong: its options exist, and the files of the checkout are there."""
