@@ -124,6 +124,14 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
         figures = f"{run['kl_mean']:.2f} | {run['moving_mean_within_25']:.0%} | {run['explained_variance']:.2f}"
         rows.append(f"| {seed} | {gold} | {score} | {figures} |")
     assert "\n".join(rows) in README
+    small = []
+    for seed in range(3):
+        run = found[f"smollm2-{seed}"]
+        gold, score, kl = (
+            " → ".join(f"{x:.2f}" for x in run[f"{name}_before_after"]) for name in ("gold", "score", "kl")
+        )
+        small.append(f"| {seed} | {gold} | {score} | {kl} |")
+    assert "\n".join(small) in README
     assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stopped_by"]
 
 
