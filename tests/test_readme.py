@@ -135,6 +135,19 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
     assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stopped_by"]
 
 
+def test_reward_study_of_the_readme_is_the_committed_one():
+    found = json.loads((ROOT / "docs" / "study" / "reward_model.json").read_text(encoding="utf-8"))["summary"]
+    text = " ".join(README.split())
+    rows = []
+    for seed in found["seeds"]:
+        cells = ("{:.3f} ({:.3f} to {:.3f})".format(*found[f"{kind}-{seed}"]) for kind in ("ours", "trl"))
+        rows.append(f"| {seed} | {' | '.join(cells)} |")
+    assert re.findall(r"^\| \d \| 0\.\d{3} \(.*\) \| 0\.\d{3} \(.* to 0\.\d{3}\) \|$", README, re.MULTILINE) == rows
+    difference = "{:.3f} ({:.3f} to {:.3f})".format(*found["ours_minus_trl"]).replace("-", "−")
+    assert f"ours minus TRL's is {difference}" in text
+    assert f'"longer wins" reaches {found["longer_wins"]:.3f}' in text
+
+
 def test_ppo_benchmark_of_the_readme_is_the_committed_one():
     found = json.loads((ROOT / "docs" / "study" / "ppo_benchmark.json").read_text(encoding="utf-8"))
     runs, results = found["runs"], found["results"]
