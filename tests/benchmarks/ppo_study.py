@@ -31,7 +31,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_comparisons, load_tokenizer
 from hf_rlhf_ext.data.text import encode_prompt, plain_text
 from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, GRID, INK, LABEL_SIZE, PROXY_COLOUR, TICK_SIZE
-from hf_rlhf_ext.modeling.loading import preferred_dtype
+from hf_rlhf_ext.reward.scorer import dtype_name
+from hf_rlhf_ext.scripts import machine_defaults
 
 SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
 OUT = Path("docs/study/ppo.json")
@@ -118,7 +119,6 @@ def smollm2_trainer(folder: str, seed: int) -> PPOTrainer:
     rows = load_comparisons(str(SHARED / "data" / "hh_helpful_train.jsonl"), split="train", group=False)[0].to_list()
     prompts = [row["prompt"] for row in rows[:500] if len(encode_prompt(tokenizer, row["prompt"])) <= 60]
     args = {
-        "bf16": preferred_dtype() == torch.bfloat16,
         "per_device_train_batch_size": 32,
         "max_tokens_per_batch": 1600,
         "num_ppo_epochs": 2,
@@ -133,7 +133,7 @@ def smollm2_trainer(folder: str, seed: int) -> PPOTrainer:
     return PPOTrainer(
         load_base_model(),
         happy_words,
-        args=PPOConfig(**options(folder, seed, 2, 2) | args),
+        args=PPOConfig(**options(folder, seed, 2, 2) | machine_defaults() | args),
         train_dataset=Dataset.from_dict({"prompt": prompts[:320]}),
         eval_dataset=Dataset.from_dict({"prompt": prompts[320:368]}),
         eval_reward_funcs=gold,
@@ -159,7 +159,7 @@ def learn(name: str) -> dict[str, Any]:
         trainer = (stories_trainer if kind == "stories260K" else smollm2_trainer)(folder, int(seed))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return curves(trainer) | {"dtype": str(trainer.model.dtype).removeprefix("torch.")}
+    return curves(trainer) | {"dtype": dtype_name(trainer.model)}
 
 
 class Lines(logging.Handler):

@@ -67,21 +67,21 @@ def comparison_rows(n: int, k: int) -> list[dict]:
 
 def child(name: str) -> dict[str, Any]:
     """Trains; pairs and tokens a second, peak memory, the dtype, and the fraction of the limit where it is measured."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
     from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_base_model, load_tokenizer
-    from hf_rlhf_ext.modeling.loading import preferred_dtype
+    from hf_rlhf_ext.modeling.adapters import autocast_dtype
+    from hf_rlhf_ext.reward.scorer import dtype_name
+    from hf_rlhf_ext.scripts import machine_defaults
 
     kind, k, per_step, steps, micro, checkpointing = RUNS[name]
     rows = comparison_rows(per_step * (steps + 1), k)
     pairs_a_prompt = k * (k - 1) // 2
     common = {
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": preferred_dtype() == torch.bfloat16,
+        **machine_defaults(),
         "learning_rate": 2e-4,
         "gradient_checkpointing": checkpointing,
         "report_to": "none",
@@ -108,7 +108,7 @@ def child(name: str) -> dict[str, Any]:
             steps_s.append(time.perf_counter() - self.start)
             if name == LIMIT:
                 seen = int(trainer._sums["tokens"])
-                bare_s.append(bare_seconds(model, seen - self.tokens))
+                bare_s.append(bare_seconds(model, seen - self.tokens, autocast_dtype(args)))
                 self.tokens = seen
             self.start = time.perf_counter()
 
@@ -150,19 +150,17 @@ def child(name: str) -> dict[str, Any]:
     tokens = trainer._total_train_tokens if kind == "trl" else int(trainer._sums["tokens"])
     tokens_per_s = tokens * steps / (steps + 1) / seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    dtype = str(preferred_dtype()).removeprefix("torch.")
-    found = {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens_per_s, "peak_gb": peak, "dtype": dtype}
+    found = {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens_per_s, "peak_gb": peak}
+    found["dtype"] = dtype_name(trainer.model)
     return found | ({"limit_fraction": sum(bare_s[1:]) / seconds} if bare_s else {})
 
 
-def bare_seconds(model, n_tokens: int) -> float:
+def bare_seconds(model, n_tokens: int, autocast) -> float:
     """Seconds of forward and backward alone on `n_tokens` tokens in full rows, passes of at most `MAX_TOKENS`."""
     import torch
 
     from hf_rlhf_ext.modeling.adapters import mixed_precision
-    from hf_rlhf_ext.modeling.loading import preferred_dtype
 
-    autocast = torch.bfloat16 if preferred_dtype() == torch.bfloat16 else None
     n_passes = -(-n_tokens // MAX_TOKENS)
     n_rows = max(1, round(n_tokens / n_passes / 400))
     ids = torch.randint(5, 1000, (n_rows, round(n_tokens / n_passes / n_rows)), device=model.device)

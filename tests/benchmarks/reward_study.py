@@ -35,14 +35,13 @@ from hf_rlhf_ext import (
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.data.tokenization import longest, tokenise_row
 from hf_rlhf_ext.metrics.preference import clustered_mean_ci, longer_wins_baseline
-from hf_rlhf_ext.modeling.adapters import mixed_precision
+from hf_rlhf_ext.modeling.adapters import autocast_dtype, mixed_precision
 from hf_rlhf_ext.modeling.loading import preferred_dtype
+from hf_rlhf_ext.scripts import machine_defaults
 
 DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data" / "hh_helpful_train.jsonl"
 OUT = Path("docs/study/reward_model.json")
 SEEDS, HELD_OUT, PAIRS, MAX_LENGTH = (0, 1, 2), 500, 1000, 1024
-DTYPE = preferred_dtype()
-AUTOCAST = DTYPE if DTYPE == torch.bfloat16 else None
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
 
 
@@ -59,8 +58,7 @@ def rows() -> tuple[list[dict], list[dict]]:
 def options(folder: str, seed: int) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": DTYPE == torch.bfloat16,
+        **machine_defaults(),
         "learning_rate": 2e-4,
         "warmup_steps": 5,
         "num_train_epochs": 1,
@@ -78,10 +76,10 @@ def train_ours(train: list[dict], heldout: list[dict], seed: int, folder: str) -
     args = BradleyTerryConfig(
         per_device_train_batch_size=16, max_tokens_per_batch=1600, normalize_rewards=False, **options(folder, seed)
     )
-    model, tokenizer = load_base_model(task="reward", dtype=DTYPE), load_tokenizer()
+    model, tokenizer = load_base_model(task="reward"), load_tokenizer()
     trainer = BradleyTerryTrainer(model, args, Dataset.from_list(train), processing_class=tokenizer, peft_config=LORA)
     trainer.train()
-    scorer = RewardScorer(trainer.model, tokenizer, batch_size=8, autocast=AUTOCAST)
+    scorer = RewardScorer(trainer.model, tokenizer, batch_size=8, autocast=autocast_dtype(args))
     sides = [scorer.raw([row["prompt"] for row in heldout], [row["completions"][k] for row in heldout]) for k in (0, 1)]
     return (np.array(sides[0]) - np.array(sides[1])).tolist()
 
@@ -95,7 +93,7 @@ def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) ->
         sides = {"chosen": row["completions"][chosen], "rejected": row["completions"][rejected]}
         pairs.append({name: row["prompt"] + side for name, side in sides.items()})
     args = RewardConfig(per_device_train_batch_size=1, gradient_accumulation_steps=16, **options(folder, seed))
-    model, tokenizer = load_base_model(task="reward", dtype=DTYPE), load_tokenizer()
+    model, tokenizer = load_base_model(task="reward"), load_tokenizer()
     trainer = RewardTrainer(
         model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=LORA
     )
@@ -105,7 +103,7 @@ def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) ->
     @torch.no_grad()
     def score(messages: list[dict]) -> float:
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        with mixed_precision(model, AUTOCAST):
+        with mixed_precision(model, autocast_dtype(args)):
             return model(input_ids=torch.tensor([ids], device=model.device)).logits.item()
 
     return [
@@ -151,7 +149,7 @@ def main() -> None:
             run = train_ours if kind == "ours" else train_trl
             deltas = run(train, heldout, 0 if seed == "all" else int(seed), folder)
         minutes = round((time.process_time() - start) / 60, 1)  # of CPU time: a long run may be paused
-        about = {"pairs": len(train), "dtype": str(DTYPE).removeprefix("torch."), "cpu_minutes": minutes}
+        about = {"pairs": len(train), "dtype": str(preferred_dtype()).removeprefix("torch."), "cpu_minutes": minutes}
         done["runs"][name] = about | {"deltas": [round(d, 4) for d in deltas]}
         done["summary"] = summary(done["runs"], heldout)
         OUT.write_text(json.dumps(done) + "\n")
