@@ -7,18 +7,17 @@ import difflib
 import json
 import logging
 import os
-import platform
 import shutil
 import sys
 import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .compat import versions as versions  # for the recipes
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -39,19 +38,6 @@ _NOISE = {
 for _logger, _start in _NOISE.items():
     logging.getLogger(_logger).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
 
-_REPORTED = (
-    "hf-rlhf-ext",
-    "trl",
-    "transformers",
-    "peft",
-    "datasets",
-    "accelerate",
-    "huggingface-hub",
-    "evaluate",
-    "torch",
-    "bitsandbytes",
-)
-
 
 def run_recipe(main: Callable[[], object]) -> None:
     """Runs `main`; a `UserError` becomes one line on stderr and exit status 2, anything else keeps its traceback."""
@@ -63,17 +49,6 @@ def run_recipe(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells count
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of this library and of those it builds on, Python's included; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in _REPORTED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def parse_recipe(

@@ -5,6 +5,7 @@ and has a contract test in `tests/test_compat.py` that fails when TRL changes it
 this module imports neither torch nor TRL.
 """
 
+import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,6 +13,19 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 TRL_SUPPORTED = SpecifierSet(">=1.16,<1.17")
+
+_REPORTED = (
+    "hf-rlhf-ext",
+    "trl",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "huggingface-hub",
+    "evaluate",
+    "torch",
+    "bitsandbytes",
+)
 
 # our name -> (module, name there), as of trl 1.16.0. Everything public is imported from `trl` directly instead.
 _TRL_NAMES: dict[str, tuple[str, str]] = {
@@ -62,6 +76,17 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "training_step",
     ),
 }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of this library and of those it builds on, Python's included; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in _REPORTED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def require_supported_trl() -> None:

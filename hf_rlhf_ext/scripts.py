@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from trl import ModelConfig, get_peft_config
 
-from .cli import versions
+from .compat import versions
 from .data.mixture import categorise, filter_by_rating, load_mix, sample_mix
 from .data.refine import filter_comparisons, weigh_by_reliability
 from .errors import UserError

@@ -80,20 +80,32 @@ def test_table_of_the_readme_is_that_of_the_committed_reports():
 
 
 def test_benchmark_of_the_readme_is_the_committed_one():
-    found = json.loads((ROOT / "docs" / "study" / "reward_benchmark.json").read_text())["runs"]
+    found = json.loads((ROOT / "docs" / "study" / "reward_benchmark.json").read_text(encoding="utf-8"))
     ours, rows = "ours, 16 prompts", []
-    for trl, mine in [
-        ("trl, micro-batch 16", ours),
-        ("trl, 16, checkpointing", "ours, 16, checkpointing"),
-        ("trl, micro-batch 4", ours),
-        ("trl, K = 4 as pairs", "ours, K = 4"),
-        ("trl, K = 9 as pairs", "ours, K = 9"),
+    for label, dtype, trl, mine in [
+        ("pairs, TRL's micro-batch 16", "bfloat16", "trl, micro-batch 16", ours),
+        ("the same with gradient checkpointing", "bfloat16", "trl, 16, checkpointing", "ours, 16, checkpointing"),
+        ("", "float32", "trl, 16, checkpointing", "ours, 16, checkpointing"),
+        ("TRL's micro-batch 4", "bfloat16", "trl, micro-batch 4", ours),
+        ("", "float32", "trl, micro-batch 4", ours),
+        ("TRL's micro-batch 1", "float32", "trl, micro-batch 1", ours),
+        ("K = 4 against all pairs, short prompts", "bfloat16", "trl, K = 4 as pairs", "ours, K = 4"),
+        ("K = 4 against all pairs, conversations", "float32", "trl, K = 4 as pairs", "ours, K = 4"),
+        ("K = 9 against all pairs, short prompts", "bfloat16", "trl, K = 9 as pairs", "ours, K = 9"),
+        ("K = 9 against all pairs, conversations", "float32", "trl, K = 9 as pairs", "ours, K = 9"),
     ]:
-        a, b = found[trl], found[mine]
-        ratio = f"{b['pairs_per_s'] / a['pairs_per_s']:.1f}"
+        a, b = (found[dtype]["runs"][name] for name in (trl, mine))
+        assert a["rows"] == b["rows"] and ("harmless" in a["rows"]) == ("conversations" in label)
+        speeds = f"{a['pairs_per_s']:.2f} | {b['pairs_per_s']:.2f} | {b['pairs_per_s'] / a['pairs_per_s']:.1f}"
         peaks = f"{a['peak_gb']:.1f} → {b['peak_gb']:.1f}"
-        rows.append(f"| {a['pairs_per_s']:.2f} | {b['pairs_per_s']:.2f} | {ratio} | {peaks} |")
-    assert re.findall(r"(\| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ → [\d.]+ \|)$", README, re.MULTILINE) == rows
+        rows.append(f"| {label} | {dtype} | {speeds} | {peaks} |".replace("|  |", "| |"))
+    assert "\n".join(rows) in README, "\n".join(rows)
+    text = " ".join(README.split())
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
+        assert f"{found[dtype]['minutes']} minutes in {short}" in text
+        assert f"{found[dtype]['results']['limit_fraction']:.0%} in {short}" in text
+    too_large = found["float32"]["runs"]["trl, micro-batch 16"]["available_gb"]
+    assert f"does not fit into {too_large} GB" in text
 
 
 def test_formats_of_the_readme_are_those_of_the_readers():

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..compat import versions
 from ..errors import UserError
 from .privacy import strip_local_paths
 
@@ -106,7 +107,7 @@ def trainer_report(trainer: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     card |= {"base_model": Path(name).resolve().name if Path(name := base.config.name_or_path).exists() else name}
     card |= {"relation": "adapter" if base is not model else "finetune"}
-    about = {"seed": args.seed, "hardware": hardware(), "command": FROM_PYTHON, "card": card}
+    about = {"seed": args.seed, "hardware": hardware(), "versions": versions(), "command": FROM_PYTHON, "card": card}
     return {"ppo" if kind == "policy" else kind: measured, **about}
 
 

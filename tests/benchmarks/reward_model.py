@@ -1,8 +1,9 @@
 """Reward-model training beside TRL's RewardTrainer: pairs a second and peak memory, in turn, each in its own process.
 
-make bench-reward       # about 25 minutes on two idle cores; RLHF_SHARED names the shared data folder
+make bench-reward       # about 30 minutes on two idle cores; RLHF_SHARED names the shared data folder
 
-Writes docs/study/reward_benchmark.json when all is done; the last line of output is its results.
+Writes docs/study/reward_benchmark.json when all is done, beside what a machine of another dtype measured; the last line
+of output is its results, null where a side did not fit into memory.
 
 SmolLM2-135M in the dtype that is fastest on the machine, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows
 of at most 1,024 tokens in file order (no length grouping on either side), the same allocator settings. TRL: padded
@@ -24,6 +25,8 @@ from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data"
 PAIRS, K_WISE = "hh_helpful_train.jsonl", "hh_harmless_test.jsonl.gz"
@@ -193,17 +196,30 @@ def score_difference() -> dict[str, float]:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    """What the run prints; `available_gb` alone where that much memory was free and did not suffice."""
+    available = psutil.virtual_memory().available
+
+    def limit() -> None:  # a run that does not fit fails, before the system ends a process of its choice
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+
+    command = [sys.executable, __file__, name]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if any(sign in done.stderr for sign in ("allocate memory", "not enough memory", "MemoryError", "bad_alloc")):
+        return {"available_gb": round(available / 2**30, 1)}
+    raise SystemExit(done.stderr[-3000:])
 
 
 def main() -> None:
-    found = {}
+    found, start = {}, time.perf_counter()
     print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
     for name, (_, k, *_) in RUNS.items():
         found[name] = one = in_a_process(name)
+        if "available_gb" in one:
+            print(f"{name:26} does not fit in {one['available_gb']} GB", flush=True)
+            continue
         print(
             f"{name:26} {one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}  "
             f"{PAIRS if k == 2 else K_WISE}",
@@ -211,36 +227,42 @@ def main() -> None:
         )
     difference = in_a_process("difference")["max_score_diff"]
 
-    def ratio(ours: str, trl: str, what: str = "pairs_per_s") -> float:
-        return round(found[ours][what] / found[trl][what], 3)
+    def ratio(ours: str, trl: str, what: str = "pairs_per_s") -> float | None:
+        both = [found[name].get(what) for name in (ours, trl)]
+        return None if None in both else round(both[0] / both[1], 3)
 
     ours = LIMIT
+    best = [value for name in TRL_BEST if (value := ratio(ours, name)) is not None]
+    fraction = found[ours].get("limit_fraction")
     results = {
         "pairs_ratio": ratio(ours, "trl, micro-batch 16"),
         "pairs_ratio_checkpointing": ratio("ours, 16, checkpointing", "trl, 16, checkpointing"),
-        "pairs_ratio_best": min(ratio(ours, name) for name in TRL_BEST),
+        "pairs_ratio_best": min(best, default=None),
         "memory_ratio": ratio(ours, "trl, micro-batch 16", "peak_gb"),
         "max_score_diff": difference,
         "k4_ratio": ratio("ours, K = 4", "trl, K = 4 as pairs"),
         "k9_ratio": ratio("ours, K = 9", "trl, K = 9 as pairs"),
-        "limit_fraction": round(found[ours]["limit_fraction"], 3),
+        "limit_fraction": fraction and round(fraction, 3),
     }
-    write_report(found, results)
+    write_report(found, results, round((time.perf_counter() - start) / 60))
     print(json.dumps(results))
 
 
-def write_report(found: dict[str, dict[str, Any]], results: dict[str, float]) -> None:
-    """The committed file, in one piece."""
+def write_report(found: dict[str, dict[str, Any]], results: dict[str, float | None], minutes: int) -> None:
+    """The committed file, in one piece: what this machine's dtype gave replaces what that dtype gave before."""
     import_module("torch")  # `hardware` names the card where it is there
     from hf_rlhf_ext.hub.card import hardware
 
-    digits = {"pairs_per_s": 2, "tokens_per_s": 0, "peak_gb": 2}
+    digits = {"pairs_per_s": 2, "tokens_per_s": 0, "peak_gb": 2, "available_gb": 1}
     runs = {
-        name: {key: round(one[key], n or None) for key, n in digits.items()}
-        | {"dtype": one["dtype"], "rows": PAIRS if RUNS[name][1] == 2 else K_WISE}
+        name: {key: round(one[key], n or None) for key, n in digits.items() if key in one}
+        | {"rows": PAIRS if RUNS[name][1] == 2 else K_WISE}
         for name, one in found.items()
     }
-    report = {"command": "make bench-reward", "hardware": hardware(), "runs": runs, "results": results}
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.is_file() else {}
+    report["command"] = "make bench-reward"
+    dtype = next(one["dtype"] for one in found.values() if "dtype" in one)
+    report[dtype] = {"hardware": hardware(), "minutes": minutes, "runs": runs, "results": results}
     scratch = REPORT.with_suffix(".tmp")
     scratch.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     scratch.replace(REPORT)

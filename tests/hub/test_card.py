@@ -4,6 +4,7 @@ import math
 import os
 import re
 import socket
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -419,6 +420,7 @@ def test_a_trainer_pushed_from_python_has_a_card_with_its_last_evaluation(
     first = ModelCard.load("alice/out")
     assert first.data.base_model == "alice/base" and first.data.base_model_relation == "adapter"
     assert not first.data.eval_results and "started from Python" in first.text
+    assert f"trl {version('trl')}" in first.text
     key, label = ("eval_objective/kl", "KL to the") if policy else ("eval_accuracy", "Pairwise accuracy")
     value = trainer.evaluate()[key]
     trainer.push_to_hub()
