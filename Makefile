@@ -78,8 +78,8 @@ bench: $(STAMP)  ## the benchmarks (tests/benchmarks/bench_*.py), on an otherwis
 	@if [ -d tests/benchmarks ]; then $(OFFLINE) $(MALLOC) $(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS); \
 	else echo "no benchmarks yet: tests/benchmarks is not there"; fi
 
-bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about 20 minutes on idle cores)
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/reward_model.py
+bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about half an hour on idle cores; ARGS="k4 k9" is a part)
+	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/reward_model.py $(ARGS)
 
 bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's: time, memory, stages (about 15 minutes on idle cores, fetches TRL 1.12's wheel)
 	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/ppo.py $(ARGS)

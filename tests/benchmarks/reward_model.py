@@ -1,9 +1,10 @@
 """Reward-model training beside TRL's RewardTrainer: pairs a second and peak memory, in turn, each in its own process.
 
-make bench-reward       # about 30 minutes on two idle cores; RLHF_SHARED names the shared data folder
+make bench-reward       # about 30 minutes on two idle cores (without bf16: 50); RLHF_SHARED: the shared data
 
-Writes docs/study/reward_benchmark.json when all is done, beside what a machine of another dtype measured; the last line
-of output is its results, null where a side did not fit into memory.
+Writes docs/study/reward_benchmark.json after each of the groups pairs, checkpointing, k4 and k9, beside what a machine
+of another dtype measured; ARGS="k4 k9" measures these two alone. The last line of output is the results, null where a
+side did not fit into memory or is not measured yet.
 
 SmolLM2-135M in the dtype that is fastest on the machine, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows
 of at most 1,024 tokens in file order (no length grouping on either side), the same allocator settings. TRL: padded
@@ -44,6 +45,13 @@ RUNS = {
     "ours, K = 4": ("ours", 4, 8, 3, 8, False),
     "trl, K = 9 as pairs": ("trl", 9, 36, 2, 4, False),
     "ours, K = 9": ("ours", 9, 4, 3, 4, False),
+}
+# What is measured side by side.
+GROUPS = {
+    "pairs": ("trl, micro-batch 16", "ours, 16 prompts", "trl, micro-batch 4", "trl, micro-batch 1"),
+    "checkpointing": ("trl, 16, checkpointing", "ours, 16, checkpointing"),
+    "k4": ("trl, K = 4 as pairs", "ours, K = 4"),
+    "k9": ("trl, K = 9 as pairs", "ours, K = 9"),
 }
 PAD = 0  # a token that no text has: where pad is eos, as in this model, Transformers reads one token early
 LIMIT = "ours, 16 prompts"
@@ -203,7 +211,7 @@ def in_a_process(name: str) -> dict[str, Any]:
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_DATA, (available, available))
 
-    command = [sys.executable, __file__, name]
+    command = [sys.executable, __file__, "--child", name]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -212,64 +220,73 @@ def in_a_process(name: str) -> dict[str, Any]:
     raise SystemExit(done.stderr[-3000:])
 
 
-def main() -> None:
-    found, start = {}, time.perf_counter()
-    print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
-    for name, (_, k, *_) in RUNS.items():
+def measure(group: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in GROUPS[group]:
         found[name] = one = in_a_process(name)
         if "available_gb" in one:
             print(f"{name:26} does not fit in {one['available_gb']} GB", flush=True)
             continue
-        print(
-            f"{name:26} {one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}  "
-            f"{PAIRS if k == 2 else K_WISE}",
-            flush=True,
-        )
-    difference = in_a_process("difference")["max_score_diff"]
+        one["rows"] = PAIRS if RUNS[name][1] == 2 else K_WISE
+        numbers = f"{one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}"
+        print(f"{name:26} {numbers}  {one['rows']}", flush=True)
+    return found
 
+
+def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     def ratio(ours: str, trl: str, what: str = "pairs_per_s") -> float | None:
-        both = [found[name].get(what) for name in (ours, trl)]
+        both = [runs.get(name, {}).get(what) for name in (ours, trl)]
         return None if None in both else round(both[0] / both[1], 3)
 
-    ours = LIMIT
-    best = [value for name in TRL_BEST if (value := ratio(ours, name)) is not None]
-    fraction = found[ours].get("limit_fraction")
-    results = {
-        "pairs_ratio": ratio(ours, "trl, micro-batch 16"),
+    best = [value for name in TRL_BEST if (value := ratio(LIMIT, name)) is not None]
+    return {
+        "pairs_ratio": ratio(LIMIT, "trl, micro-batch 16"),
         "pairs_ratio_checkpointing": ratio("ours, 16, checkpointing", "trl, 16, checkpointing"),
         "pairs_ratio_best": min(best, default=None),
-        "memory_ratio": ratio(ours, "trl, micro-batch 16", "peak_gb"),
-        "max_score_diff": difference,
+        "memory_ratio": ratio(LIMIT, "trl, micro-batch 16", "peak_gb"),
         "k4_ratio": ratio("ours, K = 4", "trl, K = 4 as pairs"),
         "k9_ratio": ratio("ours, K = 9", "trl, K = 9 as pairs"),
-        "limit_fraction": fraction and round(fraction, 3),
+        "limit_fraction": runs.get(LIMIT, {}).get("limit_fraction"),
     }
-    write_report(found, results, round((time.perf_counter() - start) / 60))
-    print(json.dumps(results))
 
 
-def write_report(found: dict[str, dict[str, Any]], results: dict[str, float | None], minutes: int) -> None:
-    """The committed file, in one piece: what this machine's dtype gave replaces what that dtype gave before."""
+def write_report(group: str, found: dict[str, dict[str, Any]], minutes: int, difference: float) -> dict[str, Any]:
+    """Puts the runs of a group into the committed file, in one piece; returns the results of this machine's dtype."""
     import_module("torch")  # `hardware` names the card where it is there
     from hf_rlhf_ext.hub.card import hardware
 
-    digits = {"pairs_per_s": 2, "tokens_per_s": 0, "peak_gb": 2, "available_gb": 1}
-    runs = {
-        name: {key: round(one[key], n or None) for key, n in digits.items() if key in one}
-        | {"rows": PAIRS if RUNS[name][1] == 2 else K_WISE}
+    digits = {"pairs_per_s": 3, "tokens_per_s": 0, "peak_gb": 2, "limit_fraction": 3}
+    dtype = next(one["dtype"] for one in found.values() if "dtype" in one)
+    new = {
+        name: {key: round(value, digits[key] or None) if key in digits else value for key, value in one.items()}
         for name, one in found.items()
     }
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.is_file() else {}
-    report["command"] = "make bench-reward"
-    dtype = next(one["dtype"] for one in found.values() if "dtype" in one)
-    report[dtype] = {"hardware": hardware(), "minutes": minutes, "runs": runs, "results": results}
+    report = {"command": "make bench-reward"} | report
+    ours = report.setdefault(dtype, {"minutes": {}, "runs": {}})
+    ours["hardware"], ours["minutes"][group] = hardware(), minutes
+    ours["runs"] |= new
+    ours["results"] = ratios(ours["runs"]) | {"max_score_diff": difference}
     scratch = REPORT.with_suffix(".tmp")
     scratch.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     scratch.replace(REPORT)
+    return ours["results"]
+
+
+def main(groups: list[str]) -> None:
+    if unknown := set(groups) - set(GROUPS):
+        raise SystemExit(f"{', '.join(unknown)}: no such group; there is {', '.join(GROUPS)}.")
+    difference, results = in_a_process("difference")["max_score_diff"], {}
+    print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
+    for group in groups:
+        start = time.perf_counter()
+        found = measure(group)
+        results = write_report(group, found, round((time.perf_counter() - start) / 60), difference)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
+    if "--child" in sys.argv:
+        print(json.dumps(score_difference() if sys.argv[-1] == "difference" else child(sys.argv[-1])))
     else:
-        print(json.dumps(score_difference() if sys.argv[1] == "difference" else child(sys.argv[1])))
+        main(sys.argv[1:] or list(GROUPS))
