@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .compat import versions as versions  # for the recipes
+from .compat import versions
 from .errors import UserError
 
 if TYPE_CHECKING:

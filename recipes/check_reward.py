@@ -11,7 +11,8 @@ python recipes/check_reward.py --reward_model runs/reward --dataset_name heldout
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.compat import versions
 
 # isort: split
 import json

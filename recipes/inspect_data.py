@@ -8,7 +8,8 @@ python recipes/inspect_data.py --dataset_name preferences.jsonl --output_dir run
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.compat import versions
 
 # isort: split
 import json

@@ -35,7 +35,8 @@ from trl import SFTConfig
 
 from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.compat import versions
 from hf_rlhf_ext.data.formats import load_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier

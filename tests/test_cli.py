@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 import pytest
 
-from hf_rlhf_ext.cli import MARKER, parse_recipe, prepare_output_dir, run_recipe, versions
+from hf_rlhf_ext.cli import MARKER, parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.compat import versions
 from hf_rlhf_ext.errors import UserError
 
 

@@ -33,26 +33,21 @@ DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data"
 PAIRS, K_WISE = "hh_helpful_train.jsonl", "hh_harmless_test.jsonl.gz"
 REPORT = Path(__file__).parents[2] / "docs" / "study" / "reward_benchmark.json"
 MAX_TOKENS = 2400
-# name -> (trainer, completions a prompt, prompts or pairs a step, steps after the warm-up, micro-batch, checkpointing)
+# name -> (group that is measured side by side, trainer, completions a prompt, prompts or pairs a step,
+#          steps after the warm-up, micro-batch, checkpointing)
 RUNS = {
-    "trl, micro-batch 16": ("trl", 2, 16, 3, 16, False),
-    "ours, 16 prompts": ("ours", 2, 16, 6, 16, False),
-    "trl, 16, checkpointing": ("trl", 2, 16, 3, 16, True),
-    "ours, 16, checkpointing": ("ours", 2, 16, 6, 16, True),
-    "trl, micro-batch 4": ("trl", 2, 16, 4, 4, False),
-    "trl, micro-batch 1": ("trl", 2, 16, 4, 1, False),
-    "trl, K = 4 as pairs": ("trl", 4, 24, 2, 4, False),
-    "ours, K = 4": ("ours", 4, 8, 3, 8, False),
-    "trl, K = 9 as pairs": ("trl", 9, 36, 2, 4, False),
-    "ours, K = 9": ("ours", 9, 4, 3, 4, False),
+    "trl, micro-batch 16": ("pairs", "trl", 2, 16, 3, 16, False),
+    "ours, 16 prompts": ("pairs", "ours", 2, 16, 6, 16, False),
+    "trl, 16, checkpointing": ("checkpointing", "trl", 2, 16, 3, 16, True),
+    "ours, 16, checkpointing": ("checkpointing", "ours", 2, 16, 6, 16, True),
+    "trl, micro-batch 4": ("pairs", "trl", 2, 16, 4, 4, False),
+    "trl, micro-batch 1": ("pairs", "trl", 2, 16, 4, 1, False),
+    "trl, K = 4 as pairs": ("k4", "trl", 4, 24, 2, 4, False),
+    "ours, K = 4": ("k4", "ours", 4, 8, 3, 8, False),
+    "trl, K = 9 as pairs": ("k9", "trl", 9, 36, 2, 4, False),
+    "ours, K = 9": ("k9", "ours", 9, 4, 3, 4, False),
 }
-# What is measured side by side.
-GROUPS = {
-    "pairs": ("trl, micro-batch 16", "ours, 16 prompts", "trl, micro-batch 4", "trl, micro-batch 1"),
-    "checkpointing": ("trl, 16, checkpointing", "ours, 16, checkpointing"),
-    "k4": ("trl, K = 4 as pairs", "ours, K = 4"),
-    "k9": ("trl, K = 9 as pairs", "ours, K = 9"),
-}
+GROUPS = list(dict.fromkeys(group for group, *_ in RUNS.values()))
 PAD = 0  # a token that no text has: where pad is eos, as in this model, Transformers reads one token early
 LIMIT = "ours, 16 prompts"
 """The run that is measured against a bare loop."""
@@ -88,7 +83,7 @@ def child(name: str) -> dict[str, Any]:
     from hf_rlhf_ext.reward.scorer import dtype_name
     from hf_rlhf_ext.scripts import machine_defaults
 
-    kind, k, per_step, steps, micro, checkpointing = RUNS[name]
+    _, kind, k, per_step, steps, micro, checkpointing = RUNS[name]
     rows = comparison_rows(per_step * (steps + 1), k)
     pairs_a_prompt = k * (k - 1) // 2
     common = {
@@ -222,12 +217,12 @@ def in_a_process(name: str) -> dict[str, Any]:
 
 def measure(group: str) -> dict[str, dict[str, Any]]:
     found = {}
-    for name in GROUPS[group]:
+    for name in (name for name, (its, *_) in RUNS.items() if its == group):
         found[name] = one = in_a_process(name)
         if "available_gb" in one:
             print(f"{name:26} does not fit in {one['available_gb']} GB", flush=True)
             continue
-        one["rows"] = PAIRS if RUNS[name][1] == 2 else K_WISE
+        one["rows"] = PAIRS if RUNS[name][2] == 2 else K_WISE
         numbers = f"{one['pairs_per_s']:7.2f}  {one['tokens_per_s']:8.0f}  {one['peak_gb']:7.2f}"
         print(f"{name:26} {numbers}  {one['rows']}", flush=True)
     return found
@@ -289,4 +284,4 @@ if __name__ == "__main__":
     if "--child" in sys.argv:
         print(json.dumps(score_difference() if sys.argv[-1] == "difference" else child(sys.argv[-1])))
     else:
-        main(sys.argv[1:] or list(GROUPS))
+        main(sys.argv[1:] or GROUPS)
