@@ -1,6 +1,6 @@
 """Reward-model training beside TRL's RewardTrainer: pairs a second and peak memory, in turn, each in its own process.
 
-make bench-reward       # about 30 minutes on two idle cores (without bf16: 50); RLHF_SHARED: the shared data
+make bench-reward       # about 30 minutes on two idle cores (without bf16: 40); RLHF_SHARED: the shared data
 
 Writes docs/study/reward_benchmark.json after each of the groups pairs, checkpointing, k4 and k9, beside what a machine
 of another dtype measured; ARGS="k4 k9" measures these two alone. The last line of output is the results, null where a
@@ -9,10 +9,10 @@ side did not fit into memory or is not measured yet.
 SmolLM2-135M in the dtype that is fastest on the machine, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows
 of at most 1,024 tokens in file order (no length grouping on either side), the same allocator settings. TRL: padded
 pairs. Ours: shared prefix, micro-batches of at most 2,400 tokens. K-wise rows are of HH-RLHF harmless, whose prompts
-are conversations and longer (140 tokens on average, those of helpful 45): K replies of the file under one prompt; TRL
-gets all their pairs. The first optimizer step warms up and is not counted. The limit: after each step of "ours, 16
-prompts" a bare forward and backward of the same model on as many tokens, in full rows of about 400, is timed; the
-fraction is bare over step seconds.
+are conversations and longer: K replies of the file under one prompt; TRL gets their pairs. Where TRL trains on fewer
+pairs than ours, as it is slower, they are spread evenly over the same prompts. The first optimizer step warms up and
+is not counted. The limit: after each step of "ours, 16 prompts" a bare forward and backward of the same model on as
+many tokens, in full rows of about 400, is timed; the fraction is bare over step seconds.
 """
 
 import json
@@ -25,6 +25,7 @@ import time
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -79,12 +80,14 @@ def child(name: str) -> dict[str, Any]:
     from trl import RewardConfig, RewardTrainer
 
     from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, load_base_model, load_tokenizer
+    from hf_rlhf_ext.data.tokenization import tokenise_row
     from hf_rlhf_ext.modeling.adapters import autocast_dtype
     from hf_rlhf_ext.reward.scorer import dtype_name
     from hf_rlhf_ext.scripts import machine_defaults
 
-    _, kind, k, per_step, steps, micro, checkpointing = RUNS[name]
-    rows = comparison_rows(per_step * (steps + 1), k)
+    group, kind, k, per_step, steps, micro, checkpointing = RUNS[name]
+    prompts, its_steps = next(run[3:5] for run in RUNS.values() if run[:2] == (group, "ours"))
+    rows = comparison_rows(prompts * (its_steps + 1), k)
     pairs_a_prompt = k * (k - 1) // 2
     common = {
         **machine_defaults(),
@@ -120,12 +123,15 @@ def child(name: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = load_base_model(task="reward"), load_tokenizer()
+        prompt_tokens = fmean(len(tokenise_row(row, tokenizer)["prompt_ids"]) for row in rows)
         if kind == "trl":
-            data = [
+            all_pairs = [
                 {"chosen": row["prompt"] + row["completions"][i], "rejected": row["prompt"] + row["completions"][j]}
                 for row in rows
                 for i, j in row["pairs"]
-            ][: per_step * (steps + 1)]
+            ]
+            n_all = per_step * (steps + 1)
+            data = [all_pairs[i * len(all_pairs) // n_all] for i in range(n_all)]
             args = RewardConfig(
                 folder,
                 per_device_train_batch_size=micro,
@@ -157,7 +163,7 @@ def child(name: str) -> dict[str, Any]:
     tokens_per_s = tokens * steps / (steps + 1) / seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     found = {"pairs_per_s": n_pairs / seconds, "tokens_per_s": tokens_per_s, "peak_gb": peak}
-    found["dtype"] = dtype_name(trainer.model)
+    found |= {"prompt_tokens": prompt_tokens, "dtype": dtype_name(trainer.model)}
     return found | ({"limit_fraction": sum(bare_s[1:]) / seconds} if bare_s else {})
 
 
@@ -250,7 +256,7 @@ def write_report(group: str, found: dict[str, dict[str, Any]], minutes: int, dif
     import_module("torch")  # `hardware` names the card where it is there
     from hf_rlhf_ext.hub.card import hardware
 
-    digits = {"pairs_per_s": 3, "tokens_per_s": 0, "peak_gb": 2, "limit_fraction": 3}
+    digits = {"pairs_per_s": 3, "tokens_per_s": 1, "prompt_tokens": 0, "peak_gb": 2, "limit_fraction": 3}
     dtype = next(one["dtype"] for one in found.values() if "dtype" in one)
     new = {
         name: {key: round(value, digits[key] or None) if key in digits else value for key, value in one.items()}
