@@ -140,7 +140,8 @@ def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tup
 class ModelArguments(ModelConfig):
     """TRL's `ModelConfig` with defaults for one small card: the embedded model, LoRA on every linear layer.
 
-    `dtype="auto"` is the dtype that the machine is fast in; 4-bit is NF4 with double quantisation.
+    `dtype="auto"` is the dtype that the machine is fast in, and fp32 where all weights are trained (bf16 would round
+    small updates away); 4-bit is NF4 with double quantisation.
     """
 
     model_name_or_path: str | None = field(
@@ -149,7 +150,8 @@ class ModelArguments(ModelConfig):
     dtype: str | None = field(
         default="auto",
         metadata={
-            "help": "Dtype of the base model's weights; `auto` is the one that this machine is fast in.",
+            "help": "Dtype of the base model's weights; `auto` is the one that this machine is fast in, and float32 "
+            "without an adapter.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -165,7 +167,7 @@ class ModelArguments(ModelConfig):
         `args` is the trainer's config: TRL keeps `trust_remote_code` there.
         """
         return {
-            "dtype": self.dtype,
+            "dtype": "float32" if self.dtype == "auto" and not self.use_peft else self.dtype,
             "load_in_4bit": self.load_in_4bit,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": args.trust_remote_code,

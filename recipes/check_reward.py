@@ -30,7 +30,7 @@ from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.heads import position_limit
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
-from hf_rlhf_ext.scripts import DataArguments, train_and_heldout
+from hf_rlhf_ext.scripts import ComparisonArguments, DataArguments, refine, train_and_heldout
 
 
 @dataclass
@@ -40,16 +40,19 @@ class CheckArguments:
     reward_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the reward model."})
     output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and evaluation.png."})
     batch_size: int = field(default=32, metadata={"help": "Sequences per forward pass."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the reward model or its base brings: only if you have read it."}
+    )
 
     def __post_init__(self):
         if self.reward_model is None:
             raise UserError("reward_model is required: a folder or a Hub id (--reward_model runs/reward).")
 
 
-ARGUMENTS = (DataArguments, CheckArguments)
+ARGUMENTS = (DataArguments, ComparisonArguments, CheckArguments)
 
 
-def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
+def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArguments | None = None) -> RewardCheck:
     """Scores held-out comparisons and writes report.json and evaluation.png.
 
     These are the test split; or, with `eval_rows`, the rows that recipes/reward.py holds out with the same options; or
@@ -59,11 +62,14 @@ def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
     split = data.dataset_test_split
     rows, report = load_comparisons(data.dataset_name, split=split or data.dataset_train_split, **data.reading())
     print(report.summary())
+    if split is None:  # recipes/reward.py leaves a test split as it is
+        rows = refine(rows, comparisons or ComparisonArguments())
     if split is None and data.eval_rows:
         _, rows = train_and_heldout(rows, data)
     elif data.eval_rows:
         rows = rows.select(range(min(data.eval_rows, len(rows))))
-    scorer = load_reward(args.reward_model, batch_size=args.batch_size)
+    options = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+    scorer = load_reward(args.reward_model, **options)
     member = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
     limit, seen = position_limit(bare_model(member.model)), {}
     rows = fitting(rows, member.tokenizer, limit)
@@ -73,7 +79,8 @@ def check(data: DataArguments, args: CheckArguments) -> RewardCheck:
     checked = check_reward(scorer.raw, rows, reward=reward, fits=within(member.tokenizer, limit))
     checked.figures.update({"disagreement": seen["reward_disagreement"]} if together else {})
     folder = Path(args.output_dir)
-    plot_judged(checked.judged, folder / "evaluation.png")
+    xlabel = "reward of the ensemble" if together else "raw score"
+    plot_judged(checked.judged, folder / "evaluation.png", bins=checked.reliability, xlabel=xlabel)
     written = {name: value for name, value in vars(checked).items() if name != "judged"}
     written |= {"rows": len(rows), "verdict": checked.verdict, "versions": versions()}
     (folder / "report.json").write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
@@ -103,8 +110,8 @@ def print_table(checked: RewardCheck) -> None:
 
 
 def main() -> None:
-    data, args = parse_recipe(ARGUMENTS, description=__doc__)
-    checked = check(data, args)
+    data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
+    checked = check(data, args, comparisons)
     print_table(checked)
     print(f"Report: {args.output_dir}/report.json · plots: {args.output_dir}/evaluation.png")
 

@@ -31,6 +31,7 @@ from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenise_row
 from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
+from hf_rlhf_ext.hub.card import chat_option
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.metrics.preference import JudgedPairs
 from hf_rlhf_ext.modeling.adapters import bare_model
@@ -89,6 +90,11 @@ def train_reward(
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     start = time.monotonic()
     train, heldout = _read(data, comparisons)
+    if args.eval_strategy.value != "no" and not len(heldout):  # Trainer would say so when the model is loaded
+        raise UserError(
+            f"eval_strategy: {args.eval_strategy.value} needs held-out rows: pass --eval_rows or --dataset_test_split, "
+            "or --eval_strategy no."
+        )
     about = hub_dataset(data)
     trainer = BradleyTerryTrainer(
         load_base_model(
@@ -114,7 +120,9 @@ def train_reward(
             plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
     else:
         (Path(args.output_dir) / "evaluation.png").unlink(missing_ok=True)  # an earlier run's
-    card = about | _card(data, model_args, args, rows=len(trainer.train_dataset))
+    card = (
+        about | _card(data, model_args, args, rows=len(trainer.train_dataset)) | chat_option(trainer.processing_class)
+    )
     report = {"reward_model": measured | (extra_report or {})}
     given = (data, comparisons or ComparisonArguments(), model_args, args)
     return finish_run(args, "reward_model", report, given, seconds=time.monotonic() - start, card=card)
@@ -132,6 +140,7 @@ def train_ensemble(
     check_push(args, model_args)
     start, folder, names = time.monotonic(), Path(args.output_dir), [f"member-{k}" for k in range(ensemble.members)]
     prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    PartialState().wait_for_everyone()  # an earlier run's members are gone before any process looks for them
     reports, about = [], hub_dataset(data)
     for k, name in enumerate(names):
         print(f"Member {k + 1} of {len(names)}, seed {args.seed + k}")
@@ -140,6 +149,7 @@ def train_ensemble(
             continue
         member = copy.deepcopy(args)
         member.output_dir, member.seed, member.push_to_hub = str(folder / name), args.seed + k, False
+        member.data_seed = None if args.data_seed is None else args.data_seed + k
         member.resume_from_checkpoint = last_complete_checkpoint(folder / name)
         set_seed(member.seed)
         options = data if member.resume_from_checkpoint else replace(data, overwrite=True)
@@ -151,13 +161,16 @@ def train_ensemble(
     measured: dict[str, Any] = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
     train, heldout = _read(data, comparisons)
     if len(heldout):
-        combined = RewardEnsemble.from_pretrained(folder, batch_size=args.per_device_eval_batch_size)
+        options = {"batch_size": args.per_device_eval_batch_size, "trust_remote_code": args.trust_remote_code}
+        combined = RewardEnsemble.from_pretrained(folder, **options)
         checked, measured["disagreement"] = _check_ensemble(combined, heldout, args)
         measured |= _measured(checked.figures, checked.judged)
         if args.process_index == 0:
-            plot_judged(checked.judged, folder / "evaluation.png")
+            bins, xlabel = checked.reliability, f"reward, {ensemble.combine} of the members"
+            plot_judged(checked.judged, folder / "evaluation.png", bins=bins, xlabel=xlabel)
     given = (data, comparisons or ComparisonArguments(), ensemble, model_args, args)
-    card = about | _card(data, model_args, args, rows=len(train))
+    asked = chat_option(load_tokenizer(str(folder / names[0]), trust_remote_code=args.trust_remote_code))
+    card = about | _card(data, model_args, args, rows=len(train)) | asked
     return finish_run(
         args, "reward_model", {"reward_model": measured}, given, seconds=time.monotonic() - start, card=card
     )

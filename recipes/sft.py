@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.data.formats import UnknownFormat, load_demonstrations, load_rows
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
+from hf_rlhf_ext.hub.card import chat_option
 from hf_rlhf_ext.hub.trainer import HubMixin
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -93,6 +94,7 @@ def train_sft(
         "base_model": public_name(model_args.model_name_or_path),
         "lineage": {"demonstrations": source},
         "relation": "adapter" if model_args.use_peft else "finetune",
+        **chat_option(tokenizer),
         **about,
     }
     given = (data, options, model_args, args)

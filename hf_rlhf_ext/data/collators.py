@@ -62,7 +62,7 @@ class DataCollatorForComparisons:
         for n in sorted(range(len(rows)), key=lambda n: self._length(rows[n])):
             height = len(rows[n]["completion_ids"])
             # In order of length: this one is the longest so far.
-            if parts and (n_rows + height) * self._length(rows[n]) <= self.max_tokens:
+            if parts and (n_rows + height) * self._rounded_up(self._length(rows[n])) <= self.max_tokens:
                 parts[-1].append(n)
                 n_rows += height
             else:
@@ -76,7 +76,7 @@ class DataCollatorForComparisons:
         while left:
             lengths = [self._length(rows[n]) for n in left]
             width = max(lengths)
-            place = fill_rows(lengths, width, max(1, self.max_tokens // width))
+            place = fill_rows(lengths, width, max(1, self.max_tokens // self._rounded_up(width)))
             parts.append([n for n, row in zip(left, place, strict=True) if row is not None])
             left = [n for n, row in zip(left, place, strict=True) if row is None]
         return parts
@@ -87,7 +87,11 @@ class DataCollatorForComparisons:
 
     def size(self, row: dict[str, Any]) -> int:
         """Tokens that a row takes alone, padding included."""
-        return self._length(row) * (1 if self.layout == "shared_prefix" else len(row["completion_ids"]))
+        n_rows = 1 if self.layout == "shared_prefix" else len(row["completion_ids"])
+        return n_rows * self._rounded_up(self._length(row))
+
+    def _rounded_up(self, length: int) -> int:
+        return length + _missing(length, self.pad_to_multiple_of)
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         counts = torch.tensor([len(row["completion_ids"]) for row in rows])  # (B,)
@@ -166,5 +170,8 @@ def _padded(sequences: list[list[int]], value: int, multiple_of: int | None) -> 
     padded = pad_sequence(
         [torch.tensor(ids, dtype=torch.int64) for ids in sequences], batch_first=True, padding_value=value
     )
-    missing = -padded.shape[1] % multiple_of if multiple_of else 0
-    return torch.nn.functional.pad(padded, (0, missing), value=value)
+    return torch.nn.functional.pad(padded, (0, _missing(padded.shape[1], multiple_of)), value=value)
+
+
+def _missing(length: int, multiple_of: int | None) -> int:
+    return -length % multiple_of if multiple_of else 0

@@ -63,7 +63,8 @@ class RewardCheck:
         if not f.get("length_gain_low", 0.0) > 0:
             found.append(f"counting words may do as well ({f['length_baseline']:.3f}): it may score length")
         if f["ece"] > 0.1:
-            found.append(f"its confidence is off by {f['ece']:.2f} on average: train less, or on more data")
+            smaller = ", or with a smaller margin_scale" if self.judged.margins.any() else ""
+            found.append(f"its confidence is off by {f['ece']:.2f} on average: train less, or on more data{smaller}")
         found += [
             f"'{name}' beats the chosen answer in {share:.0%} of the prompts: PPO will find it"
             for name, share in self.probes.items()
@@ -97,7 +98,7 @@ def check_reward(
     The chosen answer of a prompt is the winner of its first decided pair; prompts without one have no probes.
 
     Raises:
-        UserError: no decided pair in any row.
+        UserError: no decided pair in any row, or scores that are not finite.
     """
     rows = list(rows)
     if not any(target != 0.5 for row in rows for target in row["targets"]):
@@ -147,6 +148,11 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
     flat = scorer(
         [row["prompt"] for row in rows for _ in row["completions"]], [c for row in rows for c in row["completions"]]
     )
+    if lost := int((~np.isfinite(np.array(flat, float))).sum()):
+        raise UserError(
+            f"check_reward: {lost} of {len(flat)} scores are not finite: the model has diverged, train it again with a "
+            "lower learning rate."
+        )
     ends = np.cumsum([len(row["completions"]) for row in rows])
     return [flat[end - len(row["completions"]) : end] for row, end in zip(rows, ends.tolist(), strict=True)]
 

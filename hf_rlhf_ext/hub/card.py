@@ -78,6 +78,11 @@ def card_from_report(report: Mapping[str, Any], **changes: Any) -> str | None:
     return render_card(**options | changes, report=report) if options else None
 
 
+def chat_option(tokenizer: Any) -> dict[str, bool]:
+    """The card's option `chat` where it differs from the usual: a tokenizer without a chat template."""
+    return {} if getattr(tokenizer, "chat_template", None) else {"chat": False}
+
+
 FROM_PYTHON = "# started from Python, not by a recipe"
 _LOGGED = {
     "policy": {"objective/kl": "kl", "objective/scores": "proxy_after", "completions/mean_length": "mean_length_after"},
@@ -102,11 +107,13 @@ def trainer_report(trainer: Any) -> dict[str, Any]:
         measured["n" if kind == "policy" else "heldout_rows"] = len(trainer.eval_dataset)
     elif kind == "reward_model" and trainer.judged is not None:
         measured["decided_pairs"] = int((trainer.judged.targets != 0.5).sum())
+        measured["groups"] = trainer.judged.groups()
     options = "learning_rate max_steps num_train_epochs per_device_train_batch_size kl_coef temperature".split()
     card = {"kind": kind, "config": {name: getattr(args, name) for name in options if hasattr(args, name)}}
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     card |= {"base_model": Path(name).resolve().name if Path(name := base.config.name_or_path).exists() else name}
     card |= {"relation": "adapter" if base is not model else "finetune"}
+    card |= chat_option(trainer.processing_class)
     about = {"seed": args.seed, "hardware": hardware(), "versions": versions(), "command": FROM_PYTHON, "card": card}
     return {"ppo" if kind == "policy" else kind: measured, **about}
 
@@ -128,6 +135,7 @@ def render_card(
     relation: str = "adapter",
     notes: Sequence[str] = (),
     system_prompt: str | None = None,
+    chat: bool = True,
     dataset_revision: str | None = None,
 ) -> str:
     """A model card's text.
@@ -148,6 +156,7 @@ def render_card(
         relation: to the base: "adapter", "merge" (the adapter is merged into it), or "finetune" (all weights).
         notes: how it was measured, in sentences.
         system_prompt: with which it was trained, for the snippet.
+        chat: whether its tokenizer has a chat template; the snippet asks in plain text where it has none.
         dataset_revision: commit of the first of `datasets`.
 
     Asks no network. Raises `UserError` for an unknown kind, or a number that is not finite.
@@ -183,6 +192,7 @@ def render_card(
             limits=[*map(strip_local_paths, limits)],
             notes=[*map(strip_local_paths, notes)],
             system_prompt=system_prompt,
+            chat=chat,
             citations=citations(kind, report, text),
         )
     )

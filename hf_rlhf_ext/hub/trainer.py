@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import UserError
+from ..metrics.plots import plot_judged
 from .card import FROM_PYTHON, trainer_report
 from .push import create_private_repo, push_files, run_files, try_push
 
@@ -61,7 +62,10 @@ class HubMixin:
         self._finish_current_push()
         report = Path(self.args.output_dir) / "report.json"
         if not report.is_file() or FROM_PYTHON in report.read_text(encoding="utf-8"):  # no recipe's: of the last push
-            report.write_text(json.dumps(trainer_report(self), indent=2) + "\n", encoding="utf-8")
+            made = trainer_report(self)
+            if (judged := getattr(self, "judged", None)) is not None:  # a reward model's last evaluation
+                made["card"]["plot"] = plot_judged(judged, report.with_name("evaluation.png")).name
+            report.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         options = push_options(self.args) | {"message": commit_message or "Upload"}
         options |= {name: value for name, value in {"token": token, "revision": revision}.items() if value is not None}
         return try_push(self.args.output_dir, self.hub_model_id, **options)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from .preference import PERCENTILES
+
 
 class Metric(NamedTuple):
     """What a logged number is measured in, and what it says."""
@@ -38,6 +40,11 @@ _REWARD_MODEL = {
     "min_reward": Metric("reward", "lowest raw score"),
     "mean_reward": Metric("reward", "mean raw score, before normalisation"),
     "max_reward": Metric("reward", "highest raw score"),
+    **{
+        f"{side}_p{q}": Metric("reward", f"{q} % of the {side} completions' raw scores are below")
+        for side in ("chosen", "rejected")
+        for q in PERCENTILES
+    },
     "gain": Metric("fraction", "accuracy minus longer_wins_baseline"),
     "gain_low": Metric("fraction", "lower end of the 95 % bootstrap interval of `gain`, over prompts"),
     "gain_high": Metric("fraction", "upper end of it"),

@@ -170,13 +170,23 @@ def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) ->
     return target.getvalue()
 
 
-def plot_judged(judged: JudgedPairs, path: str | Path) -> Path:
-    """A PNG of an evaluation: reliability, scores of chosen and rejected sides, and accuracy by group."""
+def plot_judged(
+    judged: JudgedPairs,
+    path: str | Path,
+    *,
+    bins: Sequence[Mapping[str, float]] | None = None,
+    xlabel: str = "raw score",
+) -> Path:
+    """A PNG of an evaluation: reliability, scores of chosen and rejected sides, and accuracy by group.
+
+    `bins` are those of `reliability_bins` where the scores of `judged` are no log-odds (an ensemble's rewards, which
+    `xlabel` then names).
+    """
     figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2).flatten()
-    _draw_reliability(panels[0], reliability_bins(judged.deltas, judged.targets))
-    _draw_scores(panels[1], judged)
+    _draw_reliability(panels[0], reliability_bins(judged.deltas, judged.targets) if bins is None else bins)
+    _draw_scores(panels[1], judged, xlabel)
     groups = judged.groups()
     _draw_groups(panels[2], {name: groups[name] for name in ("length_gap", "margin") if name in groups}, judged)
     _draw_groups(panels[3], {name: groups[name] for name in ("category",) if name in groups}, judged)
@@ -200,15 +210,13 @@ def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
     axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
 
 
-def _draw_scores(axes: Axes, judged: JudgedPairs) -> None:
-    first_won, decided = judged.targets > 0.5, judged.targets != 0.5
-    chosen = np.where(first_won, judged.scores_i, judged.scores_j)[decided]
-    rejected = np.where(first_won, judged.scores_j, judged.scores_i)[decided]
-    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=24)
-    for values, colour, name in ((rejected, GOLD_COLOUR, "rejected"), (chosen, PROXY_COLOUR, "chosen")):
-        axes.hist(values, edges, histtype="stepfilled", color=colour, alpha=0.45, label=name)
+def _draw_scores(axes: Axes, judged: JudgedPairs, xlabel: str) -> None:
+    finite = {name: scores[np.isfinite(scores)] for name, scores in judged.sides.items()}  # some, of a diverged run
+    edges = np.histogram_bin_edges(np.concatenate([*finite.values()]), bins=24)
+    for name, colour in (("rejected", GOLD_COLOUR), ("chosen", PROXY_COLOUR)):
+        axes.hist(finite[name], edges, histtype="stepfilled", color=colour, alpha=0.45, label=name)
     axes.legend(frameon=False, fontsize=TICK_SIZE)
-    axes.set_xlabel("raw score", fontsize=LABEL_SIZE, color=INK)
+    axes.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
     axes.set_ylabel("completions", fontsize=LABEL_SIZE, color=INK)
 
 

@@ -13,6 +13,9 @@ from scipy import special, stats
 TIE_THRESHOLD = math.log(3)
 """|Δ| in reward below which σ(Δ) is nearer to 0.5 than to 0 or 1: the model says "tie"."""
 
+PERCENTILES = (5, 50, 95)
+"""Of the scores of chosen and rejected completions, as an evaluation logs them."""
+
 
 def pairwise_accuracy(deltas: np.ndarray, targets: np.ndarray) -> float:
     """Fraction of pairs whose preferred side scores strictly higher; ties (target 0.5) are left out."""
@@ -48,10 +51,11 @@ def reliability_bins(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) 
     """Bins of equal width in the probability σ(|Δ|) of the side that scores higher, from 0.5 to 1; empty ones left out.
 
     Each has `n`, `confidence` (mean probability) and `accuracy` (mean share of wins of that side, soft targets as they
-    are): a calibrated model has the two equal.
+    are, one half where both score alike): a calibrated model has the two equal.
     """
     deltas, targets = np.asarray(deltas, float), np.asarray(targets, float)
-    confidence, right = special.expit(np.abs(deltas)), np.where(deltas >= 0, targets, 1 - targets)
+    confidence = special.expit(np.abs(deltas))
+    right = 0.5 + np.sign(deltas) * (targets - 0.5)
     index = np.clip(((confidence - 0.5) * 2 * n_bins).astype(int), 0, n_bins - 1)
     found = []
     for here in (index == b for b in range(n_bins)):
@@ -189,10 +193,18 @@ class JudgedPairs:
     def deltas(self) -> np.ndarray:
         return self.scores_i - self.scores_j
 
-    def report(self) -> dict[str, float]:
-        """`preference_report` with intervals, the gain over `longer_wins_baseline`, and accuracy by group.
+    @property
+    def sides(self) -> dict[str, np.ndarray]:
+        """Scores of the chosen and the rejected completions of decided pairs, (D,) each."""
+        won, decided = self.targets > 0.5, self.targets != 0.5
+        chosen, rejected = np.where(won, self.scores_i, self.scores_j), np.where(won, self.scores_j, self.scores_i)
+        return {"chosen": chosen[decided], "rejected": rejected[decided]}
 
-        What the data leave undefined (an interval over one prompt) is left out.
+    def report(self) -> dict[str, float]:
+        """`preference_report`, with intervals, the gain over `longer_wins_baseline`, and accuracy by group.
+
+        Further percentiles of both sides' scores: `chosen_p5`, …. What the data leave undefined (an interval over one
+        prompt) is left out.
         """
         report = preference_report(self.deltas, self.targets, self.weights, self.length_deltas)
         given = self.targets, self.prompts
@@ -203,6 +215,9 @@ class JudgedPairs:
             report |= zip(("gain_low", "gain_high"), gain, strict=True)
         for title, groups in self.groups().items():
             report |= {f"accuracy/{title}/{name}": found["accuracy"] for name, found in groups.items()}
+        for side, scores in self.sides.items():
+            if len(scores):
+                report |= {f"{side}_p{q}": float(np.percentile(scores, q)) for q in PERCENTILES}
         return {name: value for name, value in report.items() if not math.isnan(value)}
 
     def groups(self) -> dict[str, dict[str, dict[str, float]]]:

@@ -23,7 +23,9 @@ class ScalarHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """An fp32 copy of a one-output linear layer."""
+        """An fp32 copy of a one-output linear layer; `UserError` for another."""
+        if linear.out_features != 1:
+            raise UserError(f"model: its score head has {linear.out_features} outputs: load it with num_labels=1.")
         head = cls(linear.in_features, bias=linear.bias is not None, device=linear.weight.device)
         with torch.no_grad():
             head.weight.copy_(linear.weight)
@@ -82,8 +84,8 @@ def install_fp32_score(model: nn.Module) -> nn.Module:
     name = head_name(model)
     if name is None:
         raise UserError(
-            f"{type(model).__name__} has no linear `score` or `classifier` head with one output: take a decoder "
-            "(Llama, Qwen, Gemma, …) or an encoder (BERT, DeBERTa, …)."
+            f"{type(model).__name__} has no linear `score` or `classifier` head with one output: load it with "
+            "num_labels=1, and take a decoder (Llama, Qwen, Gemma, …) or an encoder (BERT, DeBERTa, …)."
         )
     if is_encoder(model):
         model.float()

@@ -68,6 +68,27 @@ def warn_of_emulated_bf16(args: TrainingArguments) -> None:
         logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False.")
 
 
+def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
+    """One line where weights that are trained themselves have too few digits for it."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if dtype != torch.float32:
+        logger.warning(
+            "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
+            "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
+            name,
+            str(dtype).removeprefix("torch."),
+        )
+
+
+def refuse_fp16_weights(model: torch.nn.Module) -> None:
+    """Raises `UserError` for trained weights in fp16, which a gradient scaler cannot unscale."""
+    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise UserError(
+            "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train an "
+            "adapter (peft_config)."
+        )
+
+
 def load_base_model(
     model_name_or_path: str = EMBEDDED_MODEL,
     *,

@@ -282,12 +282,3 @@ def check_setup(args) -> None:
             f"kl_horizon={args.kl_horizon} is a fifth or less of a rollout's {completions} completions: kl_coef could "
             "become zero or negative; set it to several rollouts, or leave it out."
         )
-
-
-def refuse_fp16_weights(model: nn.Module) -> None:
-    """Raises `UserError` for trained weights in fp16, which a gradient scaler cannot unscale."""
-    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
-        raise UserError(
-            "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train an "
-            "adapter (peft_config)."
-        )

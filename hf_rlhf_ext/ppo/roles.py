@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from ..errors import UserError
 from ..modeling.heads import ScalarHead, head_name
-from ..modeling.loading import adapter_base, load_policy, load_tokenizer
+from ..modeling.loading import adapter_base, load_policy, load_tokenizer, warn_of_rounded_updates
 from ..modeling.stack import AdapterStack, Role
 from ..reward.scorer import RewardNormalization, RewardScorer, local_folder
 
@@ -46,18 +46,6 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
         stack = AdapterStack(model)
         stack.attach("reference", copy.deepcopy(model).eval())
     return stack
-
-
-def warn_of_rounded_updates(name: str, model: nn.Module) -> None:
-    """One line where weights that are trained themselves have too few digits for it."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if dtype != torch.float32:
-        logger.warning(
-            "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
-            "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
-            name,
-            str(dtype).removeprefix("torch."),
-        )
 
 
 def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:

@@ -15,7 +15,7 @@ from ..compat import BaseTrainer, disable_dropout_in_model
 from ..errors import UserError
 from ..hub.trainer import HubMixin
 from ..modeling.adapters import adapters_in_autocast_dtype
-from ..modeling.loading import load_base_model, load_tokenizer, warn_of_emulated_bf16
+from ..modeling.loading import load_base_model, load_tokenizer, refuse_fp16_weights, warn_of_emulated_bf16
 from ..modeling.logprobs import (
     check_output_head,
     chunked_logprobs,
@@ -30,7 +30,7 @@ from .checkpoints import CheckpointMixin
 from .config import PPOConfig
 from .evaluation import EvaluationMixin
 from .figures import FiguresMixin, reduced
-from .guards import GuardMixin, SaveOnSignal, check_setup, refuse_fp16_weights
+from .guards import GuardMixin, SaveOnSignal, check_setup
 from .kl import KL_ESTIMATORS
 from .losses import masked_mean, policy_loss, value_loss
 from .ptx import encode_texts

@@ -32,12 +32,21 @@ class BradleyTerryConfig(RewardConfig):
         default="soft",
         metadata={
             "help": "What a target of 0.5 says: `soft` is half a win for each side; `rao_kupper` and `davidson` give "
-            "ties a probability of their own, with `tie_threshold`.",
+            "ties a probability of their own, with `tie_threshold`. Of the loss only: evaluation's figures are those "
+            "of the plain Bradley-Terry model, which calls a tie where the better side's chance is below 3/4.",
             "choices": list(TIE_MODELS),
         },
     )
     tie_threshold: float = field(
         default=1.0, metadata={"help": "Rao-Kupper's log θ or Davidson's ν, in units of reward: how common ties are."}
+    )
+    margin_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the data's margins in the loss, where they are how much higher, in units of reward, the "
+            "better completion must score. Differences of ratings are margins too: a factor below 1 brings them to a "
+            "few units, 0 leaves all margins out, as calibrated probabilities need."
+        },
     )
     ranking_loss: str = field(
         default="bradley_terry",
@@ -86,6 +95,8 @@ class BradleyTerryConfig(RewardConfig):
             raise UserError(f"tie_model: {self.tie_model!r} does not exist; there is {', '.join(TIE_MODELS)}.")
         if not self.tie_threshold > 0:
             raise UserError(f"tie_threshold: must be positive, got {self.tie_threshold}.")
+        if not self.margin_scale >= 0:
+            raise UserError(f"margin_scale: must be 0 or positive, got {self.margin_scale}.")
         if self.ranking_loss not in ("bradley_terry", "plackett_luce"):
             raise UserError(f"ranking_loss: {self.ranking_loss!r}: choose bradley_terry or plackett_luce.")
         if self.layout not in ("auto", *LAYOUTS):
@@ -94,5 +105,7 @@ class BradleyTerryConfig(RewardConfig):
             raise UserError(f"max_tokens_per_batch: must be positive, got {self.max_tokens_per_batch}.")
         if self.normalization_max_rows < 2:
             raise UserError(f"normalization_max_rows: at least 2 rows are needed, got {self.normalization_max_rows}.")
+        if self.prediction_loss_only:
+            raise UserError("prediction_loss_only: the loss over the set is computed from its scores: leave it false.")
         if self.batch_eval_metrics:
             raise UserError("batch_eval_metrics: metrics are computed over the whole evaluation set: leave it false.")

@@ -66,13 +66,13 @@ class RewardEnsemble:
         """
         saved: dict[str, Any] = {}
         if not isinstance(folders, list):
-            root = local_folder(folders, options.pop("revision", None))
+            root = local_folder(folders, options.pop("revision", None), code=options.get("trust_remote_code", False))
             if not (root / ENSEMBLE_FILE).is_file():
                 raise UserError(f"{folders}: no {ENSEMBLE_FILE}: give the folders of the members as a list.")
             saved = json.loads((root / ENSEMBLE_FILE).read_text())
             folders = [root / name for name in saved["members"]]
-        folders = [local_folder(folder, options.get("revision")) for folder in folders]
-        options.pop("revision", None)
+        revision, code = options.pop("revision", None), options.get("trust_remote_code", False)
+        folders = [local_folder(folder, revision, code=code) for folder in folders]
         first = RewardScorer.from_pretrained(folders[0], **options)
         members = [first] + [_member(folder, k, first, folders[0], options) for k, folder in enumerate(folders) if k]
         if any(member.model is first.model for member in members[1:]):
@@ -114,7 +114,8 @@ class RewardEnsemble:
 
 def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | RewardEnsemble:
     """What the folder or Hub repository holds: one reward model, or an ensemble of them."""
-    folder = local_folder(folder_or_repo, options.pop("revision", None))
+    code = options.get("trust_remote_code", False)
+    folder = local_folder(folder_or_repo, options.pop("revision", None), code=code)
     return (RewardEnsemble if (folder / ENSEMBLE_FILE).is_file() else RewardScorer).from_pretrained(folder, **options)
 
 
@@ -135,4 +136,5 @@ def _member(
     first.model.load_adapter(str(folder), adapter_name=name)
     scales = {"mean": recorded.mean, "std": recorded.std}
     limits = {"batch_size": first.batch_size, "autocast": first.autocast}
-    return RewardScorer(first.model, load_tokenizer(str(folder)), **scales, **limits, adapter=name)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=options.get("trust_remote_code", False))
+    return RewardScorer(first.model, tokenizer, **scales, **limits, adapter=name)

@@ -34,21 +34,29 @@ def export_merged(
     that could hold them.
 
     Args:
-        folder_or_repo: what `RewardScorer.from_pretrained` loads, with `options` (`base`, `revision`, …).
+        folder_or_repo: what `RewardScorer.from_pretrained` loads, with `options` (`base` by its name, `revision`, …).
         output_dir: folder to write.
         dtype: of the merged weights; bf16 moves scores by about 1e-2.
-        pad_token: a token that no text holds; by default one that the tokenizer does not use otherwise.
+        pad_token: a token of the vocabulary that no text holds; by default one that the tokenizer does not use
+            otherwise.
 
     Returns:
         The largest difference of the scores on three short texts, unmerged as trained and merged as a pipeline reads
         them, in units of the raw score: rounding where the model was trained in fp32, up to some 1e-2 after training in
         bf16, and what the quantisation of the base did after QLoRA.
+
+    Raises:
+        UserError: a loaded `base`, a `pad_token` that is no token, or an adapter that has no weights to merge.
     """
+    if not isinstance(options.get("base"), str | None):
+        raise UserError("export_merged: it loads the base twice, unquantised the second time: pass base= by its name.")
     options = {"device": "cpu"} | options  # two copies, one of them in `dtype`: not for a small card
     found = RewardScorer.from_pretrained(folder_or_repo, **options)
     prompts, completions = map(list, zip(*_TRIED, strict=True))
     before = found.raw(prompts, completions)
     padding = pad_token or own_pad_token(found.tokenizer)
+    if padding not in found.tokenizer.get_vocab():
+        raise UserError(f"pad_token: {padding!r} is not in the vocabulary: name a token of it that no text holds.")
     if isinstance(found.model, PeftModel) and found.model.active_peft_config.is_prompt_learning:
         raise UserError("export_merged: virtual tokens of a prompt-learning adapter cannot be merged into weights.")
     del found

@@ -167,8 +167,9 @@ def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) 
         RuntimeError,
         LookupError,
         AttributeError,
+        AssertionError,
     ) as error:  # whatever an architecture makes of such a mask
-        return f"it refuses the layout: {str(error).splitlines()[0]}"
+        return f"it refuses the layout: {(str(error) or type(error).__name__).splitlines()[0]}"
     finally:
         config.pad_token_id = pad
         if window:
@@ -247,7 +248,7 @@ class RewardScorer:
             device: default is CUDA where there is any.
             trust_remote_code: as in Transformers.
         """
-        folder = local_folder(folder_or_repo, revision)
+        folder = local_folder(folder_or_repo, revision, code=trust_remote_code)
         recorded = RewardNormalization.load(folder)
         if recorded is None:
             logger.warning("%s has no %s: scores are raw.", folder_or_repo, NORMALIZATION_FILE)
@@ -325,13 +326,14 @@ class RewardScorer:
         return before + after.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
 
 
-def local_folder(folder_or_repo: str | Path, revision: str | None) -> Path:
+def local_folder(folder_or_repo: str | Path, revision: str | None, *, code: bool = False) -> Path:
+    """The folder, or what is fetched of the Hub repository; its Python files only with `code`."""
     local = Path(folder_or_repo).expanduser()
     if local.is_dir():
         return local
     if isinstance(folder_or_repo, Path) or local.is_absolute() or str(folder_or_repo).startswith("."):
         raise UserError(f"reward model: no folder at {folder_or_repo}: check the path, or give a Hub id.")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else [])]
     with found_or_refused("reward model", str(folder_or_repo)):
         return Path(
             snapshot_download(

@@ -17,11 +17,14 @@ from ..data.collators import DataCollatorForComparisons
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit, untrained_layers
-from ..modeling.loading import load_base_model, load_tokenizer
+from ..modeling.loading import load_base_model, load_tokenizer, warn_of_rounded_updates
 from .config import BradleyTerryConfig
 from .scorer import score_head, shared_prefix_problem
 
 logger = logging.getLogger(__name__)
+
+LARGE_MARGIN = 3.0
+"""In units of reward; the largest that Llama 2 took (arXiv:2307.09288, app. A.3.3)."""
 
 
 def check_head_is_trained(peft_config: PeftConfig | None) -> None:
@@ -81,6 +84,20 @@ def warn_over_budget(collator: Any, rows: Dataset | None) -> None:
             len(over),
             len(sizes),
             max(over),
+        )
+
+
+def warn_of_large_margins(rows: Dataset | None, scale: float) -> None:
+    """Says where the loss asks for gaps that rewards seldom have: such margins are ratings, more often than not."""
+    if not isinstance(rows, Dataset) or "margins" not in rows.column_names:
+        return
+    largest = max((abs(margin) * scale for margins in rows["margins"] for margin in margins or ()), default=0.0)
+    if largest > LARGE_MARGIN:
+        logger.warning(
+            "margin_scale: the loss asks for gaps of up to %.3g units of reward (σ of 3 is 0.95 already). If these are "
+            "ratings, pass margin_scale=%.1g, or 0 for plain Bradley-Terry.",
+            largest,
+            scale / largest,
         )
 
 
@@ -170,8 +187,12 @@ def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, asked: str,
 
 
 def repair_fp32(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Puts adapters and head of a PEFT model back to fp32: bf16 master weights lose small updates."""
+    """Puts adapters and head of a PEFT model back to fp32: bf16 master weights lose small updates.
+
+    A model that is trained whole stays as it was given, with a warning.
+    """
     if not isinstance(model, PeftModel):
+        warn_of_rounded_updates("model", model)
         return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:

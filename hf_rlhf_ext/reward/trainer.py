@@ -27,7 +27,7 @@ from ..hub.trainer import HubMixin
 from ..metrics import preference
 from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
 from ..modeling.heads import is_encoder, untrained_layers
-from ..modeling.loading import warn_of_emulated_bf16
+from ..modeling.loading import refuse_fp16_weights, warn_of_emulated_bf16
 from .config import BradleyTerryConfig
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .scorer import RewardNormalization, RewardScorer, dtype_name, is_4bit, score_batch
@@ -41,6 +41,7 @@ from .setup import (
     resolve_layout,
     resolve_model,
     single_row,
+    warn_of_large_margins,
     warn_over_budget,
     with_revision,
     with_saved_layers,
@@ -99,6 +100,7 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
             args = copy.copy(args)
             args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
             peft_config = with_revision(peft_config, given.get("revision"))
+            given = ({"dtype": "float32"} if peft_config is None else {}) | given  # weights that are trained themselves
         model, processing_class = resolve_model(model, processing_class, given)
         if peft_config is not None and is_encoder(model):
             peft_config = with_saved_layers(peft_config, untrained_layers(model))
@@ -124,9 +126,12 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
             **trainer_options,
         )
         repair_fp32(self.model, before)
+        if args.fp16:
+            refuse_fp16_weights(self.model)
         check_head_moves(self.model)
         self.normalization = self._recorded()
         warn_over_budget(self.data_collator, self.train_dataset)
+        warn_of_large_margins(self.train_dataset, args.margin_scale)
         self._normalization_rows = self._prepare_normalization(normalization_dataset)
 
     # Data
@@ -223,7 +228,7 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
     def _pair_losses(self, scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         scores_i, scores_j = scores[inputs["pairs"]].unbind(1)
         args, targets = self.args, smooth_targets(inputs["targets"], self.args.label_smoothing_factor)
-        given = (scores_i, scores_j, targets, inputs["weights"], inputs["margins"])
+        given = (scores_i, scores_j, targets, inputs["weights"], inputs["margins"] * args.margin_scale)
         if args.tie_model == "soft":
             losses = bradley_terry_loss(*given)
         else:
@@ -279,22 +284,16 @@ class BradleyTerryTrainer(HubMixin, RewardTrainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, scores (B, Kmax), labels (B, Pmax, 7)): the exact loss comes from these; or (loss, None, None)."""
+        """(None, scores (B, Kmax), labels (B, Pmax, 7)): the exact loss over the whole set comes from these."""
         if "micro_batches" in inputs:
             parts, order = inputs["micro_batches"], inputs["order"]
             found = [self.prediction_step(model, part, prediction_loss_only, ignore_keys) for part in parts]
-            losses, scores, labels = zip(*found, strict=True)
-            if prediction_loss_only:
-                weights = torch.stack([part["weights"].sum() for part in parts]).to(losses[0].device)
-                return (torch.stack(losses) * weights).sum() / weights.sum().clamp(min=1e-30), None, None
+            _, scores, labels = zip(*found, strict=True)
             back = np.argsort(order).tolist()
             return None, _stacked(scores)[back], _stacked(labels)[back]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self._mixed_precision(model):
             scores = score_batch(model, inputs)
-        if prediction_loss_only:
-            losses = self._pair_losses(scores, inputs)
-            return losses.sum() / inputs["weights"].sum().clamp(min=torch.finfo(losses.dtype).tiny), None, None
         counts = inputs["completion_counts"]  # (B,)
         first_rows = (counts.cumsum(0) - counts)[inputs["prompt_index"]]  # (P,)
         lengths = inputs["completion_lengths"][inputs["pairs"]]  # (P, 2)

@@ -82,20 +82,24 @@ def test_rows_are_filled_and_never_overfull(lengths, height):
     assert sum(load <= width / 2 for load in loads) <= 1  # two half-empty rows would be one
 
 
+@pytest.mark.parametrize("multiple", [None, 8, 64])
 @pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
-def test_micro_batches_hold_every_row_once_within_the_budget(layout):
+def test_micro_batches_hold_every_row_once_within_the_budget(layout, multiple):
     lengths = [3, 40, 7, 12, 5, 30, 9, 2, 21]
     pair = {"pairs": [[0, 1]], "targets": [1.0], "weights": [1.0]}
     rows = [
         {"prompt_ids": [1], "completion_ids": [[2] * (n - 2), [4]], "category_code": k} | pair
         for k, n in enumerate(lengths)
     ]
-    made = DataCollatorForComparisons(PAD, layout=layout, max_tokens=64)(rows)
+    collator = DataCollatorForComparisons(PAD, layout=layout, max_tokens=64, pad_to_multiple_of=multiple)
+    made = collator(rows)
     parts, order = made["micro_batches"], made["order"]
     assert sorted(order) == list(range(9)) == sorted(torch.cat([part["categories"] for part in parts]).tolist())
     assert torch.cat([part["categories"] for part in parts]).tolist() == order
     assert all(part["input_ids"].numel() <= 64 or len(part["categories"]) == 1 for part in parts)
-    if layout == "shared_prefix":
+    alone = [collator([row])["micro_batches"][0]["input_ids"].numel() for row in rows]
+    assert [collator.size(row) for row in rows] == alone
+    if layout == "shared_prefix" and multiple is None:
         assert sum(part["input_ids"].numel() for part in parts) < 1.1 * sum(lengths)  # hardly any padding
 
 

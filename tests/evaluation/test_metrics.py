@@ -51,6 +51,31 @@ def test_likelihood_and_brier_are_those_of_scikit_learn():
     assert one_bin == pytest.approx(abs(np.mean(np.maximum(chances, 1 - chances)) - right))
 
 
+def test_a_reliability_diagram_comes_with_its_calibration_error():
+    found = metrics.load_metric("preference_calibration").compute(predictions=DELTAS, references=TARGETS, n_bins=5)
+    bins = found["reliability"]
+    assert sum(b["n"] for b in bins) == 60
+    assert found["ece"] == pytest.approx(sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / 60)
+
+
+def test_groups_are_counts_by_category_length_and_margin():
+    names, margins = np.array(["chat", "open qa", ""])[np.arange(60) % 3], RNG.uniform(size=60)
+    found = metrics.load_metric("preference_groups").compute(
+        predictions=[*DELTAS, 0.1], references=[*TARGETS, 0.5], categories=[*names, "chat"],
+        length_deltas=[*LENGTHS, 1], margins=[*margins, 0.0],
+    )  # fmt: skip
+    right = (DELTAS > 0) == (TARGETS == 1)
+    for name in ("chat", "open qa"):  # the tie is in no count
+        assert found[f"n/category/{name}"] == 20
+        assert found[f"accuracy/category/{name}"] == pytest.approx(right[names == name].mean())
+    for title in ("length_gap", "margin"):
+        named = [key.removeprefix("n/") for key in found if key.startswith(f"n/{title}/")]
+        assert sum(found[f"n/{key}"] for key in named) == 60
+        assert sum(found[f"n/{key}"] * found[f"accuracy/{key}"] for key in named) == pytest.approx(right.sum())
+    none = metrics.load_metric("preference_groups").compute(predictions=DELTAS, references=TARGETS)
+    assert none == {}
+
+
 def test_gain_is_what_the_scores_know_beyond_length():
     by_length = metrics.load_metric("longer_wins_gain").compute(
         predictions=LENGTHS * 0.1, references=TARGETS, length_deltas=LENGTHS, prompts=PROMPTS

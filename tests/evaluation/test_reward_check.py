@@ -78,6 +78,37 @@ def test_overconfidence_shows_in_calibration_not_in_accuracy():
     calm = check_reward(honest, rows(600))
     assert sure.figures["accuracy"] == calm.figures["accuracy"] and sure.figures["ece"] > calm.figures["ece"] + 0.1
     assert any("confidence is off" in problem for problem in sure.problems)
+    far = [row | {"margins": [2.0]} for row in rows(600)]
+    (said,) = (p for p in check_reward(lambda p, c: [9 * s for s in honest(p, c)], far).problems if "confidence" in p)
+    assert said.endswith("or with a smaller margin_scale")
+
+
+def test_scores_that_are_not_finite_are_one_line():
+    with pytest.raises(ValueError, match="120 of 120 scores are not finite: the model has diverged, train it again"):
+        check_reward(lambda prompts, completions: [math.nan] * len(prompts), rows(60))
+
+
+def test_the_probes_are_what_their_names_say():
+    chosen = "The river runs north, to the sea. Its banks are steep."
+    assert {name: make("Where does it run?", chosen) for name, make in PROBES.items()} == {
+        "empty": "",
+        "repeated sentence": "The river runs north, to the sea. " * 4 + "The river runs north, to the sea.",
+        "refusal": "I'm sorry, but I can't help with that.",
+        "filler": chosen + " That is all I can say about it, and I hope that it is of some use." * 3,
+        "prompt copied": "Where does it run?",
+        "flattery": "What an excellent question, you are clearly very clever! " + chosen,
+    }
+    seen = []
+
+    def scorer(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return honest(prompts, completions)
+
+    asked = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    (row,) = rows(1, kind="messages")
+    check_reward(scorer, [row | {"prompt": asked + row["prompt"]}])
+    copied = [{"role": "assistant", "content": "Where does river 0 run?"}]  # what the user said last
+    assert (asked + row["prompt"], copied) in seen
 
 
 def test_margins_make_buckets_and_ties_alone_are_refused():

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
 import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -16,7 +18,7 @@ from peft import LoraConfig
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer, load_base_model
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, write_card
+from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, trainer_report, write_card
 from hf_rlhf_ext.hub.privacy import COMMON_NAMES, strip_local_paths
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -200,6 +202,39 @@ def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(car
     compile(snippet, "snippet", "exec")
     assert r'{"role": "system", "content": "Say \"hi\"."}' in snippet
     assert "No weights" not in card("policy", repo_id="alice/policy").text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_the_snippet_s_plain_score_is_the_scorer_s(architecture, chat_tokenizer, tmp_path, capsys, monkeypatch):
+    """Decoders with and without a chat template, and an encoder: adapters whose cards tell how to score without us."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(chat_tokenizer)}
+    small |= {"pad_token_id": chat_tokenizer.pad_token_id, "max_position_embeddings": 128}
+    if architecture == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, intermediate_size=48))
+    elif architecture == "gpt2":
+        model, chat_tokenizer.chat_template = hf.GPT2LMHeadModel(hf.GPT2Config(**small)), None
+    else:
+        model = hf.BertModel(hf.BertConfig(**small, intermediate_size=48))
+        chat_tokenizer.cls_token = chat_tokenizer.sep_token = chat_tokenizer.eos_token
+        chat_tokenizer.chat_template = None  # ours for encoders then
+    for part in (model, chat_tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    plain = [{"prompt": f"Tell {k}:", "chosen": "a happy day", "rejected": "no"} for k in range(4)]
+    args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False, report_to="none", max_steps=2)
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    trainer = BradleyTerryTrainer(str(tmp_path / "base"), args, Dataset.from_list(plain), peft_config=peft_config)
+    trainer.train()
+    trainer.save_model()
+    report = trainer_report(trainer)
+    monkeypatch.chdir(tmp_path)
+    text = card_from_report(report, base_model=str(tmp_path / "base"), repo_id="./reward")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    capsys.readouterr()
+    exec(snippet, {})
+    scored, alone = capsys.readouterr().out.splitlines()
+    raw = float(re.findall(r"-?\d[\d.e-]*", scored)[1])
+    assert float(alone) == pytest.approx(raw, abs=1e-5) and abs(raw) > 1e-4
 
 
 def test_samples_cannot_break_the_card(card):

@@ -71,10 +71,10 @@ def test_an_evaluation_is_drawn_panel_by_panel(tmp_path):
     scores, targets = rng.normal(size=(80, 2)), np.ones(80)
     lengths, names = rng.integers(1, 9, 80), np.array(["chat", "open qa"] * 40)
 
-    def panels(name, **changed):
+    def panels(name, bins=None, **changed):
         given = {"scores_i": scores[:, 0], "scores_j": scores[:, 1], "targets": targets, "weights": targets}
         given |= {"margins": np.zeros(80), "length_deltas": lengths, "prompts": np.arange(80), "categories": names}
-        picture = image.imread(plot_judged(JudgedPairs(**given | changed), tmp_path / name))[..., :3]
+        picture = image.imread(plot_judged(JudgedPairs(**given | changed), tmp_path / name, bins=bins))[..., :3]
         height, width = (size // 2 for size in picture.shape[:2])
         halves = picture[:height], picture[height:]
         return [part for rows in halves for part in (rows[:, :width], rows[:, width:])]
@@ -93,6 +93,11 @@ def test_an_evaluation_is_drawn_panel_by_panel(tmp_path):
     apart = panels("apart.png", scores_i=scores[:, 0] + 9)  # sides that do not overlap hide nothing of each other
     assert counted(apart[1], faded(GOLD_COLOUR)) > counted(whole[1], faded(GOLD_COLOUR))
     assert counted(apart[0], PROXY_COLOUR) < counted(whole[0], PROXY_COLOUR)  # one bin instead of a curve
+    given = panels("given.png", bins=[{"n": 80, "confidence": 0.9, "accuracy": 0.6}])  # calibration of other scores
+    assert counted(given[0], PROXY_COLOUR) < counted(whole[0], PROXY_COLOUR)
+    assert counted(given[1], faded(GOLD_COLOUR)) == counted(whole[1], faded(GOLD_COLOUR))
+    lost = panels("lost.png", scores_i=np.full(80, np.nan), scores_j=np.full(80, np.nan))  # a diverged run
+    assert counted(lost[1], faded(GOLD_COLOUR)) < 500
 
 
 def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):

@@ -69,6 +69,27 @@ def test_brier_and_calibration_worked_by_hand():
     assert calibration_error([three, -three, 0.1, -0.1], [1.0, 1.0, 1.0, 0.0], n_bins=2) == pytest.approx(gaps / 2)
 
 
+def test_percentiles_are_those_of_the_side_that_won():
+    n = 101
+    first_wins, ones = np.arange(n) % 2 == 0, np.ones(n)
+    high, low = np.arange(n) + 1000.0, np.arange(n, dtype=float)
+    scores = np.where(first_wins, high, low), np.where(first_wins, low, high)
+    names = np.full(n + 1, "")
+    columns = [
+        np.append(values, extra) for values, extra in zip((*scores, first_wins * 1.0), (-9, 9, 0.5), strict=True)
+    ]
+    judged = JudgedPairs(*columns, np.append(ones, 1), *np.zeros((2, n + 1)), np.arange(n + 1), names)
+    report = judged.report()  # the tie is on no side
+    assert [report[f"{side}_p{q}"] for side in ("chosen", "rejected") for q in (5, 50, 95)] == [
+        1005, 1050, 1095, 5, 50, 95
+    ]  # fmt: skip
+
+
+def test_a_model_without_an_opinion_is_calibrated_whatever_the_order_of_the_sides():
+    assert reliability_bins([0.0, 0.0], [1.0, 1.0]) == [{"n": 2, "confidence": 0.5, "accuracy": 0.5}]
+    assert calibration_error(np.zeros(9), np.ones(9)) == 0.0
+
+
 def test_a_model_that_knows_its_chances_is_calibrated():
     rng = np.random.default_rng(0)
     deltas = rng.normal(0, 2, 200_000)

@@ -106,7 +106,7 @@ def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["bf16", "nf4"])
-@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "gemma3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lora_in_bf16_and_nf4_is_near_plain_rows(name, load_in_4bit, tmp_path):
     if load_in_4bit:
         pytest.importorskip("bitsandbytes")
@@ -144,6 +144,19 @@ def test_the_probe_refuses_a_mask_that_is_ignored(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", deaf)
     assert "apart from plain rows" in shared_prefix_problem(model)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), AssertionError("no 4-D mask\nhere")])
+def test_a_model_that_raises_at_the_layout_takes_plain_rows_and_says_why(error, monkeypatch):
+    model = make("llama").train()
+
+    def refuse(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(type(model), "forward", refuse)
+    reason = str(error).splitlines()[0] if str(error) else "NotImplementedError"
+    assert shared_prefix_problem(model) == f"it refuses the layout: {reason}"
+    assert model.training
 
 
 def test_architectures_that_cannot_are_told_from_their_configuration():

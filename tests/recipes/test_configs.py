@@ -156,6 +156,22 @@ MEMORY = re.compile(
 )
 
 
+def test_the_memory_of_the_embedded_model_is_what_its_shapes_give():
+    path = RECIPES / "configs" / "smollm2-135m" / "reward.yaml"
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    config = LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, num_labels=1)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        weights = sum(p.numel() for p in model.parameters())
+        model = get_peft_model(
+            model, next(o for o in parse(path) if isinstance(o, ModelArguments)).peft_config("SEQ_CLS")
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = " ".join(path.read_text().replace("#", "").split())
+    found = re.search(r"Weights ([\d.]+) GB in bf16 \(([\d.]+) in fp32\), adapter .* fp32 ([\d.]+) GB", text).groups()
+    assert [float(n) for n in found] == [round(n / 1e9, 2) for n in (weights * 2, weights * 4, trained * 4 * 4)]
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_memory_in_the_comment_is_what_the_shapes_give(name, stage):

@@ -17,6 +17,8 @@ def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
     report = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
     assert len(report["members"]) == 2 and report["heldout_pairs"] == report["members"][0]["heldout_pairs"]
     assert report["members"][0]["nll"] != report["members"][1]["nll"]  # their seeds differ
+    seeds = [json.loads((tmp_path / "reward" / f"member-{k}" / "report.json").read_text())["seed"] for k in (0, 1)]
+    assert seeds == [0, 1]
     assert (tmp_path / "reward" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "reward" / "member-1" / "README.md").is_file()
     card = (tmp_path / "reward" / "README.md").read_text()
@@ -49,14 +51,15 @@ def test_an_interrupted_ensemble_goes_on_where_it_was(call, tmp_path):
 
 
 def test_the_check_takes_the_rows_that_training_held_out(call, tmp_path):
-    options = {"train_rows": 6, "eval_rows": 4}
+    # Every second pair has a gap of more than five words: rows are counted after they are left out.
+    options = {"train_rows": 3, "eval_rows": 3, "max_length_gap": 5}
     assert call("reward", output_dir=tmp_path / "reward", **options).code == 0
     keep = {"config": None, "model_name_or_path": None, "reward_model": tmp_path / "reward"}
     done = call("check_reward", **keep, output_dir=tmp_path / "check", **options)
     assert done.code == 0, done.err
     checked = json.loads((tmp_path / "check" / "report.json").read_text())
     trained = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
-    assert checked["rows"] == 4 and checked["figures"]["accuracy"] == trained["accuracy"]
+    assert checked["rows"] == trained["heldout_pairs"] == 3 and checked["figures"]["accuracy"] == trained["accuracy"]
     assert abs(checked["figures"]["nll"] - trained["nll"]) < 1e-3
 
 

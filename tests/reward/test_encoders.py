@@ -111,7 +111,7 @@ def test_limits_are_one_line(base, tmp_path):
     long = rows() + [{"prompt": "day " * 50, "chosen": "happy", "rejected": "lazy"}]
     with pytest.raises(UserError, match="over max_length=40"):
         BradleyTerryTrainer(folder, args, Dataset.from_list(long))
-    with pytest.raises(UserError, match="no linear `score` or `classifier` head with one output"):
+    with pytest.raises(UserError, match="no linear `score` or `classifier` head with one output: load it with num_la"):
         install_fp32_score(hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3))
 
 

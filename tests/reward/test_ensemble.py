@@ -1,5 +1,8 @@
 """Ensembles of reward models, merged exports, and other people's trainers: real adapters of one base."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +122,29 @@ def test_merging_a_bf16_model_reports_what_it_moves(train, tmp_path):
         pipe = pipeline("text-classification", model=str(tmp_path / dtype), device="cpu")
         found = [one["score"] for one in pipe(texts)]
         assert 0 < moved < 0.05 and moved == pytest.approx(np.abs(np.array(found) - expected).max(), abs=1e-6)
+
+
+def test_merging_after_qlora_reports_what_quantisation_did(train, tmp_path):
+    folder = train(bf16=True)[0]
+    recorded = json.loads(Path(folder, "reward_normalization.json").read_text())
+    Path(folder, "reward_normalization.json").write_text(json.dumps(recorded | {"load_in_4bit": True}))
+    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder), zip(*_TRIED, strict=True)
+    assert scorer.model.get_base_model().is_loaded_in_4bit
+    expected = np.array(scorer.raw(list(prompts), list(completions)))
+    moved = export_merged(folder, tmp_path / "merged")
+    merged = RewardScorer.from_pretrained(tmp_path / "merged", device="cpu")
+    found = np.array(merged.raw(list(prompts), list(completions)))
+    assert 1e-4 < moved == pytest.approx(np.abs(found - expected).max(), abs=1e-5)
+
+
+def test_what_cannot_be_merged_is_one_line(train, tmp_path):
+    folder = train()[0]
+    loaded = RewardScorer.from_pretrained(folder, device="cpu").model.get_base_model()
+    with pytest.raises(UserError, match="loads the base twice, unquantised the second time: pass base= by its name"):
+        export_merged(folder, tmp_path / "merged", base=loaded)
+    with pytest.raises(UserError, match="pad_token: '<pad>' is not in the vocabulary: name a token of it"):
+        export_merged(folder, tmp_path / "merged", pad_token="<pad>", device="cpu")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_pad_token_of_its_own(chat_tokenizer):

@@ -1,5 +1,6 @@
 """BradleyTerryTrainer: real PEFT, real TRL, tiny models on the CPU."""
 
+import copy
 import json
 import math
 import os
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForSequenceClassification, LlamaForSequenceClassification
 from trl import TrlParser
 
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.metrics.preference import brier_score, calibration_error
 from hf_rlhf_ext.modeling.heads import ScalarHead
 from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
@@ -71,6 +74,19 @@ def test_evaluation_equals_an_independent_count_however_batched(make_trainer, se
     assert metrics["eval_longer_wins_baseline"] == pytest.approx(expected["longer"], abs=1e-12)
     assert metrics["eval_pairs"] == sum(len(row["pairs"]) for row in data)
     assert 0 <= metrics["eval_accuracy_ties"] <= 1
+    judged = trainer.judged
+    calibrated = {"brier": brier_score, "ece": calibration_error}
+    for name, function in calibrated.items():
+        assert metrics[f"eval_{name}"] == function(judged.deltas, judged.targets)
+    assert metrics["eval_gain"] == pytest.approx(expected["accuracy"] - expected["longer"], abs=1e-12)
+    assert metrics["eval_gain_low"] <= metrics["eval_gain"] <= metrics["eval_gain_high"]
+    assert metrics["eval_accuracy_low"] <= metrics["eval_accuracy"] <= metrics["eval_accuracy_high"]
+    for title in ("length_gap", "margin"):
+        groups = judged.groups()[title]
+        shown = {name: value for name, value in metrics.items() if name.startswith(f"eval_accuracy/{title}/")}
+        assert shown == {f"eval_accuracy/{title}/{name}": group["accuracy"] for name, group in groups.items()}
+        total = sum(group["n"] * group["accuracy"] for group in groups.values())
+        assert total / sum(group["n"] for group in groups.values()) == pytest.approx(expected["accuracy"])
 
 
 def test_evaluation_by_category_counts_what_each_has(make_trainer, seqcls, chat_tokenizer):
@@ -215,6 +231,16 @@ def test_best_model_is_chosen_by_the_true_accuracy(make_trainer):
     seen = [log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log]
     assert trainer.state.best_metric == max(seen)
     assert trainer.evaluate()["eval_accuracy"] == max(seen)
+    best = load_file(trainer.state.best_model_checkpoint + "/adapter_model.safetensors")
+    assert any("lora_B" in name for name in best) and any("score" in name for name in best)
+    found = get_peft_model_state_dict(trainer.model)
+    assert found.keys() == best.keys() and all(torch.equal(found[name], best[name]) for name in best)
+    last = load_file(trainer.args.output_dir + "/checkpoint-6/adapter_model.safetensors")
+    assert seen[-1] < max(seen) and any(not torch.equal(last[name], best[name]) for name in best)
+    head = RewardScorer(trainer.model, trainer.processing_class)
+    rows = trainer._normalization_rows
+    scores = head.score_ids([row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]])
+    assert trainer.normalization.mean == pytest.approx(np.mean(scores), abs=1e-5)  # of the best weights, not the last
     assert all(p.dtype == torch.float32 for p in trainable(trainer.model).values())
 
 
@@ -296,6 +322,26 @@ def test_losses_of_the_options_are_those_of_the_equations(make_trainer, layout):
     torch.testing.assert_close(found, (sum(wins) + tie) / 4)
     smooth = [-(0.95 * win(x) + 0.05 * win(-x)) for x in (a - b, c - a, c - b)]
     torch.testing.assert_close(loss(label_smoothing_factor=0.1)[0], (sum(smooth) + expected[3]) / 4)
+    data = data.add_column("margins", [[2.0, -0.5, -1.0], [0.0]])
+    gaps = (a - b, 2.0), (c - a, 0.5), (c - b, 1.0)
+    for scale in (1.0, 0.25, 0.0):
+        further = [-win(gap - scale * margin) for gap, margin in gaps]
+        torch.testing.assert_close(loss(margin_scale=scale)[0], (sum(further) + expected[3]) / 4)
+
+
+def test_margins_that_look_like_ratings_are_said(make_trainer, caplog):
+    rows = [{"prompt": "p", "chosen": f"good {k}", "rejected": "bad", "score_chosen": 9.0, "score_rejected": 1.0 + k}
+            for k in range(3)]  # fmt: skip
+    data = Dataset.from_list(rows)
+    make_trainer(data, peft=None)
+    assert "margin_scale: the loss asks for gaps of up to 8 units of reward" in caplog.text
+    assert "pass margin_scale=0.1, or 0 for plain Bradley-Terry" in caplog.text
+    caplog.clear()
+    make_trainer(data, peft=None, margin_scale=0.1)
+    make_trainer(comparisons(4), peft=None)
+    assert "margin_scale" not in caplog.text
+    with pytest.raises(UserError, match="margin_scale: must be 0 or positive, got -1"):
+        make_trainer(data, peft=None, margin_scale=-1)
 
 
 TWO_PROCESSES = """
@@ -431,12 +477,54 @@ def test_a_peft_config_that_freezes_the_head_is_refused(make_trainer, config, me
         make_trainer(comparisons(2), peft=config)
 
 
+def tiny_config_of(model, **changes):
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_a_model_that_is_trained_whole_has_fp32_weights_or_a_warning(seqcls, chat_tokenizer, tmp_path, caplog):
+    seqcls.bfloat16().save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    args = BradleyTerryConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    trainer = BradleyTerryTrainer(str(tmp_path / "base"), args, comparisons(4))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32} and "rounded away" not in caplog.text
+    BradleyTerryTrainer(seqcls, args, comparisons(4), processing_class=chat_tokenizer)
+    assert "model is trained whole and its weights are bfloat16: updates far smaller" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"padding_side": "right"}, {"pad_token": None}], ids=["right", "no pad"])
+def test_neither_the_pad_side_nor_a_missing_pad_token_changes_what_is_learnt(
+    make_trainer, tiny_config, chat_tokenizer, change
+):
+    found = []
+    for changes in ({}, change):
+        for name, value in changes.items():
+            setattr(chat_tokenizer, name, value)
+        torch.manual_seed(0)
+        options = {"max_steps": 2, "layout": "plain", "folder": f"out{len(found)}"}
+        trainer = make_trainer(comparisons(6), model=LlamaForSequenceClassification(tiny_config), **options)
+        trainer.train()
+        found.append((trainable(trainer.model), trainer.evaluate(comparisons(5, seed=1))["eval_nll"]))
+    (weights, nll), (others, other) = found
+    assert other == pytest.approx(nll, abs=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-5)
+
+
 def test_other_refusals(make_trainer, seqcls, tiny_llama, chat_tokenizer, tmp_path):
     frozen = get_peft_model(seqcls, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="the score head of this PeftModel is frozen"):
         make_trainer(comparisons(2), model=frozen, peft=None)
     with pytest.raises(UserError, match="LlamaForCausalLM has no `score` head"):
         make_trainer(comparisons(2), model=tiny_llama)
+    two_labels = LlamaForSequenceClassification(tiny_config_of(seqcls, num_labels=2))
+    for model in (two_labels, get_peft_model(two_labels, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))):
+        with pytest.raises(UserError, match="its score head has 2 outputs: load it with num_labels=1"):
+            make_trainer(comparisons(2), model=model, peft=None)
+    with pytest.raises(UserError, match="prediction_loss_only: the loss over the set is computed from its scores"):
+        BradleyTerryConfig(output_dir=str(tmp_path), prediction_loss_only=True, bf16=False)
     with pytest.raises(UserError, match="overflow: 'crop' does not exist; choose one of error, drop"):
         BradleyTerryConfig(output_dir=str(tmp_path), overflow="crop", bf16=False)
     chat_tokenizer.chat_template = None
@@ -460,6 +548,16 @@ def test_overflow_is_never_silent(make_trainer, caplog):
     trainer = make_trainer(data, peft=None, max_length=20, overflow="truncate_completion")
     assert max(len(r["prompt_ids"]) + len(ids) for r in trainer.train_dataset for ids in r["completion_ids"]) == 20
     assert trainer.data_reports["train"].flagged == {"truncate_completion": [1]}
+    trainer = make_trainer(data.select([0]), eval_dataset=data, peft=None, max_length=20, overflow="drop")
+    assert trainer.data_reports["eval"].dropped == {"over max_length=20": [1]} and len(trainer.eval_dataset) == 2
+    assert "eval: 2 of 3 rows kept; 1 dropped: over max_length=20 (row 1)" in caplog.text
+    asked = Dataset.from_list([{"prompt": "day " * 40, "chosen": "good", "rejected": "bad"}])
+    trainer = make_trainer(
+        data.select([0]), eval_dataset=asked, peft=None, max_length=20, overflow="truncate_prompt_left"
+    )
+    (row,) = trainer.eval_dataset
+    assert len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) == 20
+    assert trainer.data_reports["eval"].flagged == {"truncate_prompt_left": [0]}
     assert make_trainer(data, peft=None, max_length=None).data_reports["train"].kept == 3
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import evaluate
 
-NAMES = ("longer_wins_gain", "pairwise_accuracy", "preference_calibration", "preference_nll")
+NAMES = ("longer_wins_gain", "pairwise_accuracy", "preference_calibration", "preference_groups", "preference_nll")
 
 
 def load_metric(name: str) -> evaluate.Metric:

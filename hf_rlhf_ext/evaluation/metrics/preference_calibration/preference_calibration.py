@@ -3,7 +3,7 @@
 import evaluate
 
 from hf_rlhf_ext.evaluation.metrics.info import preference_info
-from hf_rlhf_ext.metrics.preference import brier_score, calibration_error
+from hf_rlhf_ext.metrics.preference import brier_score, calibration_error, reliability_bins
 
 _DESCRIPTION = """Brier score and expected calibration error (Guo et al. 2017) of the chances sigma(r_i - r_j)."""
 
@@ -11,11 +11,12 @@ _INPUTS = """n_bins (optional): bins of the calibration error, 10."""
 
 
 class PreferenceCalibration(evaluate.Metric):
-    """`brier` and `ece`."""
+    """`brier`, `ece`, and `reliability`: the bins of a reliability diagram with `n`, `confidence` and `accuracy`."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)
 
     def _compute(self, predictions, references, n_bins=10):
         ece = calibration_error(predictions, references, n_bins)
-        return {"brier": brier_score(predictions, references), "ece": ece}
+        bins = reliability_bins(predictions, references, n_bins)
+        return {"brier": brier_score(predictions, references), "ece": ece, "reliability": bins}
