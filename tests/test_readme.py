@@ -85,6 +85,7 @@ def test_benchmark_of_the_readme_is_the_committed_one():
     for label, dtype, trl, mine in [
         ("pairs, TRL's micro-batch 16", "bfloat16", "trl, micro-batch 16", ours),
         ("the same with gradient checkpointing", "bfloat16", "trl, 16, checkpointing", "ours, 16, checkpointing"),
+        ("", "float32", "trl, 16, checkpointing", "ours, 16, checkpointing"),
         ("TRL's micro-batch 4", "bfloat16", "trl, micro-batch 4", ours),
         ("", "float32", "trl, micro-batch 4", ours),
         ("TRL's micro-batch 1", "float32", "trl, micro-batch 1", ours),
@@ -103,7 +104,16 @@ def test_benchmark_of_the_readme_is_the_committed_one():
     for dtype, short in (("bfloat16", "bf16"), ("float32", "fp32")):
         assert f"{sum(found[dtype]['minutes'].values())} minutes in {short}" in text
         assert f"{found[dtype]['results']['limit_fraction']:.0%} in {short}" in text
-        assert f"{found[dtype]['results']['max_score_diff']:.0e}".replace("e-0", "e-") in text
+    largest = max(found[dtype]["results"]["max_score_diff"] for dtype in ("bfloat16", "float32"))
+    assert f"differ by {largest:.0e} at most".replace("e-0", "e-") in text
+    for dtype, measured in (("bfloat16", ours), ("float32", "ours, K = 4")):
+        fewer = []
+        for k in (4, 9):
+            trl, mine = (found[dtype]["runs"][name] for name in (f"trl, K = {k} as pairs", f"ours, K = {k}"))
+            ratio = trl["tokens_per_s"] / trl["pairs_per_s"] * mine["pairs_per_s"] / mine["tokens_per_s"]
+            fewer.append(f"{ratio:.1f}")
+        assert f"{fewer[0]} and {fewer[1]} times" in text
+        assert f"{found['float32']['runs'][measured]['prompt_tokens']} tokens)" in text
     too_large = found["float32"]["runs"]["trl, micro-batch 16"]["available_gb"]
     assert f"does not fit into {too_large:.0f} GB" in text
 
