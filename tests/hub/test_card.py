@@ -459,5 +459,9 @@ def test_a_trainer_pushed_from_python_has_a_card_with_its_last_evaluation(
     key, label = ("eval_objective/kl", "KL to the") if policy else ("eval_accuracy", "Pairwise accuracy")
     value = trainer.evaluate()[key]
     trainer.push_to_hub()
-    (row,) = [line for line in ModelCard.load("alice/out").text.splitlines() if f"| {label}" in line]
+    text = ModelCard.load("alice/out").text
+    (row,) = [line for line in text.splitlines() if f"| {label}" in line]
     assert f" {value:.3f} " in row and row.endswith("| 4 |")
+    if not policy:
+        assert "](evaluation.png)" in text and hub.files("alice/out")["evaluation.png"].startswith(b"\x89PNG")
+        assert re.search(r"^\| length gap \| .* \| \d\.\d{3} \| 4 \|$", text, re.MULTILINE)
