@@ -156,6 +156,16 @@ MEMORY = re.compile(
 )
 
 
+@pytest.mark.parametrize(
+    "dtype, use_peft, expected",
+    [("auto", True, "auto"), ("auto", False, "float32"), ("bfloat16", False, "bfloat16")],
+)
+def test_weights_that_are_trained_themselves_are_fp32_unless_asked_otherwise(dtype, use_peft, expected):
+    argv = ["--dataset_name", "x.jsonl", "--dtype", dtype, "--use_peft", str(use_peft).lower()]
+    *_, model_args, args = parse_recipe(dataclasses("reward"), argv, defaults=machine_defaults())
+    assert model_args.base_options(args)["dtype"] == expected
+
+
 def test_the_memory_of_the_embedded_model_is_what_its_shapes_give():
     path = RECIPES / "configs" / "smollm2-135m" / "reward.yaml"
     sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
