@@ -224,6 +224,15 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
     return train.select(range(rows)), heldout
 
 
+def check_heldout(args: TrainingArguments, heldout: Dataset) -> None:
+    """Refuses evaluation in training without rows, before a model is loaded: Trainer would say so after that."""
+    if (strategy := args.eval_strategy.value) != "no" and not len(heldout):
+        raise UserError(
+            f"eval_strategy: {strategy} needs held-out rows: pass --eval_rows or --dataset_test_split, or "
+            "--eval_strategy no."
+        )
+
+
 def _prompt(row: dict[str, Any]) -> str:
     """What tells two prompts apart: the prompt, a conversation without its last turn, or all of a row of plain text."""
     return str(row["prompt"] if "prompt" in row else row["messages"][:-1] if "messages" in row else row)

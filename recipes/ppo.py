@@ -38,7 +38,6 @@ from transformers import EarlyStoppingCallback, PreTrainedModel
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.data.formats import load_rows
 from hf_rlhf_ext.data.text import plain_text
-from hf_rlhf_ext.hub.card import chat_option
 from hf_rlhf_ext.hub.push import later_command
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
@@ -169,7 +168,7 @@ def train_ppo(
         "plot": "curves.png",
         "caption": "reward, KL, entropy, length, critic and β over optimizer steps",
         "relation": "adapter" if isinstance(model, PeftModel) or model_args.use_peft else "finetune",
-        **chat_option(tokenizer),
+        "chat": tokenizer.chat_template is not None,
         **source,
     }
     if len(test):

@@ -31,7 +31,6 @@ from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenise_row
 from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward
-from hf_rlhf_ext.hub.card import chat_option
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.metrics.preference import JudgedPairs
 from hf_rlhf_ext.modeling.adapters import bare_model
@@ -42,6 +41,7 @@ from hf_rlhf_ext.scripts import (
     ComparisonArguments,
     DataArguments,
     ModelArguments,
+    check_heldout,
     check_push,
     finish_run,
     hub_dataset,
@@ -90,11 +90,7 @@ def train_reward(
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     start = time.monotonic()
     train, heldout = _read(data, comparisons)
-    if args.eval_strategy.value != "no" and not len(heldout):  # Trainer would say so when the model is loaded
-        raise UserError(
-            f"eval_strategy: {args.eval_strategy.value} needs held-out rows: pass --eval_rows or --dataset_test_split, "
-            "or --eval_strategy no."
-        )
+    check_heldout(args, heldout)
     about = hub_dataset(data)
     trainer = BradleyTerryTrainer(
         load_base_model(
@@ -120,9 +116,7 @@ def train_reward(
             plot_judged(trainer.judged, Path(args.output_dir) / "evaluation.png")
     else:
         (Path(args.output_dir) / "evaluation.png").unlink(missing_ok=True)  # an earlier run's
-    card = (
-        about | _card(data, model_args, args, rows=len(trainer.train_dataset)) | chat_option(trainer.processing_class)
-    )
+    card = about | _card(data, model_args, args, trainer.processing_class, rows=len(trainer.train_dataset))
     report = {"reward_model": measured | (extra_report or {})}
     given = (data, comparisons or ComparisonArguments(), model_args, args)
     return finish_run(args, "reward_model", report, given, seconds=time.monotonic() - start, card=card)
@@ -169,8 +163,8 @@ def train_ensemble(
             bins, xlabel = checked.reliability, f"reward, {ensemble.combine} of the members"
             plot_judged(checked.judged, folder / "evaluation.png", bins=bins, xlabel=xlabel)
     given = (data, comparisons or ComparisonArguments(), ensemble, model_args, args)
-    asked = chat_option(load_tokenizer(str(folder / names[0]), trust_remote_code=args.trust_remote_code))
-    card = about | _card(data, model_args, args, rows=len(train)) | asked
+    tokenizer = load_tokenizer(str(folder / names[0]), trust_remote_code=args.trust_remote_code)
+    card = about | _card(data, model_args, args, tokenizer, rows=len(train))
     return finish_run(
         args, "reward_model", {"reward_model": measured}, given, seconds=time.monotonic() - start, card=card
     )
@@ -212,7 +206,9 @@ def _read(data: DataArguments, comparisons: ComparisonArguments | None) -> tuple
     return train_and_heldout(refine(rows, comparisons or ComparisonArguments()), data, test)
 
 
-def _card(data: DataArguments, model_args: ModelArguments, args: BradleyTerryConfig, *, rows: int) -> dict[str, Any]:
+def _card(
+    data: DataArguments, model_args: ModelArguments, args: BradleyTerryConfig, tokenizer: Any, *, rows: int
+) -> dict[str, Any]:
     """Arguments of `write_card`; the plot where one was drawn."""
     source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=rows)
     plotted = (Path(args.output_dir) / "evaluation.png").is_file()
@@ -221,6 +217,7 @@ def _card(data: DataArguments, model_args: ModelArguments, args: BradleyTerryCon
         "lineage": {"comparisons": source},
         "plot": "evaluation.png" if plotted else None,
         "relation": "adapter" if model_args.use_peft else "finetune",
+        "chat": tokenizer.chat_template is not None,
     }
 
 

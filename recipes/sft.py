@@ -25,7 +25,6 @@ from trl import SFTConfig, SFTTrainer
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.data.formats import UnknownFormat, load_demonstrations, load_rows
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
-from hf_rlhf_ext.hub.card import chat_option
 from hf_rlhf_ext.hub.trainer import HubMixin
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -33,6 +32,7 @@ from hf_rlhf_ext.scripts import (
     DataArguments,
     DemonstrationArguments,
     ModelArguments,
+    check_heldout,
     check_push,
     choose_demonstrations,
     finish_run,
@@ -69,6 +69,7 @@ def train_sft(
     about = hub_dataset(data)
     rows, chosen = choose_demonstrations(rows, options)
     train, heldout = train_and_heldout(rows, data, test)
+    check_heldout(args, heldout)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
     )
@@ -94,7 +95,7 @@ def train_sft(
         "base_model": public_name(model_args.model_name_or_path),
         "lineage": {"demonstrations": source},
         "relation": "adapter" if model_args.use_peft else "finetune",
-        **chat_option(tokenizer),
+        "chat": tokenizer.chat_template is not None,
         **about,
     }
     given = (data, options, model_args, args)

@@ -158,7 +158,8 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
 
 
 def test_reward_study_of_the_readme_is_the_committed_one():
-    found = json.loads((ROOT / "docs" / "study" / "reward_model.json").read_text(encoding="utf-8"))["summary"]
+    study = json.loads((ROOT / "docs" / "study" / "reward_model.json").read_text(encoding="utf-8"))
+    found = study["summary"]
     text = " ".join(README.split())
     rows = []
     for seed in found["seeds"]:
@@ -168,7 +169,7 @@ def test_reward_study_of_the_readme_is_the_committed_one():
     difference = "{:.3f} ({:.3f} to {:.3f})".format(*found["ours_minus_trl"]).replace("-", "−")
     assert f"ours minus TRL's is {difference}" in text
     assert f'"longer wins" reaches {found["longer_wins"]:.3f}' in text
-    whole = json.loads((ROOT / "docs" / "study" / "reward_model.json").read_text(encoding="utf-8"))["runs"]["ours-all"]
+    whole = study["runs"]["ours-all"]
     reached = "{:.3f} ({:.3f} to {:.3f})".format(*found["ours-all"])
     assert f"all {whole['pairs']:,} other pairs reaches {reached}, in {whole['cpu_minutes']:.0f} CPU minutes" in text
 

@@ -78,11 +78,6 @@ def card_from_report(report: Mapping[str, Any], **changes: Any) -> str | None:
     return render_card(**options | changes, report=report) if options else None
 
 
-def chat_option(tokenizer: Any) -> dict[str, bool]:
-    """The card's option `chat` where it differs from the usual: a tokenizer without a chat template."""
-    return {} if getattr(tokenizer, "chat_template", None) else {"chat": False}
-
-
 FROM_PYTHON = "# started from Python, not by a recipe"
 _LOGGED = {
     "policy": {"objective/kl": "kl", "objective/scores": "proxy_after", "completions/mean_length": "mean_length_after"},
@@ -113,7 +108,7 @@ def trainer_report(trainer: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     card |= {"base_model": Path(name).resolve().name if Path(name := base.config.name_or_path).exists() else name}
     card |= {"relation": "adapter" if base is not model else "finetune"}
-    card |= chat_option(trainer.processing_class)
+    card |= {"chat": trainer.processing_class.chat_template is not None}
     about = {"seed": args.seed, "hardware": hardware(), "versions": versions(), "command": FROM_PYTHON, "card": card}
     return {"ppo" if kind == "policy" else kind: measured, **about}
 

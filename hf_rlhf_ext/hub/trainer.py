@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import UserError
-from ..metrics.plots import plot_judged
 from .card import FROM_PYTHON, trainer_report
 from .push import create_private_repo, push_files, run_files, try_push
 
@@ -64,6 +63,8 @@ class HubMixin:
         if not report.is_file() or FROM_PYTHON in report.read_text(encoding="utf-8"):  # no recipe's: of the last push
             made = trainer_report(self)
             if (judged := getattr(self, "judged", None)) is not None:  # a reward model's last evaluation
+                from ..metrics.plots import plot_judged  # matplotlib: only a push needs it
+
                 made["card"]["plot"] = plot_judged(judged, report.with_name("evaluation.png")).name
             report.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         options = push_options(self.args) | {"message": commit_message or "Upload"}

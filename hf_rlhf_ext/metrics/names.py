@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .preference import PERCENTILES
+PERCENTILES = (5, 50, 95)
+"""Of the scores of chosen and rejected completions, as an evaluation logs them."""
 
 
 class Metric(NamedTuple):

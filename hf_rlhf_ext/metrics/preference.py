@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
+from .names import PERCENTILES
+
 TIE_THRESHOLD = math.log(3)
 """|Δ| in reward below which σ(Δ) is nearer to 0.5 than to 0 or 1: the model says "tie"."""
-
-PERCENTILES = (5, 50, 95)
-"""Of the scores of chosen and rejected completions, as an evaluation logs them."""
 
 
 def pairwise_accuracy(deltas: np.ndarray, targets: np.ndarray) -> float:

@@ -65,13 +65,13 @@ class RewardEnsemble:
         `options` are those of `RewardScorer.from_pretrained`; `combine` and `penalty` default to what was saved.
         """
         saved: dict[str, Any] = {}
+        revision, code = options.pop("revision", None), options.get("trust_remote_code", False)
         if not isinstance(folders, list):
-            root = local_folder(folders, options.pop("revision", None), code=options.get("trust_remote_code", False))
+            root = local_folder(folders, revision, code=code)
             if not (root / ENSEMBLE_FILE).is_file():
                 raise UserError(f"{folders}: no {ENSEMBLE_FILE}: give the folders of the members as a list.")
             saved = json.loads((root / ENSEMBLE_FILE).read_text())
             folders = [root / name for name in saved["members"]]
-        revision, code = options.pop("revision", None), options.get("trust_remote_code", False)
         folders = [local_folder(folder, revision, code=code) for folder in folders]
         first = RewardScorer.from_pretrained(folders[0], **options)
         members = [first] + [_member(folder, k, first, folders[0], options) for k, folder in enumerate(folders) if k]

@@ -87,9 +87,10 @@ def test_options_that_are_missing_or_impossible(refusal):
         "give a reward: --reward_model FOLDER, or --reward_funcs package.module.function."
     )
     assert refusal("ppo", temperature=0).startswith("temperature must be positive, got 0.0")
-    assert refusal("reward", eval_strategy="steps", eval_steps=1) == (
-        "eval_strategy: steps needs held-out rows: pass --eval_rows or --dataset_test_split, or --eval_strategy no."
-    )
+    for recipe in ("sft", "reward"):
+        assert refusal(recipe, eval_strategy="steps", eval_steps=1) == (
+            "eval_strategy: steps needs held-out rows: pass --eval_rows or --dataset_test_split, or --eval_strategy no."
+        )
     assert refusal("reward", overflow="cut").startswith(
         "argument --overflow: invalid choice: 'cut' (choose from 'error'"
     )

@@ -75,9 +75,8 @@ def test_evaluation_equals_an_independent_count_however_batched(make_trainer, se
     assert metrics["eval_pairs"] == sum(len(row["pairs"]) for row in data)
     assert 0 <= metrics["eval_accuracy_ties"] <= 1
     judged = trainer.judged
-    calibrated = {"brier": brier_score, "ece": calibration_error}
-    for name, function in calibrated.items():
-        assert metrics[f"eval_{name}"] == function(judged.deltas, judged.targets)
+    assert metrics["eval_brier"] == brier_score(judged.deltas, judged.targets)
+    assert metrics["eval_ece"] == calibration_error(judged.deltas, judged.targets)
     assert metrics["eval_gain"] == pytest.approx(expected["accuracy"] - expected["longer"], abs=1e-12)
     assert metrics["eval_gain_low"] <= metrics["eval_gain"] <= metrics["eval_gain_high"]
     assert metrics["eval_accuracy_low"] <= metrics["eval_accuracy"] <= metrics["eval_accuracy_high"]
@@ -237,9 +236,9 @@ def test_best_model_is_chosen_by_the_true_accuracy(make_trainer):
     assert found.keys() == best.keys() and all(torch.equal(found[name], best[name]) for name in best)
     last = load_file(trainer.args.output_dir + "/checkpoint-6/adapter_model.safetensors")
     assert seen[-1] < max(seen) and any(not torch.equal(last[name], best[name]) for name in best)
-    head = RewardScorer(trainer.model, trainer.processing_class)
+    scorer = RewardScorer(trainer.model, trainer.processing_class)
     rows = trainer._normalization_rows
-    scores = head.score_ids([row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]])
+    scores = scorer.score_ids([row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]])
     assert trainer.normalization.mean == pytest.approx(np.mean(scores), abs=1e-5)  # of the best weights, not the last
     assert all(p.dtype == torch.float32 for p in trainable(trainer.model).values())
 
@@ -477,13 +476,6 @@ def test_a_peft_config_that_freezes_the_head_is_refused(make_trainer, config, me
         make_trainer(comparisons(2), peft=config)
 
 
-def tiny_config_of(model, **changes):
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
-
-
 def test_a_model_that_is_trained_whole_has_fp32_weights_or_a_warning(seqcls, chat_tokenizer, tmp_path, caplog):
     seqcls.bfloat16().save_pretrained(tmp_path / "base")
     chat_tokenizer.save_pretrained(tmp_path / "base")
@@ -519,7 +511,9 @@ def test_other_refusals(make_trainer, seqcls, tiny_llama, chat_tokenizer, tmp_pa
         make_trainer(comparisons(2), model=frozen, peft=None)
     with pytest.raises(UserError, match="LlamaForCausalLM has no `score` head"):
         make_trainer(comparisons(2), model=tiny_llama)
-    two_labels = LlamaForSequenceClassification(tiny_config_of(seqcls, num_labels=2))
+    config = copy.deepcopy(seqcls.config)
+    config.num_labels = 2
+    two_labels = LlamaForSequenceClassification(config)
     for model in (two_labels, get_peft_model(two_labels, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))):
         with pytest.raises(UserError, match="its score head has 2 outputs: load it with num_labels=1"):
             make_trainer(comparisons(2), model=model, peft=None)
