@@ -15,7 +15,11 @@ SOURCES := setup.cfg pyproject.toml constraints.txt Makefile
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 # Hub calls that a test makes in spite of that meet a closed port; "CPU only" also where there is a card.
 TEST := $(OFFLINE) HF_ENDPOINT=http://127.0.0.1:9 $(PY) -m pytest
-CPU_TEST := CUDA_VISIBLE_DEVICES= $(TEST)
+# Two workers of one thread each; the tests of a group (tests/conftest.py) stay together on one of them.
+# WORKERS=0 runs all in one process, which a debugger needs.
+WORKERS ?= 2
+TESTS ?= tests
+CPU_TEST := CUDA_VISIBLE_DEVICES= $(TEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # glibc returns large temporaries to the kernel at once and faults them in again: keeping them makes CPU forwards 20-30 %
 # faster. The settings mean nothing elsewhere.
@@ -24,11 +28,11 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint format bench bench-reward bench-ppo bench-ppo-memory study-noise study-reward study-ppo cards clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint density format bench bench-reward bench-ppo bench-ppo-memory study-noise study-reward study-ppo golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@sed -n 's/^\([a-z][a-z-]*\):.*  ## /\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*  ## /\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
 
 venv: $(STAMP)  ## makes or updates .venv with the tested versions (constraints.txt); PYTHON=python3.12 picks another Python
 
@@ -54,51 +58,57 @@ $(STAMP): $(SOURCES)
 	@mv $@.new $@
 
 quickstart: $(STAMP)  ## the whole pipeline on one machine; SEED=1, SIZE=small, OUT=folder, FRESH=1 starts afresh
-	$(OFFLINE) $(MALLOC) $(PY) recipes/quickstart.py --size $(SIZE) --seed $(SEED) --output_dir "$(OUT)"$(if $(FRESH), --overwrite)
+	$(OFFLINE) $(MALLOC) $(PY) -m hf_rlhf_ext quickstart --size $(SIZE) --seed $(SEED) --output_dir "$(OUT)"$(if $(FRESH), --overwrite)
 
-test: $(STAMP)  ## all tests that need no GPU; ARGS="-k name" is passed to pytest
-	$(CPU_TEST) tests -m "not gpu" $(ARGS)
+test: $(STAMP)  ## all tests that need no GPU; TESTS=tests/ppo a part, ARGS="-k name" is passed to pytest, WORKERS=4 processes instead of 2
+	$(CPU_TEST) $(TESTS) -m "not gpu" $(ARGS)
 
 test-fast: $(STAMP)  ## the same without the slow ones
-	$(CPU_TEST) tests -m "not gpu and not slow" $(ARGS)
+	$(CPU_TEST) $(TESTS) -m "not gpu and not slow" $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need one CUDA device
-	$(TEST) tests -m gpu $(ARGS)
+	$(TEST) $(TESTS) -m gpu $(ARGS)
 
 lint: $(STAMP)  ## what CI checks before the tests; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@$(PY) tests/library_size.py 9000
+
+density: $(STAMP)  ## a table of the library's size and readability: lines, comments, syntax-tree nodes a line
+	@$(PY) tests/density.py
 
 format: $(STAMP)  ## rewrites files in place
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP)  ## the benchmarks (tests/benchmarks/bench_*.py), on an otherwise idle machine; never in CI
-	@if [ -d tests/benchmarks ]; then $(OFFLINE) $(MALLOC) $(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS); \
-	else echo "no benchmarks yet: tests/benchmarks is not there"; fi
+bench: $(STAMP)  ## reading and reporting on 100,000 rows (benchmarks/bench_*.py), on an otherwise idle machine; never in CI
+	$(OFFLINE) $(MALLOC) $(PY) -m pytest benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS)
 
 bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about half an hour on idle cores; ARGS="k4 k9" is a part)
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/reward_model.py $(ARGS)
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/reward_model.py $(ARGS)
 
 bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's: time, memory, stages (about 15 minutes on idle cores, fetches TRL 1.12's wheel)
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/ppo.py $(ARGS)
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo.py $(ARGS)
 
 bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base
-	$(OFFLINE) $(PY) tests/benchmarks/ppo_memory.py
+	$(OFFLINE) $(PY) benchmarks/ppo_memory.py
 
 study-ppo: $(STAMP)  ## PPO on two small models, three seeds (resumable by run): docs/study/ppo.json and .png
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/ppo_study.py $(ARGS)
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo_study.py $(ARGS)
 
 study-noise: $(STAMP)  ## reward models on noisy labels (about 15 minutes, resumable): docs/study/label_noise.json and .png
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/label_noise.py
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/label_noise.py
 
 study-reward: $(STAMP)  ## reward models by our trainer and by TRL's (hours, resumable by run): docs/study/reward_model.json
-	$(OFFLINE) $(MALLOC) $(PY) tests/benchmarks/reward_study.py $(ARGS)
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/reward_study.py $(ARGS)
+
+# Numbers depend on machine and versions, so that nothing is kept: both trees are trained each time.
+golden: $(STAMP)  ## BASE=commit: trains small runs of that commit and of this tree; every weight and metric is equal, or it fails (5 minutes)
+	@[ -n "$(BASE)" ] || { echo "error: make golden BASE=commit: which commit to compare with?" >&2; exit 2; }
+	CUDA_VISIBLE_DEVICES= $(OFFLINE) $(PY) benchmarks/golden.py against "$(BASE)" $(ARGS)
 
 cards: $(STAMP)  ## writes the finished cards in model_cards/ again, each from the report.json beside it
 	$(OFFLINE) $(PY) -m hf_rlhf_ext.hub.card model_cards/*
 
 clean:  ## removes builds and caches; never .venv, never runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find hf_rlhf_ext recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hf_rlhf_ext recipes tests $(wildcard benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from .compat import require_supported_trl
 from .errors import UserError
+from .publishing import Publisher, set_publisher
 
 if TYPE_CHECKING:
     from .data.collators import DataCollatorForComparisons
-    from .data.formats import load_comparisons, load_demonstrations
-    from .data.quality import quality_report
     from .hub.card import write_card
     from .hub.dataset import push_comparisons
     from .hub.push import push_run
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from .modeling.stack import AdapterStack
     from .ppo.config import PPOConfig
     from .ppo.trainer import PPOTrainer
+    from .quality.report import quality_report
+    from .readers.formats import load_comparisons, load_demonstrations
     from .reward.config import BradleyTerryConfig
     from .reward.ensemble import RewardEnsemble
     from .reward.export import export_merged
@@ -38,13 +39,13 @@ _HOMES = {
     "RewardScorer": "reward.scorer",
     "export_merged": "reward.export",
     "load_base_model": "modeling.loading",
-    "load_comparisons": "data.formats",
-    "load_demonstrations": "data.formats",
+    "load_comparisons": "readers.formats",
+    "load_demonstrations": "readers.formats",
     "load_policy": "modeling.loading",
     "load_tokenizer": "modeling.loading",
     "push_comparisons": "hub.dataset",
     "push_run": "hub.push",
-    "quality_report": "data.quality",
+    "quality_report": "quality.report",
     "write_card": "hub.card",
 }
 
@@ -72,6 +73,16 @@ __all__ = [
 
 require_supported_trl()
 
+
+def _hub_publisher() -> Publisher:
+    """The trainers' way to the Hub; imported when the first trainer is built, as the trainers know nothing of it."""
+    from .hub.publisher import HubPublisher
+
+    return HubPublisher()
+
+
+set_publisher(_hub_publisher)
+
 try:
     __version__ = version("hf-rlhf-ext")
 except PackageNotFoundError:  # a checkout that was put on sys.path without being installed
@@ -82,7 +93,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # so that this function is asked once a name
+    globals()[name] = value  # so that this function is asked once per name
     return value
 
 

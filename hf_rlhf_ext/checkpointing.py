@@ -1,4 +1,4 @@
-"""Which checkpoint to resume from: only one that was written to its end."""
+"""Which checkpoint to resume from: only a complete one."""
 
 import json
 import re
@@ -6,45 +6,61 @@ from pathlib import Path
 
 from .errors import UserError
 
+_STATE_FILE = "trainer_state.json"
+
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` that is whole, or None.
-
-    `trainer_state.json` is the last file that Trainer writes: where it is missing or cut off, the run was killed in the
-    middle of a save, and the checkpoint before it is the one to take.
-    """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if is_complete(folder):
-            return str(folder)
+    """The newest `checkpoint-N` that is complete, or None."""
+    folder_of_step = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        # Left out: a folder that was set aside by hand, such as `checkpoint-100-old`.
+        named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if named:
+            folder_of_step[int(named[1])] = folder
+    for step in sorted(folder_of_step, reverse=True):
+        if is_complete(folder_of_step[step]):
+            return str(folder_of_step[step])
     return None
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether the checkpoint was written to its end."""
+    """Whether the checkpoint was saved completely.
+
+    `trainer_state.json` is the last file that Trainer writes. Where it is missing or cut off, the run was killed in the
+    middle of a save, and the checkpoint before it is the one to use.
+    """
     try:
-        json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        json.loads((Path(checkpoint) / _STATE_FILE).read_text())
     except (OSError, ValueError):
         return False
     return True
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
-    """What `Trainer.train` should resume from; `True` takes the last complete checkpoint in `output_dir`."""
-    if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
+    """What `Trainer.train` should resume from; `True` means the last complete checkpoint in `output_dir`.
+
+    Raises:
+        UserError: a checkpoint that does not exist or is incomplete, or none in `output_dir`.
+    """
+    # A config file and the command line give true and false as text.
+    asked = str(resume_from_checkpoint).lower()
+    if not resume_from_checkpoint or asked == "false":
         return None
-    if str(resume_from_checkpoint).lower() != "true":
-        if not Path(resume_from_checkpoint).is_dir():
-            raise UserError(f"resume_from_checkpoint: no folder {resume_from_checkpoint}: give a checkpoint, or true.")
-        if not is_complete(resume_from_checkpoint):
+
+    if asked == "true":
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None:
             raise UserError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} was not written to its end (no whole "
-                "trainer_state.json): give another checkpoint, or true for the last whole one."
+                f"resume_from_checkpoint: no complete checkpoint in {output_dir}: start without it, or name a "
+                "checkpoint."
             )
-        return str(resume_from_checkpoint)
-    found = last_complete_checkpoint(output_dir)
-    if found is None:
+        return checkpoint
+
+    if not Path(resume_from_checkpoint).is_dir():
+        raise UserError(f"resume_from_checkpoint: no folder {resume_from_checkpoint}: give a checkpoint, or true.")
+    if not is_complete(resume_from_checkpoint):
         raise UserError(
-            f"resume_from_checkpoint: no complete checkpoint in {output_dir}: start without it, or name a checkpoint."
+            f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({_STATE_FILE} is missing or cut off): "
+            "give another checkpoint, or true for the last complete one."
         )
-    return found
+    return str(resume_from_checkpoint)

@@ -8,6 +8,8 @@ this module imports neither torch nor TRL.
 import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -42,15 +44,7 @@ _TRL_NAMES: dict[str, tuple[str, str]] = {
 
 # Methods of TRL's and Transformers' trainers that ours override; tests/test_compat.py checks their signatures.
 OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
-    "trl.RewardTrainer": (
-        "_prepare_dataset",
-        "_set_signature_columns_if_needed",
-        "compute_loss",
-        "create_model_card",
-        "evaluate",
-        "log",
-    ),
-    "transformers.Trainer": (
+    "PPOTrainer": (
         "_clip_grad_norm",
         "_determine_best_metric",
         "_finish_current_push",
@@ -66,8 +60,23 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "create_optimizer",
         "evaluate",
         "floating_point_ops",
-        "get_batch_samples",
         "get_train_dataloader",
+        "init_hf_repo",
+        "log",
+        "push_to_hub",
+        "train",
+        "training_step",
+    ),
+    "BradleyTerryTrainer": (
+        "_finish_current_push",
+        "_prepare_dataset",
+        "_push_from_checkpoint",
+        "_save",
+        "_set_signature_columns_if_needed",
+        "compute_loss",
+        "create_model_card",
+        "floating_point_ops",
+        "get_batch_samples",
         "init_hf_repo",
         "log",
         "prediction_step",
@@ -75,30 +84,44 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "train",
         "training_step",
     ),
+    "PublishingSFTTrainer": (
+        "_finish_current_push",
+        "_push_from_checkpoint",
+        "init_hf_repo",
+        "push_to_hub",
+    ),
 }
 
 
 def versions() -> dict[str, str]:
     """Installed versions of this library and of those it builds on, Python's included; absent ones are left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _REPORTED:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def require_supported_trl() -> None:
     """Raises `ImportError`, in one line, unless the installed TRL is one that this library was tested with."""
     try:
-        found = version("trl")
+        trl_version = version("trl")
     except PackageNotFoundError:
         raise ImportError(
             f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found none: pip install 'trl{TRL_SUPPORTED}'"
         ) from None
-    if not TRL_SUPPORTED.contains(found, prereleases=True):
-        raise ImportError(f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found {found}: pip install 'trl{TRL_SUPPORTED}'")
+    if not TRL_SUPPORTED.contains(trl_version, prereleases=True):
+        raise ImportError(
+            f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found {trl_version}: pip install 'trl{TRL_SUPPORTED}'"
+        )
+
+
+def accelerate_configs() -> dict[str, Path]:
+    """Configurations for `accelerate launch` that TRL ships in `trl/accelerate_configs`, by name: `multi_gpu`, …"""
+    folder = Path(find_spec("trl").origin).parent / "accelerate_configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def __getattr__(name: str) -> Any:

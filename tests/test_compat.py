@@ -11,10 +11,10 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-import trl
 from peft import LoraConfig, get_peft_model
 
 from hf_rlhf_ext import compat
+from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.ppo.trainer import PPOTrainer
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
@@ -164,7 +164,7 @@ def test_contract_of_use_adapter(tiny_llama, name):
     assert model.active_adapter == "default" and torch.equal(model(input_ids=IDS).logits, expected)
 
 
-# Overridden methods: (upstream class, method) -> the parameters that ours takes in the same places.
+# Overridden methods: name -> the parameters that upstream passes, in this order.
 
 SIGNATURES = {
     "_clip_grad_norm": ["self", "model"],
@@ -204,47 +204,59 @@ SIGNATURES = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
 }
-UPSTREAM = {"trl.RewardTrainer": trl.RewardTrainer, "transformers.Trainer": transformers.Trainer}
-OVERRIDDEN = [(owner, name) for owner, names in compat.OVERRIDDEN_METHODS.items() for name in names]
+TRAINERS = {
+    "PPOTrainer": PPOTrainer,
+    "BradleyTerryTrainer": BradleyTerryTrainer,
+    "PublishingSFTTrainer": PublishingSFTTrainer,
+}
+OVERRIDDEN = [(trainer, method) for trainer, methods in compat.OVERRIDDEN_METHODS.items() for method in methods]
 
 
-@pytest.mark.parametrize("owner, name", OVERRIDDEN)
-def test_an_overridden_method_exists_and_takes_what_ours_takes(owner, name):
-    method = getattr(UPSTREAM[owner], name)
-    assert parameters(method) == SIGNATURES[name]
-    for ours in (PPOTrainer, BradleyTerryTrainer):
-        func = getattr(ours, name, None)
-        if func is None or func is getattr(transformers.Trainer, name, None) or name not in overrides(ours):
-            continue
-        bound = inspect.signature(func)
-        arguments = dict.fromkeys(parameters(method)[1:])
-        required = [key for key in arguments if key not in defaults(method)]
-        bound.bind(None, *(None for _ in required))  # as upstream calls it, by position
-        bound.bind(None, **arguments)  # and by name
+def upstream_method(trainer, name):
+    """The method of that name that the trainer would inherit from TRL or Transformers; None where there is none.
+
+    Where TRL's own passes everything on (`*args, **kwargs`), it is the next one, which names its parameters.
+    """
+    for cls in trainer.__mro__:
+        if cls.__module__.startswith(("trl.", "transformers.")) and name in vars(cls):
+            method = vars(cls)[name]
+            if parameters(method) != ["self", "args", "kwargs"]:
+                return method
+    return None
 
 
-def overrides(ours):
+def overrides(trainer):
     """Methods of TRL's and Transformers' trainers that a class of this library has its own version of."""
-    own = [cls for cls in ours.__mro__ if cls.__module__.startswith("hf_rlhf_ext")]
-    upstream = [cls for cls in ours.__mro__ if cls.__module__.startswith(("trl", "transformers"))]
-    named = {name for cls in own for name, value in vars(cls).items() if inspect.isfunction(value)} - {"__init__"}
-    return {name for name in named if any(name in vars(cls) for cls in upstream)}
+    names = set()
+    for cls in trainer.__mro__:
+        if cls.__module__.startswith("hf_rlhf_ext."):
+            names |= {name for name, value in vars(cls).items() if inspect.isfunction(value)}
+    return {name for name in names - {"__init__"} if upstream_method(trainer, name) is not None}
 
 
-@pytest.mark.parametrize(
-    "ours, owners",
-    [(PPOTrainer, ["transformers.Trainer"]), (BradleyTerryTrainer, ["trl.RewardTrainer", "transformers.Trainer"])],
-)
-def test_the_list_names_every_override(ours, owners):
-    listed = {name for owner in owners for name in compat.OVERRIDDEN_METHODS[owner]}
-    assert overrides(ours) - listed == set()
+@pytest.mark.parametrize("trainer, name", OVERRIDDEN)
+def test_an_overridden_method_exists_and_takes_what_ours_takes(trainer, name):
+    upstream = upstream_method(TRAINERS[trainer], name)
+    assert upstream is not None, f"{name} is not there any more"
+    assert parameters(upstream) == SIGNATURES[name]
+    ours = inspect.signature(getattr(TRAINERS[trainer], name))
+    arguments = dict.fromkeys(parameters(upstream)[1:])
+    required = [key for key in arguments if key not in defaults(upstream)]
+    ours.bind(None, *(None for _ in required))  # as upstream calls it, by position
+    ours.bind(None, **arguments)  # and by name
 
 
-def test_the_list_names_nothing_else():
-    assert {name for _, name in OVERRIDDEN} - overrides(PPOTrainer) - overrides(BradleyTerryTrainer) == set()
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_list_names_every_override_and_nothing_else(trainer):
+    assert set(compat.OVERRIDDEN_METHODS[trainer]) == overrides(TRAINERS[trainer])
 
 
-# Behaviour of Trainer's own loop that the trainers count on.
+def test_every_trainer_is_in_the_list():
+    assert compat.OVERRIDDEN_METHODS.keys() == TRAINERS.keys()
+    assert {name for _, name in OVERRIDDEN} == SIGNATURES.keys()
+
+
+# Behavior of Trainer's own loop that the trainers count on.
 
 
 def test_trainer_scales_no_loss_that_says_it_is_scaled():

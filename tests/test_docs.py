@@ -1,19 +1,27 @@
-"""docs/coming_from_trl.md: no option of TRL's last PPO is missing; every name of ours, in the script too, exists."""
+"""The pages of docs/ name what exists, and their code works.
+
+coming_from_trl.md: no option of TRL's last PPO is missing. ppo.md: the objects that the trainer is made of.
+"""
 
 import ast
 import dataclasses
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 import hf_rlhf_ext
 from hf_rlhf_ext import PPOConfig, PPOTrainer
 from hf_rlhf_ext.metrics.names import METRICS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "coming_from_trl.md").read_text(encoding="utf-8")
+PPO_PAGE = (DOCS / "ppo.md").read_text(encoding="utf-8")
 FIELDS = {field.name: field for field in dataclasses.fields(PPOConfig)}
 ARGUMENTS = set(inspect.signature(PPOTrainer).parameters)
 
@@ -68,8 +76,8 @@ TRL_METRICS |= {"loss/value_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_va
 TRL_METRICS |= {"lr", "episode", "eps"}
 
 
-def section(title: str) -> str:
-    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title: str, page: str = PAGE) -> str:
+    return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def table(text: str, columns: int) -> list[list[str]]:
@@ -111,7 +119,7 @@ def test_what_the_options_say_beside_the_table_exists():
     words = {word for word in words if re.fullmatch(r"\w+", word)} - {"None", "generate_completions"}
     assert words - known == set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    ours = set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1])) - {"recipes/ppo.py --help"}
+    ours = set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1])) - {"hf-rlhf ppo --help"}
     assert ours <= FIELDS.keys() - inherited - theirs
 
 
@@ -142,3 +150,45 @@ def test_the_script_uses_only_public_names_and_real_options():
     config = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "PPOConfig")
     options = {keyword.arg: eval(ast.unparse(keyword.value), {}) for keyword in config.keywords}
     assert PPOConfig(**options | {"bf16": False, "use_cpu": True}).rollout_size == 64
+
+
+def test_the_objects_of_the_ppo_page_are_where_it_says():
+    rows = table(section("How PPOTrainer is built", PPO_PAGE), 3)
+    assert len(rows) > 10
+    for row in rows:
+        words = quoted(row[0])
+        files = [word for word in words if word.endswith(".py")] or ["ppo/callbacks.py"]
+        homes = [import_module(f"hf_rlhf_ext.{file.removesuffix('.py').replace('/', '.')}") for file in files]
+        classes = re.findall(r"`([A-Z]\w+)[`(]", " ".join(row))
+        where = [*homes, *map(import_module, ("hf_rlhf_ext", "hf_rlhf_ext.ppo.rollout"))]
+        for name in classes:
+            assert any(hasattr(module, name) for module in where), name
+
+
+def test_the_engine_and_the_callback_of_the_ppo_page_work(tiny_llama, chat_tokenizer, tmp_path, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PPO_PAGE, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    engine = names["CountingEngine"]()
+    trainer = PPOTrainer(
+        tiny_llama,
+        reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+        args=PPOConfig(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            num_ppo_epochs=1,
+            max_steps=2,
+            max_completion_length=4,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["one", "two", "three"]}),
+        processing_class=chat_tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[names["PrintKL"]()],
+        engine=engine,
+    )
+    trainer.train()
+    assert engine.prompts == 4
+    assert re.findall(r"^rollout (\d): -?\d+\.\d\d nats", capsys.readouterr().out, re.MULTILINE) == ["0", "1"]

@@ -1,10 +1,13 @@
-"""The direction of imports (docs: CONTRIBUTING.md): downwards only, and TRL's internals in one file.
+"""The direction of imports (CONTRIBUTING.md): three rings, inwards and downwards only; TRL's internals in one file.
 
-Read from the syntax trees, so that an import inside a function or under TYPE_CHECKING counts too.
+Read from the syntax trees, so that an import inside a function or under TYPE_CHECKING counts too, and so do calls of
+`import_module` with a name that stands there.
 """
 
 import ast
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,23 +17,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_rlhf_ext"
 
-# Lowest first. A module imports from its own sub-package and from lower layers: never upwards, never sideways.
-LAYERS = [
-    {"errors"},
-    {"compat", "checkpointing"},
-    {"metrics"},
-    {"data"},
-    {"modeling"},
-    {"reward", "ppo", "evaluation", "collect", "hub", "cli"},
-    {"scripts"},
-]
-SIDEWAYS = {
-    ("ppo", "reward.scorer"),  # PPO scores with what the reward layer trained
-    ("ppo", "reward.ensemble"),
-    ("reward", "hub.trainer"),  # a trainer knows how to push; cards are the recipes' business
-    ("ppo", "hub.trainer"),
-    ("hub", "reward.export"),
-}
+CORE = ["errors", "compat", "checkpointing", "publishing", "data", "modeling", "reward", "ppo"]
+"""What a trainer needs, lowest first."""
+KIT = ["metrics", "readers", "quality", "hub", "collect", "study"]
+"""What surrounds training, lowest first; the core imports none of it."""
+OUTERMOST = ["cli", "recipes", "__main__"]
+ORDER = CORE + KIT + OUTERMOST
+"""A module imports from its own sub-package and from those before it: never upwards, without any exception."""
+
 TRL_INTERNALS_IN = "compat"
 
 
@@ -44,10 +38,23 @@ def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             prefix = ".".join([*base, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+        elif is_import_call(node) and node.args and isinstance(node.args[0], ast.Constant):
+            name = str(node.args[0].value)
+            dots = len(name) - len(name.lstrip("."))
+            base = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
+            yield node.lineno, ".".join([*base, name.lstrip(".")])
+
+
+def is_import_call(node: ast.AST) -> bool:
+    """True for `import_module(…)`, `importlib.import_module(…)` and `__import__(…)`."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+    return name in ("import_module", "__import__")
 
 
 def level(part: str) -> int | None:
-    return next((i for i, layer in enumerate(LAYERS) if part in layer), None)
+    return ORDER.index(part) if part in ORDER else None
 
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
@@ -65,7 +72,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
             continue
         if level(parts[1]) is None or level(ours) is None:
             found.append(f"{where}: not a module of a known layer")
-        elif level(parts[1]) >= level(ours) and not is_sideways_allowed(ours, parts[1:]):
+        elif level(parts[1]) >= level(ours):
             found.append(f"{where}: not from a lower layer")
     return found
 
@@ -74,10 +81,6 @@ def is_trl_internal(path: list[str]) -> bool:
     """True for `trl.a.b` (path: a, b), where `a` is a submodule or private; False for public names such as trl.X."""
     submodules = {found.name for found in pkgutil.iter_modules(find_spec("trl").submodule_search_locations)}
     return bool(path) and (path[0] in submodules or path[0].startswith("_"))
-
-
-def is_sideways_allowed(ours: str, path: list[str]) -> bool:
-    return (ours, ".".join(path[:2])) in SIDEWAYS
 
 
 def library_files() -> dict[str, Path]:
@@ -102,8 +105,46 @@ def test_library_imports_point_downwards():
 
 
 def test_every_module_has_a_layer():
-    unknown = {module.split(".")[0] for module in library_files()} - set().union(*LAYERS)
-    assert not unknown, f"put {sorted(unknown)} into LAYERS"
+    unknown = {module.split(".")[0] for module in library_files()} - set(ORDER)
+    assert not unknown, f"put {sorted(unknown)} into CORE, KIT or OUTERMOST"
+
+
+def test_the_core_imports_nothing_of_the_kit():
+    """The same rule, spelled without the order: what a reader of the design looks for."""
+    outside = {f"{PACKAGE}.{part}" for part in KIT + OUTERMOST}
+    found = [
+        f"{module}:{line} imports {name}"
+        for module, path in library_files().items()
+        if module.split(".")[0] in CORE
+        for line, name in imported_modules(
+            path.read_text(encoding="utf-8"), f"{PACKAGE}.{module}", is_package=path.name == "__init__.py"
+        )
+        if ".".join(name.split(".")[:2]) in outside
+    ]
+    assert not found, "\n".join(found)
+
+
+WHAT_AN_IMPORT_LOADS = """
+import sys
+from importlib import import_module
+for module in sys.argv[1:]:
+    import_module(module)
+    print(*sorted(name for name in sys.modules if name.split(".")[0] in ("hf_rlhf_ext", "recipes")))
+"""
+
+
+@pytest.mark.slow  # loads torch and TRL
+def test_importing_a_trainer_loads_nothing_around_the_core():
+    """In a fresh process, where no other test has loaded anything."""
+    modules = [f"{PACKAGE}.reward.trainer", f"{PACKAGE}.ppo.trainer"]
+    command = [sys.executable, "-c", WHAT_AN_IMPORT_LOADS, *modules]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for module, line in zip(modules, done.stdout.splitlines(), strict=True):
+        loaded = line.split()
+        assert module in loaded and "recipes" not in loaded
+        parts = {name.split(".")[1] for name in loaded if "." in name}
+        assert parts - set(CORE) == set(), module
 
 
 def test_recipes_import_only_public_trl():
@@ -118,7 +159,9 @@ def test_recipes_import_only_public_trl():
 
 def test_the_root_loads_only_what_is_light():
     tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    top_level = ast.Module([node for node in tree.body if not isinstance(node, ast.If)], [])  # not TYPE_CHECKING
+    # Neither what TYPE_CHECKING guards nor what a function imports when it is called.
+    loaded = [node for node in tree.body if not isinstance(node, (ast.If, ast.FunctionDef))]
+    top_level = ast.Module(loaded, [])
     names = {
         name
         for _, name in imported_modules(ast.unparse(top_level), PACKAGE, is_package=True)
@@ -129,6 +172,8 @@ def test_the_root_loads_only_what_is_light():
         "typing.Any",
         f"{PACKAGE}.compat.require_supported_trl",
         f"{PACKAGE}.errors.UserError",
+        f"{PACKAGE}.publishing.Publisher",
+        f"{PACKAGE}.publishing.set_publisher",
     }
 
 
@@ -142,9 +187,14 @@ def test_the_root_loads_only_what_is_light():
         ("data.schema", "if TYPE_CHECKING:\n    import hf_rlhf_ext.reward.trainer", "lower layer"),
         ("reward.trainer", "from ..ppo.kl import kl_k1", "lower layer"),
         ("reward.trainer", "from ..hub import card", "lower layer"),
-        ("ppo.trainer", "from ..reward.trainer import BradleyTerryTrainer", "lower layer"),
-        ("ppo.trainer", "from ..reward import trainer", "lower layer"),
+        ("ppo.trainer", "from ..hub.card import write_card", "lower layer"),
+        ("reward.trainer", "from ..readers.formats import load_comparisons", "lower layer"),
+        ("reward.trainer", "import_module('hf_rlhf_ext.hub.push')", "lower layer"),
+        ("reward.trainer", "importlib.import_module('..quality.report', __package__)", "lower layer"),
+        ("reward.ensemble", "from ..ppo.kl import kl_k1", "lower layer"),
+        ("readers.formats", "from ..quality import duplicates", "lower layer"),
         ("hub.card", "from ..cli import versions", "lower layer"),
+        ("cli.main", "from ..recipes import ppo", "lower layer"),
         ("compat", "from .cli import versions", "lower layer"),
         ("data.schema", "from .. import BradleyTerryTrainer", "known layer"),
         ("data.schema", "from hf_rlhf_ext import PPOTrainer", "known layer"),
@@ -165,6 +215,9 @@ def test_the_checker_sees(module, source, reason):
     [
         ("ppo.trainer", "from ..reward.scorer import RewardScorer"),
         ("ppo.trainer", "from ..reward import scorer"),
+        ("hub.publisher", "from ..metrics.plots import plot_judged\nfrom ..reward.export import export_merged"),
+        ("cli.finish", "from ..hub.push import try_push"),
+        ("ppo.trainer", "import_module('json')"),
         ("ppo.trainer", "from .kl import kl_k1\nfrom . import losses"),
         ("ppo.trainer", "from trl import TrlParser, RewardTrainer\nimport trl"),
         ("ppo.trainer", "from ..compat import BaseTrainer\nfrom ..errors import UserError"),

@@ -43,8 +43,8 @@ def checkout(tmp_path) -> Path:
 def make(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
     base = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     base |= {"PATH": f"{folder}:{os.environ['PATH']}"} | env
-    for name in ("SEED", "SIZE", "OUT", "FRESH", "ARGS"):
-        base.pop(name, None) if name not in env else None
+    for name in {"SEED", "SIZE", "OUT", "FRESH", "ARGS", "TESTS", "WORKERS"} - env.keys():
+        base.pop(name, None)
     return subprocess.run(["make", *args], cwd=folder, env=base, capture_output=True, text=True, timeout=60)
 
 
@@ -120,8 +120,27 @@ def test_the_quickstart_command(checkout, variables, arguments):
         make(checkout, "-n", "quickstart", *(f"{name}={value}" for name, value in variables.items())),
     ):
         line = done.stdout.splitlines()[-1]
-        assert line.endswith(f".venv/bin/python recipes/quickstart.py {arguments}")
+        assert line.endswith(f".venv/bin/python -m hf_rlhf_ext quickstart {arguments}")
         assert "HF_HUB_OFFLINE=1" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["test"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu"'),
+        (["test-fast"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu and not slow"'),
+        (["test", "ARGS=-k gae -x"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu" -k gae -x'),
+        (
+            ["test", "TESTS=tests/ppo", "WORKERS=0"],
+            '-n 0 --dist loadgroup --no-loadscope-reorder tests/ppo -m "not gpu"',
+        ),
+        (["test-gpu"], "-m pytest tests -m gpu"),  # one process: one card
+    ],
+)
+def test_the_test_commands(checkout, arguments, expected):
+    line = make(checkout, "-n", *arguments).stdout.splitlines()[-1]
+    assert line.rstrip().endswith(expected)
+    assert "HF_HUB_OFFLINE=1" in line and "HF_ENDPOINT=http://127.0.0.1:9" in line
 
 
 def test_clean_keeps_runs_and_the_environment(checkout):

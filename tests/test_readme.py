@@ -12,39 +12,53 @@ from statistics import fmean, stdev
 
 import pytest
 
+from hf_rlhf_ext.cli.launch import take_launch_options
+from hf_rlhf_ext.cli.main import find_command
+from hf_rlhf_ext.cli.options import machine_defaults
+from hf_rlhf_ext.cli.parsing import parse_recipe
+
+pytestmark = pytest.mark.xdist_group("processes")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What names a repository on the Hub runs in tests/hub/test_readme_hub.py, against a stand-in.
 SNIPPETS = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if '"alice/' not in code]
+# As a user of the installed package types them, or as someone in a checkout does; a backslash goes on to the next line.
 COMMANDS = [
     shlex.split(" ".join(line.strip().rstrip("\\") for line in block.splitlines()))
-    for block in re.findall(r"^    \.venv/bin/python recipes/(?:.*\\\n)*.*", README, re.MULTILINE)
+    for block in re.findall(r"^    (?:\.venv/bin/)?(?:python recipes/|hf-rlhf )(?:.*\\\n)*.*", README, re.MULTILINE)
 ]
+WITHOUT_MACHINE_DEFAULTS = ("inspect_data", "check_reward")
 
 
 def _dataclasses(stage: str):
     return import_module(f"recipes.{stage}").ARGUMENTS
 
 
+def _stage_and_options(command: list[str]) -> tuple[str, list[str]]:
+    """`hf-rlhf check-reward --x 1` and `python recipes/check_reward.py --x 1` alike: check_reward and its options."""
+    if Path(command[0]).name == "hf-rlhf":
+        known = find_command(command[1])  # refuses a command that is not there
+        _, options = take_launch_options(command[2:])
+        return Path(known.recipe or known.name).stem, options
+    assert (ROOT / command[1]).is_file()
+    return Path(command[1]).stem, command[2:]
+
+
 def test_readme_shows_what_this_file_checks():
-    assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 3
+    assert len(SNIPPETS) >= 2 and len(COMMANDS) >= 16
+    # Both ways to start a recipe are shown.
+    assert {Path(command[0]).name for command in COMMANDS} == {"hf-rlhf", "python"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1])
 def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
-    from hf_rlhf_ext.cli import parse_recipe
-    from hf_rlhf_ext.scripts import machine_defaults
-
     monkeypatch.chdir(ROOT)
-    script, *options = command[1:]
-    assert (ROOT / script).is_file()
-    if "--help" not in options:
-        stage = Path(script).stem
-        parse_recipe(
-            _dataclasses(stage),
-            options,
-            defaults={} if stage in ("inspect_data", "check_reward") else machine_defaults(),
-        )
+    stage, options = _stage_and_options(command)
+    if "--help" in options or stage in ("quickstart", "merge", "push", "env"):
+        return
+    defaults = {} if stage in WITHOUT_MACHINE_DEFAULTS else machine_defaults()
+    parse_recipe(_dataclasses(stage), options, defaults=defaults)
 
 
 @pytest.mark.slow
@@ -72,7 +86,7 @@ def test_every_make_target_of_the_readme_exists():
 
 
 def test_table_of_the_readme_is_that_of_the_committed_reports():
-    from recipes.quickstart_report import results_table
+    from recipes.quickstart_parts.report import results_table
 
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("docs/quickstart/seed*.json"))]
     (shown,) = re.findall(r"^\| seed \| reward model accuracy.*\n(?:\|.*\n)*", README, re.MULTILINE)
@@ -119,7 +133,7 @@ def test_benchmark_of_the_readme_is_the_committed_one():
 
 
 def test_formats_of_the_readme_are_those_of_the_readers():
-    from hf_rlhf_ext.data.registry import COMPARISONS, DEMONSTRATIONS
+    from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS
 
     shown = set(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \| yes \|", README, re.MULTILINE))
     assert shown == {(fmt.name, fmt.example) for fmt in (*COMPARISONS, *DEMONSTRATIONS) if fmt.name != "unpaired"} | {
@@ -143,8 +157,8 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
         run = found[f"stories260K-{seed}"]
         assert run["moving_mean_within_25"] == 1.0 and run["rollouts"] >= 150
         gold, score = (" → ".join(f"{x:.2f}" for x in run[f"{name}_before_after"]) for name in ("gold", "score"))
-        figures = f"{run['kl_mean']:.2f} | {run['moving_mean_within_25']:.0%} | {run['explained_variance']:.2f}"
-        rows.append(f"| {seed} | {gold} | {score} | {figures} |")
+        kl_and_variance = f"{run['kl_mean']:.2f} | {run['moving_mean_within_25']:.0%} | {run['explained_variance']:.2f}"
+        rows.append(f"| {seed} | {gold} | {score} | {kl_and_variance} |")
     assert "\n".join(rows) in README
     small = []
     for seed in range(3):
@@ -154,7 +168,7 @@ def test_ppo_study_of_the_readme_is_the_committed_one():
         )
         small.append(f"| {seed} | {gold} | {score} | {kl} |")
     assert "\n".join(small) in README
-    assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stopped_by"]
+    assert found["wrong"]["best_step"] is None and "KL is 132.9 nats" in found["wrong"]["stop_reason"]
 
 
 def test_reward_study_of_the_readme_is_the_committed_one():
@@ -192,8 +206,6 @@ def test_ppo_benchmark_of_the_readme_is_the_committed_one():
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "inspect_data", "check_reward"])
 def test_help_of_every_recipe_prints(stage, capsys):
-    from hf_rlhf_ext.cli import parse_recipe
-
     with pytest.raises(SystemExit) as stop:  # a stray % in a help text would be a ValueError
         parse_recipe(_dataclasses(stage), ["--help"])
     assert stop.value.code == 0 and "--dataset_name" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""Preference data: the comparison row, readers, tokenisation and collators."""
+"""Preference data: the comparison row, TRL rows that become it, tokenization and collators."""

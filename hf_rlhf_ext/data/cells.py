@@ -1,53 +1,59 @@
-"""What the cells of a source row hold: text, numbers, lists, turns of a conversation; `Unusable` where they do not."""
+"""Cells of preference rows: numbers, labels, text and chat messages; `Unusable` where a cell holds something else.
 
-import json
+Every function takes a value as JSON, Arrow or a csv file gives it, and says in `Unusable` which column was wrong.
+"""
+
 from collections.abc import Iterable
 from typing import Any
 
-from .schema import Unusable, is_number
-from .text import Messages, is_messages
+from .schema import Row, Unusable, is_list_of, is_number
+from .text import Messages, is_messages, make_message
 
-ROLES = {
-    "user": "user", "human": "user", "prompter": "user", "prompt": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "function_call": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-"""ShareGPT, Vicuna, LLaMA-Factory and OASST names of a turn's speaker -> the role of a chat message."""
-
-_FURTHER = ("name", "tool_call_id", "reasoning_content", "thinking")
+_TEMPLATE_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
 """What chat templates read of a message beside role, content and tool calls."""
 
+_TRUTH = {"true": 1.0, "false": 0.0}
 
-def text(row: dict[str, Any], column: str, default: str | None = None) -> str:
-    """The cell's text; `default` stands for a missing cell."""
-    value = row.get(column)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise Unusable(f"{column} is not text")
-    return value
+_MAX_DEPTH = 50
+"""Levels of lists and records in a tool call."""
 
 
-def number(row: dict[str, Any], column: str) -> float:
+# --- numbers and labels ----------------------------------------------------------------------------------------------
+
+
+def number(row: Row, column: str) -> float:
     """The cell as a finite number, also where a csv file spells it."""
     value = row.get(column)
-    try:
-        value = float(value) if isinstance(value, str | bool) else value
-    except ValueError:
-        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower())
+    if isinstance(value, bool):
+        value = float(value)
+    elif isinstance(value, str):
+        value = _parse_number(value)
     if not is_number(value):
         raise Unusable(f"{column} is not a finite number")
     return float(value)
 
 
+def _parse_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        word = text.strip().lower()
+        return _TRUTH.get(word)
+
+
 def is_absent(value: Any) -> bool:
     """True for None, for an empty cell of a csv file, and for NaN, as which pandas writes a missing number."""
-    return value is None or value == "" or value != value
+    is_nan = value != value
+    return value is None or value == "" or is_nan
 
 
-def optional_number(row: dict[str, Any], column: str, flag: str, flags: list[str]) -> float | None:
-    """The number that a row may do without: None where there is none, and `flag` where the cell holds another thing."""
+def optional_number(
+    row: Row,
+    column: str,
+    flag: str,
+    flags: list[str],
+) -> float | None:
+    """The number that a row may do without: None where there is none, and `flag` where the cell is not a number."""
     if is_absent(row.get(column)):
         return None
     try:
@@ -59,45 +65,14 @@ def optional_number(row: dict[str, Any], column: str, flag: str, flags: list[str
 
 def as_label(value: Any) -> str | None:
     """A category or the like as text; None for what is neither text nor a whole number."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and is_number(value)
-    return str(value) if fits else value if isinstance(value, str) and value else None
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, int) and is_number(value):
+        return str(value)
+    return None
 
 
-def records(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    value = row[column]
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise Unusable(f"{column} is not a list of records")
-    return value
-
-
-def json_texts(row: dict[str, Any], column: str) -> list[str]:
-    """A list of texts, also where the cell spells it as JSON."""
-    try:
-        value = json.loads(text(row, column)) if isinstance(row[column], str) else row[column]
-    except ValueError:
-        value = None
-    if not isinstance(value, list) or not value or not all(isinstance(turn, str) for turn in value):
-        raise Unusable(f"{column} is not a list of texts")
-    return value
-
-
-# --- conversations ---------------------------------------------------------------------------------------------------
-
-
-def messages(turns: Any, column: str = "conversations") -> Messages:
-    """Turns as `{from, value}` or `{role, content}` -> messages."""
-    if not isinstance(turns, list) or not turns:
-        raise Unusable(f"{column} is not a list of turns")
-    found = []
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        speaker = turn.get("role") or turn.get("from")
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        message = _message(role, turn, column)
-        if role is None or message["content"] is None:
-            raise Unusable(f"{column} has a turn without a known speaker and text")
-        found.append(message)
-    return found
+# --- text and messages -----------------------------------------------------------------------------------------------
 
 
 def text_or_messages(value: Any, column: str) -> str | Messages:
@@ -106,76 +81,107 @@ def text_or_messages(value: Any, column: str) -> str | Messages:
         return value
     if not is_messages(value):
         raise Unusable(f"{column} is not text")
-    found = [_message(turn["role"], turn, column) for turn in value]
-    return [message | {"content": message["content"] or ""} for message in found]
+    messages = []
+    for turn in value:
+        message = chat_message(turn["role"], turn, column)
+        if message["content"] is None:
+            message["content"] = ""
+        messages.append(message)
+    return messages
 
 
-def _message(role: str | None, turn: dict[str, Any], column: str) -> dict[str, Any]:
-    """The turn without empty entries; parts of text are joined; content is None without text or call."""
-    calls = turn.get("tool_calls") or None
-    content = turn.get("value") if turn.get("content") is None else turn["content"]
+def chat_message(
+    role: str | None,
+    turn: dict[str, Any],
+    column: str,
+) -> dict[str, Any]:
+    """The turn as a chat message without empty entries.
+
+    Text is under `content` or, as in ShareGPT, under `value`; a list of text parts is joined. `content` is None for a
+    turn with neither text nor a tool call.
+    """
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        if len(parts) < len(content) or not all(isinstance(part, str) for part in parts):
+        content = _join_parts(content, column)
+
+    # A message may be a tool call alone, without text; an empty list of calls is none.
+    calls = turn.get("tool_calls") or None
+    if calls is not None:
+        if not _are_calls(calls):
+            raise Unusable(f"{column} has tool_calls that are not a list of records")
+        if content is None:
+            content = ""
+
+    if not isinstance(content, str):
+        content = None
+    message = {"role": role, "content": content}
+    for field in _TEMPLATE_FIELDS:
+        value = turn.get(field)
+        if isinstance(value, str):
+            message[field] = value
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _join_parts(parts: list[Any], column: str) -> str:
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):  # an image, say: the text alone would be another question
             raise Unusable(f"{column} has a part that is not text")
-        content = "".join(parts)
-    if calls is not None and not _are_calls(calls):
-        raise Unusable(f"{column} has tool_calls that are not a list of records")
-    content = "" if content is None and calls else content
-    message = {"role": role, "content": content if isinstance(content, str) else None}
-    message |= {name: turn[name] for name in _FURTHER if isinstance(turn.get(name), str)}
-    return message | ({"tool_calls": calls} if calls else {})
+        texts.append(text)
+    return "".join(texts)
 
 
 def _are_calls(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(call, dict) and _fits(call) for call in value)
+    return is_list_of(value, dict) and all(map(_fits_a_column, value))
 
 
-def _fits(value: Any, depth: int = 50) -> bool:
-    """False for a whole number beyond 64 bits and for what is nested without end: no column holds these."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_fits(entry, depth - 1) for entry in inner)
-    return not isinstance(value, int) or -(2**63) <= value < 2**63
+def _fits_a_column(value: Any, depth: int = _MAX_DEPTH) -> bool:
+    """False for a whole number beyond 64 bits and for what is nested without end: no column can hold these."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if not isinstance(value, dict | list):
+        return True
+    if depth == 0:
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return all(_fits_a_column(entry, depth - 1) for entry in entries)
 
 
 def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
-    """The same in messages where one is text and the others are messages."""
-    if isinstance(prompt, str) and not isinstance(answers[0], str):
+    """Prompt and answers, all as messages where one side is text and the other side is messages."""
+    prompt_is_text = isinstance(prompt, str)
+    answers_are_text = isinstance(answers[0], str)
+    if prompt_is_text and not answers_are_text:
         return ask(prompt), *answers
-    if not isinstance(prompt, str) and isinstance(answers[0], str):
+    if answers_are_text and not prompt_is_text:
         return prompt, *map(reply, answers)
     return prompt, *answers
 
 
-def with_system(turns: Messages, row: dict[str, Any]) -> Messages:
-    """The turns after the row's `system` text, unless they begin with one."""
-    system = row.get("system")
-    told = isinstance(system, str) and system and turns[0]["role"] != "system"
-    return [{"role": "system", "content": system}, *turns] if told else turns
-
-
-def ask(question: str, *, system: str = "", history: Iterable = ()) -> Messages:
+def ask(
+    question: str,
+    *,
+    system: str = "",
+    history: Iterable[tuple[str, str]] = (),
+) -> Messages:
     """A question as messages, after a system text and earlier (question, answer) turns."""
-    turns = [{"role": "system", "content": system}] if system else []
-    for asked, answered in history:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return [*turns, {"role": "user", "content": question}]
+    messages: Messages = []
+    if system:
+        messages.append(make_message("system", system))
+    for earlier_question, earlier_answer in history:
+        messages.append(make_message("user", earlier_question))
+        messages.append(make_message("assistant", earlier_answer))
+    messages.append(make_message("user", question))
+    return messages
 
 
 def reply(value: Any) -> Messages | None:
-    """Text as an assistant's message; None for anything else, for `settle` to leave out and name."""
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else None
-
-
-def instruction(row: dict[str, Any], column: str = "instruction") -> Messages:
-    """Alpaca's `instruction` and `input` (and LLaMA-Factory's `system` and `history`) as messages."""
-    given, history = text(row, "input", "") if column != "input" else "", row.get("history") or []
-    if not isinstance(history, list) or not all(_is_exchange(turn) for turn in history):
-        raise Unusable("history is not a list of [question, answer]")
-    question = text(row, column) + (f"\n\n{given}" if given.strip() else "")
-    return ask(question, system=text(row, "system", ""), history=history)
-
-
-def _is_exchange(turn: Any) -> bool:
-    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(said, str) for said in turn)
+    """Text as an assistant's message; None for anything else, for `schema.settle` to leave out and name."""
+    if not isinstance(value, str):
+        return None
+    return [make_message("assistant", value)]

@@ -1,4 +1,4 @@
-"""Tokenised comparisons as batches of tensors."""
+"""Tokenized comparisons as batches of tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
+from .schema import Row
 from .tokenization import CATEGORY_CODE
 
 LAYOUTS = ("shared_prefix", "plain")
@@ -15,7 +16,7 @@ LAYOUTS = ("shared_prefix", "plain")
 
 @dataclass(frozen=True)
 class DataCollatorForComparisons:
-    """Turns tokenised comparison rows into one batch, or into micro-batches of at most `max_tokens` tokens.
+    """Turns tokenized comparison rows into one batch, or into micro-batches of at most `max_tokens` tokens.
 
     Rows hold `prompt_ids`, `completion_ids` (K lists), `pairs`, `targets`, `weights` and, if the source has them,
     `margins`. A batch of B prompts with N completions and P pairs in all holds, in either layout,
@@ -47,131 +48,253 @@ class DataCollatorForComparisons:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise UserError(f"layout: {self.layout!r} does not exist; there is {', '.join(map(repr, LAYOUTS))}.")
+            known = ", ".join(map(repr, LAYOUTS))
+            raise UserError(f"layout: {self.layout!r} does not exist; there is {known}.")
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
         if self.max_tokens is None:
             return self._batch(rows)
-        parts = self._parts_shared(rows) if self.layout == "shared_prefix" else self._parts_plain(rows)
-        batches = [self._batch([rows[n] for n in part]) for part in parts]
-        return {"micro_batches": batches, "order": [n for part in parts for n in part]}
+        if self._is_shared:
+            parts = self._parts_shared(rows)
+        else:
+            parts = self._parts_plain(rows)
+        batches = []
+        order = []
+        for part in parts:
+            part_rows = [rows[n] for n in part]
+            batches.append(self._batch(part_rows))
+            order += part
+        return {"micro_batches": batches, "order": order}
 
-    def _parts_plain(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+    @property
+    def _is_shared(self) -> bool:
+        return self.layout == "shared_prefix"
+
+    # --- which prompts go into one micro-batch ------------------------------------------------------------------------
+
+    def _parts_plain(self, rows: list[Row]) -> list[list[int]]:
+        """Numbers of the rows of each micro-batch, in order of length so that padding is little."""
+        lengths = [self._length(row) for row in rows]
         parts: list[list[int]] = []
-        n_rows = 0
-        for n in sorted(range(len(rows)), key=lambda n: self._length(rows[n])):
-            height = len(rows[n]["completion_ids"])
+        height = 0  # of the last micro-batch: a row per completion
+        for n in sorted(range(len(rows)), key=lengths.__getitem__):
             # In order of length: this one is the longest so far.
-            if parts and (n_rows + height) * self._rounded_up(self._length(rows[n])) <= self.max_tokens:
+            width = self._rounded_up(lengths[n])
+            further = len(rows[n]["completion_ids"])
+            if parts and (height + further) * width <= self.max_tokens:
                 parts[-1].append(n)
-                n_rows += height
+                height += further
             else:
                 parts.append([n])
-                n_rows = height
+                height = further
         return parts
 
-    def _parts_shared(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+    def _parts_shared(self, rows: list[Row]) -> list[list[int]]:
+        """Numbers of the rows of each micro-batch: the longest one left sets the width, others fill the rest."""
         parts: list[list[int]] = []
         left = list(range(len(rows)))
         while left:
             lengths = [self._length(rows[n]) for n in left]
             width = max(lengths)
-            place = fill_rows(lengths, width, max(1, self.max_tokens // self._rounded_up(width)))
-            parts.append([n for n, row in zip(left, place, strict=True) if row is not None])
-            left = [n for n, row in zip(left, place, strict=True) if row is None]
+            # One row at least: a prompt that exceeds the budget alone is a micro-batch of its own.
+            height = max(1, self.max_tokens // self._rounded_up(width))
+            places = fill_rows(lengths, width, height)
+            part: list[int] = []
+            still_left: list[int] = []
+            for n, place in zip(left, places, strict=True):
+                if place is None:
+                    still_left.append(n)
+                else:
+                    part.append(n)
+            parts.append(part)
+            left = still_left
         return parts
 
-    def _length(self, row: dict[str, Any]) -> int:
+    def _length(self, row: Row) -> int:
+        """Tokens of the row that this prompt takes: with all its completions, or with the longest."""
         lengths = list(map(len, row["completion_ids"]))
-        return len(row["prompt_ids"]) + (sum(lengths) if self.layout == "shared_prefix" else max(lengths))
+        taken = sum(lengths) if self._is_shared else max(lengths)
+        return len(row["prompt_ids"]) + taken
 
-    def size(self, row: dict[str, Any]) -> int:
+    def size(self, row: Row) -> int:
         """Tokens that a row takes alone, padding included."""
-        n_rows = 1 if self.layout == "shared_prefix" else len(row["completion_ids"])
-        return n_rows * self._rounded_up(self._length(row))
+        width = self._rounded_up(self._length(row))
+        if self._is_shared:
+            return width
+        return len(row["completion_ids"]) * width
 
     def _rounded_up(self, length: int) -> int:
         return length + _missing(length, self.pad_to_multiple_of)
 
-    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        counts = torch.tensor([len(row["completion_ids"]) for row in rows])  # (B,)
-        first_rows = (counts.cumsum(0) - counts).tolist()
-        pairs = [[first + i, first + j] for row, first in zip(rows, first_rows, strict=True) for i, j in row["pairs"]]
-        prompt_index = [index for index, row in enumerate(rows) for _ in row["pairs"]]
-        margins = [m for row in rows for m in row.get("margins") or [0.0] * len(row["pairs"])]
-        return {
-            **(self._shared(rows) if self.layout == "shared_prefix" else self._plain(rows)),
-            "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-            "targets": torch.tensor([t for row in rows for t in row["targets"]], dtype=torch.float32),
-            "weights": torch.tensor([w for row in rows for w in row["weights"]], dtype=torch.float32),
-            "margins": torch.tensor(margins, dtype=torch.float32),
-            "prompt_index": torch.tensor(prompt_index, dtype=torch.int64),
-            "completion_counts": counts,
-            "categories": torch.tensor([row.get(CATEGORY_CODE, -1) for row in rows]),
-            "completion_lengths": torch.tensor([len(ids) for row in rows for ids in row["completion_ids"]]),
-        }
+    # --- one batch ----------------------------------------------------------------------------------------------------
 
-    def _plain(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sequences = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
+    def _batch(self, rows: list[Row]) -> dict[str, Tensor]:
+        batch = self._shared(rows) if self._is_shared else self._plain(rows)
+        batch |= _judgements(rows)
+        batch |= _counts(rows)
+        return batch
+
+    def _plain(self, rows: list[Row]) -> dict[str, Tensor]:
+        sequences = []
+        for row in rows:
+            prompt_ids = row["prompt_ids"]
+            for completion_ids in row["completion_ids"]:
+                sequences.append(prompt_ids + completion_ids)
         return pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of)
 
-    def _shared(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _shared(self, rows: list[Row]) -> dict[str, Tensor]:
         lengths = [self._length(row) for row in rows]
-        place = fill_rows(lengths, max(lengths))
-        fill = {"input_ids": self.pad_token_id, "segments": -1, "owners": -1, "positions": 0}
-        columns: dict[str, list[list[int]]] = {name: [[] for _ in range(max(place) + 1)] for name in fill}
-        used = [0] * (max(place) + 1)  # segments of each row so far
+        places = fill_rows(lengths, max(lengths))
+        n_rows = max(places) + 1
+        packed = [_PackedRow() for _ in range(n_rows)]
         score_at = []
-        for number, row in zip(place, rows, strict=True):
-            owner, start = used[number], len(row["prompt_ids"])
-            used[number] += 1 + len(row["completion_ids"])
-            ids, segments, owners, positions = (columns[name][number] for name in fill)
-            for k, part in enumerate((row["prompt_ids"], *row["completion_ids"])):
-                ids += part
-                segments += [owner + k] * len(part)
-                owners += [owner] * len(part)
-                first = start if k else 0
-                positions += range(first, first + len(part))
-                if k:
-                    score_at.append([number, len(ids) - 1])
-        padded = {name: _padded(values, fill[name], self.pad_to_multiple_of) for name, values in columns.items()}
-        return padded | {"score_at": torch.tensor(score_at)}
+        for place, row in zip(places, rows, strict=True):
+            last_columns = packed[place].add(row["prompt_ids"], row["completion_ids"])
+            score_at += [[place, column] for column in last_columns]
+
+        multiple = self.pad_to_multiple_of
+        return {
+            "input_ids": _padded([row.input_ids for row in packed], self.pad_token_id, multiple),
+            # Padding belongs to no segment, so that no token sees it.
+            "segments": _padded([row.segments for row in packed], -1, multiple),
+            "owners": _padded([row.owners for row in packed], -1, multiple),
+            "positions": _padded([row.positions for row in packed], 0, multiple),
+            "score_at": torch.tensor(score_at),
+        }
 
 
-def fill_rows(lengths: list[int], width: int, height: int | None = None) -> list[int | None]:
+def _judgements(rows: list[Row]) -> dict[str, Tensor]:
+    """The pairs of all rows, by number of the completion in the batch, and what is known of each pair."""
+    pairs: list[list[int]] = []
+    prompt_index: list[int] = []
+    targets: list[float] = []
+    weights: list[float] = []
+    margins: list[float] = []
+    first = 0  # number of the row's first completion in the batch
+    for index, row in enumerate(rows):
+        n_pairs = len(row["pairs"])
+        for i, j in row["pairs"]:
+            pairs.append([first + i, first + j])
+        prompt_index += [index] * n_pairs
+        targets += row["targets"]
+        weights += row["weights"]
+        margins += row.get("margins") or [0.0] * n_pairs
+        first += len(row["completion_ids"])
+    return {
+        "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        "targets": torch.tensor(targets, dtype=torch.float32),
+        "weights": torch.tensor(weights, dtype=torch.float32),
+        "margins": torch.tensor(margins, dtype=torch.float32),
+        "prompt_index": torch.tensor(prompt_index, dtype=torch.int64),
+    }
+
+
+def _counts(rows: list[Row]) -> dict[str, Tensor]:
+    """What is known of prompts and completions beside their tokens."""
+    counts: list[int] = []
+    categories: list[int] = []
+    lengths: list[int] = []
+    for row in rows:
+        completion_ids = row["completion_ids"]
+        counts.append(len(completion_ids))
+        categories.append(row.get(CATEGORY_CODE, -1))
+        lengths += map(len, completion_ids)
+    return {
+        "completion_counts": torch.tensor(counts),
+        "categories": torch.tensor(categories),
+        "completion_lengths": torch.tensor(lengths),
+    }
+
+
+class _PackedRow:
+    """One row of the shared layout: `[prompt, y1 … yK]`, of several prompts side by side.
+
+    A segment is a prompt or one completion; `owners` names, for each token, the segment of its prompt.
+    """
+
+    def __init__(self):
+        self.input_ids: list[int] = []
+        self.segments: list[int] = []
+        self.owners: list[int] = []
+        self.positions: list[int] = []
+        self._n_segments = 0
+
+    def add(
+        self,
+        prompt_ids: list[int],
+        completion_ids: list[list[int]],
+    ) -> list[int]:
+        """Appends a prompt with its completions; returns the column of each completion's last token."""
+        owner = self._n_segments
+        self._add_segment(prompt_ids, owner, first_position=0)
+        last_columns = []
+        for ids in completion_ids:
+            # Every completion continues the prompt, as if it were alone.
+            self._add_segment(ids, owner, first_position=len(prompt_ids))
+            last_columns.append(len(self.input_ids) - 1)
+        return last_columns
+
+    def _add_segment(self, ids: list[int], owner: int, first_position: int) -> None:
+        self.input_ids += ids
+        self.segments += [self._n_segments] * len(ids)
+        self.owners += [owner] * len(ids)
+        self.positions += range(first_position, first_position + len(ids))
+        self._n_segments += 1
+
+
+def fill_rows(
+    lengths: list[int],
+    width: int,
+    height: int | None = None,
+) -> list[int | None]:
     """Which row of `width` each length goes into, longest first into the fullest row with room (best fit decreasing).
 
     None for what no more fits into `height` rows; without `height` there are as many rows as it takes.
     """
-    room: list[int] = []
-    place: list[int | None] = [None] * len(lengths)
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        fits = [row for row, free in enumerate(room) if free >= lengths[n]]
-        if not fits and (height is None or len(room) < height):
-            fits = [len(room)]
+    room: list[int] = []  # free tokens of each row
+    places: list[int | None] = [None] * len(lengths)
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for n in longest_first:
+        length = lengths[n]
+        with_room = [row for row, free in enumerate(room) if free >= length]
+        if with_room:
+            fullest = min(with_room, key=room.__getitem__)
+        elif height is None or len(room) < height:
+            fullest = len(room)
             room.append(width)
-        if fits:
-            place[n] = min(fits, key=room.__getitem__)
-            room[place[n]] -= lengths[n]
-    return place
+        else:
+            continue
+        places[n] = fullest
+        room[fullest] -= length
+    return places
 
 
-def pad_right(sequences: list[list[int]], pad_token_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:
+def pad_right(
+    sequences: list[list[int]],
+    pad_token_id: int,
+    multiple_of: int | None = None,
+) -> dict[str, Tensor]:
     """N token lists as `input_ids` and `attention_mask`, (N, L) int64; L rounded up to `multiple_of` if given."""
     input_ids = _padded(sequences, pad_token_id, multiple_of)
     lengths = torch.tensor([len(ids) for ids in sequences])
     # From lengths, not `input_ids != pad_token_id`: where pad is also eos, that would hide a real eos.
-    attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    columns = torch.arange(input_ids.shape[1])
+    attention_mask = columns < lengths[:, None]
     return {"input_ids": input_ids, "attention_mask": attention_mask.long()}
 
 
-def _padded(sequences: list[list[int]], value: int, multiple_of: int | None) -> Tensor:
+def _padded(
+    sequences: list[list[int]],
+    value: int,
+    multiple_of: int | None,
+) -> Tensor:
     """N lists as (N, L) int64, filled up on the right."""
-    padded = pad_sequence(
-        [torch.tensor(ids, dtype=torch.int64) for ids in sequences], batch_first=True, padding_value=value
-    )
-    return torch.nn.functional.pad(padded, (0, _missing(padded.shape[1], multiple_of)), value=value)
+    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    padded = pad_sequence(tensors, batch_first=True, padding_value=value)
+    missing = _missing(padded.shape[1], multiple_of)
+    return torch.nn.functional.pad(padded, (0, missing), value=value)
 
 
 def _missing(length: int, multiple_of: int | None) -> int:
+    """Tokens from `length` to the next multiple."""
     return -length % multiple_of if multiple_of else 0

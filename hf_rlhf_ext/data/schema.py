@@ -7,6 +7,7 @@ of reward), `votes`, `flags`, `category`, `source`, `row`.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError
-from .text import is_messages, is_text, text_key
+from .text import Messages, is_text, text_key
 
+Row = dict[str, Any]
 Comparison = dict[str, Any]
 
 REQUIRED = ("prompt", "completions", "pairs", "targets")
+PER_PAIR = ("targets", "weights", "margins")
+"""Columns with one number per pair."""
 _VOTE = {
     "annotator": Value("string"),
     "pair": List(Value("int64")),
@@ -39,7 +43,7 @@ _FIXED_FEATURES = {
 
 
 class PreferenceDataError(UserError):
-    """Preference data that cannot be used: the message names source, row, column and the mend."""
+    """Preference data that cannot be used: the message names source, row, column and the remedy."""
 
 
 class Unusable(Exception):
@@ -69,91 +73,218 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: counts, and the first rows of each reason."""
-        line = f"{self.source or 'data set'}: {self.kept} of {self.rows_in} rows kept"
-        for verb, reasons in (("dropped", self.dropped), ("flagged", self.flagged)):
-            for reason, rows in reasons.items():
-                shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-                line += f"; {len(rows)} {verb}: {reason} (row {shown})"
-        return line
+        name = self.source or "data set"
+        parts = [f"{name}: {self.kept} of {self.rows_in} rows kept"]
+        for reason, rows in self.dropped.items():
+            parts.append(_summarize("dropped", reason, rows))
+        for reason, rows in self.flagged.items():
+            parts.append(_summarize("flagged", reason, rows))
+        return "; ".join(parts)
 
 
-def validate_comparison(row: dict[str, Any], *, source: str = "", index: int | None = None) -> None:
+def _summarize(verb: str, reason: str, rows: list[int]) -> str:
+    """How many rows were dropped or flagged for a reason, and the first five of them."""
+    numbers = ", ".join(map(str, rows[:5]))
+    if len(rows) > 5:
+        numbers += ", …"
+    return f"{len(rows)} {verb}: {reason} (row {numbers})"
+
+
+# --- what a comparison row must hold ---------------------------------------------------------------------------------
+
+
+def validate_comparison(row: Row, *, source: str = "", index: int | None = None) -> None:
     """Raises `PreferenceDataError`, in one line, unless `row` is a comparison row (see the module's docstring)."""
-    where = (source or "comparisons") + (f" row {index}" if index is not None else "")
+    where = source or "comparisons"
+    if index is not None:
+        where += f" row {index}"
+    try:
+        _check_comparison(row)
+    except _BrokenRow as problem:
+        raise PreferenceDataError(f"{where}: {problem}.") from None
 
-    def refuse(column: str, problem: str, mend: str):
-        raise PreferenceDataError(f"{where}: `{column}` {problem}: {mend}.")
 
+class _BrokenRow(Exception):
+    """Which column of a comparison row is wrong, how, and the remedy."""
+
+    def __init__(self, column: str, problem: str, remedy: str):
+        super().__init__(f"`{column}` {problem}: {remedy}")
+
+
+def _bad_value(column: str, value: Any, remedy: str) -> _BrokenRow:
+    return _BrokenRow(column, f"holds {short(value)}", remedy)
+
+
+def _check_comparison(row: Row) -> None:
     for column in REQUIRED:
         if row.get(column) is None:
-            refuse(column, "is missing", f"a comparison row needs {', '.join(REQUIRED)}")
-    _check_texts(row["prompt"], row["completions"], refuse)
-    _check_judgements(row, len(row["completions"]), refuse)
+            needed = ", ".join(REQUIRED)
+            raise _BrokenRow(column, "is missing", f"a comparison row needs {needed}")
+    _check_prompt(row["prompt"])
+    _check_completions(row["completions"], row["prompt"])
+
+    # Lists of the right length first: what follows looks at one entry after the other.
+    _check_lists(row)
+    n_completions = len(row["completions"])
+    _check_pairs(row["pairs"], n_completions)
+    _check_targets(row["targets"])
+    _check_weights(row.get("weights") or [])
+    _check_margins(row.get("margins") or [])
+    _check_votes(row.get("votes") or [], n_completions)
+    _check_flags(row.get("flags") or [])
+    _check_labels(row)
 
 
-def _check_texts(prompt: Any, completions: Any, refuse) -> None:
-    if not isinstance(prompt, str) and not is_messages(prompt):
-        refuse("prompt", f"is a {type(prompt).__name__}", "give a string or a list of messages with role and content")
+def _check_prompt(prompt: Any) -> None:
+    if not is_text(prompt):
+        kind = type(prompt).__name__
+        raise _BrokenRow("prompt", f"is a {kind}", "give a string or a list of messages with role and content")
+
+
+def _check_completions(completions: Any, prompt: str | Messages) -> None:
     if not isinstance(completions, list) or len(completions) < 2:
-        refuse("completions", "has fewer than two entries", "a comparison needs at least two completions")
+        raise _BrokenRow("completions", "has fewer than two entries", "a comparison needs at least two completions")
+    wanted = "string" if isinstance(prompt, str) else "list of messages"
     for k, completion in enumerate(completions):
-        if isinstance(prompt, str) != isinstance(completion, str) or not is_text(completion):
-            kind = "string" if isinstance(prompt, str) else "list of messages"
-            refuse("completions", f"entry {k} is a {type(completion).__name__}", f"the prompt is a {kind}: give that")
+        if not is_text(completion) or not same_kind(completion, prompt):
+            kind = type(completion).__name__
+            raise _BrokenRow("completions", f"entry {k} is a {kind}", f"the prompt is a {wanted}: give that")
         if completion in completions[:k]:
             first = completions.index(completion)
-            refuse("completions", f"entries {first} and {k} are equal", "merge them, or drop the row")
+            raise _BrokenRow("completions", f"entries {first} and {k} are equal", "merge them, or drop the row")
 
 
-def _check_judgements(row: dict[str, Any], n_completions: int, refuse) -> None:
-    pairs = row["pairs"]
-    for column in ("pairs", "targets", "weights", "margins", "votes", "flags"):
-        if not isinstance(row.get(column), list | None):
-            refuse(column, f"is a {type(row[column]).__name__}", "give a list")
-    if not pairs:
-        refuse("pairs", "is empty", "give at least one [i, j]")
-    for column in ("targets", "weights", "margins"):
+def _check_lists(row: Comparison) -> None:
+    for column in ("pairs", *PER_PAIR, "votes", "flags"):
+        value = row.get(column)
+        if not isinstance(value, list | None):
+            kind = type(value).__name__
+            raise _BrokenRow(column, f"is a {kind}", "give a list")
+    n_pairs = len(row["pairs"])
+    if n_pairs == 0:
+        raise _BrokenRow("pairs", "is empty", "give at least one [i, j]")
+    for column in PER_PAIR:
         values = row.get(column)
-        if values is not None and len(values) != len(pairs):
-            refuse(column, f"has {len(values)} entries for {len(pairs)} pairs", "give one a pair")
+        if values is not None and len(values) != n_pairs:
+            raise _BrokenRow(column, f"has {len(values)} entries for {n_pairs} pairs", "give one per pair")
+
+
+def _check_pairs(pairs: list[Any], n_completions: int) -> None:
     for pair in pairs:
         if not _is_pair(pair, n_completions):
-            refuse("pairs", f"holds {short(pair)}", f"give two indices between 0 and {n_completions - 1}")
-        if pair[0] == pair[1]:
-            refuse("pairs", f"holds {short(pair)}", "a completion cannot be compared with itself")
-    for value in row["targets"]:
-        if not is_number(value) or not 0 <= value <= 1:
-            refuse("targets", f"holds {short(value)}", "P(i ≻ j) lies between 0 and 1")
-    for value in row.get("weights") or ():
-        if not is_number(value) or value < 0:
-            refuse("weights", f"holds {short(value)}", "weights are finite and not negative")
-    for value in row.get("margins") or ():
-        if not is_number(value):
-            refuse("margins", f"holds {short(value)}", "margins are finite numbers, i minus j")
-    for value in row.get("votes") or ():
-        if not _is_vote(value, n_completions):
-            refuse("votes", f"holds {short(value)}", "give annotator (text), pair ([i, j]) and label (0 to 1)")
-    if not all(isinstance(flag, str) for flag in row.get("flags") or ()):
-        refuse("flags", f"holds {short(row['flags'])}", "flags are text")
-    for column, kind in (("category", str), ("source", str), ("row", int)):
-        if not isinstance(row.get(column), kind | None) or (kind is int and not is_number(row.get(column) or 0)):
-            refuse(column, f"is {short(row[column])}", f"give a {kind.__name__}, or leave it out")
+            last = n_completions - 1
+            raise _bad_value("pairs", pair, f"give two indices between 0 and {last}")
+        i, j = pair
+        if i == j:
+            raise _bad_value("pairs", pair, "a completion cannot be compared with itself")
+
+
+def _check_targets(targets: list[Any]) -> None:
+    for target in targets:
+        if not _is_probability(target):
+            raise _bad_value("targets", target, "P(i ≻ j) lies between 0 and 1")
+
+
+def _check_weights(weights: list[Any]) -> None:
+    for weight in weights:
+        if not is_number(weight) or weight < 0:
+            raise _bad_value("weights", weight, "weights are finite and not negative")
+
+
+def _check_margins(margins: list[Any]) -> None:
+    for margin in margins:
+        if not is_number(margin):
+            raise _bad_value("margins", margin, "margins are finite numbers, i minus j")
+
+
+def _check_votes(votes: list[Any], n_completions: int) -> None:
+    for vote in votes:
+        if not _is_vote(vote, n_completions):
+            remedy = "give annotator (text), pair ([i, j]) and label (0 to 1)"
+            raise _bad_value("votes", vote, remedy)
+
+
+def _check_flags(flags: list[Any]) -> None:
+    if not is_list_of(flags, str):
+        raise _bad_value("flags", flags, "flags are text")
+
+
+def _check_labels(row: Comparison) -> None:
+    for column in ("category", "source"):
+        label = row.get(column)
+        if not isinstance(label, str | None):
+            raise _BrokenRow(column, f"is {short(label)}", "give a str, or leave it out")
+    number = row.get("row")
+    if number is not None and not _is_whole(number):
+        raise _BrokenRow("row", f"is {short(number)}", "give an int, or leave it out")
 
 
 def _is_pair(value: Any, n_completions: int) -> bool:
-    whole = isinstance(value, list | tuple) and all(isinstance(k, int) and not isinstance(k, bool) for k in value)
-    return whole and len(value) == 2 and all(0 <= k < n_completions for k in value)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return all(_is_whole(k) and 0 <= k < n_completions for k in value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and is_number(value)
+
+
+def _is_probability(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
 
 
 def _is_vote(value: Any, n_completions: int) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("annotator"), str | None)
-        and _is_pair(value.get("pair"), n_completions)
-        and is_number(value.get("label"))
-        and 0 <= value["label"] <= 1
-        and (value.get("confidence") is None or is_number(value["confidence"]))
-    )
+    if not isinstance(value, dict):
+        return False
+    if not isinstance(value.get("annotator"), str | None):
+        return False
+    confidence = value.get("confidence")
+    if confidence is not None and not is_number(confidence):
+        return False
+    return _is_pair(value.get("pair"), n_completions) and _is_probability(value.get("label"))
+
+
+# --- putting rows right ----------------------------------------------------------------------------------------------
+
+
+def renumbered(
+    row: Comparison,
+    home: Mapping[int, int],
+    kept_pairs: Iterable[int] | None = None,
+) -> Comparison:
+    """The row with its judgements, after its completions got new numbers.
+
+    Args:
+        row: a comparison row; its `completions` are the caller's to change.
+        home: old number of a completion -> new number. Completions that are left out are missing.
+        kept_pairs: which entries of `pairs` stay, in this order; default: all. `home` has both completions of each.
+
+    Returns:
+        The row with new `pairs`, the `targets`, `weights` and `margins` of the kept ones where the row has them, and
+        `votes` (None without any); votes on completions that are left out are left out as well.
+    """
+    old_pairs = row["pairs"]
+    kept = list(range(len(old_pairs)))
+    if kept_pairs is not None:
+        kept = list(kept_pairs)
+    changed = dict(row)
+    changed["pairs"] = [_new_pair(old_pairs[n], home) for n in kept]
+    for column in PER_PAIR:
+        values = row.get(column)
+        if values:
+            changed[column] = [values[n] for n in kept]
+
+    votes = []
+    for vote in row.get("votes") or ():
+        if home.keys() >= set(vote["pair"]):
+            votes.append(vote | {"pair": _new_pair(vote["pair"], home)})
+    changed["votes"] = votes or None
+    return changed
+
+
+def _new_pair(pair: Iterable[int], home: Mapping[int, int]) -> list[int]:
+    i, j = pair
+    return [home[i], home[j]]
 
 
 def settle(row: Comparison) -> Comparison:
@@ -163,47 +294,88 @@ def settle(row: Comparison) -> Comparison:
     and both are flagged, as empty ones and empty prompts are. `votes` keep pointing at their completions; an empty
     optional column is left out.
     """
-    flags, kept = set(row.get("flags") or ()) | ({"empty_prompt"} if is_empty(row["prompt"]) else set()), []
-    home: dict[int, int] = {}
-    place: dict[str, int] = {}
+    prompt = row["prompt"]
+    flags = set(row.get("flags") or ())
+    if is_empty(prompt):
+        flags.add("empty_prompt")
+
+    distinct = DistinctTexts()
+    home: dict[int, int] = {}  # number in the row -> number among the distinct ones
     for k, completion in enumerate(row["completions"]):
-        if not is_text(completion) or isinstance(completion, str) != isinstance(row["prompt"], str):
-            flags.add("completion_not_text")
-            continue
-        key = text_key(completion)
-        if key in place:
-            flags.add("equal_completions_merged")
+        if is_text(completion) and same_kind(completion, prompt):
+            home[k] = distinct.add(completion)
         else:
-            place[key] = len(kept)
-            kept.append(completion)
-        home[k] = place[key]
-    pairs = [(home.get(i), home.get(j)) for i, j in row["pairs"]]
-    usable = [n for n, (i, j) in enumerate(pairs) if i is not None and j is not None and i != j]
-    if not usable:
-        raise Unusable("completions are equal" if len(kept) < len(home) else "fewer than two completions are text")
-    settled = row | {"completions": kept, "pairs": [list(pairs[n]) for n in usable]}
-    for column in ("targets", "weights", "margins"):
-        if row.get(column):
-            settled[column] = [row[column][n] for n in usable]
-    if not all(map(is_number, settled.get("margins") or ())):
+            flags.add("completion_not_text")
+    have_merged = len(distinct.texts) < len(home)
+    if have_merged:
+        flags.add("equal_completions_merged")
+
+    kept_pairs = []
+    for n, pair in enumerate(row["pairs"]):
+        # A side that is not text cannot be compared, nor a completion with itself.
+        sides = [home.get(k) for k in pair]
+        if None not in sides and _names_two(sides):
+            kept_pairs.append(n)
+    if not kept_pairs:
+        raise Unusable("completions are equal" if have_merged else "fewer than two completions are text")
+
+    settled = renumbered(row, home, kept_pairs)
+    settled["completions"] = distinct.texts
+    # Two finite scores may be further apart than a float reaches.
+    margins = settled.get("margins") or []
+    if not all(map(is_number, margins)):
         raise Unusable("scores are too far apart for a finite margin")
-    votes = [vote | {"pair": [home.get(k) for k in vote["pair"]]} for vote in row.get("votes") or ()]
-    votes = [vote for vote in votes if None not in vote["pair"] and vote["pair"][0] != vote["pair"][1]]
+    votes = settled["votes"] or []
+    votes = [vote for vote in votes if _names_two(vote["pair"])]
     settled["votes"] = votes or None
-    if any(is_empty(completion) for completion in kept):
+    if any(map(is_empty, distinct.texts)):
         flags.add("empty_completion")
-    return settled | {"flags": sorted(flags)}
+    settled["flags"] = sorted(flags)
+    return settled
+
+
+def _names_two(pair: list[int]) -> bool:
+    i, j = pair
+    return i != j
+
+
+class DistinctTexts:
+    """Texts without repeats, in the order in which they came; white space does not tell two apart."""
+
+    def __init__(self):
+        self.texts: list[str | Messages] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, text: str | Messages) -> int:
+        """The number of the text, which is new or that of an equal one."""
+        key = text_key(text)
+        if key not in self._places:
+            self._places[key] = len(self.texts)
+            self.texts.append(text)
+        return self._places[key]
 
 
 def own_row(row: Comparison, *, source: str = "", index: int | None = None) -> Comparison:
     """A comparison row as it is, after `validate_comparison`; empty completions are flagged."""
     validate_comparison(row, source=source, index=index)
-    flags = set(row.get("flags") or ()) | ({"empty_completion"} if any(map(is_empty, row["completions"])) else set())
-    return {name: value for name, value in row.items() if value is not None} | {"flags": sorted(flags)}
+    flags = set(row.get("flags") or ())
+    if any(map(is_empty, row["completions"])):
+        flags.add("empty_completion")
+    checked = without_missing(row)
+    checked["flags"] = sorted(flags)
+    return checked
+
+
+def without_missing(row: Row) -> Row:
+    """The row without the columns that hold None."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+# --- one row per prompt ----------------------------------------------------------------------------------------------
 
 
 def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) -> list[Comparison]:
-    """One row a prompt: completions without repeats, all judgements, those of different rows side by side.
+    """One row per prompt: completions without repeats, all judgements, those of different rows side by side.
 
     Prompts and completions are the same where they differ in white space only. A row that says no more than an earlier
     one (same prompt, sides, order, targets and votes) is a copy, not a second judgement, unless votes name another
@@ -211,103 +383,188 @@ def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) ->
     Weights that a source gave are kept; otherwise each pair of a prompt weighs 1 / number of its pairs. Order, `row`
     and `category` are those of the first.
     """
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for row in rows:
-        groups.setdefault((text_key(row["prompt"]), str(row.get("category"))), []).append(row)
     report = report or LoadReport()
-    merged = [_merged(group, report) if len(group) > 1 else group[0] for group in groups.values()]
-    report.flagged.get("duplicated_row", []).sort()  # found prompt by prompt
-    return merged
+    groups: dict[Any, list[Comparison]] = {}
+    for row in rows:
+        category = str(row.get("category"))
+        key = (text_key(row["prompt"]), category)
+        groups.setdefault(key, []).append(row)
+
+    grouped = []
+    for group in groups.values():
+        if len(group) > 1:
+            grouped.append(_merge(group, report))
+        else:
+            grouped.append(group[0])  # as it is, its weights too
+    if "duplicated_row" in report.flagged:
+        report.flagged["duplicated_row"].sort()  # they were found prompt by prompt
+    return grouped
 
 
-def _merged(group: list[Comparison], report: LoadReport) -> Comparison:
-    place: dict[str, int] = {}
-    completions: list[Any] = []
-    merged: Comparison = {name: [] for name in ("pairs", "targets", "margins", "weights", "votes")}
+def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
+    """Rows of one prompt as one row."""
+    completions = DistinctTexts()
+    judgements: Comparison = {}
+    for column in ("pairs", "targets", "margins", "weights", "votes"):
+        judgements[column] = []
     seen: set[tuple] = set()
     flags: set[str] = set()
     for row in group:
-        row = with_defaults(row if has_own_weights(row) else row | {"weights": None})
-        home = []
-        for completion in row["completions"]:
-            home.append(place.setdefault(text_key(completion), len(completions)))
-            if home[-1] == len(completions):
-                completions.append(completion)
-        said = {name: row[name] for name in ("targets", "margins", "weights")}
-        said["pairs"] = [[home[i], home[j]] for i, j in row["pairs"]]
-        said["votes"] = [vote | {"pair": [home[k] for k in vote["pair"]]} for vote in row.get("votes") or ()]
+        home = {}
+        for k, completion in enumerate(row["completions"]):
+            home[k] = completions.add(completion)
+        if not has_own_weights(row):
+            row = row | {"weights": None}  # as this row alone has them: they are made anew below
+        said = renumbered(with_defaults(row), home)
+        said["votes"] = said["votes"] or []
         flags.update(row.get("flags") or ())
-        key = tuple(tuple(map(_hashable, said[name])) for name in merged)
+
+        # Equal in every judgement, votes included: a copy.
+        key = tuple(_hashable(said[column]) for column in judgements)
         if key in seen:
             flags.add("duplicated_row")
             report.flag("duplicated_row", row.get("row", -1))
             continue
         seen.add(key)
-        for name in merged:
-            merged[name] += said[name]
+        for column, values in judgements.items():
+            values.extend(said[column])
+
+    merged = dict(group[0])
+    merged.pop("weights", None)
+    merged.update(judgements)
     if not any(map(has_own_weights, group)):
-        del merged["weights"]
-    shared = {name: value for name, value in group[0].items() if name != "weights"}
-    return shared | merged | {"completions": completions, "flags": sorted(flags), "votes": merged["votes"] or None}
+        del merged["weights"]  # the default is 1 / number of pairs of the merged row
+    merged["completions"] = completions.texts
+    merged["flags"] = sorted(flags)
+    merged["votes"] = judgements["votes"] or None
+    return merged
 
 
 def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):  # in saved rows a column that some lack is None in theirs
-        value = sorted(entry for entry in value.items() if entry[1] is not None)
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, dict):
+        # In saved rows a column that some lack is None in theirs.
+        value = sorted(without_missing(value).items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return value
 
 
-def has_own_weights(row: Comparison) -> bool:
-    """Whether the weights are the source's: those of `with_defaults`, as in saved rows, are made anew by a merge."""
-    n = len(row["pairs"])
-    return any(not math.isclose(weight, 1 / n) for weight in row.get("weights") or ())
+# --- as a data set ---------------------------------------------------------------------------------------------------
 
 
 def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
     """Rows as a data set whose column types do not depend on which rows happen to be first or empty.
 
-    Weights default to 1 / number of pairs, margins to 0.
+    Weights default to 1 / number of pairs, margins to 0. Columns in which every row has None are left out.
 
     Raises:
         PreferenceDataError: some rows are text, others messages.
     """
-    if len({isinstance(row["prompt"], str) for row in rows}) > 1:
-        first = isinstance(rows[0]["prompt"], str)
-        other = next(k for k, row in enumerate(rows) if isinstance(row["prompt"], str) != first)
-        kinds = ("text", "messages") if first else ("messages", "text")
-        raise PreferenceDataError(
-            f"{source or 'data set'}: row {rows[0]['row']} is {kinds[0]}, row {rows[other]['row']} is {kinds[1]}: "
-            "give all rows one kind, or load them as two data sets."
-        )
-    rows = [with_defaults(row) if "pairs" in row else row for row in rows]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if any(row.get(name) is not None for row in rows)]
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    free = {name: columns[name] for name in names if name not in _FIXED_FEATURES}
+    _check_one_kind(rows, source)
+    columns = _columns(rows)
     try:
-        # Messages with tool calls and the like differ in their keys: as JSON they stay as they are.
-        inferred = Dataset.from_dict(free, on_mixed_types="use_json").features
-        return Dataset.from_dict(columns, features=Features({n: _FIXED_FEATURES.get(n) or inferred[n] for n in names}))
+        return Dataset.from_dict(columns, features=_features(columns))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        where = source or "data set"
+        names = ", ".join(columns)
         reason = str(error).splitlines()[0]
-        raise PreferenceDataError(f"{source or 'data set'}: columns {', '.join(names)}: {reason}.") from error
+        raise PreferenceDataError(f"{where}: columns {names}: {reason}.") from error
+
+
+def _check_one_kind(rows: list[Comparison], source: str) -> None:
+    """Refuses rows of which some are text and others messages."""
+    for row in rows:
+        first = rows[0]
+        if not same_kind(row["prompt"], first["prompt"]):
+            where = source or "data set"
+            raise PreferenceDataError(
+                f"{where}: row {first['row']} is {_kind(first)}, row {row['row']} is {_kind(row)}: give all rows one "
+                "kind, or load them as two data sets."
+            )
+
+
+def _kind(row: Row) -> str:
+    return "text" if isinstance(row["prompt"], str) else "messages"
+
+
+def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
+    """Column -> its value in every row, in the order in which rows name the columns."""
+    names: dict[str, None] = {}
+    filled = []
+    for row in rows:
+        if "pairs" in row:  # demonstrations have none
+            row = with_defaults(row)
+        filled.append(row)
+        names.update(dict.fromkeys(row))
+
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in filled]
+        if any(value is not None for value in values):
+            columns[name] = values
+    return columns
+
+
+def _features(columns: dict[str, list[Any]]) -> Features:
+    """The types of the schema, and inferred ones for columns that it does not know."""
+    unknown = {}
+    for name, values in columns.items():
+        if name not in _FIXED_FEATURES:
+            unknown[name] = values
+    # Messages with tool calls and the like differ in their keys: as JSON they stay as they are.
+    inferred = Dataset.from_dict(unknown, on_mixed_types="use_json").features
+    features = {}
+    for name in columns:
+        features[name] = _FIXED_FEATURES.get(name) or inferred[name]
+    return Features(features)
 
 
 def with_defaults(row: Comparison) -> Comparison:
     """Weights of 1 / number of pairs and margins of 0 where the row has none."""
-    n = len(row["pairs"])
-    return row | {"weights": row.get("weights") or [1 / n] * n, "margins": row.get("margins") or [0.0] * n}
+    n_pairs = len(row["pairs"])
+    filled = dict(row)
+    filled["weights"] = row.get("weights") or [1 / n_pairs] * n_pairs
+    filled["margins"] = row.get("margins") or [0.0] * n_pairs
+    return filled
+
+
+def has_own_weights(row: Comparison) -> bool:
+    """Whether the weights are the source's: those of `with_defaults`, as in saved rows, are made anew by a merge."""
+    default = 1 / len(row["pairs"])
+    weights = row.get("weights") or []
+    # Not `==`: writers round.
+    return not all(math.isclose(weight, default) for weight in weights)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 def is_number(value: Any) -> bool:
+    """True for a finite number; True and False are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return math.isfinite(value)
     except OverflowError:  # a whole number beyond the range of floats
         return False
 
 
-def is_empty(text: Any) -> bool:
+def is_list_of(value: Any, kind: type) -> bool:
+    """True for a list, also an empty one, whose entries are all of this type."""
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def same_kind(first: str | Messages, second: str | Messages) -> bool:
+    """True where both are text, or both messages."""
+    return isinstance(first, str) == isinstance(second, str)
+
+
+def is_empty(text: str | Messages) -> bool:
     """True for text or messages without a word or a tool call."""
     if isinstance(text, str):
         return not text.strip()
-    return not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in text)
+    for message in text:
+        content = str(message.get("content") or "")
+        if content.strip() or message.get("tool_calls"):
+            return False
+    return True

@@ -1,7 +1,7 @@
 """How a prompt and a completion become tokens: one convention for training, scoring and rollouts.
 
 A prompt is a string, or a list of messages that goes through the tokenizer's chat template with the generation prompt.
-A completion is a string or a list of messages, is tokenised on its own (as a policy emits it: after the prompt's last
+A completion is a string or a list of messages, is tokenized on its own (as a policy emits it: after the prompt's last
 token) and ends with exactly one stop token, `tokenizer.eos_token_id`.
 """
 
@@ -15,12 +15,21 @@ Messages = list[dict[str, Any]]
 
 def is_messages(value: Any) -> bool:
     """True for a non-empty list of `{"role": …, "content": …}` mappings; content is text, a list of parts, or None."""
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+    if not isinstance(value, list) or not value:
+        return False
+    return all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:
-    fits = isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
-    return fits and isinstance(value["content"], str | list | None)
+    if not isinstance(value, dict) or "content" not in value:
+        return False
+    role = value.get("role")
+    return isinstance(role, str) and isinstance(value["content"], str | list | None)
+
+
+def make_message(role: str, content: str) -> dict[str, Any]:
+    """A chat message of text alone."""
+    return {"role": role, "content": content}
 
 
 def is_text(value: Any) -> bool:
@@ -32,22 +41,31 @@ def text_key(value: str | Messages) -> str:
     """What two texts (or conversations) must share to count as the same: everything but the amount of white space."""
     if isinstance(value, str):
         return " ".join(value.split())
-    plain = [
-        {name: entry for name, entry in m.items() if entry is not None}  # None is what Arrow fills gaps with
-        | {"content": " ".join(str(m.get("content") or "").split())}
-        for m in value
-    ]
-    return json.dumps(plain, sort_keys=True, default=str)
+    messages = []
+    for message in value:
+        # None is what Arrow fills gaps with: a message without the field is the same.
+        fields = {name: value for name, value in message.items() if value is not None}
+        words = _content(message).split()
+        fields["content"] = " ".join(words)
+        messages.append(fields)
+    return json.dumps(messages, sort_keys=True, default=str)
 
 
 def plain_text(value: str | Messages) -> str:
     """What a person reads: the string, or the contents of the messages, a line apart."""
-    return value if isinstance(value, str) else "\n".join(str(m.get("content") or "") for m in value)
+    if isinstance(value, str):
+        return value
+    return "\n".join(map(_content, value))
+
+
+def _content(message: dict[str, Any]) -> str:
+    return str(message.get("content") or "")
 
 
 def check_tokenizer(tokenizer, *, needs_chat_template: bool) -> None:
     """Raises `UserError` for a tokenizer without a stop token, a pad token, or (if asked) a chat template."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
+    # Without a stop token no completion ends, and no reward is read at its end.
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {name!r} has no eos token: set `tokenizer.eos_token` to the model's stop token.")
     if tokenizer.pad_token_id is None:
@@ -67,6 +85,7 @@ def render_prompt(tokenizer, prompt: str | Messages) -> str:
     if isinstance(prompt, str):
         return prompt
     check_tokenizer(tokenizer, needs_chat_template=True)
+    # With the generation prompt: the policy's first token is the answer's first.
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
@@ -76,8 +95,10 @@ def encode_prompt(tokenizer, prompt: str | Messages) -> list[int]:
         return tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     # T5's tokenizer closes every text with a stop token, which a prompt must not have; an encoder's separator stays.
-    closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and tokenizer.sep_token_id is None
-    return ids[:-1] if closed else ids
+    has_separator = tokenizer.sep_token_id is not None
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_separator:
+        return ids[:-1]
+    return ids
 
 
 def completion_text(tokenizer, prompt: str | Messages, completion: str | Messages) -> str:
@@ -88,20 +109,32 @@ def completion_text(tokenizer, prompt: str | Messages, completion: str | Message
     """
     if isinstance(completion, str):
         return completion
-    if len(completion) == 1 and isinstance(completion[0].get("content"), str) and not completion[0].get("tool_calls"):
-        return completion[0]["content"]
+    if len(completion) == 1 and not completion[0].get("tool_calls"):
+        content = completion[0].get("content")
+        if isinstance(content, str):
+            return content
     before = render_prompt(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)
+    conversation = [*prompt, *completion]
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
     if not whole.startswith(before):
         raise UserError("the chat template renders this prompt differently once a completion follows: pass plain text.")
-    return whole[len(before) :].rsplit(tokenizer.eos_token, 1)[0]
+    # Templates write the stop token, and some a line break after it, which no policy emits.
+    written = whole.removeprefix(before)
+    return written.rsplit(tokenizer.eos_token, 1)[0]
 
 
-def encode_completion(tokenizer, prompt: str | Messages, completion: str | Messages) -> list[int]:
+def encode_completion(
+    tokenizer,
+    prompt: str | Messages,
+    completion: str | Messages,
+) -> list[int]:
     """Token ids of a completion, exactly one stop token last (an empty completion is that token alone)."""
-    text = completion_text(tokenizer, prompt, completion).removesuffix(tokenizer.eos_token)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    return ids + [tokenizer.eos_token_id]
+    text = completion_text(tokenizer, prompt, completion)
+    text = text.removesuffix(tokenizer.eos_token)  # some sources spell it: one is enough
+    ids = []
+    if text:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def decode_completion(tokenizer, ids: list[int]) -> str:

@@ -1,38 +1,51 @@
 """Comparison rows as token ids, and what happens to those that are too long."""
 
 from collections.abc import Collection
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from datasets import Dataset
 
 from ..errors import UserError
-from .schema import LoadReport
+from .schema import LoadReport, Row
 from .text import check_tokenizer, encode_completion, encode_prompt
 
 Overflow = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 CATEGORY_CODE = "category_code"
-TOKENISED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weights", "margins")
+TOKENIZED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weights", "margins")
 
 
-def tokenise_row(row: dict[str, Any], tokenizer) -> dict[str, list]:
+def tokenize_row(row: Row, tokenizer) -> dict[str, list]:
     """Adds `prompt_ids` (tokens of the prompt) and `completion_ids` (K lists, the stop token last in each)."""
-    return {
-        "prompt_ids": encode_prompt(tokenizer, row["prompt"]),
-        "completion_ids": [encode_completion(tokenizer, row["prompt"], text) for text in row["completions"]],
-    }
+    prompt = row["prompt"]
+    completion_ids = [encode_completion(tokenizer, prompt, completion) for completion in row["completions"]]
+    return {"prompt_ids": encode_prompt(tokenizer, prompt), "completion_ids": completion_ids}
 
 
-def longest(row: dict[str, Any]) -> int:
+def longest(row: Row) -> int:
     """Tokens of the prompt with its longest completion."""
-    return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+    longest_completion = max(map(len, row["completion_ids"]))
+    return len(row["prompt_ids"]) + longest_completion
+
+
+def start_ids(tokenizer) -> set[int]:
+    """Tokens that open a text: a cut prompt keeps them."""
+    return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+
+
+# --- too long --------------------------------------------------------------------------------------------------------
 
 
 def fit_row(
-    row: dict[str, Any], *, max_length: int, overflow: Overflow, where: str, start_ids: Collection[int] = ()
-) -> dict[str, Any] | None:
-    """Brings a tokenised row under `max_length` tokens as `overflow` says; None means that it is to be dropped.
+    row: Row,
+    *,
+    max_length: int,
+    overflow: Overflow,
+    where: str,
+    start_ids: Collection[int] = (),
+) -> Row | None:
+    """Brings a tokenized row under `max_length` tokens as `overflow` says; None means that it is to be dropped.
 
     `truncate_prompt_left` keeps the prompt's last tokens (all completions still see the same prompt), and its first one
     if that is among `start_ids`: BOS, or the CLS token where encoders are read;
@@ -46,14 +59,23 @@ def fit_row(
         return row
     if overflow == "drop":
         return None
-    prompt, kept = row["prompt_ids"], int(row["prompt_ids"][:1] != [] and row["prompt_ids"][0] in start_ids)
-    if overflow == "truncate_prompt_left" and excess < len(prompt) - kept:
-        return row | {"prompt_ids": prompt[:kept] + prompt[kept + excess :]}
-    room = max_length - len(row["prompt_ids"])
-    if overflow == "truncate_completion" and room >= 2:
-        completions = [ids if len(ids) <= room else ids[: room - 1] + ids[-1:] for ids in row["completion_ids"]]
-        distinct = len({tuple(ids) for ids in completions}) == len(completions)
-        return row | {"completion_ids": completions} if distinct else None  # equal now: nothing left to compare
+
+    prompt_ids = row["prompt_ids"]
+    if overflow == "truncate_prompt_left":
+        opens = bool(prompt_ids) and prompt_ids[0] in start_ids
+        opening = prompt_ids[:1] if opens else []
+        rest = prompt_ids[len(opening) :]
+        if excess < len(rest):
+            return row | {"prompt_ids": opening + rest[excess:]}
+
+    room = max_length - len(prompt_ids)
+    if overflow == "truncate_completion" and room >= 2:  # a token of text and the stop token
+        completion_ids = [_cut_completion(ids, room) for ids in row["completion_ids"]]
+        n_distinct = len(set(map(tuple, completion_ids)))
+        if n_distinct < len(completion_ids):
+            return None  # two are equal now: nothing is left to compare
+        return row | {"completion_ids": completion_ids}
+
     tried = "" if overflow == "error" else f", and overflow={overflow!r} would leave nothing of the text"
     raise UserError(
         f"{where}: {longest(row)} tokens, {excess} over max_length={max_length}{tried}. Raise max_length, or pass "
@@ -61,12 +83,14 @@ def fit_row(
     )
 
 
-def start_ids(tokenizer) -> set[int]:
-    """Tokens that open a text: a cut prompt keeps them."""
-    return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+def _cut_completion(ids: list[int], room: int) -> list[int]:
+    """At most `room` tokens, the last one (the stop token) among them."""
+    if len(ids) <= room:
+        return ids
+    return ids[: room - 1] + ids[-1:]
 
 
-def tokenise_comparisons(
+def tokenize_comparisons(
     dataset: Dataset,
     tokenizer,
     *,
@@ -75,26 +99,65 @@ def tokenise_comparisons(
     report: LoadReport,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Comparison rows as `TOKENISED_COLUMNS`, each at most `max_length` tokens; `report` counts the cut and dropped."""
-    name, numbers = report.source or "data set", list(dataset["row"])
-    check_tokenizer(tokenizer, needs_chat_template=not isinstance(dataset[0]["prompt"], str))
-    dataset = dataset.map(
-        tokenise_row, fn_kwargs={"tokenizer": tokenizer}, num_proc=num_proc, desc=f"Tokenizing {name} dataset"
+    """Comparison rows as `TOKENIZED_COLUMNS`, each at most `max_length` tokens; `report` counts the cut and dropped.
+
+    `category_code` stays where the rows have it. Without `max_length` rows keep their length.
+
+    Raises:
+        UserError: a row is too long and `overflow` is "error", truncation leaves nothing of a text, or no row is left.
+    """
+    name = report.source or "data set"
+    numbers = list(dataset["row"])
+    # All prompts are of one kind, as a column holds: the first one tells.
+    first_prompt = dataset[0]["prompt"]
+    check_tokenizer(tokenizer, needs_chat_template=not isinstance(first_prompt, str))
+    tokenized = dataset.map(
+        tokenize_row, fn_kwargs={"tokenizer": tokenizer}, num_proc=num_proc, desc=f"Tokenizing {name} dataset"
     )
-    dataset = dataset.select_columns([*TOKENISED_COLUMNS, *({CATEGORY_CODE} & set(dataset.column_names))])
-    over = [k for k, row in enumerate(dataset) if max_length is not None and longest(row) > max_length]
-    if not over:
-        return dataset
-    options = {"max_length": max_length, "overflow": overflow, "start_ids": start_ids(tokenizer)}
-    fitted = {k: fit_row(dataset[k], where=f"{name} row {numbers[k]}", **options) for k in over}
+    columns = list(TOKENIZED_COLUMNS)
+    if CATEGORY_CODE in tokenized.column_names:
+        columns.append(CATEGORY_CODE)
+    tokenized = tokenized.select_columns(columns)
+    if max_length is None:
+        return tokenized
+
+    # Only rows that are too long are written anew: most data sets have a few.
+    fitted: dict[int, Row | None] = {}
+    opening = start_ids(tokenizer)
+    for k, row in enumerate(tokenized):
+        if longest(row) > max_length:
+            where = f"{name} row {numbers[k]}"
+            fitted[k] = fit_row(row, max_length=max_length, overflow=overflow, where=where, start_ids=opening)
+    if not fitted:
+        return tokenized
+    _count_long_rows(fitted, numbers, report, max_length=max_length, overflow=overflow)
+
+    def replace(row: Row, k: int) -> Row:
+        return fitted.get(k) or {}
+
+    dropped = {k for k, row in fitted.items() if row is None}
+    kept = [k for k in range(len(tokenized)) if k not in dropped]
+    if not kept:
+        raise UserError(f"{report.summary()}: no row is left: raise max_length.")
+    return tokenized.map(replace, with_indices=True).select(kept)
+
+
+def _count_long_rows(
+    fitted: dict[int, Row | None],
+    numbers: list[int],
+    report: LoadReport,
+    *,
+    max_length: int,
+    overflow: Overflow,
+) -> None:
+    """Reports, under their numbers in the source, rows that were dropped and rows that were cut."""
     for k, row in fitted.items():
         if row is None:
             report.drop(f"over max_length={max_length}", numbers[k])
             report.kept -= 1
         else:
-            report.flagged.setdefault(overflow, []).append(numbers[k])
-    dataset = dataset.map(lambda row, k: fitted.get(k) or {}, with_indices=True)
-    kept = [k for k in range(len(dataset)) if fitted.get(k, True) is not None]
-    if not kept:
-        raise UserError(f"{report.summary()}: no row is left: raise max_length.")
-    return dataset.select(kept)
+            report.flag(overflow, numbers[k])
+
+
+# The name of earlier versions, in British spelling.
+tokenise_row = tokenize_row

@@ -2,13 +2,16 @@
 
 import re
 from os.path import commonprefix
-from typing import Any
+
+from .text import Messages, make_message
+
+Split = tuple[Messages | None, Messages | None, Messages | None]
+"""Prompt, chosen, rejected; all None without a common prompt."""
 
 _ASSISTANT = "\n\nAssistant:"
+_HUMAN = "\n\nHuman:"
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-Messages = list[dict[str, Any]]
 
 
 def is_transcript(text: str) -> bool:
@@ -25,34 +28,51 @@ def split_at_common_history(
     A reply that itself contains "Assistant:" keeps it. A reply that contains a further "Human:" turn is flagged
     `histories_differ`: the two conversations parted before their last turn.
     """
-    cut = commonprefix([chosen, rejected]).rfind(_ASSISTANT)
+    common = commonprefix([chosen, rejected])
+    cut = common.rfind(_ASSISTANT)
     if cut < 0:
         return None, None, None, []
-    replies = [text[cut + len(_ASSISTANT) :] for text in (chosen, rejected)]
-    flags = ["histories_differ"] if any("\n\nHuman:" in reply for reply in replies) else []
-    messages = [[{"role": "assistant", "content": reply.strip()}] for reply in replies]
-    return read_transcript(chosen[:cut].strip()), *messages, flags
+    start = cut + len(_ASSISTANT)
+    chosen_reply = chosen[start:]
+    rejected_reply = rejected[start:]
+    flags = []
+    if _HUMAN in chosen_reply or _HUMAN in rejected_reply:
+        flags.append("histories_differ")
+    prompt = read_transcript(chosen[:cut].strip())
+    return prompt, _as_answer(chosen_reply), _as_answer(rejected_reply), flags
+
+
+def _as_answer(text: str) -> Messages:
+    return [make_message("assistant", text.strip())]
 
 
 def read_transcript(text: str) -> Messages:
-    """Turns of an HH-RLHF transcript; neighbours of one role are joined, as chat templates want roles to alternate."""
+    """Turns of an HH-RLHF transcript; neighbors of one role are joined, as chat templates want roles to alternate."""
     parts = _TURN.split(text)[1:]  # [speaker, words, speaker, words, …]
+    speakers = parts[::2]
     turns: Messages = []
-    for speaker, words in zip(parts[::2], parts[1::2], strict=True):
-        role, words = _ROLES[speaker], words.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += f"\n\n{words}"
+    for speaker, words in zip(speakers, parts[1::2], strict=True):
+        message = make_message(_ROLES[speaker], words.strip())
+        last = turns[-1] if turns else None
+        if last and last["role"] == message["role"]:
+            last["content"] += f"\n\n{message['content']}"
         else:
-            turns.append({"role": role, "content": words})
+            turns.append(message)
     return turns
 
 
-def split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages | None, Messages | None, Messages | None]:
+def split_messages(chosen: Messages, rejected: Messages) -> Split:
     """(prompt, chosen, rejected): the longest common run of messages, and what follows; prompt None if it is empty."""
+    # The last message of the shorter side is its answer, even where the other side goes on with more.
+    longest = min(len(chosen), len(rejected)) - 1
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    for ours, theirs in zip(chosen[:longest], rejected[:longest], strict=True):
+        if ours != theirs:
+            break
         shared += 1
-    return (chosen[:shared], chosen[shared:], rejected[shared:]) if shared else (None, None, None)
+    if shared == 0:
+        return None, None, None
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -61,8 +81,9 @@ def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     As `trl.extract_prompt`, which takes the last character for that space when the very first ones differ.
     """
     cut = len(commonprefix([chosen, rejected]))
-    if cut == min(len(chosen), len(rejected)):
+    shorter = min(len(chosen), len(rejected))
+    if cut == shorter:
         cut = max(cut - 1, 0)  # one continues the other: TRL leaves neither completion empty
-    elif cut and chosen[cut - 1] == " ":
+    elif cut > 0 and chosen[cut - 1] == " ":
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]

@@ -1,37 +1,27 @@
 """Model cards with measured results: one Jinja template a kind of model, and no trace of the machine that made them."""
 
-import json
-import math
-import os
-import platform
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..compat import versions
 from ..errors import UserError
+from .markdown import escape_markdown, format_interval, template_environment
 from .privacy import strip_local_paths
+from .report import CardOptions, RunReport, as_report, hardware, recorded_precision
+from .results import Result, collect_results
+
+__all__ = ["KINDS", "card_from_report", "escape_markdown", "hardware", "render_card", "write_card"]
 
 EMBEDDED_BASES = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-
-
-class Result(NamedTuple):
-    """One measured number: a markdown row and an entry of the model index. `n` of what is named by `of`."""
-
-    key: str
-    name: str
-    value: float
-    n: int | None
-    of: str
-    ci95: tuple[float, float] | None = None
+"""Embedded models and what they are on the Hub."""
+_LOAD_IN_4BIT = re.compile(r"^\s*load_in_4bit:\s*true\b", re.MULTILINE | re.IGNORECASE)
 
 
 class Kind(NamedTuple):
@@ -57,144 +47,57 @@ KINDS = {
 }
 
 
-def write_card(folder: str | Path, kind: str, report: Mapping[str, Any], **options: Any) -> Path:
+# What others call
+
+
+def write_card(folder: str | Path, kind: str, report: RunReport | Mapping[str, Any], **options: Any) -> Path:
     """Writes `folder/README.md` from a report (the quickstart's `report.json`) and returns its path.
 
-    `options` are those of `render_card`; `plot`, a PNG, is copied into `folder` so that the link also holds on the Hub.
+    `options` are those of `CardOptions`; `plot`, a PNG, is copied into `folder` so that the link also holds on the Hub.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plot = options.get("plot")
-    if plot is not None and Path(plot).resolve() != (folder / Path(plot).name).resolve():
-        shutil.copyfile(plot, folder / Path(plot).name)
+    if plot is not None:
+        target = folder / Path(plot).name
+        # Copying a file onto itself is an error.
+        if Path(plot).resolve() != target.resolve():
+            shutil.copyfile(plot, target)
+    # What the caller says of the base's precision counts more than what the folder has recorded.
+    options = recorded_precision(folder, options.get("relation", "adapter")) | options
     path = folder / "README.md"
     ModelCard(render_card(kind, report, **options)).save(path)
     return path
 
 
-def card_from_report(report: Mapping[str, Any], **changes: Any) -> str | None:
-    """The card of a report that says under `card` what its card needs, as the recipes' do; None of another report."""
-    options = report.get("card")
-    return render_card(**options | changes, report=report) if options else None
+def card_from_report(report: RunReport | Mapping[str, Any], **changes: Any) -> str | None:
+    """The card of a report that says under `card` what its card needs, as the recipes' do; None of another report.
+
+    `changes` are options of `CardOptions` that replace the report's.
+    """
+    report = as_report(report)
+    if report.card is None:
+        return None
+    return _render(replace(report.card, **changes), report)
 
 
-FROM_PYTHON = "# started from Python, not by a recipe"
-_LOGGED = {
-    "policy": {"objective/kl": "kl", "objective/scores": "proxy_after", "completions/mean_length": "mean_length_after"},
-    "reward_model": {"pairs": "heldout_pairs"}
-    | {name: name for name in ("accuracy", "nll", "brier", "ece", "longer_wins_baseline", "gain")},
-    "sft": {name: f"eval_{name}" for name in ("loss", "mean_token_accuracy")},
-}
-
-
-def trainer_report(trainer: Any) -> dict[str, Any]:
-    """The report of a run without a recipe: what the trainer's last evaluation logged, and what its card needs."""
-    kind, args, model = trainer.card_kind, trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    logs = [log for log in trainer.state.log_history if any(name.startswith("eval_") for name in log)]
-    last = {name.removeprefix("eval_"): value for name, value in (logs[-1] if logs else {}).items()}
-    measured = {ours: last[name] for name, ours in _LOGGED[kind].items() if name in last}
-    measured |= {
-        f"{name}_ci95": [last[f"{name}_low"], last[f"{name}_high"]] for name in measured if f"{name}_low" in last
-    }
-    for name in ("kl_coef", "updates", "stopped_by"):
-        measured |= {name: value} if (value := getattr(trainer, name, None)) is not None else {}
-    if kind != "reward_model" and hasattr(trainer.eval_dataset, "column_names"):  # one data set, not several by name
-        measured["n" if kind == "policy" else "heldout_rows"] = len(trainer.eval_dataset)
-    elif kind == "reward_model" and trainer.judged is not None:
-        measured["decided_pairs"] = int((trainer.judged.targets != 0.5).sum())
-        measured["groups"] = trainer.judged.groups()
-    options = "learning_rate max_steps num_train_epochs per_device_train_batch_size kl_coef temperature".split()
-    card = {"kind": kind, "config": {name: getattr(args, name) for name in options if hasattr(args, name)}}
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    card |= {"base_model": Path(name).resolve().name if Path(name := base.config.name_or_path).exists() else name}
-    card |= {"relation": "adapter" if base is not model else "finetune"}
-    card |= {"chat": trainer.processing_class.chat_template is not None}
-    about = {"seed": args.seed, "hardware": hardware(), "versions": versions(), "command": FROM_PYTHON, "card": card}
-    return {"ppo" if kind == "policy" else kind: measured, **about}
-
-
-def render_card(
-    kind: str,
-    report: Mapping[str, Any],
-    *,
-    base_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    model_name: str | None = None,
-    repo_id: str | None = None,
-    config: Mapping[str, Any] | str | None = None,
-    datasets: Sequence[str] = (),
-    samples: Sequence[Mapping[str, str]] = (),
-    plot: str | Path | None = None,
-    caption: str | None = None,
-    limits: Sequence[str] = (),
-    lineage: Mapping[str, str] | None = None,
-    relation: str = "adapter",
-    notes: Sequence[str] = (),
-    system_prompt: str | None = None,
-    chat: bool = True,
-    dataset_revision: str | None = None,
-) -> str:
+def render_card(kind: str, report: RunReport | Mapping[str, Any], **options: Any) -> str:
     """A model card's text.
 
     Args:
         kind: "policy", "reward_model" or "sft".
         report: what was measured, with `command`, `versions`, `hardware`, `seconds` (by stage), `license` where known.
-        base_model: id on the Hub of the base, or the embedded model's name, which is translated.
-        repo_id: where the adapter lives, on the Hub or, with two or more slashes, in a folder that is not published;
-            the snippet shows a placeholder when it is None.
-        config: options of the run, as a mapping or as YAML.
-        datasets: ids on the Hub only; local data belong into `lineage`.
-        samples: rows of `prompt`, `before`, `after`; their markdown is escaped.
-        plot: a PNG in the card's folder.
-        caption: what it shows, where that is not what plots of this kind show.
-        limits: further sentences beside those that are derived from the report.
-        lineage: what this model was made from (`{"reward model": "alice/reward"}`); ids on the Hub become links.
-        relation: to the base: "adapter", "merge" (the adapter is merged into it), or "finetune" (all weights).
-        notes: how it was measured, in sentences.
-        system_prompt: with which it was trained, for the snippet.
-        chat: whether its tokenizer has a chat template; the snippet asks in plain text where it has none.
-        dataset_revision: commit of the first of `datasets`.
+        options: see `CardOptions`.
 
-    Asks no network. Raises `UserError` for an unknown kind, or a number that is not finite.
+    Asks no network.
+
+    Raises:
+        UserError: an unknown kind, or a number that is not finite.
     """
-    if kind not in KINDS:
-        raise UserError(f"write_card: kind {kind!r} does not exist; choose one of {', '.join(KINDS)}.")
-    spec, embedded, base_model = KINDS[kind], base_model in EMBEDDED_BASES, EMBEDDED_BASES.get(base_model, base_model)
-    results, members = collect_results(kind, report), len(report.get("reward_model", {}).get("members", ()))
-    model_name = strip_local_paths(model_name or f"{base_model.rsplit('/', 1)[-1]}-{kind.replace('_', '-')}")
-    text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False) if config else ""
-    # What varies from machine to machine goes through the filter here; the templates' own prose does not need to.
-    body = (
-        environment()
-        .get_template(f"{kind}.md.jinja")
-        .render(
-            kind=kind,
-            title=f"{model_name}: {spec.title}" + f", ensemble of {members}" * (members > 0),
-            base_model=base_model,
-            embedded=embedded,
-            relation=relation,
-            repo_id=repo_id,
-            report=report,
-            results=results,
-            lineage={name: strip_local_paths(str(source)) for name, source in (lineage or {}).items()},
-            command=strip_local_paths(str(report.get("command", "not recorded"))),
-            config=strip_local_paths(text),
-            versions={name: strip_local_paths(str(v)) for name, v in report.get("versions", {}).items()},
-            hardware=strip_local_paths(str(report.get("hardware") or hardware())),
-            seconds=next((s for name, s in report.get("seconds", {}).items() if name in spec.stages), None),
-            samples=samples,
-            plot=Path(plot).name if plot else None,
-            plot_caption=caption,
-            limits=[*map(strip_local_paths, limits)],
-            notes=[*map(strip_local_paths, notes)],
-            system_prompt=system_prompt,
-            chat=chat,
-            citations=citations(kind, report, text),
-        )
-    )
-    library = "hf_rlhf_ext" if members else "peft" if relation == "adapter" else "transformers"
-    names = {"base_model": base_model, "model_name": model_name, "datasets": datasets, "revision": dataset_revision}
-    data = card_data(kind, results, **names, relation=relation, library=library, license=report.get("license"))
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return _render(CardOptions(kind, **options), as_report(report))
+
+
+# The header
 
 
 def card_data(
@@ -210,158 +113,202 @@ def card_data(
     license: str | None = None,
 ) -> ModelCardData:
     """The YAML header: what it is to `base_model`, found by its tags, with the results as a model index."""
-    spec, embedded = KINDS[kind], base_model in EMBEDDED_BASES.values()
-    evaluations = [
-        EvalResult(
-            task_type=spec.pipeline_tag,
-            dataset_type=datasets[0] if datasets else "custom",
-            dataset_name=f"{result.of} of the run",
-            dataset_split="heldout",
-            dataset_revision=revision,
-            metric_type=result.key,
-            metric_name=result.name + _precision(result),
-            metric_value=round(result.value, 4),
-        )
-        for result in results
-    ]
+    spec = KINDS[kind]
+    evaluations = [_model_index_entry(result, spec, datasets, revision) for result in results]
+    tags = ["trl", "rlhf", "hf_rlhf_ext", *spec.tags]
+    if relation == "adapter":
+        tags.append("lora")
+    language = None
+    if base_model in EMBEDDED_BASES.values():  # of other bases their own, which a derivative inherits
+        license = license or "apache-2.0"
+        language = "en"
     return ModelCardData(
         base_model=base_model,
         base_model_relation=relation,
         library_name=library,
         pipeline_tag=spec.pipeline_tag,
-        tags=["trl", "rlhf", "hf_rlhf_ext", *spec.tags, *(["lora"] if relation == "adapter" else [])],
-        license=license or ("apache-2.0" if embedded else None),  # of others their own, which a derivative inherits
-        language="en" if embedded else None,
+        tags=tags,
+        license=license,
+        language=language,
         datasets=list(datasets) or None,
         model_name=model_name if evaluations else None,
         eval_results=evaluations or None,  # an empty model index is not a valid one
     )
 
 
-_MEASURES = {  # by section of the report: key, what it is called, and the key of what it was measured on
-    "reward_model": [
-        ("accuracy", "Pairwise accuracy", "decided_pairs"),
-        ("nll", "Negative log-likelihood, nats per pair", "heldout_pairs"),
-        ("brier", "Brier score (a coin's is 0.25)", "heldout_pairs"),
-        ("ece", "Expected calibration error", "heldout_pairs"),
-        ("longer_wins_baseline", 'Accuracy of "the longer one is better"', "decided_pairs"),
-        ("gain", "Gain in accuracy over it", "decided_pairs"),
-        ("annotator_ceiling", "Expected accuracy of the annotator's order without noise", "decided_pairs"),
-        ("disagreement", "Disagreement of the members, standard deviation of their rewards", ""),
-    ],
-    "sft": [
-        ("eval_loss", "Loss, nats per token", "heldout_rows"),
-        ("eval_mean_token_accuracy", "Accuracy of the next token", "heldout_rows"),
-    ],
-}
-_OF = {"n": "held-out prompts", "heldout_rows": "held-out demonstrations"}
-
-
-def collect_results(kind: str, report: Mapping[str, Any]) -> list[Result]:
-    """The numbers of a kind that were measured; `UserError` for one that is not finite."""
-    ppo = report.get("ppo", {})
-    wanted = {name: _MEASURES[name] for name in _MEASURES.keys() & {kind}}
-    wanted |= {} if kind == "reward_model" else {"ppo": [(*row, "n") for row in _ppo_measures(kind, ppo)]}
-    prompts = sum(row["n"] for row in report.get("categories", {}).values()) or None
-    results = []
-    for section, rows in wanted.items():
-        measured = {"n": prompts} | report.get(section, {})
-        for key, label, count in rows:
-            if key not in measured:
-                continue
-            value, ci = measured[key], measured.get(f"{key}_ci95")
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(
-                    f"write_card: report['{section}']['{key}'] is {value!r}; a {kind} card needs a finite number."
-                )
-            n = measured.get(f"{key.rpartition('_')[0]}_n", measured.get(count))  # a reward may not score every prompt
-            of = _OF.get(count, "held-out pairs")
-            results.append(Result(key, label, float(value), n, of, tuple(ci) if ci else None))
-    return results
-
-
-def _ppo_measures(kind: str, ppo: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys and names of what PPO's report may hold about its start (kind "sft") or its end."""
-    rewards = {name: f"Reward {name}, unseen by PPO" for name in ppo.get("eval_rewards", ())}
-    rewards |= {"gold": "Gold reward"} if "gold_before" in ppo else {}
-    rewards["proxy"] = "Proxy reward"
-    when = "before" if kind == "sft" else "after"
-    found = [(f"{name}_{when}", label) for name, label in rewards.items()]
-    if kind == "policy":
-        found += [(f"{name}_gain", f"Gain in {label[0].lower()}{label[1:]}") for name, label in rewards.items()]
-        found.append(("kl", "KL to the policy it started from, nats per completion"))
-    return [*found, (f"mean_length_{when}", "Mean length, tokens")]
-
-
-def citations(kind: str, report: Mapping[str, Any], config: str) -> tuple[str, ...]:
-    """What to cite: the method always, VADER where it was the gold reward, QLoRA where the base was in 4 bits."""
-    quantised = re.search(r"^\s*load_in_4bit:\s*true\b", config, re.MULTILINE | re.IGNORECASE)
-    vader = report.get("gold_reward") == "vader"
-    return KINDS[kind].citations + ("vader",) * vader + ("qlora",) * bool(quantised)
-
-
-def hardware() -> str:
-    """What the run had to compute with, without the machine's name."""
-    text = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    torch = sys.modules.get("torch")  # never imported for the sake of a card
-    if torch is not None and torch.cuda.is_available():
-        text += f", {torch.cuda.get_device_name()}"
-    return text
-
-
-def escape_markdown(text: str) -> str:
-    """Model text that shows as it is: no markup, HTML, link, table cell or header of its own, on one line."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"[\\`*_{}\[\]()#!|~$]|(?<!\w)[+-]", r"\\\g<0>", text)
-    return re.sub(r"\s*[\r\n\x0b\x0c\x85\u2028\u2029]+\s*", " ⏎ ", text.strip())
-
-
-def _precision(result: Result) -> str:
-    """n stands here since huggingface_hub makes one data set of those that differ in the name only."""
-    found = [f"n = {result.n}"] * bool(result.n) + ([f"95 % CI {_interval(result.ci95)}"] if result.ci95 else [])
-    return f" ({', '.join(found)})" if found else ""
-
-
-def _interval(ci: Sequence[float]) -> str:
-    return f"{ci[0]:.3f} to {ci[1]:.3f}"
-
-
-def linked(source: str) -> str:
-    """An id on the Hub (`owner/name`, `datasets/owner/name`, with `@revision`) as a link; other text escaped."""
-    match = re.fullmatch(r"((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
-    if not match or source.startswith("<"):
-        return escape_markdown(source)
-    revision = f"/tree/{match[2]}" if match[2] else ""
-    return f"[{source}](https://huggingface.co/{match[1]}{revision})"
-
-
-def fenced(text: str, language: str = "") -> str:
-    """A block of code, with a fence longer than any inside."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-@cache
-def environment() -> Environment:
-    """The templates of all cards."""
-    environment = Environment(  # markdown, not HTML: values are escaped by the `md` filter where a model wrote them
-        loader=PackageLoader("hf_rlhf_ext.hub"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
+def _model_index_entry(result: Result, spec: Kind, datasets: Sequence[str], revision: str | None) -> EvalResult:
+    return EvalResult(
+        task_type=spec.pipeline_tag,
+        dataset_type=datasets[0] if datasets else "custom",
+        dataset_name=f"{result.of} of the run",
+        dataset_split="heldout",
+        dataset_revision=revision,
+        metric_type=result.key,
+        metric_name=result.name + _count_and_interval(result),
+        metric_value=round(result.value, 4),
     )
-    environment.filters |= {"md": escape_markdown, "interval": _interval, "linked": linked, "fenced": fenced}
-    environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)  # a string of Python's
-    return environment
+
+
+def _count_and_interval(result: Result) -> str:
+    """They stand in the metric's name, as huggingface_hub makes one data set of those that differ in the name only."""
+    parts = []
+    if result.n:
+        parts.append(f"n = {result.n}")
+    if result.ci95:
+        parts.append(f"95 % CI {format_interval(result.ci95)}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+# The body
+
+
+def _render(options: CardOptions, report: RunReport) -> str:
+    if options.kind not in KINDS:
+        raise UserError(f"write_card: kind {options.kind!r} does not exist; choose one of {', '.join(KINDS)}.")
+    # The Hub knows embedded models by another name.
+    base_model = EMBEDDED_BASES.get(options.base_model, options.base_model)
+    results = collect_results(options.kind, report)
+    model_name = strip_local_paths(options.model_name or _usual_name(base_model, options.kind))
+    header = card_data(
+        options.kind,
+        results,
+        base_model=base_model,
+        model_name=model_name,
+        datasets=options.datasets,
+        revision=options.dataset_revision,
+        relation=options.relation,
+        library=_library(options, report),
+        license=report.license,
+    )
+    template = template_environment().get_template(f"{options.kind}.md.jinja")
+    body = template.render(
+        report=report,
+        results=results,
+        base_model=base_model,
+        embedded=options.base_model in EMBEDDED_BASES,
+        title=_title(options.kind, model_name, report),
+        **_shown_options(options, report),
+        **_provenance(options, report),
+    )
+    return f"---\n{header.to_yaml()}\n---\n\n{body}"
+
+
+def _usual_name(base_model: str, kind: str) -> str:
+    """`SmolLM2-135M-Instruct-reward-model`, of base and kind."""
+    base = base_model.rsplit("/", 1)[-1]
+    suffix = kind.replace("_", "-")
+    return f"{base}-{suffix}"
+
+
+def _title(kind: str, model_name: str, report: RunReport) -> str:
+    title = f"{model_name}: {KINDS[kind].title}"
+    if report.reward_model.members:
+        title += f", ensemble of {len(report.reward_model.members)}"
+    return title
+
+
+def _library(options: CardOptions, report: RunReport) -> str:
+    """What loads it."""
+    if report.reward_model.members:  # several adapters and how to combine them: nobody else reads that
+        return "hf_rlhf_ext"
+    return "peft" if options.relation == "adapter" else "transformers"
+
+
+def _shown_options(options: CardOptions, report: RunReport) -> dict[str, Any]:
+    """What templates show of the card's options.
+
+    What varies from machine to machine goes through `strip_local_paths` here and in `_provenance`; the templates' own
+    prose does not need to.
+    """
+    return {
+        "kind": options.kind,
+        "relation": options.relation,
+        "repo_id": options.repo_id,
+        "samples": options.samples,
+        "plot": Path(options.plot).name if options.plot else None,
+        "plot_caption": options.caption,
+        "limits": [strip_local_paths(limit) for limit in options.limits],
+        "notes": [strip_local_paths(note) for note in options.notes],
+        "system_prompt": options.system_prompt,
+        "chat": options.chat,
+        "base_dtype": options.base_dtype,
+        "autocast": options.autocast,
+        "four_bit": _is_4bit(options),
+        "base_options": _base_options(options),
+    }
+
+
+def _provenance(options: CardOptions, report: RunReport) -> dict[str, Any]:
+    """How the model was made: from what, by which command, with which versions, on what machine."""
+    return {
+        "lineage": _stripped(options.lineage or {}),
+        "versions": _stripped(report.versions),
+        "command": strip_local_paths(str(report.command or "not recorded")),
+        "config": strip_local_paths(_config_text(options)),
+        "hardware": strip_local_paths(str(report.hardware or hardware())),
+        "seconds": _stage_seconds(report.seconds, KINDS[options.kind].stages),
+        "citations": citations(options, report),
+    }
+
+
+def _stripped(values: Mapping[str, Any]) -> dict[str, str]:
+    """Values as text without what only this machine knows."""
+    return {name: strip_local_paths(str(value)) for name, value in values.items()}
+
+
+def _config_text(options: CardOptions) -> str:
+    """The options of the run as YAML."""
+    if isinstance(options.config, str):
+        return options.config
+    if not options.config:
+        return ""
+    return yaml.safe_dump(dict(options.config), sort_keys=False)
+
+
+def _stage_seconds(seconds: Mapping[str, float], stages: Sequence[str]) -> float | None:
+    """How long the stage took that made this model; older reports have other names for stages."""
+    for name, value in seconds.items():
+        if name in stages:
+            return value
+    return None
+
+
+def _base_options(options: CardOptions) -> str:
+    """Arguments of `from_pretrained`, as source, that load an adapter's base as it was in training.
+
+    By itself Transformers loads it in the dtype in which it is stored, in which scores are off by a percent.
+    """
+    arguments = ""
+    if options.base_dtype is not None:
+        arguments += f', dtype="{options.base_dtype}"'
+    if _is_4bit(options):
+        arguments += ", quantization_config=four_bit"
+    return arguments
+
+
+def _is_4bit(options: CardOptions) -> bool:
+    """Whether the base was in 4 bits in training; cards of older reports have that in their configuration only."""
+    if options.load_in_4bit:
+        return True
+    return _LOAD_IN_4BIT.search(_config_text(options)) is not None
+
+
+def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
+    """What to cite: the method always, VADER where it was the gold reward, QLoRA where the base was in 4 bits."""
+    papers = list(KINDS[options.kind].citations)
+    if report.gold_reward == "vader":
+        papers.append("vader")
+    if _is_4bit(options):
+        papers.append("qlora")
+    return tuple(papers)
 
 
 def main(folders: Sequence[str]) -> None:
     """`python -m hf_rlhf_ext.hub.card FOLDER …` writes each folder's card again from the `report.json` beside it."""
     for folder in folders:
-        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-        ModelCard(card_from_report(report)).save(Path(folder) / "README.md")
+        report = RunReport.load(folder)
+        card = card_from_report(report)
+        ModelCard(card).save(Path(folder) / "README.md")
 
 
 if __name__ == "__main__":

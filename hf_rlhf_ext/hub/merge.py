@@ -1,11 +1,18 @@
-"""A run's adapter merged into its base: one plain model, for people and engines without PEFT (llama.cpp among them)."""
+"""A run's adapter merged into its base: one plain model, for people and engines without PEFT (llama.cpp among them).
 
-import json
+hf-rlhf merge runs/ppo runs/ppo-merged
+"""
+
+import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from ..errors import UserError
 from ..modeling.loading import attach_adapter, base_and_revision, load_base_model, load_tokenizer
+from ..reward.export import export_merged
+from ..reward.normalization import NORMALIZATION_FILE
+from .report import REPORT_FILE, MergeRecord, RunReport
 
 
 def merge_run(
@@ -13,33 +20,97 @@ def merge_run(
 ) -> Path:
     """Writes the merged model, its tokenizer and its report (with a card that says so) to `output_dir`.
 
-    The base is loaded again, unquantised: merging into 4-bit weights would round the update away. `base_model` names it
-    where the adapter's own name for it does not serve.
+    The base is loaded again, unquantized: merging into 4-bit weights would round the update away. `push_run` pushes
+    `output_dir` as it is.
+
+    Args:
+        folder: of a policy's or a reward model's adapter, as a recipe or `trainer.save_model` left it.
+        output_dir: folder to write.
+        dtype: of the merged weights: "bfloat16", "float16" or "float32".
+        base_model: the base, where the adapter's own name for it does not serve.
+
+    Raises:
+        UserError: no adapter in `folder`, or a base that is itself quantized.
     """
-    folder, output_dir = Path(folder), Path(output_dir)
-    base_id, revision = (base_model, None) if base_model else base_and_revision(str(folder))
-    difference = None
+    folder = Path(folder)
+    output_dir = Path(output_dir)
+    revision = None
+    base_id = base_model
+    if base_id is None:  # by the adapter's own record, which may name a revision
+        base_id, revision = base_and_revision(str(folder))
     if base_id is None:
         raise UserError(f"merge: {folder} holds no adapter: there is nothing to merge.")
-    if (folder / "reward_normalization.json").is_file():
-        from ..reward.export import export_merged
-
+    if output_dir.resolve() == folder.resolve():
+        raise UserError(f"merge: {output_dir} is the adapter's own folder: give another one for the merged model.")
+    difference = None
+    if (folder / NORMALIZATION_FILE).is_file():  # a reward model: its head is merged too
         difference = export_merged(folder, output_dir, dtype=dtype, base=base_model)
     else:
-        base = load_base_model(base_id, dtype=dtype, load_in_4bit=False, revision=revision)
-        if getattr(base, "is_quantized", False):
-            raise UserError(f"merge: {base_id} is itself quantised: give the full weights' id with base_model.")
-        attach_adapter(base, folder).merge_and_unload().save_pretrained(output_dir)
-        load_tokenizer(str(folder)).save_pretrained(output_dir)
-    if (folder / "report.json").is_file():
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        # What was merged into, which may be other weights than those that the card's `base_model` names: a GGUF file's.
-        local = Path(base_id).expanduser()
-        named = local.name if local.exists() else base_id + (f"@{revision}" if revision else "")
-        report["merge"] = {"dtype": dtype, "base": named, "max_score_difference": difference}
-        if "card" in report:
-            report["card"]["relation"] = "merge"
-            if (plot := report["card"].get("plot")) and (folder / plot).is_file():
-                shutil.copyfile(folder / plot, output_dir / plot)
-        (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _merge_policy(folder, output_dir, base_id, revision, dtype)
+    if (folder / REPORT_FILE).is_file():
+        merge = MergeRecord(dtype, _public_name(base_id, revision), difference)
+        _write_report(folder, output_dir, merge, base_model)
     return output_dir
+
+
+def _merge_policy(folder: Path, output_dir: Path, base_id: str, revision: str | None, dtype: str) -> None:
+    base = load_base_model(base_id, dtype=dtype, load_in_4bit=False, revision=revision)
+    if getattr(base, "is_quantized", False):
+        raise UserError(f"merge: {base_id} is itself quantized: give the full weights' id with base_model.")
+    merged = attach_adapter(base, folder).merge_and_unload()  # the same weights, changed in place
+    merged.save_pretrained(output_dir)
+    load_tokenizer(str(folder)).save_pretrained(output_dir)
+
+
+def _public_name(base_id: str, revision: str | None) -> str:
+    """What was merged into, which may be other weights than those that the card's `base_model` names: a GGUF file's."""
+    local = Path(base_id).expanduser()
+    if local.exists():
+        return local.name
+    return f"{base_id}@{revision}" if revision else base_id
+
+
+def _write_report(folder: Path, output_dir: Path, merge: MergeRecord, base_model: str | None) -> None:
+    """The adapter's report, whose card says that this is a merge, and the plot that the card shows."""
+    try:
+        report = RunReport.load(folder)
+    except (ValueError, TypeError, AttributeError) as error:  # of another version, or one that somebody wrote
+        raise UserError(f"merge: {folder / REPORT_FILE} is no report of this library ({error}): remove it.") from error
+    report.merge = merge
+    if report.card is not None:
+        report.card.relation = "merge"
+        # An id on the Hub that was merged into is the base from now on; a local path is nobody else's.
+        if base_model is not None and not Path(base_model).expanduser().exists():
+            report.card.base_model = base_model
+        plot = report.card.plot
+        if plot and (folder / plot).is_file():
+            shutil.copyfile(folder / plot, output_dir / plot)
+    report.save(output_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`hf-rlhf merge`; `argv` are the words after it."""
+    parser = argparse.ArgumentParser(
+        prog="hf-rlhf merge",
+        description="Merges a run's adapter into its base: one plain model to push or convert.",
+    )
+    parser.add_argument("folder", help="output_dir of the run")
+    parser.add_argument("output_dir", help="folder to write the merged model to")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="of the merged weights (default: bfloat16)",
+    )
+    parser.add_argument("--base_model", help="the base, where the adapter's own name for it does not serve")
+    args = parser.parse_args(argv)
+    try:
+        merged = merge_run(args.folder, args.output_dir, dtype=args.dtype, base_model=args.base_model)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"Merged: {merged}. Next: hf-rlhf push {merged}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,18 +7,29 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
 from .privacy import machine_names, user_name
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill", "*.npy", "*.npz")
+PICKLES = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.pickle",
+    "*.ckpt",
+    "*.joblib",
+    "*.dill",
+    "*.npy",  # arrays of objects are pickles
+    "*.npz",
+)
 """Endings of files that may run code when they are loaded, optimizer states and training arguments among them."""
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # they spell everything by chance
-# What may be bytes, not text: pictures, and vocabularies of sentencepiece.
+# What may be bytes, not text: images, and vocabularies of sentencepiece.
 _BINARIES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".model")
 _RUNS_CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # opcodes of pickles
 
@@ -50,7 +61,10 @@ _KINDS = {
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 _SECRET_KINDS = ("token", "private-key", "credential")
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # in a string of JSON
+_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")  # PROTO, which protocols from 2 on begin with
+_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
+_SHORTEST_SECRET = 12  # characters; a shorter value of the environment may stand in any text
 
 
 class Finding(NamedTuple):
@@ -64,55 +78,144 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind}:{self.file}:{self.line} ({self.text})"
 
-    def allowed(self, allow: Iterable[str]) -> bool:
+    def allowed(self, allow: Collection[str]) -> bool:
         """Whether `kind:file:line`, or `kind:file` for all of a file, is in `allow`."""
-        return not {f"{self.kind}:{self.file}:{self.line}", f"{self.kind}:{self.file}"}.isdisjoint(allow)
+        of_file = f"{self.kind}:{self.file}"
+        of_line = f"{of_file}:{self.line}"
+        return of_file in allow or of_line in allow
 
 
-def scan(files: Mapping[str, Path | bytes], allow: Iterable[str] = (), public: Iterable[str] = ()) -> list[Finding]:
-    """All findings in `files` (name in the repository: content, or where it is), but for those in `allow`.
+Pattern = tuple[str, re.Pattern]
+"""Kind of finding, and what it looks like."""
+
+
+class Match(NamedTuple):
+    """Where in a line something of a kind was found."""
+
+    kind: str
+    start: int
+    end: int
+
+
+Files = Mapping[str, Path | bytes]
+"""Name in the repository: content, or where it is."""
+
+
+def scan(
+    files: Files,
+    allow: Iterable[str] = (),
+    public: Collection[str] = (),
+) -> list[Finding]:
+    """All findings in `files`, but for those in `allow`.
 
     `public` are names, in lower case, that may be published though user or host are called so: `hub_owners`.
     """
-    allow = set(allow)
-    found = [finding for name, content in sorted(files.items()) for finding in _scan_file(name, content, public)]
-    return [finding for finding in found if not finding.allowed(allow)]
+    allowed = set(allow)
+    findings = []
+    for name, content in sorted(files.items()):
+        for finding in _scan_file(name, content, public):
+            if not finding.allowed(allowed):
+                findings.append(finding)
+    return findings
 
 
 def scan_folder(folder: str | Path, allow: Iterable[str] = ()) -> list[Finding]:
     """`scan` over every file of a folder."""
     folder = Path(folder)
-    return scan({str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}, allow)
+    files: dict[str, Path | bytes] = {}
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_symlink():
+            files[str(path.relative_to(folder))] = path
+    return scan(files, allow)
 
 
 def refuse_findings(findings: list[Finding]) -> None:
     """Raises `UserError`, in one line, if there is any finding."""
-    if findings:
-        shown = "; ".join(map(str, findings[:5])) + f"; and {len(findings) - 5} more" * (len(findings) > 5)
-        first = findings[0]
-        raise UserError(
-            f"not pushed, this must not be published: {shown}. Remove it, or let one pass with "
-            f"--allow {first.kind}:{first.file}:{first.line} (allow= in Python)."
-        )
+    if not findings:
+        return
+    listed = "; ".join(map(str, findings[:5]))
+    more = len(findings) - 5
+    if more > 0:
+        listed += f"; and {more} more"
+    first = findings[0]
+    raise UserError(
+        f"not pushed, this must not be published: {listed}. Remove it, or let one pass with "
+        f"--allow {first.kind}:{first.file}:{first.line} (allow= in Python)."
+    )
 
 
-def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Iterable[str] = ()) -> Iterator[Finding]:
+# Text
+
+
+def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Collection[str] = ()) -> Iterator[Finding]:
     """Findings in text, line by line; in a vocabulary only what nobody would have there by chance."""
-    kinds = {k: p for k, p in _PATTERNS.items() if not vocabulary or k == "token"}
-    known = [*_machine_strings(names=not vocabulary, public=public)]
-    json_like = file.endswith((".json", ".jsonl"))
+    patterns = list(_machine_patterns(names=not vocabulary, public=public))
+    for kind, pattern in _PATTERNS.items():
+        if kind == "token" or not vocabulary:
+            patterns.append((kind, pattern))
+    is_json = file.endswith((".json", ".jsonl"))
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a row of JSON may hold U+2028
-        if json_like:
-            line = _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else " " if m[2] in "nrtbf" else m[2], line)
-        spans: list[tuple[int, int]] = []
-        matches = [(kind, m) for kind, string in known for m in string.finditer(line)]
-        for kind, match in matches + [(kind, m) for kind, pattern in kinds.items() for m in pattern.finditer(line)]:
-            if not any(start < match.end() and match.start() < end for start, end in spans):  # one finding a place
-                spans.append(match.span())
-                yield Finding(kind, file, number, _excerpt(kind, match[0]))
+        if is_json:
+            line = _ESCAPE.sub(_unescaped, line)
+        for match in _matches(line, patterns):
+            text_there = line[match.start : match.end]
+            excerpt = _excerpt(match.kind, text_there)
+            yield Finding(match.kind, file, number, excerpt)
 
 
-def _scan_file(name: str, content: Path | bytes, public: Iterable[str]) -> Iterator[Finding]:
+def _matches(line: str, patterns: Iterable[Pattern]) -> Iterator[Match]:
+    """What the patterns find, one finding per place: that of the first pattern, as a home is a path too."""
+    taken: list[Match] = []
+    for kind, pattern in patterns:
+        for match in pattern.finditer(line):
+            place = Match(kind, match.start(), match.end())
+            if not any(_overlap(other, place) for other in taken):
+                taken.append(place)
+                yield place
+
+
+def _overlap(a: Match, b: Match) -> bool:
+    return a.start < b.end and b.start < a.end
+
+
+def _unescaped(match: re.Match) -> str:
+    """What an escape of JSON stands for; white space as a blank."""
+    code, character = match[1], match[2]
+    if code:
+        return chr(int(code, 16))
+    return " " if character in "nrtbf" else character
+
+
+def _machine_patterns(*, names: bool, public: Collection[str] = ()) -> Iterator[Pattern]:
+    """What only this machine can know: folders and secrets of the environment; user and host names with `names`."""
+    for folder in {Path.home(), Path.cwd()}:
+        name = str(folder)
+        if name.count(os.sep) > 1:  # not "/root" or "/", which other words contain
+            yield "home", re.compile(re.escape(name))
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
+            yield "token", re.compile(re.escape(value))
+    if not names:
+        return
+    for name in machine_names():
+        if name.lower() in public:
+            continue
+        kind = "user" if name == user_name() else "host"
+        escaped = re.escape(name)
+        yield kind, re.compile(rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
+
+
+def _excerpt(kind: str, text: str) -> str:
+    """The finding itself; of a secret only how it begins."""
+    if kind in _SECRET_KINDS:
+        return f"{text[:6]}…"
+    return text[:60]
+
+
+# Files
+
+
+def _scan_file(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
     if isinstance(content, Path) and content.is_symlink():
         yield Finding("link", name, 0, "a link: what it points to may be anything")
         return
@@ -124,70 +227,87 @@ def _scan_file(name: str, content: Path | bytes, public: Iterable[str]) -> Itera
         yield Finding("event-file", name, 0, "names the host it was written on")
     elif name.endswith(".safetensors"):
         yield from _scan_safetensors(name, content, public)
-    elif any(Path(name).match(pattern) for pattern in PICKLES) or _is_pickle(data := _bytes(content)):
+    elif _has_ending(name, PICKLES):
         yield Finding("pickle", name, 0, "may run code when it is loaded")
-    elif (text := _text(data)) is not None:
-        yield from scan_text(text, name, vocabulary=Path(name).name in _VOCABULARIES, public=public)
-    elif name.lower().endswith(_BINARIES):
-        text = data.decode("latin-1")
-        yield from (Finding(k, name, 0, s.pattern) for k, s in _machine_strings(names=False) if s.search(text))
     else:
-        yield Finding("binary", name, 0, "no UTF-8 text, weights or picture: what is in it cannot be seen")
+        yield from _scan_content(name, _read_bytes(content), public)
 
 
-def _scan_safetensors(name: str, content: Path | bytes, public: Iterable[str]) -> Iterator[Finding]:
+def _has_ending(name: str, patterns: Iterable[str]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+def _scan_content(name: str, content: bytes, public: Collection[str]) -> Iterator[Finding]:
+    """Findings in a file of which only the content says what it is."""
+    if _is_pickle(content):
+        yield Finding("pickle", name, 0, "may run code when it is loaded")
+        return
+    text = _decoded(content)
+    if text is not None:
+        vocabulary = Path(name).name in _VOCABULARIES
+        yield from scan_text(text, name, vocabulary=vocabulary, public=public)
+    elif name.lower().endswith(_BINARIES):
+        text = content.decode("latin-1")  # every byte is a character there, so that names in metadata show
+        for kind, pattern in _machine_patterns(names=False):
+            if pattern.search(text):
+                yield Finding(kind, name, 0, pattern.pattern)
+    else:
+        yield Finding("binary", name, 0, "not UTF-8 text, safetensors or an image: what is in it cannot be seen")
+
+
+def _scan_safetensors(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
     """Findings in the metadata; tensors are numbers."""
     try:
-        (size,) = struct.unpack("<Q", _bytes(content, 8))
-        metadata = json.loads(_bytes(content, 8 + size)[8:]).get("__metadata__", {})
+        (size,) = struct.unpack("<Q", _read_bytes(content, 8))
+        beginning = _read_bytes(content, 8 + size)
+        header = json.loads(beginning[8:])
+        metadata = header.get("__metadata__", {})
     except (ValueError, struct.error, AttributeError):
         yield Finding("binary", name, 0, "no safetensors header that can be read")
     else:
-        yield from scan_text(json.dumps(metadata, ensure_ascii=False), name, public=public)
+        text = json.dumps(metadata, ensure_ascii=False)
+        yield from scan_text(text, name, public=public)
 
 
-def _bytes(content: Path | bytes, size: int = -1) -> bytes:
+def _read_bytes(content: Path | bytes, size: int = -1) -> bytes:
+    """The first `size` bytes; all with -1."""
     if isinstance(content, bytes):
         return content if size < 0 else content[:size]
     with content.open("rb") as file:
         return file.read(size)
 
 
-def _text(data: bytes) -> str | None:
+def _decoded(content: bytes) -> str | None:
+    """UTF-8 text, None where it is none."""
+    if b"\0" in content:
+        return None
     try:
-        return data.decode() if b"\0" not in data else None
+        return content.decode()
     except UnicodeDecodeError:
         return None
 
 
-def _is_pickle(data: bytes) -> bool:
-    """Whether `data` is a pickle that runs code, of any protocol, or an archive that holds one (torch.save's)."""
-    if re.match(rb"\x80[\x02-\x05]", data):
+def _is_pickle(content: bytes) -> bool:
+    """Whether it is a pickle that runs code, of any protocol, or an archive that holds one (torch.save's)."""
+    if _PICKLE_HEADER.match(content):
         return True
     try:
-        if zipfile.is_zipfile(stream := io.BytesIO(data)):
-            return any(name.endswith(".pkl") for name in zipfile.ZipFile(stream).namelist())
-        *found, (_, _, end) = pickletools.genops(data)
-        whole = end == len(data.rstrip()) - 1  # words may be opcodes by chance, up to a full stop
-        return whole and not _RUNS_CODE.isdisjoint(opcode.name for opcode, _, _ in found)
-    except Exception:  # whatever the two make of what is none
+        stream = io.BytesIO(content)
+        if zipfile.is_zipfile(stream):
+            names = zipfile.ZipFile(stream).namelist()
+            return any(name.endswith(".pkl") for name in names)
+        return _runs_code(content)
+    except Exception:  # whatever zipfile and pickletools make of what is neither
         return False
 
 
-def _machine_strings(*, names: bool, public: Iterable[str] = ()) -> Iterator[tuple[str, re.Pattern]]:
-    """What only this machine can know: folders and secrets of the environment; user and host names with `names`."""
-    for folder in {str(Path.home()), str(Path.cwd())}:
-        if folder.count(os.sep) > 1:  # not "/root" or "/", which other words contain
-            yield "home", re.compile(re.escape(folder))
-    for name, value in os.environ.items():
-        if re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name) and len(value) >= 12:
-            yield "token", re.compile(re.escape(value))
-    for name in machine_names() if names else ():
-        if name.lower() not in public:
-            kind = "user" if name == user_name() else "host"
-            yield kind, re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])")
-
-
-def _excerpt(kind: str, text: str) -> str:
-    """The finding itself; of a secret only how it begins."""
-    return f"{text[:6]}…" if kind in _SECRET_KINDS else text[:60]
+def _runs_code(content: bytes) -> bool:
+    """Whether all of it is a pickle (of protocol 0 or 1, which has no header) with an opcode that calls something."""
+    names = set()
+    end = None
+    for opcode, _, position in pickletools.genops(content):
+        names.add(opcode.name)
+        end = position
+    # Words may be opcodes by chance, up to a full stop, which ends a pickle.
+    last = len(content.rstrip()) - 1
+    return end == last and not _RUNS_CODE.isdisjoint(names)

@@ -10,93 +10,83 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .preference import JudgedPairs, longer_wins_baseline, reliability_bins
+from ..reward.preference_metrics import JudgedPairs, longer_wins_baseline, reliability_bins
 
-# Okabe & Ito's palette: told apart with any common colour blindness; the markers differ too, for grey print.
-GOLD_COLOUR, PROXY_COLOUR, INK, GRID = "#D55E00", "#0072B2", "#333333", "#DDDDDD"
-LABEL_SIZE, TICK_SIZE = 11, 9.5
+# Okabe & Ito's palette: told apart with any common color blindness; the markers differ too, for gray print.
+GOLD_COLOR = "#D55E00"
+PROXY_COLOR = "#0072B2"
+INK = "#333333"
+GRID = "#DDDDDD"
+LABEL_SIZE = 11
+TICK_SIZE = 9.5
 MAX_GROUPS = 20  # bars that one panel can hold
+
+_NO_SOFTWARE_TAG = {"Software": None}  # matplotlib's version would change the bytes of the same picture
 
 
 def plot_frontier(points: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "Reward against KL") -> Path:
-    """Draws gold and proxy reward against KL, one point an update in the order of updates, and writes a PNG.
+    """Draws gold and proxy reward against KL, one point per update in the order of updates, and writes a PNG.
 
-    `points` are dicts of `update`, `kl` (nats per completion), `gold`, `proxy`, and optionally `gold_ci`: the
-    half-width of gold's interval, or its (low, high). Two panels over one KL axis, since the rewards' units differ: a
-    proxy that still rises where gold no longer does is over-optimised (Gao et al. 2022, arXiv:2210.10760). Raises
-    `ValueError` for no points, a missing key or a number that is not finite.
+    Two panels over one KL axis, since the rewards' units differ: a proxy that still rises where gold no longer does is
+    over-optimized (Gao et al. 2022, arXiv:2210.10760).
+
+    Args:
+        points: dicts of `update`, `kl` (nats per completion), `gold`, `proxy`, and optionally `gold_ci`: the half-width
+            of gold's interval, or its (low, high).
+
+    Raises:
+        ValueError: no points, a missing key or a number that is not finite.
     """
     points = sorted(points, key=lambda point: point.get("update", 0))
-    _check(points)
-    figure = Figure(figsize=(8, 6.4), dpi=160, layout="constrained")  # 1,280 x 1,024 pixels
-    FigureCanvasAgg(figure)
+    _check_points(points)
+    figure = _new_figure(8, 6.4, dpi=160)  # 1,280 x 1,024 pixels
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _draw(upper, points, "gold", GOLD_COLOUR, "o-")
-    _draw(lower, points, "proxy", PROXY_COLOUR, "s-")
-    _draw_intervals(upper, points)
+    _draw_frontier(upper, points, "gold", GOLD_COLOR, "o-")
+    _draw_frontier(lower, points, "proxy", PROXY_COLOR, "s-")
+    _draw_gold_intervals(upper, points)
     _set_limits(upper, lower, points)
     upper.set_title(title, fontsize=LABEL_SIZE + 2, color=INK, loc="left", pad=10)
-    upper.set_ylabel("gold reward", fontsize=LABEL_SIZE, color=GOLD_COLOUR)
-    lower.set_ylabel("proxy reward (reward model)", fontsize=LABEL_SIZE, color=PROXY_COLOUR)
+    upper.set_ylabel("gold reward", fontsize=LABEL_SIZE, color=GOLD_COLOR)
+    lower.set_ylabel("proxy reward (reward model)", fontsize=LABEL_SIZE, color=PROXY_COLOR)
     lower.set_xlabel("KL(policy || reference), nats per completion", fontsize=LABEL_SIZE, color=INK)
+    return _save_png(figure, path)
+
+
+def _new_figure(width: float, height: float, *, dpi: int) -> Figure:
+    """A figure of so many inches, with a canvas of its own instead of pyplot's."""
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save_png(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})  # same bytes for the same points
+    figure.savefig(path, format="png", metadata=_NO_SOFTWARE_TAG)
     return path
 
 
-def _check(points: Sequence[Mapping[str, float]]) -> None:
+def _plain_axes(axes: Axes) -> None:
+    axes.tick_params(labelsize=TICK_SIZE, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _check_points(points: Sequence[Mapping[str, float]]) -> None:
     if not points:
         raise ValueError("plot_frontier: no points to draw; pass at least the start of the run.")
     for position, point in enumerate(points):
+        numbers = {}
         for key in ("update", "kl", "gold", "proxy"):
             if key not in point:
                 raise ValueError(f"plot_frontier: point {position} has no `{key}`; it has {sorted(point)}.")
-        values = {key: point[key] for key in ("update", "kl", "gold", "proxy")}
-        values |= dict(zip(("gold_ci low", "gold_ci high"), _interval(point), strict=True))
-        for key, value in values.items():
+            numbers[key] = point[key]
+        numbers["gold_ci low"], numbers["gold_ci high"] = _gold_bounds(point)
+        for key, value in numbers.items():
             if not math.isfinite(value):
                 raise ValueError(f"plot_frontier: `{key}` of update {point['update']} is {value}, not a finite number.")
 
 
-_PPO_PANELS = (
-    ("reward of a completion", ("objective/scores", "objective/rlhf_reward", "eval_objective/scores")),
-    ("KL to the reference, nats a completion", ("objective/kl", "eval_objective/kl", "eval_objective/kl_exact")),
-    ("entropy, nats a completion", ("objective/entropy",)),
-    ("tokens a completion", ("completions/mean_length", "eval_completions/mean_length")),
-    ("explained variance of values; clipped tokens", ("val/explained_variance", "policy/clipfrac_avg")),
-    ("β, reward a nat", ("objective/kl_coef",)),
-)
-
-
-def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
-    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, critic, β.
-
-    Raises `ValueError` for a history without any of these figures.
-    """
-    names = {name for _, names in _PPO_PANELS for name in names}
-    if not any(name in row for row in log_history for name in names):
-        raise ValueError("log_history has no figures of a PPO run.")
-    figure = Figure(figsize=(11, 8.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, names) in zip(figure.subplots(3, 2).flatten(), _PPO_PANELS, strict=True):
-        for name, colour, marker in zip(names, (PROXY_COLOUR, INK, GOLD_COLOUR), ("", "", "o"), strict=False):
-            points = [(row["step"], row[name]) for row in log_history if name in row]
-            if points:
-                style = {"marker": marker or ("o" if len(points) == 1 else ""), "markersize": 4}
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name, **style)
-        axes.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.tick_params(labelsize=TICK_SIZE, colors=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
-    figure.supxlabel("optimizer steps", fontsize=LABEL_SIZE, color=INK)
-    figure.savefig(path)
-    return Path(path)
-
-
-def _interval(point: Mapping) -> tuple[float, float]:
+def _gold_bounds(point: Mapping) -> tuple[float, float]:
     """Gold's interval as (low, high); without one, gold itself twice."""
     ci = point.get("gold_ci")
     if ci is None:
@@ -106,67 +96,199 @@ def _interval(point: Mapping) -> tuple[float, float]:
     return point["gold"] - ci, point["gold"] + ci
 
 
-def _draw(axes: Axes, points: Sequence[Mapping[str, float]], key: str, colour: str, style: str) -> None:
-    kl, values = [point["kl"] for point in points], [point[key] for point in points]
-    axes.plot(kl, values, style, color=colour, linewidth=1.6, markersize=6, markeredgecolor="white", zorder=3)
-    ends = [("start", points[0], -1)] + [("end", points[-1], 1)] * (len(points) > 1)
-    for name, point, side in ends:  # beside the ends, where the margin is: a label never hides a point of a usual run
-        axes.annotate(
-            f"{name}, update {point['update']:g}\n{point[key]:.2f} at {point['kl']:.1f} nats",
-            (point["kl"], point[key]),
-            xytext=(12 * side, 0),
-            textcoords="offset points",
-            ha="right" if side < 0 else "left",
-            va="center",
-            fontsize=TICK_SIZE,
-            color=INK,
-            zorder=2,
-        )
+def _draw_frontier(
+    axes: Axes,
+    points: Sequence[Mapping[str, float]],
+    key: str,
+    color: str,
+    style: str,
+) -> None:
+    kl = [point["kl"] for point in points]
+    rewards = [point[key] for point in points]
+    axes.plot(
+        kl,
+        rewards,
+        style,
+        color=color,
+        linewidth=1.6,
+        markersize=6,
+        markeredgecolor="white",
+        zorder=3,
+    )
+    _label_end(axes, points[0], key, "start", "left")
+    if len(points) > 1:
+        _label_end(axes, points[-1], key, "end", "right")
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=TICK_SIZE, colors=INK)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain_axes(axes)
     axes.spines[["bottom", "left"]].set_color(GRID)
 
 
-def _draw_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> None:
+def _label_end(
+    axes: Axes,
+    point: Mapping[str, float],
+    key: str,
+    name: str,
+    side: str,
+) -> None:
+    """Labels an end on its outer side, where the margin is: the label rarely hides another point."""
+    offset = 12
+    alignment = "left"
+    if side == "left":
+        offset = -12
+        alignment = "right"
+    axes.annotate(
+        f"{name}, update {point['update']:g}\n{point[key]:.2f} at {point['kl']:.1f} nats",
+        (point["kl"], point[key]),
+        xytext=(offset, 0),
+        textcoords="offset points",
+        ha=alignment,
+        va="center",
+        fontsize=TICK_SIZE,
+        color=INK,
+        zorder=2,
+    )
+
+
+def _draw_gold_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> None:
     """Error bars, not a band: updates need not come in the order of their KL."""
-    with_ci = [point for point in points if point.get("gold_ci") is not None]
-    if not with_ci:
+    kl = []
+    gold = []
+    below = []
+    above = []
+    for point in points:
+        if point.get("gold_ci") is None:
+            continue
+        low, high = _gold_bounds(point)
+        kl.append(point["kl"])
+        gold.append(point["gold"])
+        # Matplotlib takes distances from the point, and none below zero.
+        below.append(max(0.0, point["gold"] - low))
+        above.append(max(0.0, high - point["gold"]))
+    if not kl:
         return
-    bounds = [_interval(point) for point in with_ci]
-    below = [max(0.0, point["gold"] - low) for point, (low, _) in zip(with_ci, bounds, strict=True)]
-    above = [max(0.0, high - point["gold"]) for point, (_, high) in zip(with_ci, bounds, strict=True)]
-    kl, gold = [point["kl"] for point in with_ci], [point["gold"] for point in with_ci]
-    bars = axes.errorbar(kl, gold, [below, above], fmt="none", ecolor=GOLD_COLOUR, alpha=0.4, capsize=3, zorder=1)
-    axes.legend([bars], ["95 % interval"], loc="lower right", frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
+    bars = axes.errorbar(
+        kl,
+        gold,
+        [below, above],
+        fmt="none",
+        ecolor=GOLD_COLOR,
+        alpha=0.4,
+        capsize=3,
+        zorder=1,
+    )
+    axes.legend(
+        [bars],
+        ["95 % interval"],
+        loc="lower right",
+        frameon=False,
+        fontsize=TICK_SIZE,
+        labelcolor=INK,
+    )
 
 
 def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]]) -> None:
     """Room for the labels of both ends, and no axis that blows a rounding error up to full height."""
-    low, high = min(point["kl"] for point in points), max(point["kl"] for point in points)
-    width = max(high - low, 0.1)
-    lower.set_xlim(low - 0.27 * width, high + 0.27 * width)
-    lower.set_xticks([tick for tick in lower.get_xticks() if low - 0.05 * width <= tick <= high + 0.27 * width])
+    kl = [point["kl"] for point in points]
+    width = max(max(kl) - min(kl), 0.1)
+    margin = 0.27 * width
+    right = max(kl) + margin
+    lower.set_xlim(min(kl) - margin, right)
+    # KL is not negative: no ticks in the margin on the left.
+    first_tick = min(kl) - 0.05 * width
+    lower.set_xticks([tick for tick in lower.get_xticks() if first_tick <= tick <= right])
     for axes in (upper, lower):
         bottom, top = axes.get_ylim()
-        padding = max(0.08 * (top - bottom), (0.2 - (top - bottom)) / 2)
+        height = top - bottom
+        padding = max(0.08 * height, (0.2 - height) / 2)
         axes.set_ylim(bottom - padding, top + padding)
+
+
+_PPO_PANELS = {
+    "reward of a completion": ("objective/scores", "objective/rlhf_reward", "eval_objective/scores"),
+    "KL to the reference, nats per completion": ("objective/kl", "eval_objective/kl", "eval_objective/kl_exact"),
+    "entropy, nats per completion": ("objective/entropy",),
+    "tokens per completion": ("completions/mean_length", "eval_completions/mean_length"),
+    "explained variance of values; clipped tokens": ("val/explained_variance", "policy/clipfrac_avg"),
+    "β, reward per nat": ("objective/kl_coef",),
+}
+"""Title of a panel -> the metrics in it."""
+
+_PPO_STYLES = ((PROXY_COLOR, ""), (INK, ""), (GOLD_COLOR, "o"))
+"""Color and marker of the first, second and third metric of a panel."""
+
+
+def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, critic, β.
+
+    Raises:
+        ValueError: a history without any of these metrics.
+    """
+    if not _has_ppo_metrics(log_history):
+        raise ValueError("log_history has no metrics of a PPO run.")
+    figure = _new_figure(11, 8.5, dpi=120)
+    panels = figure.subplots(3, 2).flatten()
+    for axes, (title, names) in zip(panels, _PPO_PANELS.items(), strict=True):
+        for name, (color, marker) in zip(names, _PPO_STYLES, strict=False):  # most panels have fewer than three
+            _draw_logged(axes, log_history, name, color, marker)
+        axes.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
+        axes.grid(color=GRID, linewidth=0.7)
+        _plain_axes(axes)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
+    figure.supxlabel("optimizer steps", fontsize=LABEL_SIZE, color=INK)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _has_ppo_metrics(log_history: Sequence[Mapping[str, float]]) -> bool:
+    for row in log_history:
+        for names in _PPO_PANELS.values():
+            if any(name in row for name in names):
+                return True
+    return False
+
+
+def _draw_logged(
+    axes: Axes,
+    log_history: Sequence[Mapping[str, float]],
+    name: str,
+    color: str,
+    marker: str,
+) -> None:
+    """One metric over the optimizer steps at which it was logged."""
+    steps = []
+    values = []
+    for row in log_history:
+        if name in row:
+            steps.append(row["step"])
+            values.append(row[name])
+    if not steps:
+        return
+    if len(steps) == 1:
+        marker = "o"  # a line through one point would show nothing
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        linewidth=1.4,
+        label=name,
+        marker=marker,
+        markersize=4,
+    )
 
 
 def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) -> bytes:
     """A small histogram as the bytes of a PNG: `counts` (N) of the bins between `edges` (N + 1)."""
-    figure = Figure(figsize=(5, 2.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(5, 2.6, dpi=110)
     axes = figure.subplots()
-    axes.stairs(counts, edges, fill=True, color=PROXY_COLOUR)
+    axes.stairs(counts, edges, fill=True, color=PROXY_COLOR)
     if min(edges) < 0 < max(edges):
         axes.axvline(0, color=INK, linewidth=1)
     axes.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
-    axes.tick_params(labelsize=TICK_SIZE, colors=INK)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain_axes(axes)
     target = BytesIO()
-    figure.savefig(target, format="png", metadata={"Software": None})
+    figure.savefig(target, format="png", metadata=_NO_SOFTWARE_TAG)
     return target.getvalue()
 
 
@@ -182,54 +304,74 @@ def plot_judged(
     `bins` are those of `reliability_bins` where the scores of `judged` are no log-odds (an ensemble's rewards, which
     `xlabel` then names).
     """
-    figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2).flatten()
-    _draw_reliability(panels[0], reliability_bins(judged.deltas, judged.targets) if bins is None else bins)
-    _draw_scores(panels[1], judged, xlabel)
-    groups = judged.groups()
-    _draw_groups(panels[2], {name: groups[name] for name in ("length_gap", "margin") if name in groups}, judged)
-    _draw_groups(panels[3], {name: groups[name] for name in ("category",) if name in groups}, judged)
-    for axes in panels:
-        axes.tick_params(labelsize=TICK_SIZE, colors=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
-    return path
+    if bins is None:
+        bins = reliability_bins(judged.deltas, judged.targets)
+    figure = _new_figure(11, 8, dpi=120)
+    reliability, scores, by_size, by_category = figure.subplots(2, 2).flatten()
+    _draw_reliability(reliability, bins)
+    _draw_scores(scores, judged, xlabel)
+    _draw_groups(by_size, judged, ("length_gap", "margin"))
+    _draw_groups(by_category, judged, ("category",))
+    for axes in (reliability, scores, by_size, by_category):
+        _plain_axes(axes)
+    return _save_png(figure, path)
 
 
 def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
-    """On the diagonal, chances are what the model says."""
+    """A calibrated model is on the diagonal: as often right as it says."""
     axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=2)
-    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o-", color=PROXY_COLOUR)
+    confidences = [entry["confidence"] for entry in bins]
+    accuracies = [entry["accuracy"] for entry in bins]
+    axes.plot(confidences, accuracies, "o-", color=PROXY_COLOR)
     for entry in bins:
-        place = (entry["confidence"], entry["accuracy"])
-        axes.annotate(f"{entry['n']}", place, xytext=(4, -11), textcoords="offset points", fontsize=TICK_SIZE - 1)
+        axes.annotate(
+            f"{entry['n']}",
+            (entry["confidence"], entry["accuracy"]),
+            xytext=(4, -11),
+            textcoords="offset points",
+            fontsize=TICK_SIZE - 1,
+        )
     axes.set_xlabel("confidence, σ(|Δ|)", fontsize=LABEL_SIZE, color=INK)
     axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
 
 
 def _draw_scores(axes: Axes, judged: JudgedPairs, xlabel: str) -> None:
-    finite = {name: scores[np.isfinite(scores)] for name, scores in judged.sides.items()}  # some, of a diverged run
-    edges = np.histogram_bin_edges(np.concatenate([*finite.values()]), bins=24)
-    for name, colour in (("rejected", GOLD_COLOUR), ("chosen", PROXY_COLOUR)):
-        axes.hist(finite[name], edges, histtype="stepfilled", color=colour, alpha=0.45, label=name)
+    finite_scores = {}
+    for side, scores in judged.sides.items():
+        finite_scores[side] = scores[np.isfinite(scores)]  # a diverged model has others too
+    # The same bins for both sides, so that their heights compare.
+    edges = np.histogram_bin_edges(np.concatenate(list(finite_scores.values())), bins=24)
+    for side, color in (("rejected", GOLD_COLOR), ("chosen", PROXY_COLOR)):
+        axes.hist(
+            finite_scores[side],
+            edges,
+            histtype="stepfilled",
+            color=color,
+            alpha=0.45,
+            label=side,
+        )
     axes.legend(frameon=False, fontsize=TICK_SIZE)
     axes.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
     axes.set_ylabel("completions", fontsize=LABEL_SIZE, color=INK)
 
 
-def _draw_groups(axes: Axes, groups: Mapping[str, Mapping[str, Mapping[str, float]]], judged: JudgedPairs) -> None:
-    named = [(f"{title.replace('_', ' ')} {name}", f) for title, one in groups.items() for name, f in one.items()]
-    if not named:
+def _draw_groups(axes: Axes, judged: JudgedPairs, titles: Sequence[str]) -> None:
+    """Bars of the accuracy in the groups of these titles, beside that of "the longer one wins"."""
+    groups = judged.groups()
+    labels = []
+    accuracies = []
+    for title in titles:
+        for name, group in groups.get(title, {}).items():
+            label = f"{title.replace('_', ' ')} {name} ({group['n']})"
+            labels.append(label.replace("$", r"\$"))  # between two dollar signs, matplotlib reads a formula
+            accuracies.append(group["accuracy"])
+    if not labels:
         axes.axis("off")
         return
-    named = named[:MAX_GROUPS][::-1]
-    labels = [f"{name} ({found['n']})".replace("$", r"\$") for name, found in named]  # no formulas
-    axes.barh(labels, [found["accuracy"] for _, found in named], color=PROXY_COLOUR)
+    # Bars are drawn from below: the first group belongs on top.
+    axes.barh(labels[:MAX_GROUPS][::-1], accuracies[:MAX_GROUPS][::-1], color=PROXY_COLOR)
     longer = longer_wins_baseline(judged.length_deltas, judged.targets)
-    axes.axvline(longer, color=GOLD_COLOUR, linewidth=1.5, label=f"longer wins, {longer:.2f}")
+    axes.axvline(longer, color=GOLD_COLOR, linewidth=1.5, label=f"longer wins, {longer:.2f}")
     axes.set_xlim(0, 1)
     axes.legend(frameon=False, fontsize=TICK_SIZE, loc="lower right")
     axes.set_xlabel("accuracy (pairs in brackets)", fontsize=LABEL_SIZE, color=INK)

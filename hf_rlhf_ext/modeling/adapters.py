@@ -53,7 +53,8 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     Raises:
         UserError: a PEFT type of which one model can hold only one adapter.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # `add_adapter` and `set_adapter` change flags of other adapters: they are put back at the end.
+    flags_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = model.active_adapter
     try:
         model.add_adapter(target, copy.deepcopy(model.peft_config[source]))
@@ -64,10 +65,11 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
             f"the adapter into the base, or use LoRA ({str(error).splitlines()[0]})"
         ) from error
     state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
-    set_peft_model_state_dict(model, {key: value.clone() for key, value in state.items()}, adapter_name=target)
+    copied_weights = {key: value.clone() for key, value in state.items()}
+    set_peft_model_state_dict(model, copied_weights, adapter_name=target)
     model.set_adapter(active)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, False))
+        parameter.requires_grad_(flags_before.get(name, False))
 
 
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
@@ -75,12 +77,17 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    # Clones: tied tensors share storage, which safetensors refuses.
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    tensors = {}
+    for key, value in state.items():
+        # A clone: tied tensors share storage, which safetensors refuses.
+        tensors[key] = value.detach().cpu().clone().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    # What is loaded from a folder starts frozen; the adapter in memory goes on as it was.
     config = model.peft_config[name]
     was_inference = config.inference_mode
     config.inference_mode = True
+    # An adapter made in memory may not name its base yet.
     config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
     config.save_pretrained(str(folder))
     config.inference_mode = was_inference
@@ -88,6 +95,7 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
 
 def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
     """Reads an adapter folder into the existing adapter `name`; raises `UserError` where keys or shapes do not fit."""
+    # On the CPU first: it is copied into weights that are on their device already.
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -97,7 +105,10 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> Non
         ) from error
     if result.unexpected_keys:
         raise UserError(f"{folder}: the adapter has weights that the model lacks, first {result.unexpected_keys[0]!r}.")
-    if missing := get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys() - weights:
+    # PEFT says nothing about weights that the file lacks.
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    missing = state.keys() - weights.keys()
+    if missing:
         raise UserError(f"{folder}: the adapter lacks weights that the model has, first {min(missing)!r}.")
 
 
@@ -125,17 +136,22 @@ def adapters_in_autocast_dtype(model: nn.Module, *, enabled: bool = True):
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     """What `bf16` and `fp16` ask for, as `mixed_precision` takes it."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16:
+        return torch.float16
+    return None
 
 
 @contextmanager
 def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
-    """Autocast to `dtype` with the adapters computed in it; None leaves all as it is.
+    """Autocast to `dtype` with the adapters computed in it; None changes nothing.
 
     Never around an optimizer step: autocast keeps its casts of fp32 weights until the outermost context ends, so every
     later forward inside would see the old weights.
     """
-    device, active = next(model.parameters()).device.type, dtype is not None
+    device = next(model.parameters()).device.type
+    active = dtype is not None
     with torch.autocast(device, dtype=dtype, enabled=active), adapters_in_autocast_dtype(model, enabled=active):
         yield
 
@@ -145,13 +161,19 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
     """Merges the active adapter into its base inside (faster generation); restores the base to the bit after.
 
     Subtracting the update again would leave rounding errors in bf16, so the touched weights are kept as copies. Does
-    nothing for models without a mergeable adapter, and on quantised bases, where merging would re-quantise the weights.
+    nothing for models without a mergeable adapter, and on quantized bases, where merging would re-quantize the weights.
     """
-    layers = _mergeable_layers(model) if enabled else []
+    layers = []
+    if enabled:
+        layers = _mergeable_layers(model)
     if not layers:
         yield
         return
-    kept = [(p, p.detach().clone()) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+
+    originals = []
+    for layer in layers:
+        for parameter in layer.get_base_layer().parameters(recurse=False):
+            originals.append((parameter, parameter.detach().clone()))
     try:
         for layer in layers:
             layer.merge(adapter_names=[model.active_adapter])
@@ -161,11 +183,12 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
             if layer.merged:
                 layer.unmerge()
         with torch.no_grad():
-            for parameter, copy in kept:
-                parameter.data.copy_(copy)
+            for parameter, original in originals:
+                parameter.data.copy_(original)
 
 
 def _mergeable_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    # Prompt learning changes the input, not the weights.
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return []
     if getattr(model.get_base_model(), "is_quantized", False):

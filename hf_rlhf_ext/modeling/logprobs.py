@@ -19,11 +19,15 @@ def captured_hidden_states(model: nn.Module):
     A hook on the backbone rather than a direct call of it: the forward still goes through PEFT's and DDP's wrappers.
     Yields a list to which every forward appends one tensor.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = model
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper
+        causal_lm = model.get_base_model()
     captured: list[Tensor] = []
-    handle = causal_lm.base_model.register_forward_hook(
-        lambda module, args, output: captured.append(output.last_hidden_state)
-    )
+
+    def capture(module, args, output) -> None:
+        captured.append(output.last_hidden_state)
+
+    handle = causal_lm.base_model.register_forward_hook(capture)
     try:
         yield captured
     finally:
@@ -41,7 +45,11 @@ def contiguous_head_inputs(model: nn.Module):
     if head is None:  # a reward model, as a critic
         yield
         return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+
+    def make_contiguous(module, args) -> tuple[Tensor]:
+        return (args[0].contiguous(),)
+
+    handle = head.register_forward_pre_hook(make_contiguous)
     try:
         yield
     finally:
@@ -49,7 +57,12 @@ def contiguous_head_inputs(model: nn.Module):
 
 
 def completion_hidden_states(
-    model: nn.Module, unwrapped: nn.Module, input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor, **forward
+    model: nn.Module,
+    unwrapped: nn.Module,
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    mask: Tensor,
+    **forward,
 ) -> Tensor:
     """Hidden states from which each completion token was predicted, for the real tokens only.
 
@@ -63,13 +76,21 @@ def completion_hidden_states(
     Returns:
         (N, H), N = `mask.sum()`, in row-major order of `mask`.
     """
-    lengths = prompt_lengths + mask.sum(1)
-    attention_mask = (torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]).long()
+    lengths = prompt_lengths + mask.sum(1)  # (B,)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    attention_mask = (positions[None] < lengths[:, None]).long()  # (B, L)
     with captured_hidden_states(unwrapped) as captured, contiguous_head_inputs(unwrapped):
         # One position of logits: the model's own head is not needed, and (B, L, V) would be its largest tensor.
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1, **forward)
+        model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            logits_to_keep=1,
+            **forward,
+        )
     hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens in front
     rows, steps = mask.nonzero(as_tuple=True)
+    # Completion token t stands at prompt length + t; the state before it predicts it.
     return hidden[rows, prompt_lengths[rows] - 1 + steps]
 
 
@@ -100,19 +121,38 @@ def chunked_logprobs(
     """
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return selective_log_softmax_and_entropy(logits, targets, entropy_requires_grad, temperature)
-
-    parts = []
-    for start in range(0, len(targets), chunk_size):
-        chunk = hidden[start : start + chunk_size], targets[start : start + chunk_size]
-        parts.append(
-            checkpoint(one_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else one_chunk(*chunk)
+        logits = _capped_logits(head, hidden, softcap)
+        return selective_log_softmax_and_entropy(
+            logits,
+            targets,
+            entropy_requires_grad,
+            temperature,
         )
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+
+    logprob_chunks = []
+    entropy_chunks = []
+    for start in range(0, len(targets), chunk_size):
+        rows = slice(start, start + chunk_size)
+        if torch.is_grad_enabled():
+            logprobs, entropies = checkpoint(
+                one_chunk,
+                hidden[rows],
+                targets[rows],
+                use_reentrant=False,
+            )
+        else:
+            logprobs, entropies = one_chunk(hidden[rows], targets[rows])
+        logprob_chunks.append(logprobs)
+        entropy_chunks.append(entropies)
+    return torch.cat(logprob_chunks), torch.cat(entropy_chunks)
+
+
+def _capped_logits(head: Callable[[Tensor], Tensor], hidden: Tensor, softcap: float | None) -> Tensor:
+    """fp32 logits (n, V) of hidden states (n, H), after Gemma 2's soft cap where there is one."""
+    logits = head(hidden).float()
+    if softcap is None:
+        return logits
+    return softcap * torch.tanh(logits / softcap)
 
 
 @torch.no_grad()
@@ -134,17 +174,13 @@ def chunked_kl(
         temperature, softcap: as in `chunked_logprobs`.
     """
 
-    def log_probs(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        logits = head(hidden).float()
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits / temperature, -1)
-
-    parts = []
+    chunks = []
     for start in range(0, len(hidden), chunk_size):
-        logprobs = log_probs(head, hidden[start : start + chunk_size])
-        ref_logprobs = log_probs(ref_head, ref_hidden[start : start + chunk_size])
-        parts.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
-    return torch.cat(parts)
+        rows = slice(start, start + chunk_size)
+        logprobs = torch.log_softmax(_capped_logits(head, hidden[rows], softcap) / temperature, -1)
+        ref_logprobs = torch.log_softmax(_capped_logits(ref_head, ref_hidden[rows], softcap) / temperature, -1)
+        chunks.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+    return torch.cat(chunks)
 
 
 def final_softcap(model: nn.Module) -> float | None:
@@ -157,17 +193,31 @@ def check_output_head(model: nn.Module, ids: list[int]) -> None:
     """Raises `UserError` unless the model's logits after `ids` are its output head's, as `chunked_logprobs` assumes."""
     tokens = torch.tensor([ids[:16]], device=model.device)
     with evaluating(model), captured_hidden_states(model) as captured:
-        ordered = torch.log_softmax(model(input_ids=tokens, logits_to_keep=1).logits[0, -1].float(), -1).sort()
-        expected, targets = (torch.cat([x[:4], x[-4:]]) for x in ordered)  # the likeliest and the unlikeliest
+        logits = model(input_ids=tokens, logits_to_keep=1).logits[0, -1].float()
+        logprobs, token_ids = torch.log_softmax(logits, -1).sort()
+        # The four least and the four most likely tokens: scaling shows most at the ends.
+        expected = torch.cat([logprobs[:4], logprobs[-4:]])
+        targets = torch.cat([token_ids[:4], token_ids[-4:]])
         hidden = captured[0][0, -1:].expand(8, -1)
-        got, _ = chunked_logprobs(hidden, model.get_output_embeddings(), targets, softcap=final_softcap(model))
-    if not torch.allclose(got, expected, rtol=0.05, atol=0.25):  # bf16 logits of 20 are rounded to 0.125
+        computed, _ = chunked_logprobs(
+            hidden,
+            model.get_output_embeddings(),
+            targets,
+            softcap=final_softcap(model),
+        )
+    if not torch.allclose(
+        computed,
+        expected,
+        rtol=0.05,
+        atol=0.25,
+    ):  # bf16 logits of 20 are rounded to 0.125
         raise UserError(
-            f"model: {type(model).__name__} scales its logits after the output head, which PPOTrainer does not repeat: "
-            "take another model (Granite and Cohere do this; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
+            f"model: {type(model).__name__} scales its logits after the output head, which PPOTrainer does not "
+            "support: use another model (Granite and Cohere scale; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
         )
 
 
 def scatter_to_mask(x: Tensor, mask: Tensor) -> Tensor:
     """(N,) values of the True entries of `mask` (B, T), row-major → (B, T), zero elsewhere; keeps gradients."""
-    return torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+    zeros = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+    return zeros.masked_scatter(mask, x)

@@ -18,6 +18,9 @@ from .logprobs import completion_hidden_states
 ADAPTER_NAMES = {"reference": "ref"}
 """Names of adapters that are not called like their role."""
 
+_BARE_BASE = "__base__"  # PEFT's name for "no adapter" in a batch that mixes adapters
+_HEAD_MODULES = {"score", "classifier"}  # what a reward model's folder calls its head
+
 
 @dataclass
 class Role:
@@ -59,66 +62,99 @@ class AdapterStack:
         head: ScalarHead | None = None,
         trainable: bool = False,
     ) -> Role:
-        """Adds a role; what is active stays so.
+        """Adds a role; the active adapter stays active.
 
         Args:
-            source: another role, whose adapter is copied; the folder of an adapter, with its score head where it has
-                one; a PEFT configuration for a new adapter; a model of its own; None for the bare base.
-            head: scalar head of the role, fp32; it becomes a module of the base, `<role>_head`.
+            source: another role, whose adapter is copied; the folder of an adapter, with its score head if it has one;
+                a PEFT configuration for a new adapter; a model of its own; None for the bare base.
+            head: scalar head of the role, fp32; it becomes a module of the base, `<role>_head`. The head in an
+                adapter's folder takes precedence.
             trainable: whether the role's weights get gradients.
 
         Raises:
             UserError: an adapter that does not fit the base, or one that cannot be held beside the others.
         """
-        name = ADAPTER_NAMES.get(role, role)
         if source is None:
-            found = Role()
+            attached = Role()  # the bare base
         elif isinstance(source, nn.Module):
-            found = Role(model=source.requires_grad_(trainable))
-            if trainable:
-                self.model.add_module(f"{role}_model", source)  # so that optimizers and devices see it
-                source.to(next(self.model.parameters()).device)  # Trainer moves no model whose base is in 4 bits
+            attached = self._attach_own_model(role, source, trainable)
         else:
-            if not isinstance(self.model, PeftModel):
-                raise UserError(f"role {role!r}: a model without adapters shares its base with no other role.")
-            flags = {key: parameter.requires_grad for key, parameter in self.model.named_parameters()}
-            found = Role(adapter=name)
-            head = self._add_adapter(name, source) or head
-            for key, parameter in self.model.named_parameters():
-                parameter.requires_grad_(trainable if f".{name}." in key else flags.get(key, False))
-        if head is not None:
-            device = next(self.model.parameters()).device
-            self.model.add_module(f"{role}_head", head.to(device).requires_grad_(trainable))
-            found.head = head
-        self.roles[role] = found
-        return found
+            attached = self._attach_adapter(role, source, trainable)
 
-    def _add_adapter(self, name: str, source: str | Path | PeftConfig) -> ScalarHead | None:
-        """Adds adapter `name`; returns the score head that its folder holds, None where there is none."""
+        if attached.head is None:
+            attached.head = head
+        if attached.head is not None:
+            device = next(self.model.parameters()).device
+            attached.head.to(device).requires_grad_(trainable)
+            self.model.add_module(f"{role}_head", attached.head)
+
+        self.roles[role] = attached
+        return attached
+
+    def _attach_own_model(self, role: str, model: nn.Module, trainable: bool) -> Role:
+        model.requires_grad_(trainable)
+        if trainable:
+            # A module of the base, so that optimizers and devices see it.
+            self.model.add_module(f"{role}_model", model)
+            # Trainer does not move a model whose base is in 4 bits, so its device is set here.
+            model.to(next(self.model.parameters()).device)
+        return Role(model=model)
+
+    def _attach_adapter(self, role: str, source: str | Path | PeftConfig, trainable: bool) -> Role:
+        if not isinstance(self.model, PeftModel):
+            raise UserError(f"role {role!r}: a model without adapters shares its base with no other role.")
+        adapter = ADAPTER_NAMES.get(role, role)
+        # PEFT switches flags of other adapters while it adds one: they are put back below.
+        flags_before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+
+        head = None
         if isinstance(source, PeftConfig):
-            self.model.add_adapter(name, source)
-            return None
-        if source in self.roles:
-            if self.roles[source].adapter is None:
-                raise UserError(f"role {source!r} is no adapter: it cannot be copied.")
-            if name not in self.model.peft_config:
-                copy_adapter(self.model, self.roles[source].adapter, name)
-            return None
-        config = PeftConfig.from_pretrained(str(source))
-        kept = set(config.modules_to_save or ()) - {"score", "classifier"}  # the head is ours, not the base's
-        config.modules_to_save = sorted(kept) or None
-        weights = load_peft_weights(str(source), device="cpu")
-        scores = {key.rsplit(".", 1)[1]: weights.pop(key) for key in list(weights) if ".score." in key}
+            self.model.add_adapter(adapter, source)
+        elif source in self.roles:
+            self._copy_adapter_of(source, adapter)
+        else:
+            head = self._load_adapter(adapter, source)
+
+        for name, parameter in self.model.named_parameters():
+            if f".{adapter}." in name:
+                parameter.requires_grad_(trainable)
+            else:
+                parameter.requires_grad_(flags_before.get(name, False))
+        return Role(adapter=adapter, head=head)
+
+    def _copy_adapter_of(self, role: str, adapter: str) -> None:
+        """Adds `adapter` as a copy of another role's; one that is there already is kept as it is."""
+        copied = self.roles[role].adapter
+        if copied is None:
+            raise UserError(f"role {role!r} is no adapter: it cannot be copied.")
+        if adapter not in self.model.peft_config:
+            copy_adapter(self.model, copied, adapter)
+
+    def _load_adapter(self, adapter: str, folder: str | Path) -> ScalarHead | None:
+        """Adds `adapter` from a folder; returns the score head that the folder holds, None without one."""
+        config = PeftConfig.from_pretrained(str(folder))
+        # PEFT would look for these modules in the base, which has none: the head is ours.
+        modules_to_save = set(config.modules_to_save or ()) - _HEAD_MODULES
+        config.modules_to_save = sorted(modules_to_save) or None
+
+        # The score head lies among the adapter's weights, under a key that the base does not have.
+        adapter_weights = load_peft_weights(str(folder), device="cpu")
+        head_weights = {}
+        for key in list(adapter_weights):
+            if ".score." in key:
+                head_weights[key.rsplit(".", 1)[1]] = adapter_weights.pop(key)
+
         active = self.model.active_adapter
-        self.model.add_adapter(name, config)
+        self.model.add_adapter(adapter, config)
         self.model.set_adapter(active)
         try:
-            unexpected = set_peft_model_state_dict(self.model, weights, adapter_name=name).unexpected_keys
+            result = set_peft_model_state_dict(self.model, adapter_weights, adapter_name=adapter)
         except RuntimeError as error:
-            raise UserError(f"{source}: does not fit the base: {str(error).splitlines()[-1].strip()}") from error
-        if unexpected:
-            raise UserError(f"{source}: the adapter has weights that the base lacks, first {unexpected[0]!r}.")
-        return _head_of(scores)
+            raise UserError(f"{folder}: does not fit the base: {str(error).splitlines()[-1].strip()}") from error
+        if result.unexpected_keys:
+            first = result.unexpected_keys[0]
+            raise UserError(f"{folder}: the adapter has weights that the base lacks, first {first!r}.")
+        return _head_from(head_weights)
 
     @contextmanager
     def activate(self, role: str) -> Iterator[nn.Module]:
@@ -126,99 +162,163 @@ class AdapterStack:
 
         A role's backward pass belongs inside too: with gradient checkpointing it computes the adapter again.
         """
-        found = self.roles[role]
-        if found.model is not None or not isinstance(self.model, PeftModel):
-            yield found.model if found.model is not None else self.model
+        active_role = self.roles[role]
+        if active_role.model is not None:
+            yield active_role.model
+        elif not isinstance(self.model, PeftModel):
+            yield self.model
         else:
-            with active_adapter(self.model, found.adapter):
+            with active_adapter(self.model, active_role.adapter):
                 yield self.model
 
     @property
-    def mixes(self) -> bool:
-        """Whether `hidden_states` can compute several roles in one pass: PEFT's mixed batches take plain LoRA only."""
-        return isinstance(self.model, PeftModel) and all(
-            isinstance(config, LoraConfig)
-            and not (config.use_dora or config.modules_to_save or config.trainable_token_indices)
-            for config in self.model.peft_config.values()
-        )
+    def can_score_jointly(self) -> bool:
+        """Whether `hidden_states` can compute several roles in one pass.
+
+        PEFT's batches of several adapters take plain LoRA only.
+        """
+        if not isinstance(self.model, PeftModel):
+            return False
+        for config in self.model.peft_config.values():
+            if not isinstance(config, LoraConfig):
+                return False
+            if config.use_dora or config.modules_to_save or config.trainable_token_indices:
+                return False
+        return True
 
     @torch.no_grad()
     def hidden_states(
-        self, roles: Sequence[str], input_ids: Tensor, prompt_lengths: Tensor, mask: Tensor, *, mixed: bool = True
+        self,
+        roles: Sequence[str],
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        mask: Tensor,
+        *,
+        joint: bool = True,
     ) -> dict[str, Tensor]:
-        """What `completion_hidden_states` gives, (N, H), by role; in one pass where `mixed` and the adapters allow it.
+        """What `completion_hidden_states` returns, (N, H), by role.
 
         The model must be in eval mode. Roles that compute the same (a value head on the policy) share their states.
+
+        Args:
+            roles: the roles to compute.
+            input_ids, prompt_lengths, mask: (B, L), (B,) and (B, T), as in `completion_hidden_states`.
+            joint: one forward pass for all roles on the shared base where `can_score_jointly`, else one for each.
         """
-        distinct: dict[tuple, list[str]] = {}
+        # Roles with the same adapter and model are computed once.
+        same_computation: dict[tuple[str | None, int], list[str]] = {}
         for role in roles:
-            found = self.roles[role]
-            distinct.setdefault((found.adapter, id(found.model)), []).append(role)
-        shared = [group for group in distinct.values() if self.roles[group[0]].model is None]
+            key = (self.roles[role].adapter, id(self.roles[role].model))
+            same_computation.setdefault(key, []).append(role)
+        groups = list(same_computation.values())
+        on_base = [group for group in groups if self.roles[group[0]].model is None]
+
         states: dict[str, Tensor] = {}
-        if mixed and self.mixes and len(shared) > 1:
-            names = [self.roles[group[0]].adapter or "__base__" for group in shared]
-            repeated = [x.repeat(len(names), *[1] * (x.ndim - 1)) for x in (input_ids, prompt_lengths, mask)]
-            rows = [name for name in names for _ in range(len(input_ids))]
-            hidden = completion_hidden_states(self.model, self.model, *repeated, adapter_names=rows)
-            for group, part in zip(shared, hidden.chunk(len(names)), strict=True):
-                states |= dict.fromkeys(group, part)
-        for group in distinct.values():
-            if group[0] not in states:
-                with self.activate(group[0]) as model:
-                    hidden = completion_hidden_states(model, model, input_ids, prompt_lengths, mask)
-                states |= dict.fromkeys(group, hidden)
+        if joint and self.can_score_jointly and len(on_base) > 1:
+            states = self._joint_hidden_states(on_base, input_ids, prompt_lengths, mask)
+        for group in groups:
+            if group[0] in states:
+                continue
+            with self.activate(group[0]) as model:
+                hidden = completion_hidden_states(model, model, input_ids, prompt_lengths, mask)
+            for role in group:
+                states[role] = hidden
+        return states
+
+    def _joint_hidden_states(
+        self,
+        groups: list[list[str]],
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """One pass over the batch repeated for each group, whose rows PEFT computes with that group's adapter."""
+        # PEFT's mixed batches: every row names its adapter.
+        row_adapters = []
+        for group in groups:
+            adapter = self.roles[group[0]].adapter or _BARE_BASE
+            row_adapters += [adapter] * len(input_ids)
+        copies = len(groups)
+        hidden = completion_hidden_states(
+            self.model,
+            self.model,
+            input_ids.repeat(copies, 1),
+            prompt_lengths.repeat(copies),
+            mask.repeat(copies, 1),
+            adapter_names=row_adapters,
+        )
+        states = {}
+        for group, group_hidden in zip(groups, hidden.chunk(copies), strict=True):
+            for role in group:
+                states[role] = group_hidden
         return states
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters of a role: those of its adapter or model, and its head's."""
-        found = self.roles[role]
-        attached = tuple(f"{other}_{kind}." for other in self.roles for kind in ("head", "model"))
-        base = [(name, p) for name, p in self.model.named_parameters() if not name.startswith(attached)]
-        if found.model is not None:
-            own = list(found.model.parameters())
-        elif isinstance(self.model, PeftModel):
-            own = [p for name, p in base if f".{found.adapter}." in name]
+        wanted = self.roles[role]
+        # In the order in which they are registered: saved optimizer states depend on it.
+        if wanted.model is not None:
+            parameters = list(wanted.model.parameters())
+        elif not isinstance(self.model, PeftModel):
+            parameters = list(self._base_parameters().values())
         else:
-            own = [p for _, p in base]
-        own += found.head.parameters() if found.head is not None else []
-        return [parameter for parameter in own if parameter.requires_grad]
+            parameters = []
+            for name, parameter in self._base_parameters().items():
+                if f".{wanted.adapter}." in name:
+                    parameters.append(parameter)
+        if wanted.head is not None:
+            parameters += wanted.head.parameters()
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def _base_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of base and adapters by name, without the heads and models that `attach` hung on the base."""
+        attached = []
+        for role in self.roles:
+            attached.append(f"{role}_head.")
+            attached.append(f"{role}_model.")
+        parameters = {}
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(tuple(attached)):
+                parameters[name] = parameter
+        return parameters
 
     def save(self, role: str, folder: str | Path) -> None:
         """Writes a role as an ordinary PEFT (or model) folder, and its head as `<role>_head.safetensors` beside it."""
-        found, folder = self.roles[role], Path(folder)
+        saved = self.roles[role]
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if found.model is not None:
-            found.model.save_pretrained(folder)
-        elif found.adapter is not None:
-            save_adapter(self.model, found.adapter, folder)
-        if found.head is not None:
-            save_file(found.head.state_dict(), folder / f"{role}_head.safetensors")
+        if saved.model is not None:
+            saved.model.save_pretrained(folder)
+        elif saved.adapter is not None:
+            save_adapter(self.model, saved.adapter, folder)
+        if saved.head is not None:
+            save_file(saved.head.state_dict(), folder / f"{role}_head.safetensors")
 
     @torch.no_grad()
     def load(self, role: str, folder: str | Path) -> None:
         """Reads what `save` wrote into the weights that the role has now, which optimizers may hold."""
-        found, folder = self.roles[role], Path(folder)
-        if found.model is not None:
-            read_weights(found.model, folder)
-        elif found.adapter is not None:
-            load_adapter_weights(self.model, found.adapter, folder)
-        if found.head is not None:
-            found.head.load_state_dict(load_file(folder / f"{role}_head.safetensors"))
+        loaded = self.roles[role]
+        folder = Path(folder)
+        if loaded.model is not None:
+            read_weights(loaded.model, folder)
+        elif loaded.adapter is not None:
+            load_adapter_weights(self.model, loaded.adapter, folder)
+        if loaded.head is not None:
+            loaded.head.load_state_dict(load_file(folder / f"{role}_head.safetensors"))
 
 
 def read_weights(model: nn.Module, folder: str | Path) -> None:
     """Copies the weights of a saved model into `model`, in place."""
-    saved = type(model).from_pretrained(folder, dtype="auto").state_dict()
-    own = model.state_dict()
+    saved_weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
+    own_weights = model.state_dict()
     with torch.no_grad():
-        for name, value in saved.items():
-            own[name].copy_(value)
+        for name, value in saved_weights.items():
+            own_weights[name].copy_(value)
 
 
-def _head_of(scores: dict[str, Tensor]) -> ScalarHead | None:
-    if "weight" not in scores:
+def _head_from(weights: dict[str, Tensor]) -> ScalarHead | None:
+    if "weight" not in weights:
         return None
-    head = ScalarHead(scores["weight"].shape[1], bias="bias" in scores)
-    head.load_state_dict(scores)
+    head = ScalarHead(weights["weight"].shape[1], bias="bias" in weights)
+    head.load_state_dict(weights)
     return head

@@ -1,1 +1,1 @@
-"""PPO with a KL leash: pure mathematics in `losses`, `advantages` and `kl`; `trainer` only wires."""
+"""PPO with a KL penalty: pure mathematics in `losses`, `advantages` and `kl`; `trainer` alone changes state."""

@@ -31,9 +31,15 @@ def token_rewards(
     Returns:
         (B, T) rewards, zero in the padding.
     """
-    rewards = -kl_coef * kl if dense is None else dense.to(kl.dtype) - kl_coef * kl
-    rewards = rewards.masked_fill(~completion_mask(lengths, kl.shape[1]), 0.0)
-    return rewards.scatter_add(1, (lengths - 1)[:, None], scores.to(kl.dtype)[:, None])
+    if dense is None:
+        rewards = -kl_coef * kl
+    else:
+        rewards = dense.to(kl.dtype) - kl_coef * kl
+    mask = completion_mask(lengths, kl.shape[1])
+    rewards = rewards.masked_fill(~mask, 0.0)
+    # The score lands on the last emitted token: the stop token itself, where there is one.
+    last = (lengths - 1)[:, None]  # (B, 1)
+    return rewards.scatter_add(1, last, scores.to(kl.dtype)[:, None])
 
 
 def generalized_advantages(
@@ -44,11 +50,13 @@ def generalized_advantages(
     δ_t = r_t + γ·V_{t+1} − V_t and A_t = δ_t + γλ·A_{t+1}, with V = 0 after the last emitted token.
     All tensors are (B, T). Returns advantages and returns (advantages + values), both zero in the padding.
     """
-    values, rewards = values.masked_fill(~mask, 0.0), rewards.masked_fill(~mask, 0.0)
+    values = values.masked_fill(~mask, 0.0)
+    rewards = rewards.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    next_values = torch.zeros_like(running)
-    for t in reversed(range(rewards.shape[1])):  # the padding, all zero, leaves `running` at zero
+    running = torch.zeros_like(rewards[:, 0])  # (B,) A_{t+1}
+    next_values = torch.zeros_like(running)  # (B,) V_{t+1}
+    # From the last token backwards. The padding, all zero, leaves `running` at zero.
+    for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_values - values[:, t]
         running = delta + gamma * gae_lambda * running
         advantages[:, t] = running
@@ -60,9 +68,12 @@ def generalized_advantages(
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """Scales `x` (B, T) to unit variance (population, over `mask`), to zero mean if `shift_mean`; zero elsewhere."""
     mean = masked_mean(x, mask)
-    centred = x - mean
-    scaled = centred * (masked_mean(centred.square(), mask) + eps).rsqrt()
-    return (scaled if shift_mean else scaled + mean).masked_fill(~mask, 0.0)
+    centered = x - mean
+    variance = masked_mean(centered.square(), mask)
+    scaled = centered * (variance + eps).rsqrt()
+    if not shift_mean:
+        scaled = scaled + mean
+    return scaled.masked_fill(~mask, 0.0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

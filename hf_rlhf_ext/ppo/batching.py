@@ -13,12 +13,23 @@ def budget_chunks(lengths: Sequence[int], *, max_rows: int, max_tokens: int | No
     they stay in their order. A sequence longer than `max_tokens` is a chunk of its own.
     """
     if max_tokens is None:
-        return [list(range(i, min(i + max_rows, len(lengths)))) for i in range(0, len(lengths), max_rows)]
+        starts = range(0, len(lengths), max_rows)
+        return [list(range(start, min(start + max_rows, len(lengths)))) for start in starts]
     chunks: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        fits = chunks and len(chunks[-1]) < max_rows and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] <= max_tokens
-        chunks[-1].append(index) if fits else chunks.append([index])
+    # Longest first: every chunk is as wide as its first sequence, and the widest one comes first.
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for index in longest_first:
+        if chunks and _has_room(chunks[-1], lengths, max_rows, max_tokens):
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
     return chunks
+
+
+def _has_room(chunk: list[int], lengths: Sequence[int], max_rows: int, max_tokens: int) -> bool:
+    """Whether one sequence more fits: all are padded to the first one, which is the longest."""
+    width = lengths[chunk[0]]
+    return len(chunk) < max_rows and (len(chunk) + 1) * width <= max_tokens
 
 
 def concat_rows(parts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
@@ -30,7 +41,12 @@ def concat_rows(parts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dic
     for name in parts[0]:
         tensors = [part[name] for part in parts]
         if tensors[0].ndim > 1:
-            width, fill = max(t.shape[1] for t in tensors), pad_token_id if name == "input_ids" else 0
-            tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors]
+            width = max(tensor.shape[1] for tensor in tensors)
+            fill = pad_token_id if name == "input_ids" else 0
+            tensors = [_pad_to(tensor, width, fill) for tensor in tensors]
         merged[name] = torch.cat(tensors)
     return merged
+
+
+def _pad_to(tensor: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)

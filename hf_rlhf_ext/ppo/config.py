@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..compat import BaseConfig
-from ..errors import UserError
+from ..errors import UserError, renamed_options
 from .kl import KL_ESTIMATORS
 
 CHOICES = {
@@ -13,7 +13,51 @@ CHOICES = {
     "max_kl_action": ("stop", "raise_kl_coef", "rollback"),
 }
 
+# Ranges of the options, by what is wrong outside of them.
+AT_LEAST_1 = (
+    "max_completion_length",
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "kl_horizon",
+    "ptx_batch_size",
+    "logprobs_chunk_size",
+    "generation_batch_size",
+    "max_tokens_per_batch",
+    "max_skipped_steps",
+    "warn_every",
+)
+NOT_NEGATIVE = (
+    "ptx_coef",
+    "kl_coef",
+    "length_target",
+    "exact_kl_rows",
+    "vf_coef",
+    "top_k",
+    "missing_eos_penalty",
+)
+FRACTIONS = ("gamma", "gae_lambda", "top_p")
+_NO_LIMIT = ", got {}: leave it out for no limit."
+POSITIVE = {
+    "clip_range": ", got {}.",
+    "top_p": ", got {}.",
+    "temperature": ", got {}: PPO needs sampled completions.",
+    "kl_target": " nats, got {}. For a fixed kl_coef, leave it out.",
+    "max_kl": _NO_LIMIT,
+    "early_stop_kl": _NO_LIMIT,
+    "importance_sampling_cap": _NO_LIMIT,
+    "reward_clip": _NO_LIMIT,
+    "value_clip_range": _NO_LIMIT,
+}
+"""Option -> how the message goes on after "must be positive", with the value."""
 
+OWN_SAMPLING_OPTIONS = {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"}
+"""What `generation_kwargs` must not hold."""
+
+RENAMED_OPTIONS = {"target_kl": "early_stop_kl", "mixed_pass": "joint_scoring"}
+"""Options of version 0.1.0 under other names; using one says the new name."""
+
+
+@renamed_options(RENAMED_OPTIONS)
 @dataclass
 class PPOConfig(BaseConfig):
     """Options of [`PPOTrainer`], beside those of `transformers.TrainingArguments`.
@@ -46,7 +90,8 @@ class PPOConfig(BaseConfig):
 
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a model."})
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Early stopping goes on counting where the checkpoint was saved."}
+        default=True,
+        metadata={"help": "Early stopping and the memory of health warnings go on where the checkpoint was saved."},
     )
 
     # Rollouts
@@ -82,7 +127,7 @@ class PPOConfig(BaseConfig):
         default=True,
         metadata={
             "help": "Generate from weights with the adapter merged in (faster); they are restored to the bit after. "
-            "Never done on a quantised base, where merging would re-quantise it."
+            "Never done on a quantized base, where merging would re-quantize it."
         },
     )
 
@@ -99,7 +144,7 @@ class PPOConfig(BaseConfig):
     )
     reward_clip: float | None = field(
         default=None,
-        metadata={"help": "Scores are clipped to ± this, after scaling and normalisation. If `None`, not clipped."},
+        metadata={"help": "Scores are clipped to ± this, after scaling and normalization. If `None`, not clipped."},
     )
     missing_eos_penalty: float | None = field(
         default=None,
@@ -111,7 +156,7 @@ class PPOConfig(BaseConfig):
     )
     length_target: int = field(default=0, metadata={"help": "Tokens of a completion that cost nothing."})
 
-    # KL leash
+    # KL penalty
     kl_coef: float = field(
         default=0.05, metadata={"help": "β: reward per nat of KL(policy || reference); the start value if it adapts."}
     )
@@ -169,11 +214,11 @@ class PPOConfig(BaseConfig):
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation."})
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the whole rollout."}
     )
-    target_kl: float | None = field(
+    early_stop_kl: float | None = field(
         default=None,
         metadata={
             "help": "Leave a rollout for the next one after an optimizer step whose KL from the policy that made it is "
@@ -204,7 +249,7 @@ class PPOConfig(BaseConfig):
             "their gradients stay the same. If `None`, `per_device_train_batch_size` alone decides."
         },
     )
-    mixed_pass: bool | None = field(
+    joint_scoring: bool | None = field(
         default=None,
         metadata={
             "help": "Score policy, reference and value in one pass where adapters are LoRA. If `None`, on a GPU only: "
@@ -236,11 +281,35 @@ class PPOConfig(BaseConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_trainer_options()
-        if clash := {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"} & set(
-            self.generation_kwargs or ()
-        ):
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must not be negative, got {value}.")
+        for name in FRACTIONS:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} must be between 0 and 1, got {value}.")
+        for name, remedy in POSITIVE.items():
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} must be positive{remedy.format(value)}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+    def _check_combinations(self) -> None:
+        clashes = OWN_SAMPLING_OPTIONS & set(self.generation_kwargs or ())
+        if clashes:
             raise UserError(
-                f"generation_kwargs: {sorted(clash)[0]} has an option of its own in PPOConfig: set that one."
+                f"generation_kwargs: {sorted(clashes)[0]} has an option of its own in PPOConfig: set that one."
             )
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError("kl_coef must be positive when kl_target is set: the controller multiplies it.")
@@ -248,35 +317,6 @@ class PPOConfig(BaseConfig):
             raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set it, or choose stop.")
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
-
-    def _check_ranges(self) -> None:
-        at_least_1 = ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon", "ptx_batch_size")
-        at_least_1 += ("logprobs_chunk_size", "generation_batch_size", "max_tokens_per_batch", "max_skipped_steps")
-        for name in (*at_least_1, "warn_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        at_least_0 = ("ptx_coef", "kl_coef", "length_target", "exact_kl_rows", "vf_coef", "top_k")
-        for name in (*at_least_0, "missing_eos_penalty"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("gamma", "gae_lambda", "top_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("clip_range", "top_p"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be positive, got {self.temperature}: PPO needs sampled completions.")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise UserError(
-                f"kl_target must be positive nats, got {self.kl_target}. For a fixed kl_coef, leave it out."
-            )
-        for name in ("max_kl", "target_kl", "importance_sampling_cap", "reward_clip", "value_clip_range"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}: leave it out for no limit.")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in (None, *allowed):
-                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
     def _check_trainer_options(self) -> None:
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):

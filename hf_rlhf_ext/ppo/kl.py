@@ -1,5 +1,7 @@
 """Estimators of KL(policy ‖ reference) from sampled tokens, and the controller of its coefficient."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
@@ -37,3 +39,23 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, kl_target: float, kl_horizon: 
     """
     error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * n_sequences / kl_horizon)
+
+
+@dataclass(frozen=True)
+class KLController:
+    """Moves the KL coefficient towards a target, or leaves it fixed.
+
+    Attributes:
+        target: KL(policy ‖ reference) per completion to aim at, nats; None keeps the coefficient as it is.
+        horizon: see `adapted_kl_coef`; None is ten rollouts, as runs of thousands of completions need.
+    """
+
+    target: float | None = None
+    horizon: int | None = None
+
+    def next(self, kl_coef: float, kl: float, n_sequences: int) -> float:
+        """The coefficient after a rollout of `n_sequences` completions whose mean KL was `kl` nats."""
+        if self.target is None:
+            return kl_coef
+        horizon = self.horizon or 10 * n_sequences
+        return adapted_kl_coef(kl_coef, kl, kl_target=self.target, kl_horizon=horizon, n_sequences=n_sequences)

@@ -16,7 +16,9 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: Tensor | float | None = No
             whole mini-batch, when `x` is one of its micro-batches. An all-False mask gives 0.
     """
     total = x.masked_fill(~mask, 0.0).sum()
-    return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    if denominator is None:
+        denominator = mask.sum().clamp(min=1)
+    return total / denominator
 
 
 def policy_loss(
@@ -31,14 +33,16 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    All tensors are (B, T); `weights` (None is 1) multiply the loss of each token, and not the figures. Returns the
+    All tensors are (B, T); `weights` (None is 1) multiply the loss of each token, and not the metrics. Returns the
     scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction of tokens whose surrogate was
-    clipped), `approxkl` (k3 of rollout policy against policy, nats a token), `ratio`.
+    clipped), `approxkl` (k3 of rollout policy against policy, nats per token), `ratio`.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
     ratio = log_ratio.exp()  # (B, T)
-    surrogate = ratio * advantages.masked_fill(~mask, 0.0)
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages.masked_fill(~mask, 0.0)
+    advantages = advantages.masked_fill(~mask, 0.0)
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+    # The smaller one: a step that has gone too far in the right direction gains nothing more.
     objective = torch.minimum(surrogate, clipped)
     if weights is not None:
         objective = weights.detach() * objective
@@ -56,7 +60,7 @@ def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Ten
     """Truncated importance weights min(π_old/q, `cap`) of tokens that were drawn from q rather than from π_old.
 
     Ionides 2008 ("Truncated importance sampling", J. Comput. Graph. Stat. 17(2)); ρ of IMPALA (Espeholt et al. 2018,
-    arXiv:1802.01561, sec. 4.1). They cannot bring back tokens that top-k or top-p left without any chance.
+    arXiv:1802.01561, sec. 4.1). They cannot bring back tokens that top-k or top-p gave probability zero.
 
     Args:
         old_logprobs: (B, T) under the policy that made the rollout, as training computes them, nats.
@@ -87,6 +91,7 @@ def value_loss(
     error = (values - returns).masked_fill(~mask, 0.0).square()
     if clip_range is None:
         return 0.5 * masked_mean(error, mask, denominator), torch.zeros_like(error[0, 0])
+    # The worse of both errors: a value that has moved too far gains nothing by moving on.
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     clipped_error = (clipped - returns).masked_fill(~mask, 0.0).square()
     with torch.no_grad():

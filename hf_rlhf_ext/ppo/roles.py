@@ -1,172 +1,263 @@
 """Who computes what in PPO: policy, reference, critic and reward, on one base wherever they can share it."""
 
-import copy
-import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..errors import UserError
-from ..modeling.heads import ScalarHead, head_name
-from ..modeling.loading import adapter_base, load_policy, load_tokenizer, warn_of_rounded_updates
-from ..modeling.stack import AdapterStack, Role
-from ..reward.scorer import RewardNormalization, RewardScorer, local_folder
+from ..modeling.adapters import autocast_dtype, evaluating, mixed_precision
+from ..modeling.heads import ScalarHead
+from ..modeling.logprobs import (
+    chunked_kl,
+    chunked_logprobs,
+    final_softcap,
+    scatter_to_mask,
+)
+from ..modeling.stack import ADAPTER_NAMES, AdapterStack, read_weights
+from .batching import budget_chunks
+from .config import PPOConfig
+from .rollout import Sequences
 
-logger = logging.getLogger(__name__)
+VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_FOLDER = "value"
+REFERENCE_FOLDER = ADAPTER_NAMES["reference"]
 
 
-def load_trainable(
-    name: str, peft_config: PeftConfig | None, **options
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """`load_policy` for training: fp32 where the whole model is trained, the machine's dtype under an adapter."""
-    whole = peft_config is None and adapter_base(name) is None
-    return load_policy(name, is_trainable=True, **options, **({"dtype": "float32"} if whole else {}))
+@dataclass
+class ScoredTokens:
+    """What the roles make of B completions of at most T tokens: (B, T) fp32 each, zero in the padding.
 
-
-def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> AdapterStack:
-    """The policy, ready to be trained, and its reference.
-
-    A `PeftModel` is trained further, with a frozen copy of its active adapter as the reference (the SFT policy). A
-    base model with `peft_config` gets a new adapter, and the reference is the bare base. A base model alone is trained
-    whole, with a frozen copy as the reference.
+    `logprobs` and `ref_logprobs` of the emitted tokens and `entropies` of the policy's distributions in nats; `values`
+    in reward. `ref_logprobs` is None where nobody asked the reference.
     """
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise UserError("peft_config was given, but the model has an adapter already: leave one of them out.")
-        stack = AdapterStack(model)
-        stack.attach("reference", "policy")
-    elif peft_config is not None:
-        stack = AdapterStack(get_peft_model(model, peft_config))
-        stack.attach("reference")
-    else:
-        warn_of_rounded_updates("model", model)
-        stack = AdapterStack(model)
-        stack.attach("reference", copy.deepcopy(model).eval())
-    return stack
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+    ref_logprobs: Tensor | None = None
 
 
-def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
-    """Adds the role "value" with an fp32 head and returns the kind of critic: adapter, head or model.
+class Roles:
+    """Policy, reference and critic of a PPO run. It computes; the trainer decides what is trained.
 
-    The critic starts as the reward model where that is an adapter on the same base (InstructGPT, sec. 3.5), its head
-    scaled to normalised rewards; else from the policy, with a head of zeros: the right first guess where rewards have
-    mean zero.
+    Args:
+        stack: with the roles policy, reference and value attached, and reward where it shares the base.
+        critic: kind of critic: adapter, head or model.
+        args: options of the run; `temperature`, `max_tokens_per_batch`, precision and the like are read from it.
     """
-    has_adapter = isinstance(stack.model, PeftModel)
-    kind = kind or ("model" if value_model is not None else "adapter" if has_adapter else "head")
-    if kind == "adapter" and not has_adapter:
-        raise UserError(
-            "critic='adapter' needs a policy that is an adapter: pass peft_config, or choose head or model."
+
+    def __init__(self, stack: AdapterStack, critic: str, args: PPOConfig):
+        self.stack = stack
+        self.critic = critic
+        self.args = args
+        self.temperature = args.temperature  # that of sampling, which is fixed with the trainer too
+
+    @property
+    def policy(self) -> PreTrainedModel | PeftModel:
+        """The model without wrappers. PPO's forwards go to it: the trainer sums gradients over processes itself."""
+        return self.stack.model
+
+    @property
+    def value_head(self) -> ScalarHead:
+        """The critic's fp32 head."""
+        return self.stack.roles["value"].head
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Roles that have a forward and a backward pass of their own; a head critic goes along with the policy."""
+        return ("policy",) if self.critic == "head" else ("policy", "value")
+
+    @contextmanager
+    def activate(self, role: str) -> Iterator[nn.Module]:
+        """Yields the model that computes a role. Its backward pass belongs inside too."""
+        with self.stack.activate(role) as model:
+            yield model
+
+    def mixed_precision(self):
+        """Autocast as the options say, with the adapters computed in its dtype."""
+        return mixed_precision(self.policy, autocast_dtype(self.args))
+
+    def parameters_of_critic(self) -> list[nn.Parameter]:
+        """The critic's trainable parameters that are none of the policy's."""
+        policy = set(self.stack.parameters("policy"))
+        return [parameter for parameter in self.stack.parameters("value") if parameter not in policy]
+
+    def are_finite(self) -> bool:
+        """Whether all trained weights are numbers."""
+        trained = (parameter for parameter in self.policy.parameters() if parameter.requires_grad)
+        return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+
+    # ---- What a role makes of tokens ----
+
+    def logprobs(self, role: str, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the `targets` (N,) and entropies, (N,) fp32, nats, from hidden states (N, H)."""
+        return chunked_logprobs(
+            hidden,
+            self.output_head(role),
+            targets,
+            temperature=self.temperature,
+            softcap=final_softcap(self._model_of(role)),
+            chunk_size=self.args.logprobs_chunk_size,
+            entropy_requires_grad=self.args.entropy_coef != 0,
         )
-    if value_model is not None and kind != "model":
-        raise UserError(f"value_model was given, but critic={kind!r}: choose critic='model', or leave it out.")
-    if kind == "model":
-        if value_model is None and has_adapter:
-            raise UserError("critic='model' needs value_model=: with an adapter as the policy there is none to copy.")
-        if value_model is None:
-            value_model = copy.deepcopy(stack.model)
-        elif getattr(value_model, "is_quantized", False):
-            raise UserError("value_model is trained whole, which quantised weights cannot be: load it in fp32.")
+
+    def text_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities (N,) under the policy at temperature 1, for a language-model loss."""
+        model = self.policy
+        logprobs, _ = chunked_logprobs(
+            hidden,
+            model.get_output_embeddings(),
+            targets,
+            softcap=final_softcap(model),
+            chunk_size=self.args.logprobs_chunk_size,
+        )
+        return logprobs
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """The critic's values (N,) fp32 of hidden states (N, H)."""
+        return self.value_head(hidden).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences, *, reference: bool) -> ScoredTokens:
+        """What every role makes of the completions, by the training forward.
+
+        Never the log-probabilities of `generate`: in bf16 they differ by up to 0.3 nats per token, and the first ratio
+        of an update must be 1.
+        """
+        mask = sequences.mask
+        scored = ScoredTokens(
+            logprobs=torch.zeros(mask.shape, device=mask.device),
+            entropies=torch.zeros(mask.shape, device=mask.device),
+            values=torch.zeros(mask.shape, device=mask.device),
+        )
+        roles = ["policy", "value"]
+        if reference:
+            roles.append("reference")
+            scored.ref_logprobs = torch.zeros(mask.shape, device=mask.device)
+        # In eval mode dropout and gradient checkpointing are off; autocast is that of training.
+        with evaluating(self.policy), self.mixed_precision():
+            for chunk in self._scoring_chunks(sequences, roles):
+                rows = torch.tensor(chunk, device=mask.device)
+                self._score_rows(sequences, rows, roles, scored)
+        return scored
+
+    def _scoring_chunks(self, sequences: Sequences, roles: list[str]) -> list[list[int]]:
+        """Which completions are scored together: scoring jointly, each role needs rows of its own in the batch."""
+        copies = 1
+        if self.scores_jointly and self.stack.can_score_jointly:
+            copies = len({self.stack.roles[role].adapter for role in roles})
+        max_tokens = self.args.max_tokens_per_batch
+        if max_tokens:
+            max_tokens = max(1, max_tokens // copies)
+        return budget_chunks(
+            sequences.lengths.tolist(),
+            max_rows=max(1, self.args.per_device_train_batch_size // copies),
+            max_tokens=max_tokens,
+        )
+
+    def _score_rows(self, sequences: Sequences, rows: Tensor, roles: list[str], scored: ScoredTokens) -> None:
+        """Fills these rows of `scored`."""
+        part = sequences.select(rows)
+        mask = part.mask
+        width = mask.shape[1]
+        hidden = self.stack.hidden_states(roles, part.input_ids, part.prompt_lengths, mask, joint=self.scores_jointly)
+        targets = part.targets()
+        logprobs, entropies = self.logprobs("policy", hidden["policy"], targets)
+        scored.logprobs[rows, :width] = scatter_to_mask(logprobs, mask)
+        scored.entropies[rows, :width] = scatter_to_mask(entropies, mask)
+        scored.values[rows, :width] = scatter_to_mask(self.values(hidden["value"]), mask)
+        if "reference" in roles:
+            ref_logprobs, _ = self.logprobs("reference", hidden["reference"], targets)
+            scored.ref_logprobs[rows, :width] = scatter_to_mask(ref_logprobs, mask)
+
+    @torch.no_grad()
+    def exact_kl(self, sequences: Sequences) -> float:
+        """KL(policy ‖ reference) over the whole vocabulary, nats, summed over all tokens of all completions."""
+        total = 0.0
+        with evaluating(self.policy), self.mixed_precision():
+            for k in range(len(sequences.prompt_lengths)):  # one at a time: two roles' states of every token are kept
+                row = slice(k, k + 1)
+                mask = sequences.mask[row]
+                hidden = self.stack.hidden_states(
+                    ["policy", "reference"],
+                    sequences.input_ids[row],
+                    sequences.prompt_lengths[row],
+                    mask,
+                    joint=self.scores_jointly,
+                )
+                total += chunked_kl(
+                    hidden["policy"],
+                    hidden["reference"],
+                    self.output_head("policy"),
+                    self.output_head("reference"),
+                    temperature=self.temperature,
+                    softcap=final_softcap(self.policy),
+                    chunk_size=self.args.logprobs_chunk_size,
+                ).sum()
+        return float(total)
+
+    def output_head(self, role: str) -> Callable[[Tensor], Tensor]:
+        """Hidden states to logits of a role."""
+        plain = self._model_of(role).get_output_embeddings()
+        has_adapter = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in plain.modules())
+        if not has_adapter:
+            return plain  # the same for every role on this base
+
+        def head(hidden: Tensor) -> Tensor:
+            with self.activate(role) as model:
+                return model.get_output_embeddings()(hidden)
+
+        return head
+
+    def _model_of(self, role: str) -> nn.Module:
+        return self.stack.roles[role].model or self.stack.model
+
+    @property
+    def scores_jointly(self) -> bool:
+        """Whether roles are scored in one pass; by default on a GPU only, as a CPU gains nothing."""
+        if self.args.joint_scoring is not None:
+            return self.args.joint_scoring
+        return next(self.policy.parameters()).device.type == "cuda"
+
+    # ---- Saving and loading ----
+
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes the policy (an ordinary adapter or model folder) and the critic beside it, or in `value/`."""
+        if self.stack.roles["policy"].adapter is not None:
+            self.stack.save("policy", folder)
         else:
-            warn_of_rounded_updates("value_model", value_model)
-        config = value_model.config.get_text_config()
-        if config.pad_token_id is None:
-            config.pad_token_id = 0  # sequence classification refuses batches without; its own pooling is not read
-        attached = {name for role in stack.roles for name in (f"{role}_head", f"{role}_model")}
-        for name in attached & dict(value_model.named_children()).keys():
-            delattr(value_model, name)
-        stack.attach("value", value_model, head=_head_for(value_model), trainable=True)
-    elif kind == "adapter":
-        reward = stack.roles.get("reward")
-        head = _head_for(stack.model)
-        if reward is not None and reward.head is not None:
-            head.load_state_dict({"bias": torch.zeros(1), **reward.head.state_dict()})
-        stack.attach("value", "policy" if reward is None else "reward", head=head, trainable=True)
-        for name, parameter in stack.model.get_output_embeddings().named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and ".value." not in f".{name}.")  # a critic has no use
-    else:
-        head = _head_for(stack.model).to(next(stack.model.parameters()).device)
-        stack.model.add_module("value_head", head)
-        stack.roles["value"] = Role(stack.roles["policy"].adapter, head=head)
-    return kind
+            # Heads and models of other roles hang on the policy's modules: they are no part of it.
+            weights = state_dict or self.policy.state_dict()
+            attached = tuple(f"{role}_{kind}." for role in self.stack.roles for kind in ("head", "model"))
+            own = {name: value for name, value in weights.items() if not name.startswith(attached)}
+            self.policy.save_pretrained(folder, state_dict=own)
+        if self.critic == "head":
+            save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        else:
+            self.stack.save("value", folder / VALUE_FOLDER)
 
+    def load(self, folder: Path) -> None:
+        """Policy and critic as `save` wrote them, into the parameters that the optimizer already holds."""
+        if self.stack.roles["policy"].adapter is not None:
+            self.stack.load("policy", folder)
+        else:
+            read_weights(self.policy, folder)
+        if self.critic == "head":
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+        else:
+            self.stack.load("value", folder / VALUE_FOLDER)
 
-def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
-    """Turns gradient checkpointing on in a critic of its own: beside an adapter, Trainer reaches the base only."""
-    critic = stack.roles["value"].model
-    if critic is None or not args.gradient_checkpointing:
-        return
-    options = dict(args.gradient_checkpointing_kwargs or {})
-    which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-    enable = getattr(critic, "activation_checkpointing_enable", None) or critic.gradient_checkpointing_enable
-    enable(options or None, **which)
+    def save_reference(self, folder: Path) -> None:
+        """Writes the reference, which a checkpoint needs and a finished run does not."""
+        self.stack.save("reference", folder / REFERENCE_FOLDER)
 
-
-def _head_for(model: nn.Module) -> ScalarHead:
-    """A head of zeros for the model's hidden states; of the score head's weights where the model has one."""
-    head = ScalarHead(model.config.get_text_config().hidden_size, bias=True)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    name = head_name(model)
-    if name is not None:
-        scores = model.get_submodule(name).state_dict()
-        if len(scores["weight"]) != 1:
-            raise UserError(f"value_model has {len(scores['weight'])} labels: load it with num_labels=1.")
-        head.load_state_dict({"bias": torch.zeros(1), **scores})
-    return head
-
-
-def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScorer | None:
-    """The reward adapter in that folder as a role on the policy's base; None where it needs a base of its own.
-
-    That is a whole model, an ensemble, an adapter of another base, or one that was trained on weights of another
-    precision, whose scores would differ.
-    """
-    if not isinstance(stack.model, PeftModel):
-        return None
-    folder = local_folder(folder_or_repo, None)
-    if not (folder / "adapter_config.json").is_file():
-        return None
-    base = stack.model.get_base_model()
-    config, recorded = PeftConfig.from_pretrained(str(folder)), RewardNormalization.load(folder)
-    if config.task_type == TaskType.CAUSAL_LM or not _same(adapter_base(str(folder)), base.config.name_or_path):
-        return None
-    if config.peft_type != stack.model.active_peft_config.peft_type:
-        return None
-    recorded = recorded or RewardNormalization()
-    quantized = bool(getattr(base, "is_quantized", False))
-    dtype = str(base.dtype).removeprefix("torch.")
-    if recorded.load_in_4bit != quantized or (not quantized and recorded.base_dtype not in ("auto", dtype)):
-        logger.warning(
-            "%s was trained on %s weights, the policy has %s: loaded beside it, on a base of its own.",
-            folder_or_repo,
-            "4-bit" if recorded.load_in_4bit else recorded.base_dtype,
-            "4-bit" if quantized else dtype,
-        )
-        return None
-    role = "reward" if "reward" not in stack.roles else f"reward_{len(stack.roles)}"
-    attached = stack.attach(role, folder)
-    if attached.head is None:
-        raise UserError(f"{folder_or_repo}: the adapter has no score head: train it with BradleyTerryTrainer.")
-    autocast = getattr(torch, recorded.autocast) if recorded.autocast else None
-    options = {"mean": recorded.mean, "std": recorded.std, "autocast": autocast, "head": attached.head}
-    return RewardScorer(stack.model, load_tokenizer(str(folder)), adapter=attached.adapter, **options)
-
-
-def scale_critic(stack: AdapterStack, mean: float, std: float, weight: float) -> None:
-    """Scales a value head that was copied from a reward head to what PPO sees: weight·(score − mean)/std."""
-    head = stack.roles["value"].head
-    with torch.no_grad():
-        head.weight.mul_(weight / std)
-        head.bias.sub_(mean).mul_(weight / std)
-
-
-def _same(first: str | None, second: str) -> bool:
-    """Whether two names of base models are one: equal, or two paths of the same folder."""
-    if first is None or first == second:
-        return first == second
-    paths = [Path(name).expanduser() for name in (first, second)]
-    return all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
+    def load_reference(self, folder: Path) -> None:
+        self.stack.load("reference", folder / REFERENCE_FOLDER)

@@ -9,6 +9,8 @@ from ..data.tokenization import OVERFLOWS
 from ..errors import UserError
 from .losses import TIE_MODELS
 
+RANKING_LOSSES = ("bradley_terry", "plackett_luce")
+
 
 @dataclass
 class BradleyTerryConfig(RewardConfig):
@@ -32,8 +34,8 @@ class BradleyTerryConfig(RewardConfig):
         default="soft",
         metadata={
             "help": "What a target of 0.5 says: `soft` is half a win for each side; `rao_kupper` and `davidson` give "
-            "ties a probability of their own, with `tie_threshold`. Of the loss only: evaluation's figures are those "
-            "of the plain Bradley-Terry model, which calls a tie where the better side's chance is below 3/4.",
+            "ties a probability of their own, with `tie_threshold`. Of the loss only: evaluation's metrics are those "
+            "of the plain Bradley-Terry model, which calls a tie where the better side's probability is below 3/4.",
             "choices": list(TIE_MODELS),
         },
     )
@@ -54,15 +56,15 @@ class BradleyTerryConfig(RewardConfig):
             "help": "Loss of a prompt whose completions are ranked in full, without ties: `bradley_terry` over all its "
             "pairs as in InstructGPT, or `plackett_luce`, which knows no margins and no label smoothing. Other prompts "
             "keep their pairs.",
-            "choices": ["bradley_terry", "plackett_luce"],
+            "choices": list(RANKING_LOSSES),
         },
     )
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How completions are laid out in a batch: `plain` is one row a completion, `shared_prefix` one row "
-            "a prompt, in which its completions see the prompt and themselves: the same scores for fewer tokens. "
-            "`auto` takes the latter where a probe shows that the model's scores are the same.",
+            "help": "How completions are laid out in a batch: `plain` is one row per completion, `shared_prefix` is "
+            "one row per prompt, in which its completions see the prompt and themselves: the same scores for fewer "
+            "tokens. `auto` takes the latter where a probe shows that the model's scores are the same.",
             "choices": ["auto", *LAYOUTS],
         },
     )
@@ -77,35 +79,43 @@ class BradleyTerryConfig(RewardConfig):
         default=True,
         metadata={
             "help": "Whether to measure mean and standard deviation of the scores after training, on the "
-            "normalisation set, and to save them in `reward_normalization.json`. `RewardScorer` then returns "
+            "normalization set, and to save them in `reward_normalization.json`. `RewardScorer` then returns "
             "(score - mean) / std: mean zero as in InstructGPT (arXiv:2203.02155, sec. 3.5), unit deviation is ours. "
             "Without, or where it fails (which is said), the file has 0 and 1; base dtype, 4 bits and autocast always."
         },
     )
     normalization_max_rows: int = field(
         default=512,
-        metadata={"help": "Largest number of rows of the normalisation set to score, drawn with `seed`."},
+        metadata={"help": "Largest number of rows of the normalization set to score, drawn with `seed`."},
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.overflow not in OVERFLOWS:
-            raise UserError(f"overflow: {self.overflow!r} does not exist; choose one of {', '.join(OVERFLOWS)}.")
-        if self.tie_model not in TIE_MODELS:
-            raise UserError(f"tie_model: {self.tie_model!r} does not exist; there is {', '.join(TIE_MODELS)}.")
+        _check_choice("overflow", self.overflow, OVERFLOWS)
+        _check_choice("tie_model", self.tie_model, TIE_MODELS)
+        _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
+        _check_choice("layout", self.layout, ("auto", *LAYOUTS))
+        self._check_numbers()
+        self._check_evaluation()
+
+    def _check_numbers(self) -> None:
+        # `not >`, not `<=`: NaN is refused too.
         if not self.tie_threshold > 0:
             raise UserError(f"tie_threshold: must be positive, got {self.tie_threshold}.")
         if not self.margin_scale >= 0:
             raise UserError(f"margin_scale: must be 0 or positive, got {self.margin_scale}.")
-        if self.ranking_loss not in ("bradley_terry", "plackett_luce"):
-            raise UserError(f"ranking_loss: {self.ranking_loss!r}: choose bradley_terry or plackett_luce.")
-        if self.layout not in ("auto", *LAYOUTS):
-            raise UserError(f"layout: {self.layout!r} does not exist; there is auto, {', '.join(LAYOUTS)}.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise UserError(f"max_tokens_per_batch: must be positive, got {self.max_tokens_per_batch}.")
         if self.normalization_max_rows < 2:
             raise UserError(f"normalization_max_rows: at least 2 rows are needed, got {self.normalization_max_rows}.")
+
+    def _check_evaluation(self) -> None:
         if self.prediction_loss_only:
             raise UserError("prediction_loss_only: the loss over the set is computed from its scores: leave it false.")
         if self.batch_eval_metrics:
             raise UserError("batch_eval_metrics: metrics are computed over the whole evaluation set: leave it false.")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option}: {value!r} does not exist; choose one of {', '.join(choices)}.")

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.loading import resolve_dtype
 from .scorer import RewardNormalization, RewardScorer
 
-_TRIED = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
+PROBE_TEXTS = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
+"""(prompt, completion) whose scores are compared before and after the merge."""
+
+_NAMED_FOR_PADDING = re.compile("pad|reserved|unused|extra|dummy", re.IGNORECASE)
 
 
 def export_merged(
@@ -24,12 +27,12 @@ def export_merged(
     pad_token: str | None = None,
     **options: Any,
 ) -> float:
-    """Merges a reward adapter into an unquantised base and writes a folder for `AutoModelForSequenceClassification`.
+    """Merges a reward adapter into an unquantized base and writes a folder for `AutoModelForSequenceClassification`.
 
     `pipeline("text-classification")` on it gives the raw scores of `RewardScorer.text(prompt, completion)`, as the
     folder has a pad token of its own (Transformers reads the score before the first pad token on the right) and
     `problem_type="regression"` (which keeps the pipeline from a sigmoid): to rounding, wherever no token spans the
-    border of prompt and completion, which are tokenised apart in training. Mean and deviation are in
+    border of prompt and completion, which are tokenized apart in training. Mean and deviation are in
     `reward_normalization.json` and, as `reward_mean` and `reward_std`, in `config.json`: a decoder's head has no bias
     that could hold them.
 
@@ -43,43 +46,89 @@ def export_merged(
     Returns:
         The largest difference of the scores on three short texts, unmerged as trained and merged as a pipeline reads
         them, in units of the raw score: rounding where the model was trained in fp32, up to some 1e-2 after training in
-        bf16, and what the quantisation of the base did after QLoRA.
+        bf16, and what the quantization of the base did after QLoRA.
 
     Raises:
         UserError: a loaded `base`, a `pad_token` that is no token, or an adapter that has no weights to merge.
     """
     if not isinstance(options.get("base"), str | None):
-        raise UserError("export_merged: it loads the base twice, unquantised the second time: pass base= by its name.")
+        raise UserError("export_merged: it loads the base twice, unquantized the second time: pass base= by its name.")
     options = {"device": "cpu"} | options  # two copies, one of them in `dtype`: not for a small card
-    found = RewardScorer.from_pretrained(folder_or_repo, **options)
-    prompts, completions = map(list, zip(*_TRIED, strict=True))
-    before = found.raw(prompts, completions)
-    padding = pad_token or own_pad_token(found.tokenizer)
-    if padding not in found.tokenizer.get_vocab():
-        raise UserError(f"pad_token: {padding!r} is not in the vocabulary: name a token of it that no text holds.")
-    if isinstance(found.model, PeftModel) and found.model.active_peft_config.is_prompt_learning:
-        raise UserError("export_merged: virtual tokens of a prompt-learning adapter cannot be merged into weights.")
-    del found
-    options |= {"dtype": resolve_dtype(dtype), "load_in_4bit": False}
+    dtype = resolve_dtype(dtype)
+
+    as_trained = RewardScorer.from_pretrained(folder_or_repo, **options)
+    padding = _check_padding(as_trained.tokenizer, pad_token)
+    _check_can_merge(as_trained.model)
+    prompts = [prompt for prompt, _ in PROBE_TEXTS]
+    completions = [completion for _, completion in PROBE_TEXTS]
+    scores_before = as_trained.raw(prompts, completions)
+    del as_trained  # before the second copy is loaded
+
+    # Merging into quantized weights would quantize the sum again, and lose the update.
+    options |= {"dtype": dtype, "load_in_4bit": False}
     scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
-    model = scorer.model.merge_and_unload() if isinstance(scorer.model, PeftModel) else bare_model(scorer.model)
-    texts = [scorer.text(prompt, completion) for prompt, completion in _TRIED]
-    scorer.tokenizer.pad_token = padding
+    texts = [scorer.text(prompt, completion) for prompt, completion in PROBE_TEXTS]
+    device = scorer.model.device
+    token_ids = _save_merged(scorer, output_dir, dtype=dtype, pad_token=padding, texts=texts)
+    del scorer  # room for the one that others will load, its head rounded
+    scores_after = _plain_scores(output_dir, token_ids, device, options.get("trust_remote_code", False))
+    differences = [abs(before - after) for before, after in zip(scores_before, scores_after, strict=True)]
+    return max(differences)
+
+
+def _check_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> str:
+    """The pad token of the merged model; raises `UserError` where it is no token."""
+    pad_token = pad_token or own_pad_token(tokenizer)
+    if pad_token not in tokenizer.get_vocab():
+        raise UserError(f"pad_token: {pad_token!r} is not in the vocabulary: name a token of it that no text holds.")
+    return pad_token
+
+
+def _check_can_merge(model: PreTrainedModel | PeftModel) -> None:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError("export_merged: virtual tokens of a prompt-learning adapter cannot be merged into weights.")
+
+
+def _save_merged(
+    scorer: RewardScorer, output_dir: str | Path, *, dtype: torch.dtype, pad_token: str, texts: list[str]
+) -> list[list[int]]:
+    """Writes model, tokenizer and normalization; returns the tokens of `texts` as the saved tokenizer makes them."""
+    if isinstance(scorer.model, PeftModel):
+        model = scorer.model.merge_and_unload()
+    else:
+        model = bare_model(scorer.model)
+    tokenizer = scorer.tokenizer
+    tokenizer.pad_token = pad_token
+
     config = model.config
-    config.get_text_config().pad_token_id = config.pad_token_id = scorer.tokenizer.pad_token_id
-    config.problem_type, config.id2label, config.label2id = "regression", {0: "reward"}, {"reward": 0}
-    config.reward_mean, config.reward_std = scorer.mean, scorer.std
+    config.pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.problem_type = "regression"  # a pipeline puts a sigmoid on a single label otherwise
+    config.id2label = {0: "reward"}
+    config.label2id = {"reward": 0}
+    config.reward_mean = scorer.mean
+    config.reward_std = scorer.std
+
     model.save_pretrained(output_dir)
-    scorer.tokenizer.save_pretrained(output_dir)
-    stored = str(options["dtype"]).removeprefix("torch.")
-    RewardNormalization(mean=scorer.mean, std=scorer.std, base_dtype=stored).save(output_dir)
-    device, sequences = model.device, [scorer.tokenizer(text)["input_ids"] for text in texts]
-    del model, scorer  # room for the one that others will load, its head rounded
-    remote = options.get("trust_remote_code", False)
-    plain = AutoModelForSequenceClassification.from_pretrained(output_dir, dtype="auto", trust_remote_code=remote)
-    with torch.no_grad():
-        after = [plain.to(device).eval()(torch.tensor([ids], device=device)).logits.item() for ids in sequences]
-    return max(abs(a - b) for a, b in zip(before, after, strict=True))
+    tokenizer.save_pretrained(output_dir)
+    base_dtype = str(dtype).removeprefix("torch.")
+    RewardNormalization(mean=scorer.mean, std=scorer.std, base_dtype=base_dtype).save(output_dir)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@torch.no_grad()
+def _plain_scores(
+    folder: str | Path, token_ids: list[list[int]], device: torch.device, trust_remote_code: bool
+) -> list[float]:
+    """Scores of token lists by the model in `folder` as Transformers alone loads it."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    model.to(device).eval()
+    scores = []
+    for ids in token_ids:
+        scores.append(model(torch.tensor([ids], device=device)).logits.item())
+    return scores
 
 
 def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,10 +140,15 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in used:
         return tokenizer.pad_token
+
     template = str(tokenizer.chat_template or "")
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    free = [token for token in special if token not in used and token not in template]
-    telling = [token for token in free if re.search("pad|reserved|unused|extra|dummy", token, re.IGNORECASE)]
-    if not free:
+    free_tokens = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content not in used and token.content not in template:
+            free_tokens.append(token.content)
+    if not free_tokens:
         raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: pass pad_token=.")
-    return (telling or free)[0]
+    for token in free_tokens:
+        if _NAMED_FOR_PADDING.search(token):  # by its name, it is in no text either
+            return token
+    return free_tokens[0]

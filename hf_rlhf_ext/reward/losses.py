@@ -1,4 +1,4 @@
-"""The mathematics of reward modelling: pure functions on tensors."""
+"""The mathematics of reward modeling: pure functions on tensors."""
 
 import math
 
@@ -12,7 +12,7 @@ TIE_MODELS = ("soft", "rao_kupper", "davidson")
 def bradley_terry_loss(
     scores_i: Tensor, scores_j: Tensor, targets: Tensor, weights: Tensor, margins: Tensor | None = None
 ) -> Tensor:
-    """Weighted cross-entropy of the Bradley-Terry model with soft targets and margins, in nats, one value a pair.
+    """Weighted cross-entropy of the Bradley-Terry model with soft targets and margins, in nats, one value per pair.
 
         loss = -w · [t · log σ(Δ - m) + (1 - t) · log σ(-(Δ - m))],   Δ = r_i - r_j
 
@@ -67,16 +67,34 @@ def tie_model_loss(
     """
     if model not in ("rao_kupper", "davidson") or not threshold > 0:
         raise ValueError(f"model={model!r}, threshold={threshold}: rao_kupper or davidson, with a positive threshold.")
-    delta = scores_i - scores_j - (0 if margins is None else margins)
+    delta = scores_i - scores_j
+    if margins is not None:
+        delta = delta - margins
     if model == "rao_kupper":
-        win, lose = logsigmoid(delta - threshold), logsigmoid(-delta - threshold)
-        # 1 - σ(Δ-η) - σ(-Δ-η) = σ(Δ+η) σ(-Δ+η) (1 - e^{-2η})
-        tie = logsigmoid(delta + threshold) + logsigmoid(threshold - delta) + math.log(-math.expm1(-2 * threshold))
+        win, lose, tie = _rao_kupper(delta, threshold)
     else:
-        log_z = torch.logsumexp(torch.stack([delta / 2, -delta / 2, torch.full_like(delta, math.log(threshold))]), 0)
-        win, lose, tie = delta / 2 - log_z, -delta / 2 - log_z, math.log(threshold) - log_z
+        win, lose, tie = _davidson(delta, threshold)
     log_likelihood = torch.where(targets == 0.5, tie, targets * win + (1 - targets) * lose)
     return -weights * log_likelihood
+
+
+def _rao_kupper(delta: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (P,) that i wins, that j wins, and of a tie."""
+    win = logsigmoid(delta - threshold)
+    lose = logsigmoid(-delta - threshold)
+    # 1 - σ(Δ-η) - σ(-Δ-η) = σ(Δ+η) σ(-Δ+η) (1 - e^{-2η}): as a product, its logarithm is accurate
+    tie = logsigmoid(delta + threshold) + logsigmoid(threshold - delta) + math.log(-math.expm1(-2 * threshold))
+    return win, lose, tie
+
+
+def _davidson(delta: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_rao_kupper`."""
+    log_threshold = math.log(threshold)
+    log_z = torch.logsumexp(torch.stack([delta / 2, -delta / 2, torch.full_like(delta, log_threshold)]), 0)
+    win = delta / 2 - log_z
+    lose = -delta / 2 - log_z
+    tie = log_threshold - log_z
+    return win, lose, tie
 
 
 def plackett_luce_loss(scores: Tensor) -> Tensor:
@@ -86,20 +104,28 @@ def plackett_luce_loss(scores: Tensor) -> Tensor:
 
     Plackett 1975, J. R. Stat. Soc. C 24; Luce 1959. Each choice among the rest counts once, unlike the C(K, 2) pairs.
     """
-    return (torch.logcumsumexp(scores.flip(0), 0).flip(0) - scores).sum()
+    log_rest = torch.logcumsumexp(scores.flip(0), 0).flip(0)  # log Σ_{l ≥ k} exp(r_l), (K,)
+    return (log_rest - scores).sum()
 
 
 def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
     """Indices (n,) from best to worst where pairs (P, 2) and targets order all n completions strictly, else None."""
-    wins = torch.zeros(n, dtype=torch.int64, device=pairs.device)
-    decided = (targets == 0) | (targets == 1)
-    judged = len(pairs.sort(1).values.unique(dim=0))  # a pair judged twice stands for no other one
-    if not judged == len(pairs) == n * (n - 1) // 2 or not bool(decided.all()):
+    is_decided = (targets == 0) | (targets == 1)
+    if not bool(is_decided.all()):
         return None
-    wins.index_add_(0, torch.where(targets == 1, pairs[:, 0], pairs[:, 1]), torch.ones_like(pairs[:, 0]))
+    n_distinct = len(pairs.sort(1).values.unique(dim=0))  # a pair judged twice stands for no other one
+    if not n_distinct == len(pairs) == n * (n - 1) // 2:
+        return None
+
+    winners = torch.where(targets == 1, pairs[:, 0], pairs[:, 1])
+    wins = torch.zeros(n, dtype=torch.int64, device=pairs.device)
+    wins.index_add_(0, winners, torch.ones_like(winners))
     order = wins.argsort(descending=True)
     # Each number of wins once: a tournament with distinct scores has no circles (Landau 1953).
-    return order if bool((wins[order] == torch.arange(n - 1, -1, -1, device=pairs.device)).all()) else None
+    distinct_wins = torch.arange(n - 1, -1, -1, device=pairs.device)
+    if bool((wins[order] == distinct_wins).all()):
+        return order
+    return None
 
 
 def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -110,13 +136,17 @@ def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Te
     prompts without a full strict ranking keep their pairs.
     """
     losses = losses.clone()
-    ends = batch["prompt_index"].unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
-    for start, end in zip([0, *ends], ends, strict=False):
-        members, pairs = batch["pairs"][start:end].unique(return_inverse=True)
-        order = ranking_of(pairs, batch["targets"][start:end], len(members))
-        if len(members) > 2 and order is not None:
-            losses[start:end] = 0.0
-            losses[start] = batch["weights"][start:end].sum() * plackett_luce_loss(scores[members[order]])
+    _, pair_counts = batch["prompt_index"].unique_consecutive(return_counts=True)
+    start = 0
+    for count in pair_counts.tolist():
+        of_prompt = slice(start, start + count)
+        # Completions of these pairs by their number in the batch, and the pairs by their place in that list.
+        members, pairs = batch["pairs"][of_prompt].unique(return_inverse=True)
+        order = ranking_of(pairs, batch["targets"][of_prompt], len(members))
+        if len(members) > 2 and order is not None:  # for two, the pair's own loss is the same and knows margins
+            losses[of_prompt] = 0.0
+            losses[start] = batch["weights"][of_prompt].sum() * plackett_luce_loss(scores[members[order]])
+        start += count
     return losses
 
 

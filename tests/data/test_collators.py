@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rlhf_ext.data.collators import DataCollatorForComparisons, fill_rows
-from hf_rlhf_ext.data.tokenization import fit_row, tokenise_row
+from hf_rlhf_ext.data.tokenization import fit_row, tokenize_row
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.prefix import prefix_mask
 
@@ -111,15 +111,15 @@ def test_pad_to_multiple_of():
 
 
 def test_unknown_layout_names_what_exists():
-    with pytest.raises(UserError, match="layout: 'packed' does not exist; there is 'shared_prefix', 'plain'"):
+    with pytest.raises(UserError, match="layout: 'packed' .*'shared_prefix', 'plain'"):
         DataCollatorForComparisons(PAD, layout="packed")
 
 
-def test_tokenised_rows_end_in_one_stop_token(chat_tokenizer):
+def test_tokenized_rows_end_in_one_stop_token(chat_tokenizer):
     eos = chat_tokenizer.eos_token_id
     row = {"prompt": [{"role": "user", "content": "hi"}]}
     row["completions"] = [[{"role": "assistant", "content": text}] for text in ("yes", "", "no<|im_end|>")]
-    ids = tokenise_row(row, chat_tokenizer)
+    ids = tokenize_row(row, chat_tokenizer)
     assert [c.count(eos) for c in ids["completion_ids"]] == [1, 1, 1]
     assert all(c[-1] == eos for c in ids["completion_ids"]) and ids["completion_ids"][1] == [eos]
     text = chat_tokenizer.decode(ids["prompt_ids"] + ids["completion_ids"][0])
@@ -137,11 +137,11 @@ def test_overflow_policies_worked_by_hand():
     assert fit("truncate_prompt_left") == {"prompt_ids": [3, 4], "completion_ids": [[5, 6, 7, 9], [8, 9]]}
     assert fit("truncate_completion") == {"prompt_ids": [1, 2, 3, 4], "completion_ids": [[5, 9], [8, 9]]}
     assert fit("truncate_completion", row=row | {"completion_ids": [[8, 6, 9], [8, 9]]}) is None  # equal after the cut
-    with pytest.raises(UserError, match=r"^train row 5: 8 tokens, 2 over max_length=6\. Raise max_length, or pass"):
+    with pytest.raises(UserError, match=r"^train row 5: .* 2 over max_length=6\. Raise max_length.*overflow='drop'"):
         fit("error")
-    with pytest.raises(UserError, match="and overflow='truncate_prompt_left' would leave nothing"):
+    with pytest.raises(UserError, match="overflow='truncate_prompt_left' would leave nothing.*Raise max_length"):
         fit("truncate_prompt_left", max_length=4)
-    with pytest.raises(UserError, match="and overflow='truncate_completion' would leave nothing"):
+    with pytest.raises(UserError, match="overflow='truncate_completion' would leave nothing.*Raise max_length"):
         fit("truncate_completion", max_length=5)
 
 
@@ -150,5 +150,5 @@ def test_a_cut_prompt_keeps_the_token_that_opens_it():
     cut = {"max_length": 3, "overflow": "truncate_prompt_left", "where": "row 0"}
     assert fit_row(row, **cut)["prompt_ids"] == [2, 3]
     assert fit_row(row, **cut, start_ids={9})["prompt_ids"] == [9, 3]
-    with pytest.raises(UserError, match="would leave nothing of the text"):
+    with pytest.raises(UserError, match="Raise max_length"):
         fit_row(row, **cut | {"max_length": 2}, start_ids={9})

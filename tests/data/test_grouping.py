@@ -6,8 +6,8 @@ import random
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from hf_rlhf_ext.data.formats import load_comparisons
 from hf_rlhf_ext.data.schema import LoadReport, group_by_prompt
+from hf_rlhf_ext.readers.formats import load_comparisons
 
 REAL = ("hh_helpful_train.jsonl", "pandalm_testset.json", "formats/lf_oaast_rm_zh.json", "formats/lf_kto_en_demo.json")
 

@@ -8,9 +8,9 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rlhf_ext.data.formats import load_comparisons, to_comparisons
-from hf_rlhf_ext.data.schema import PreferenceDataError, validate_comparison
+from hf_rlhf_ext.data.schema import PreferenceDataError, renumbered, validate_comparison
 from hf_rlhf_ext.data.transcripts import split_text
+from hf_rlhf_ext.readers.formats import load_comparisons, to_comparisons
 
 
 def user(text):
@@ -32,35 +32,55 @@ def test_valid_rows_pass():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, column, remedy",
     [
-        ({"targets": None}, "`targets` is missing: a comparison row needs prompt, completions, pairs, targets."),
-        ({"prompt": 3}, "`prompt` is a int: give a string"),
-        ({"prompt": [{"role": "user"}]}, "`prompt` is a list"),
-        ({"completions": ["a"]}, "`completions` has fewer than two entries"),
-        ({"completions": ["a", True]}, "`completions` entry 1 is a bool: the prompt is a string"),
-        ({"completions": ["a", [assistant("b")]]}, "`completions` entry 1 is a list: the prompt is a string"),
-        ({"prompt": [user("p")]}, "`completions` entry 0 is a str: the prompt is a list of messages"),
-        ({"completions": ["a", "b", "a"]}, "`completions` entries 0 and 2 are equal: merge them"),
-        ({"pairs": []}, "`pairs` is empty"),
-        ({"pairs": [[0, 1]]}, "`targets` has 2 entries for 1 pairs"),
-        ({"pairs": [[0, 1], [0, 3]]}, "`pairs` holds [0, 3]: give two indices between 0 and 2"),
-        ({"pairs": [[0, 1], [-1, 0]]}, "`pairs` holds [-1, 0]"),
-        ({"pairs": [[0, 1], [0, 1, 2]]}, "`pairs` holds [0, 1, 2]"),
-        ({"pairs": [[0, 1], [2, 2]]}, "`pairs` holds [2, 2]: a completion cannot be compared with itself"),
-        ({"targets": [1.0, 1.5]}, "`targets` holds 1.5"),
-        ({"targets": [1.0, float("nan")]}, "`targets` holds nan"),
-        ({"weights": [1.0, -1.0]}, "`weights` holds -1.0"),
-        ({"weights": [1.0, float("inf")]}, "`weights` holds inf"),
-        ({"weights": [1.0]}, "`weights` has 1 entries for 2 pairs: give one a pair."),
-        ({"margins": [0.0, "much"]}, "`margins` holds 'much'"),
+        ({"targets": None}, "targets", "needs prompt, completions, pairs, targets"),
+        ({"prompt": 3}, "prompt", "give a string or a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "prompt", "give a string or a list of messages"),
+        ({"completions": ["a"]}, "completions", "at least two"),
+        ({"completions": ["a", True]}, "completions", "entry 1 is a bool: the prompt is a string"),
+        ({"completions": ["a", [assistant("b")]]}, "completions", "entry 1 is a list: the prompt is a string"),
+        ({"prompt": [user("p")]}, "completions", "entry 0 is a str: the prompt is a list of messages"),
+        ({"completions": ["a", "b", "a"]}, "completions", "0 and 2 are equal: merge them"),
+        ({"pairs": []}, "pairs", "give at least one"),
+        ({"pairs": "01"}, "pairs", "give a list"),
+        ({"pairs": [[0, 1]]}, "targets", "2 entries for 1 pairs: give one per pair"),
+        ({"pairs": [[0, 1], [0, 3]]}, "pairs", "[0, 3]: give two indices between 0 and 2"),
+        ({"pairs": [[0, 1], [-1, 0]]}, "pairs", "[-1, 0]: give two indices"),
+        ({"pairs": [[0, 1], [0, 1, 2]]}, "pairs", "[0, 1, 2]: give two indices"),
+        ({"pairs": [[0, 1], [True, 0]]}, "pairs", "[True, 0]: give two indices"),
+        ({"pairs": [[0, 1], [2, 2]]}, "pairs", "[2, 2]: a completion cannot be compared with itself"),
+        ({"targets": [1.0, 1.5]}, "targets", "1.5: P(i ≻ j) lies between 0 and 1"),
+        ({"targets": [1.0, float("nan")]}, "targets", "nan: P(i ≻ j) lies between 0 and 1"),
+        ({"weights": [1.0, -1.0]}, "weights", "-1.0: weights are finite and not negative"),
+        ({"weights": [1.0, float("inf")]}, "weights", "inf: weights are finite"),
+        ({"weights": [1.0]}, "weights", "1 entries for 2 pairs: give one per pair"),
+        ({"margins": [0.0, "much"]}, "margins", "'much': margins are finite numbers, i minus j"),
+        ({"votes": [{"annotator": "x", "pair": [0, 1], "label": 2}]}, "votes", "label (0 to 1)"),
+        ({"votes": [{"annotator": "x", "pair": [0, 1], "label": 1, "confidence": "?"}]}, "votes", "give annotator"),
+        ({"category": 3}, "category", "leave it out"),
+        ({"row": 0.5}, "row", "give an int, or leave it out"),
     ],
 )
-def test_refusals_name_source_row_and_column_in_one_line(change, message):
+def test_refusals_name_source_row_column_and_remedy_in_one_line(change, column, remedy):
     with pytest.raises(PreferenceDataError) as caught:
         validate_comparison(ROW | change, source="mine.jsonl", index=7)
     text = str(caught.value)
-    assert text.startswith("mine.jsonl row 7: ") and message in text and "\n" not in text
+    assert text.startswith(f"mine.jsonl row 7: `{column}` ") and remedy in text and "\n" not in text
+
+
+@pytest.mark.parametrize("kept_pairs, targets", [(None, [1.0, 0.0, 0.5]), ([0, 2], [1.0, 0.5]), ([2], [0.5])])
+def test_judgements_follow_completions_that_get_new_numbers(kept_pairs, targets):
+    row = {"prompt": "p", "completions": list("abcd"), "pairs": [[0, 1], [3, 0], [1, 3]], "targets": [1.0, 0.0, 0.5]}
+    row |= {"margins": [1.0, 2.0, 3.0], "weights": None, "flags": ["f"]}
+    row["votes"] = [{"annotator": "x", "pair": pair, "label": 1.0} for pair in ([0, 1], [3, 1], [2, 3])]
+    changed = renumbered(row, {0: 2, 1: 0, 3: 1}, kept_pairs)
+    pairs = [[2, 0], [1, 2], [0, 1]]
+    assert changed["pairs"] == [pairs[n] for n in kept_pairs or range(3)] and changed["targets"] == targets
+    assert changed["margins"] == [row["margins"][n] for n in kept_pairs or range(3)] and changed["weights"] is None
+    assert [vote["pair"] for vote in changed["votes"]] == [[2, 0], [1, 0]]  # completion 2 was left out
+    assert renumbered(row | {"votes": row["votes"][2:]}, {0: 0, 1: 1, 3: 2})["votes"] is None
+    assert row["pairs"][0] == [0, 1] and row["votes"][0]["pair"] == [0, 1]  # the row itself stays
 
 
 def test_comparison_rows_get_default_weights_and_survive_arrow():
@@ -156,23 +176,23 @@ def test_split_text_agrees_with_trl_where_trl_is_right():
 @pytest.mark.parametrize(
     "data, message",
     [
-        (Dataset.from_dict({"chosen": [], "rejected": []}), "mine: the data set has no rows"),
+        (Dataset.from_dict({"chosen": [], "rejected": []}), "check path, split and filters"),
         (
             Dataset.from_dict({"text": ["a"], "better": ["b"]}),
-            "mine: found columns better, text; looked for comparisons (prompt,",
+            "better, text; looked for comparisons (prompt,",
         ),
-        (Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["a"]}), "no usable row is left"),
-        (DatasetDict(), "mine: expected a datasets.Dataset, got DatasetDict: pick one split"),
+        (Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["a"]}), "check the source"),
+        (DatasetDict(), "DatasetDict: pick one split"),
         (
             Dataset.from_dict({"chosen": ["a"], "rejected": ["b"]}).to_iterable_dataset(),
-            "got IterableDataset: pick one split, without streaming",
+            "pick one split, without streaming",
         ),
     ],
 )
 def test_unusable_data_sets_are_refused_in_one_line(data, message):
     with pytest.raises(PreferenceDataError) as caught:
         to_comparisons(data, source="mine")
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and str(caught.value).startswith("mine: ") and "\n" not in str(caught.value)
 
 
 def test_load_comparisons_from_files_folders_and_memory(tmp_path):
@@ -198,12 +218,12 @@ def test_load_comparisons_from_files_folders_and_memory(tmp_path):
 @pytest.mark.parametrize(
     "name, split, message",
     [
-        ("missing.jsonl", None, "dataset: no file or saved data set at .*missing.jsonl: check the path"),
-        ("notes.txt", None, "notes.txt: unknown ending; known are .json"),
-        ("bad.jsonl", None, "bad.jsonl: cannot be read as json: "),
-        ("pairs.jsonl", "test", "pairs.jsonl: a file has no split 'test'"),
-        ("splits", None, "splits: splits are a, b: pass split= one of them"),
-        ("splits", "c", r"splits: splits are a, b: .* \(got 'c'\)"),
+        ("missing.jsonl", None, "missing.jsonl: check the path"),
+        ("notes.txt", None, "notes.txt: .* known are .json"),
+        ("bad.jsonl", None, "bad.jsonl: .* json: "),
+        ("pairs.jsonl", "test", r"pairs.jsonl: .*'test': leave it out"),
+        ("splits", None, "splits: .* a, b: pass split="),
+        ("splits", "c", r"splits: .* a, b: pass split= .*'c'"),
     ],
 )
 def test_load_comparisons_refusals(tmp_path, name, split, message):

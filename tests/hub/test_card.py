@@ -14,12 +14,14 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer, load_base_model
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, trainer_report, write_card
+from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, render_card, write_card
 from hf_rlhf_ext.hub.privacy import COMMON_NAMES, strip_local_paths
+from hf_rlhf_ext.hub.report import RunReport, base_precision, trainer_report
+from hf_rlhf_ext.reward.scorer import RewardNormalization
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPORT = {
@@ -143,8 +145,11 @@ def test_a_recipes_policy_shows_n_beta_and_second_opinions_without_a_gold_reward
     ppo = {"n": 24, "updates": 8, "kl": 3.5, "kl_ci95": [3.0, 4.0], "kl_coef": 0.05, "rewards": ["reward_model"]}
     ppo |= {"proxy_before": -0.1, "proxy_after": 0.9, "proxy_gain": 1.0, "proxy_gain_ci95": [0.8, 1.2]}
     ppo |= {"eval_rewards": ["a_judge", "silent"], "a_judge_before": 0.4, "a_judge_after": 0.3, "a_judge_gain": -0.1}
-    ppo |= {"a_judge_gain_ci95": [-0.2, 0.1], "stopped_by": "KL is 9.1 nats, above max_kl = 8 <b>"}
+    ppo |= {"a_judge_gain_ci95": [-0.2, 0.1], "stop_reason": "KL is 9.1 nats, above max_kl = 8 <b>"}
     text = card("policy", {"ppo": ppo}).text
+    older = {name: value for name, value in ppo.items() if name != "stop_reason"}
+    older["stopped_by"] = ppo["stop_reason"]  # its name in reports of 0.1
+    assert card("policy", {"ppo": older}).text == text
     rows = ["| Gain in proxy reward | 1.000 | 0.800 to 1.200 | 24 |", "completion | 3.500 | 3.000 to 4.000 | 24 |"]
     rows += [r"| Gain in reward a\_judge, unseen by PPO | -0.100 | -0.200 to 0.100 | 24 |"]
     assert all(row in text for row in rows)
@@ -204,14 +209,34 @@ def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(car
     assert "No weights" not in card("policy", repo_id="alice/policy").text
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_the_snippet_s_plain_score_is_the_scorer_s(architecture, chat_tokenizer, tmp_path, capsys, monkeypatch):
-    """Decoders with and without a chat template, and an encoder: adapters whose cards tell how to score without us."""
+@pytest.mark.parametrize(
+    "architecture, base_options, bf16",
+    [
+        ("llama", {"dtype": "float32"}, False),
+        ("llama", {"dtype": "bfloat16"}, False),
+        ("llama", {"dtype": "bfloat16"}, True),
+        ("llama", {"dtype": "bfloat16", "load_in_4bit": True}, False),
+        ("gpt2", {"dtype": "float32"}, False),
+        ("gpt2", {"dtype": "float32"}, True),
+        ("gpt2", {"dtype": "bfloat16"}, False),
+        ("bert", {"dtype": "float32"}, False),
+        ("bert", {"dtype": "bfloat16"}, True),  # encoders are fp32 all the same
+    ],
+    ids=str,
+)
+def test_the_snippet_s_plain_score_is_the_scorer_s(
+    architecture, base_options, bf16, chat_tokenizer, tmp_path, capsys, monkeypatch
+):
+    """Decoders with and without a chat template, and an encoder: adapters whose cards tell how to score without us.
+
+    The base is stored in fp32; the snippet loads it as it was in training, whatever dtype this machine prefers.
+    """
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(chat_tokenizer)}
+    width = 128 if "load_in_4bit" in base_options else 32  # blocks of NF4 hold 64 weights
+    small = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(chat_tokenizer)}
     small |= {"pad_token_id": chat_tokenizer.pad_token_id, "max_position_embeddings": 128}
     if architecture == "llama":
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, intermediate_size=48))
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, intermediate_size=128))
     elif architecture == "gpt2":
         model, chat_tokenizer.chat_template = hf.GPT2LMHeadModel(hf.GPT2Config(**small)), None
     else:
@@ -221,12 +246,16 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(architecture, chat_tokenizer,
     for part in (model, chat_tokenizer):
         part.save_pretrained(tmp_path / "base")
     plain = [{"prompt": f"Tell {k}:", "chosen": "a happy day", "rejected": "no"} for k in range(4)]
-    args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False, report_to="none", max_steps=2)
+    args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, bf16=bf16, report_to="none", max_steps=2)
+    args.model_init_kwargs = base_options
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     trainer = BradleyTerryTrainer(str(tmp_path / "base"), args, Dataset.from_list(plain), peft_config=peft_config)
     trainer.train()
     trainer.save_model()
     report = trainer_report(trainer)
+    trained = "float32" if architecture == "bert" else base_options["dtype"]
+    assert report.card.base_dtype == trainer.normalization.base_dtype == trained
+    assert report.card.load_in_4bit == trainer.normalization.load_in_4bit == ("load_in_4bit" in base_options)
     monkeypatch.chdir(tmp_path)
     text = card_from_report(report, base_model=str(tmp_path / "base"), repo_id="./reward")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -234,7 +263,65 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(architecture, chat_tokenizer,
     exec(snippet, {})
     scored, alone = capsys.readouterr().out.splitlines()
     raw = float(re.findall(r"-?\d[\d.e-]*", scored)[1])
-    assert float(alone) == pytest.approx(raw, abs=1e-5) and abs(raw) > 1e-4
+    # bitsandbytes computes with other kernels on CPUs with bf16 instructions, which the library switches off.
+    tolerance = 0.01 * abs(raw) if "load_in_4bit" in base_options else 1e-5
+    assert float(alone) == pytest.approx(raw, abs=tolerance) and abs(raw) > 1e-4
+    assert ("BitsAndBytesConfig" in snippet) == ("load_in_4bit" in base_options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_snippet_loads_the_base_as_it_was_in_training(card, kind):
+    def loading(**options):
+        (snippet,) = re.findall(r"```python\n(.*?)```", card(kind, **options).text, re.DOTALL)
+        compile(snippet, kind, "exec")
+        (line,) = [line for line in snippet.splitlines() if f'from_pretrained("{BASE}"' in line]
+        return line.partition(f'"{BASE}"')[2]
+
+    usual = loading()  # a report that does not say
+    assert "dtype" not in usual and "quantization" not in usual
+    assert loading(base_dtype="bfloat16") == usual.replace(")", ', dtype="bfloat16")')
+    assert loading(base_dtype="bfloat16", load_in_4bit=True).endswith('dtype="bfloat16", quantization_config=four_bit)')
+    assert loading(config={"load_in_4bit": True}).endswith("quantization_config=four_bit)")  # an older recipe's
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_snippet_s_policy_is_the_one_that_was_trained(dtype, tiny_llama, chat_tokenizer, tmp_path, monkeypatch):
+    """The base is stored in fp32, and the machine may prefer either."""
+    for part in (tiny_llama, chat_tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    model = load_base_model(str(tmp_path / "base"), dtype=dtype)
+    torch.manual_seed(1)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    policy = get_peft_model(model, lora)
+    policy.save_pretrained(tmp_path / "policy")
+    chat_tokenizer.save_pretrained(tmp_path / "policy")
+    monkeypatch.chdir(tmp_path)
+    options = {"base_model": str(tmp_path / "base"), "repo_id": "./policy", **base_precision(policy)}
+    (snippet,) = re.findall(r"```python\n(.*?)```", render_card("policy", {"ppo": {}}, **options), re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    assert torch.equal(names["model"].eval()(ids).logits, policy.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_says_that_its_base_was_in_4_bits(card, kind):
+    made = card(kind, load_in_4bit=True).text
+    assert "bitsandbytes`" in made and "4 bits" in made.split("## Limits")[1] and "2305.14314" in made
+    merged = card(kind, load_in_4bit=True, relation="merge").text
+    assert "4 bits" in merged.split("## Limits")[1] and "BitsAndBytesConfig" not in merged
+    assert "4 bits" not in card(kind, base_dtype="float32").text
+
+
+def test_a_reward_model_s_folder_knows_the_precision_of_its_base(card, tmp_path):
+    (tmp_path / "reward_model").mkdir()
+    RewardNormalization(base_dtype="bfloat16", autocast="bfloat16").save(tmp_path / "reward_model")
+    assert 'num_labels=1, dtype="bfloat16")' in card("reward_model").text
+    assert 'torch.autocast("cpu", torch.bfloat16)' in card("reward_model").text
+    RunReport.from_dict(REPORT | {"card": {"kind": "reward_model"}}).save(tmp_path / "reward_model")
+    assert RunReport.load(tmp_path / "reward_model").card.base_dtype == "bfloat16"
+    RewardNormalization().save(tmp_path / "reward_model")  # "auto": not known
+    assert "dtype=" not in card("reward_model").text
 
 
 def test_samples_cannot_break_the_card(card):
@@ -255,7 +342,7 @@ def test_no_text_breaks_out_of_its_place(card, kind, evil):
     row = {"n": 12, "gold_before": 0.2, "gold_after": 0.1}
 
     def shape(text):
-        ppo = REPORT["ppo"] | {"start": text, "rewards": [text], "stopped_by": text}
+        ppo = REPORT["ppo"] | {"start": text, "rewards": [text], "stop_reason": text}
         ppo |= {"eval_rewards": [text], f"{text}_before": 0.5, f"{text}_after": 0.25, f"{text}_gain": -0.25}
         model = REPORT["reward_model"] | {"groups": {text: {text: {"n": 1, "accuracy": 0.5}}}, "combine": text}
         model |= {"members": [{}], "length_gap": {}}

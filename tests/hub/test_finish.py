@@ -8,9 +8,11 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from trl import SFTConfig
 
+from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.lineage import lineage_of
+from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.push import push_run
-from hf_rlhf_ext.scripts import ModelArguments, check_push, finish_run, lineage_of
 
 
 @pytest.fixture

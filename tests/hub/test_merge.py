@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_rlhf_ext import RewardScorer, load_base_model, load_policy
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.hub import merge
 from hf_rlhf_ext.hub.merge import merge_run
 from hf_rlhf_ext.hub.push import push_run
 from hf_rlhf_ext.reward.scorer import RewardNormalization
@@ -52,11 +53,10 @@ def make_run(base, chat_tokenizer, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_a_merged_policy_is_the_adapter_on_the_full_weights(make_run, base, tmp_path, quantised):
-    folder = make_run(
-        "policy", load_in_4bit=quantised
-    )  # trained on 4 bits: the full weights are loaded again all the same
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_merged_policy_is_the_adapter_on_the_full_weights(make_run, base, tmp_path, quantized):
+    # Trained on 4 bits: the full weights are loaded again all the same.
+    folder = make_run("policy", load_in_4bit=quantized)
     merged = merge_run(folder, tmp_path / "merged", dtype="float32")
     full, _ = load_policy(folder, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(merged)
@@ -79,11 +79,13 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
     HfApi().create_repo("alice/base")
     HfApi().upload_folder(repo_id="alice/base", folder_path=base)
     folder = make_run("reward_model")
-    push_run(folder, "alice/merged", merge="float32", base_model="alice/base")
+    merge_run(folder, tmp_path / "merged", dtype="float32", base_model="alice/base")
+    push_run(tmp_path / "merged")
     found = hub.files("alice/merged")
     assert "model.safetensors" in found and "adapter_config.json" not in found
     card = ModelCard.load("alice/merged")
     assert card.data.base_model_relation == "merge" and card.data.library_name == "transformers"
+    assert "merged into [alice/base]" in card.text and "AutoModelForSequenceClassification" in card.text
     scorer = RewardScorer.from_pretrained(folder, dtype="float32")
     text = scorer.text("Hello?", "Yes.")
     plain = AutoModelForSequenceClassification.from_pretrained("alice/merged")
@@ -99,7 +101,35 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
 def test_what_cannot_be_merged_is_one_line(make_run, base, tmp_path):
     with pytest.raises(UserError, match="holds no adapter"):
         merge_run(base, tmp_path / "merged")
-    quantised = tmp_path / "quantised"
-    load_base_model(base, dtype="float32", load_in_4bit=True).save_pretrained(quantised)
-    with pytest.raises(UserError, match="quantised is itself quantised: give the full weights' id"):
-        merge_run(make_run("policy"), tmp_path / "merged", base_model=str(quantised))
+    quantized = tmp_path / "quantized"
+    load_base_model(base, dtype="float32", load_in_4bit=True).save_pretrained(quantized)
+    folder = make_run("policy")
+    with pytest.raises(UserError, match="quantized is itself quantized: .*base_model"):
+        merge_run(folder, tmp_path / "merged", base_model=str(quantized))
+    with pytest.raises(UserError, match="the adapter's own folder: give another one"):
+        merge_run(folder, folder)
+    (folder / "report.json").write_text('{"card": {"colour": "red"}}')
+    with pytest.raises(UserError, match="report.json is no report .*colour"):
+        merge_run(folder, tmp_path / "merged")
+
+
+def test_a_merge_of_a_local_base_is_pushed_with_its_options(hub, make_run, base, tmp_path):
+    merged = merge_run(make_run("policy"), tmp_path / "merged", dtype="float32")
+    push_run(merged, base_model="alice/named", license="mit")
+    card = ModelCard.load("alice/merged")
+    assert (card.data.base_model, card.data.license, card.data.base_model_relation) == ("alice/named", "mit", "merge")
+    config = json.loads(hub.files("alice/merged")["config.json"])
+    assert config.get("_name_or_path") in (None, "alice/named") and base not in json.dumps(config)
+    assert (merged / "pushed.json").is_file()
+
+
+def test_the_command_merges_and_says_what_is_next(make_run, tmp_path, capsys):
+    folder = make_run("policy")
+    merge.main([str(folder), str(tmp_path / "out"), "--dtype", "float32"])
+    assert f"hf-rlhf push {tmp_path / 'out'}" in capsys.readouterr().out
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    with pytest.raises(SystemExit) as stopped:
+        merge.main([str(tmp_path), str(tmp_path / "out")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: merge: ") and "no adapter" in error

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save, save_file
 
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub import push
+from hf_rlhf_ext.hub import client, push
 from hf_rlhf_ext.hub.push import (
     PushError,
     check_access,
@@ -239,17 +239,15 @@ def test_a_failure_is_one_line_with_the_command_that_pushes_later(hub, run_folde
     hub.fault(503, match="/commit/", times=100)
     with pytest.raises(PushError) as error:
         push_run(run_folder, revision="a b")
-    command = f"python -m hf_rlhf_ext.hub.push {run_folder} --repo polite --revision 'a b'"
+    command = f"hf-rlhf push {run_folder} --repo polite --revision 'a b'"
     assert str(error.value).endswith(f"It is kept in {run_folder}; later: {command}") and "503" in str(error.value)
     assert try_push(run_folder) is None
     (line,) = warnings()
-    assert line.startswith("warning: not pushed to alice/polite: ") and "hf_rlhf_ext.hub.push" in line
+    assert line.startswith("warning: not pushed to alice/polite: ") and "later: hf-rlhf push" in line
     (run_folder / "report.json").write_text('{"path": "/mnt/disk/x"}')
     assert try_push(run_folder, private=False) is None
     (line,) = warnings()
-    assert "path:report.json:1" in line and line.endswith(
-        f"later: python -m hf_rlhf_ext.hub.push {run_folder} --public"
-    )
+    assert "path:report.json:1" in line and line.endswith(f"later: hf-rlhf push {run_folder} --public")
 
 
 def test_the_later_command_says_all_that_was_asked_for(hub, run_folder, naps, capsys):
@@ -261,15 +259,28 @@ def test_the_later_command_says_all_that_was_asked_for(hub, run_folder, naps, ca
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(push, "push_run", lambda *args, **given: asked.append((args, given)))
-        push.main(shlex.split(line.partition("hf_rlhf_ext.hub.push ")[2]))
+        push.main(shlex.split(line.partition("later: hf-rlhf push ")[2]))
     assert asked == [((str(run_folder), "polite"), options | {"merge": None})]
-    command = push.later_command(run_folder, "polite", merge="float16", base_model=None)
-    assert command.endswith(f"{run_folder} --repo polite --merge float16")
+    command = push.later_command(run_folder, "polite", base_model=None)
+    assert command == f"hf-rlhf push {run_folder} --repo polite"
+
+
+def test_a_merge_in_a_push_names_the_commands_that_do_it(hub, run_folder, capsys):
+    merged = f"{run_folder}-merged"
+    commands = f"`hf-rlhf merge {run_folder} {merged} --dtype float16`, then `hf-rlhf push {merged}`"
+    with pytest.raises(UserError, match="merge") as error:
+        push_run(run_folder, merge="float16")
+    assert commands in str(error.value) and "\n" not in str(error.value) and hub.requests == []
+    with pytest.raises(SystemExit):
+        push.main([str(run_folder), "--merge", "float16"])
+    assert commands in capsys.readouterr().err
+    assert try_push(run_folder, merge="float16") is None
+    assert commands in capsys.readouterr().err
 
 
 def test_a_hub_that_asks_for_a_day_is_for_later(hub, run_folder, naps):
     hub.fault(429, match="/commit/", headers={"Retry-After": "86400"})
-    with pytest.raises(PushError, match="429 .*; later: python -m"):
+    with pytest.raises(PushError, match="429 .*; later: hf-rlhf push"):
         push_run(run_folder)
     assert not [s for s in naps if s > 1]
 
@@ -284,9 +295,9 @@ def test_an_owner_that_cannot_be_asked_for_is_not_guessed(hub, run_folder, naps)
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("adapter_config.json", "{", "adapter_config.json is no JSON (Expecting"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json is no JSON object"),
-        ("report.json", "", "report.json is no JSON (Expecting"),
+        ("adapter_config.json", "{", "adapter_config.json is not valid JSON (Expecting"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+        ("report.json", "", "report.json is not valid JSON (Expecting"),
         (
             "report.json",
             json.dumps(REPORT | {"card": CARD | {"colour": "red"}}),
@@ -299,12 +310,12 @@ def test_a_broken_file_is_one_line(hub, run_folder, capsys, name, content, messa
     (run_folder / name).write_text(content)
     assert try_push(run_folder) is None
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert message in line and "; later: python -m" in line and "Traceback" not in line
+    assert message in line and "; later: hf-rlhf push" in line and "Traceback" not in line
     with pytest.raises(UserError):
         push_run(run_folder)
 
 
-def test_the_licence_is_the_base_s_or_the_one_given(hub, run_folder):
+def test_the_license_is_the_base_s_or_the_one_given(hub, run_folder):
     config = {"peft_type": "LORA", "base_model_name_or_path": "alice/base"}
     for part in (run_folder, run_folder / "value"):
         (part / "adapter_config.json").write_text(json.dumps(config))
@@ -331,7 +342,7 @@ def test_what_the_hub_refuses_for_good_is_not_tried_again(hub, run_folder, naps)
 def test_interrupted_at_every_point_main_is_the_old_or_the_new_and_the_next_push_completes(
     hub, run_folder, naps, monkeypatch
 ):
-    monkeypatch.setattr(push, "_ATTEMPTS", 1)
+    monkeypatch.setattr(client, "ATTEMPTS", 1)
     push_run(run_folder, "alice/polite")
     rng = random.Random(0)
     faults = [{}, {"read": 1000}, {"done": True}, {"status": 500}, {"status": 429, "headers": {"Retry-After": "1"}}]

@@ -13,16 +13,18 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 
 from hf_rlhf_ext import load_base_model
-from hf_rlhf_ext.cli import parse_recipe
+from hf_rlhf_ext.cli.options import machine_defaults
+from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.hub import push
 from hf_rlhf_ext.hub.push import push_run
 from hf_rlhf_ext.reward.scorer import RewardNormalization
-from hf_rlhf_ext.scripts import machine_defaults
+
+pytestmark = pytest.mark.xdist_group("processes")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS = [shlex.split(line) for line in re.findall(r"^    (hf jobs uv run .*)$", README, re.MULTILINE)]
-PUSHES = re.findall(r"^    python -m hf_rlhf_ext\.hub\.push (.*)$", README, re.MULTILINE)
+PUSHES = re.findall(r"^    (?:python -m hf_rlhf_ext\.hub\.push|hf-rlhf push) (.*)$", README, re.MULTILINE)
 
 
 @pytest.mark.slow

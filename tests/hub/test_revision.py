@@ -9,9 +9,9 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_rlhf_ext import RewardScorer, load_base_model, load_policy
+from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.hub.merge import merge_run
 from hf_rlhf_ext.reward.scorer import RewardNormalization
-from hf_rlhf_ext.scripts import ModelArguments
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

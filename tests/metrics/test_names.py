@@ -44,6 +44,7 @@ def test_a_key_without_an_entry_is_refused_by_name():
     with pytest.raises(KeyError, match="objective/klll"):
         describe(["loss", "objective/klll"])
     assert find_metric("rewards/gold") is None
+    assert find_metric("val/ratio_var") is None  # TRL's, which nothing here logs
     assert find_metric("hard_accuracy") is None  # no prefix of Trainer's: nobody's key
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib import colors, image
 
-from hf_rlhf_ext.metrics.plots import GOLD_COLOUR, PROXY_COLOUR, plot_frontier, plot_judged, plot_ppo_run
-from hf_rlhf_ext.metrics.preference import JudgedPairs
+from hf_rlhf_ext.metrics.plots import GOLD_COLOR, PROXY_COLOR, plot_frontier, plot_judged, plot_ppo_run
+from hf_rlhf_ext.reward.preference_metrics import JudgedPairs
 
 POINTS = [
     {"update": u, "kl": kl, "gold": gold, "proxy": proxy, "gold_ci": 0.1}
@@ -15,18 +15,18 @@ POINTS = [
 ]
 
 
-def count_pixels(path, colour):
+def count_pixels(path, color):
     pixels = image.imread(path)[..., :3]
-    return int((np.abs(pixels - np.array(colors.to_rgb(colour))).max(-1) < 0.02).sum())
+    return int((np.abs(pixels - np.array(colors.to_rgb(color))).max(-1) < 0.02).sum())
 
 
 def test_plot_shows_both_curves_and_more_points_draw_more(tmp_path):
     path = plot_frontier(POINTS, tmp_path / "new" / "frontier.png")
     assert image.imread(path).shape[:2] == (1024, 1280)
     single = plot_frontier(POINTS[:1], tmp_path / "single.png")
-    for colour in (GOLD_COLOUR, PROXY_COLOUR):
-        assert count_pixels(path, colour) > count_pixels(single, colour) + 1000
-        assert count_pixels(single, colour) > 50
+    for color in (GOLD_COLOR, PROXY_COLOR):
+        assert count_pixels(path, color) > count_pixels(single, color) + 1000
+        assert count_pixels(single, color) > 50
 
 
 def test_same_points_in_any_order_give_the_same_bytes(tmp_path):
@@ -79,25 +79,25 @@ def test_an_evaluation_is_drawn_panel_by_panel(tmp_path):
         halves = picture[:height], picture[height:]
         return [part for rows in halves for part in (rows[:, :width], rows[:, width:])]
 
-    def counted(panel, colour):
-        return int((np.abs(panel - np.array(colors.to_rgb(colour))).max(-1) < 0.02).sum())
+    def counted(panel, color):
+        return int((np.abs(panel - np.array(colors.to_rgb(color))).max(-1) < 0.02).sum())
 
-    def faded(colour):  # as the histogram has it, on white
-        return tuple(0.45 * value + 0.55 for value in colors.to_rgb(colour))
+    def faded(color):  # as the histogram has it, on white
+        return tuple(0.45 * value + 0.55 for value in colors.to_rgb(color))
 
     whole = panels("whole.png")
-    assert [counted(panel, PROXY_COLOUR) > 200 for panel in whole] == [True, False, True, True]
-    assert counted(whole[1], faded(PROXY_COLOUR)) > 500 < counted(whole[1], faded(GOLD_COLOUR))
+    assert [counted(panel, PROXY_COLOR) > 200 for panel in whole] == [True, False, True, True]
+    assert counted(whole[1], faded(PROXY_COLOR)) > 500 < counted(whole[1], faded(GOLD_COLOR))
     bare = panels("bare.png", categories=np.array([""] * 80), length_deltas=np.zeros(80))
-    assert counted(bare[2], PROXY_COLOUR) == 0 == counted(bare[3], PROXY_COLOUR)  # nothing to group by
+    assert counted(bare[2], PROXY_COLOR) == 0 == counted(bare[3], PROXY_COLOR)  # nothing to group by
     apart = panels("apart.png", scores_i=scores[:, 0] + 9)  # sides that do not overlap hide nothing of each other
-    assert counted(apart[1], faded(GOLD_COLOUR)) > counted(whole[1], faded(GOLD_COLOUR))
-    assert counted(apart[0], PROXY_COLOUR) < counted(whole[0], PROXY_COLOUR)  # one bin instead of a curve
+    assert counted(apart[1], faded(GOLD_COLOR)) > counted(whole[1], faded(GOLD_COLOR))
+    assert counted(apart[0], PROXY_COLOR) < counted(whole[0], PROXY_COLOR)  # one bin instead of a curve
     given = panels("given.png", bins=[{"n": 80, "confidence": 0.9, "accuracy": 0.6}])  # calibration of other scores
-    assert counted(given[0], PROXY_COLOUR) < counted(whole[0], PROXY_COLOUR)
-    assert counted(given[1], faded(GOLD_COLOUR)) == counted(whole[1], faded(GOLD_COLOUR))
+    assert counted(given[0], PROXY_COLOR) < counted(whole[0], PROXY_COLOR)
+    assert counted(given[1], faded(GOLD_COLOR)) == counted(whole[1], faded(GOLD_COLOR))
     lost = panels("lost.png", scores_i=np.full(80, np.nan), scores_j=np.full(80, np.nan))  # a diverged run
-    assert counted(lost[1], faded(GOLD_COLOUR)) < 500
+    assert counted(lost[1], faded(GOLD_COLOR)) < 500
 
 
 def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):
@@ -110,8 +110,8 @@ def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):
     bottom = picture[2 * height // 3 :].reshape(-1, 3)
 
     def drawn(part):
-        return int((np.abs(part - np.array(colors.to_rgb(PROXY_COLOUR))).max(-1) < 0.02).sum())
+        return int((np.abs(part - np.array(colors.to_rgb(PROXY_COLOR))).max(-1) < 0.02).sum())
 
     assert drawn(left) > 100 < drawn(right) and drawn(bottom) == 0  # no critic and no coefficient in that history
-    with pytest.raises(ValueError, match="no figures of a PPO run"):
+    with pytest.raises(ValueError, match="no metrics of a PPO run"):
         plot_ppo_run([{"step": 1, "loss": 0.1}], tmp_path / "none.png")

@@ -219,7 +219,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(with_adapter, tiny_config, tmp
     save_adapter(model, "default", tmp_path)
     wide = get_peft_model(LlamaForCausalLM(tiny_config), LoraConfig(r=8, **ALL))
     few = get_peft_model(LlamaForCausalLM(tiny_config), LoraConfig(r=4, target_modules=["q_proj"]))
-    for other, text in ((wide, "does not fit the model"), (few, "has weights that the model lacks, first")):
+    for other, text in ((wide, "does not fit"), (few, "weights that the model lacks")):
         with pytest.raises(UserError, match=text) as error:
             load_adapter_weights(other, "default", tmp_path)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
@@ -232,7 +232,7 @@ def test_an_adapter_with_missing_weights_is_one_line(with_adapter, tmp_path):
     dropped = sorted(state)[0]
     del state[dropped]
     save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks weights that the model has, first"):
+    with pytest.raises(UserError, match="lacks weights.*" + dropped.rsplit(".", 2)[-2]):
         load_adapter_weights(model, "default", tmp_path)
 
 

@@ -12,6 +12,19 @@ def letter_reward(completions, **kwargs):
     return [text.count("e") - 0.2 * len(text) for text in completions]
 
 
+def health_history(trainer):
+    """Metrics by rollout, as the trainer's health warnings remember them."""
+    from hf_rlhf_ext.ppo.callbacks import HealthWarnings
+
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HealthWarnings))
+    return callback.history
+
+
+@pytest.fixture
+def history_of():
+    return health_history
+
+
 @pytest.fixture
 def lora():
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -35,7 +48,7 @@ def make_trainer(tiny_config, chat_tokenizer, prompts, lora, tmp_path):
     from hf_rlhf_ext.ppo.trainer import PPOTrainer
 
     ours = ("model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks")
-    ours += ("eval_reward_funcs", "value_model", "ptx_dataset")
+    ours += ("eval_reward_funcs", "value_model", "ptx_dataset", "engine")
 
     def make(folder="out", **options):
         torch.manual_seed(0)

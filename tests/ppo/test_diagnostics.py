@@ -20,7 +20,7 @@ def healthy(n=20, seed=0, **changes):
     rng = random.Random(seed)
     history = []
     for i in range(n):
-        figures = {
+        metrics = {
             "objective/kl": 0.3 * i + rng.gauss(0, 0.3),
             "objective/entropy": 80 - i + rng.gauss(0, 2),
             "completions/mean_length": 40 + rng.gauss(0, 3),
@@ -35,19 +35,19 @@ def healthy(n=20, seed=0, **changes):
             "sampling/logprob_mismatch": 0.013,
         }
         if i % 4 == 3:
-            figures |= {"eval_objective/scores": 0.1 * i, "eval_rewards/proxy/mean": 0.1 * i}
-            figures["eval_rewards/gold/mean"] = 0.05 * i
-        history.append(figures | {name.replace("__", "/"): change(i) for name, change in changes.items()})
+            metrics |= {"eval_objective/scores": 0.1 * i, "eval_rewards/proxy/mean": 0.1 * i}
+            metrics["eval_rewards/gold/mean"] = 0.05 * i
+        history.append(metrics | {name.replace("__", "/"): change(i) for name, change in changes.items()})
     return history
 
 
 def evaluated(golds, proxies=None, std=None):
-    """One rollout an evaluation."""
+    """One rollout per evaluation."""
     history = []
     for i, gold in enumerate(golds):
-        figures = {"rewards/proxy/mean": 0.0, "eval_rewards/gold/mean": gold}
-        figures["eval_objective/scores"] = figures["eval_rewards/proxy/mean"] = proxies[i] if proxies else float(i)
-        history.append(figures | ({} if std is None else {"eval_rewards/gold/std": std}))
+        metrics = {"rewards/proxy/mean": 0.0, "eval_rewards/gold/mean": gold}
+        metrics["eval_objective/scores"] = metrics["eval_rewards/proxy/mean"] = proxies[i] if proxies else float(i)
+        history.append(metrics | ({} if std is None else {"eval_rewards/gold/std": std}))
     return history
 
 
@@ -58,8 +58,8 @@ def test_a_healthy_run_is_left_in_peace_at_any_length(n, seed):
     assert diagnose(healthy(n, seed, **gentle), eval_completions=64) == {}
 
 
-def test_the_figures_read_are_ones_that_the_trainer_explains():
-    assert all(find_metric(name) for figures in healthy() for name in figures)
+def test_the_metrics_read_are_ones_that_the_trainer_explains():
+    assert all(find_metric(name) for metrics in healthy() for name in metrics)
 
 
 FAULTS = {
@@ -73,14 +73,14 @@ FAULTS = {
     "negative_kl": {"objective__kl": lambda i: -1.0 + 0.1 * (i % 2)},
 }
 WORDS = {
-    "entropy_collapse": ["from 2 to 0.2 nats a token", "kl_coef", "entropy_coef", "learning_rate"],
+    "entropy_collapse": ["from 2 to 0.2 nats per token", "kl_coef", "entropy_coef", "learning_rate"],
     "length_drift": ["from 30 to 105 tokens (90% of them", "length_penalty", "length_target", "missing_eos_penalty"],
     "value": ["-0.20 over the last 5", "value_learning_rate", "vf_coef", "normalize_rewards"],
-    "clip_fraction": ["50% of tokens", "clip_range", "learning_rate", "num_ppo_epochs", "target_kl"],
+    "clip_fraction": ["50% of tokens", "clip_range", "learning_rate", "num_ppo_epochs", "early_stop_kl"],
     "reward_saturation": ["deviation 0.05, 1 at the start", "kl_coef"],
     "reward_clip": ["95% of scores", "Raise reward_clip", "normalize_rewards"],
     "overoptimization": ["gold fell from its best 1 to 0.05", "rose from 0 to 1.9", "kl_coef", "kl_target", "max_kl"],
-    "negative_kl": ["is -0.94 nats", "differ by 0.013 nats a token) by rounding", "importance_sampling_correction"],
+    "negative_kl": ["is -0.94 nats", "differ by 0.013 nats per token) by rounding", "importance_sampling_correction"],
 }
 
 
@@ -105,7 +105,7 @@ def test_every_option_that_a_remedy_names_exists():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_is_over_is_not_said(fault):
-    # The same figures with twenty good rollouts between the fault and now: the state is that of now.
+    # The same metrics with twenty good rollouts between the fault and now: the state is that of now.
     changes = {"completions__mean_length": lambda i: 40.0, "eval_objective__scores": lambda i: 0.1 * i}
     good = healthy(n=20, completions__mean_length=lambda i: 40.0, eval_rewards__gold__mean=lambda i: 5.0 + i)
     start = healthy(n=5, completions__mean_length=lambda i: 40.0)
@@ -205,9 +205,9 @@ def test_a_k1_estimate_may_be_a_little_negative(kl):
 
 
 @pytest.mark.parametrize("nonsense", [NAN, math.inf, -math.inf])
-def test_figures_that_are_not_finite_are_left_out(nonsense):
+def test_metrics_that_are_not_finite_are_left_out(nonsense):
     history = healthy()
-    assert diagnose([dict.fromkeys(figures, nonsense) for figures in history]) == {}
+    assert diagnose([dict.fromkeys(metrics, nonsense) for metrics in history]) == {}
     history[2] = history[-2] = dict.fromkeys(history[0], nonsense)
     assert diagnose(history) == {}
     clipped = [{"policy/clipfrac_avg": 0.5}] * 2 + [{"policy/clipfrac_avg": nonsense}]

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ONE = {"per_device_train_batch_size": 4, "max_steps": 8, "top_k": 1, "adam_epsilon": 1e-3}
 TWO = ONE | {"per_device_train_batch_size": 2}
@@ -72,8 +74,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
         for name in wanted:
             if name != "epoch":
                 assert ours[name] == pytest.approx(wanted[name], abs=2e-4), name
-    guards = [json.loads((folder / "guards-0.json").read_text())["history"] for folder in (one, two)]
-    clipped, wanted = ([row.get("policy/clipfrac_avg") for row in history] for history in guards)
+    histories = [json.loads((folder / "health-0.json").read_text()) for folder in (one, two)]
+    wanted, clipped = ([row.get("policy/clipfrac_avg") for row in history] for history in histories)
     assert wanted[0] > 0 and clipped == pytest.approx(wanted, abs=1e-6)
     evaluations = [json.loads((folder / "evaluation-0.json").read_text()) for folder in (one, two)]
     for name in ("eval_objective/scores", "eval_objective/kl", "eval_completions/mean_length"):

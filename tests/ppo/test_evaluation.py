@@ -132,7 +132,7 @@ def test_completions_of_training_and_evaluation_go_to_tensorboard(make_trainer, 
     assert all(f"<td>{row.kl:.6f}</td>" in table for row in rows)
 
 
-def test_the_evaluation_before_the_first_rollout_is_remembered(make_trainer, prompts, caplog):
+def test_the_evaluation_before_the_first_rollout_is_remembered(make_trainer, prompts, caplog, history_of):
     golds = iter([5.0, 4.0, 3.0, 2.0, 1.0])
     rising = iter(range(100))
 
@@ -155,7 +155,8 @@ def test_the_evaluation_before_the_first_rollout_is_remembered(make_trainer, pro
             max_steps=16,
         )
         trainer.train()
-    assert trainer._history[0]["eval_easy_rewards/gold/mean"] == 5.0 and len(trainer._history) == 5
+    history = history_of(trainer)
+    assert history[0]["eval_easy_rewards/gold/mean"] == 5.0 and len(history) == 5
     assert "gold fell from its best 5 to 3 in evaluation on easy while the training reward rose" in caplog.text
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, TrainerCallback
 
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.ppo.guards import check_setup
 
 
 def trained(model):
@@ -62,8 +63,9 @@ def make_sharp(make_trainer, tiny_config):
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, logger="hf_rlhf_ext.ppo.guards")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_rlhf_ext.ppo.guards"]
+    caplog.set_level(logging.WARNING, logger="hf_rlhf_ext.ppo")
+    ours = ("hf_rlhf_ext.ppo.trainer", "hf_rlhf_ext.ppo.callbacks")
+    return lambda: [record.getMessage() for record in caplog.records if record.name in ours]
 
 
 # Gradients that are not finite
@@ -132,7 +134,7 @@ def test_a_kl_above_the_ceiling_stops_training_with_the_weights_of_then(make_sha
     assert len(kl) == 4 and kl[-1] > 5.0 > max(kl[:-1])
     line = warnings()[-1]
     assert "training stops: KL is" in line and "above max_kl = 5, and there is no checkpoint below it" in line
-    assert line.endswith(f"{trainer.stopped_by}.") and "raise kl_coef, set kl_target, or lower" in line
+    assert line.endswith(f"{trainer.stop_reason}.") and "raise kl_coef, set kl_target, or lower" in line
 
 
 def test_above_the_ceiling_nothing_counts_as_the_best_model(make_sharp, prompts, warnings):
@@ -196,7 +198,7 @@ def test_rollbacks_come_to_an_end(make_sharp, warnings):
     options = LONG | {"max_kl": 5.0, "max_kl_action": "rollback", "save_strategy": "steps", "save_steps": 4}
     trainer = make_sharp(callbacks=[Always(0)], **(options | {"max_steps": 60}))
     trainer.train()
-    assert trainer._rollbacks == 3 and trainer.state.global_step == 25  # at 12, 16 and 20, and the end at 24
+    assert trainer.ppo.rollbacks == 3 and trainer.state.global_step == 25  # at 12, 16 and 20, and the end at 24
     assert "the weights are those of checkpoint-8" in warnings()[-1] and "training stops" in warnings()[-1]
 
 
@@ -240,13 +242,13 @@ def test_a_stop_goes_back_to_the_last_good_checkpoint_which_rotation_kept_and_ca
     options = LONG | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     trainer = make_sharp(callbacks=[Jump(10, every_time=False), watch], max_kl=5.0, **options)
     trainer.train()
-    assert trainer.state.global_step == 13 and "above max_kl = 5" in trainer.stopped_by
+    assert trainer.state.global_step == 13 and "above max_kl = 5" in trainer.stop_reason
     assert "the weights are those of checkpoint-8 (to go on, resume from that one)" in warnings()[-1]
     assert_same(trained(trainer.model), watch.weights[8])
     assert checkpoints(trainer) == {8, 12}  # none of step 13: it would hold the rollout that ended the run
     assert trainer.args.save_total_limit == 2
     trainer.train()
-    assert trainer.stopped_by is None and trainer.state.global_step == 24
+    assert trainer.stop_reason is None and trainer.state.global_step == 24
     assert "objective/kl" in next(log for log in trainer.state.log_history if "loss" in log)  # a rollout of its own
     assert moved(watch.weights[1], watch.weights[13])
 
@@ -255,10 +257,10 @@ def test_steps_skipped_in_an_earlier_training_do_not_count(make_trainer):
     trainer = make_trainer(max_steps=4, max_skipped_steps=2)
     spoiled(trainer, {4})
     trainer.train()
-    assert trainer._skipped_in_a_row == 1
+    assert trainer.ppo.skipped_in_a_row == 1
     spoiled(trainer, {1})
     trainer.train()
-    assert trainer.stopped_by is None and trainer.state.global_step == 4
+    assert trainer.stop_reason is None and trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("limit, kept", [(1, {2}), (2, {2, 12, 16}), (4, {2, 12, 14, 16}), (None, None)])
@@ -302,7 +304,7 @@ def test_in_fp16_an_overflow_is_skipped_counted_and_said(make_fp16, warnings, cr
     for step in range(2, 11):
         assert moved(watch.weights[step], watch.weights[step - 1]) == (skipped[step] == 0), step
     lines = [line for line in warnings() if "gradients overflow at a loss scale of" in line]
-    assert len(lines) == sum(skipped.values()) and trainer.stopped_by is None
+    assert len(lines) == sum(skipped.values()) and trainer.stop_reason is None
     assert trainer.accelerator.scaler.get_scale() == 65536 / 2 ** len(lines)
 
 
@@ -311,7 +313,7 @@ def test_in_fp16_too_many_steps_that_no_scale_mends_end_training(make_fp16, warn
     trainer = make_fp16(max_steps=40, callbacks=[watch], max_skipped_steps=3)
     spoiled(trainer, set(range(3, 41)))
     trainer.train()
-    assert "3 optimizer steps in a row had gradients that are not finite" in trainer.stopped_by
+    assert "3 optimizer steps in a row had gradients that are not finite" in trainer.stop_reason
     assert trainer.state.global_step < 25 and trainer.accelerator.scaler.get_scale() == 0.125
     assert_same(trained(trainer.model), watch.weights[2])
 
@@ -328,7 +330,7 @@ def test_in_fp16_a_stop_changes_nothing(make_fp16, critic, step, max_grad_norm):
         before = trained(trainer.model)
     trainer.train()
     stopped_at = 13 if step else 1
-    assert trainer.state.global_step == stopped_at and "above max_kl" in trainer.stopped_by
+    assert trainer.state.global_step == stopped_at and "above max_kl" in trainer.stop_reason
     assert_same(watch.weights[stopped_at], watch.weights.get(stopped_at - 1, before))
 
 
@@ -344,7 +346,7 @@ def test_weights_in_fp16_are_not_trained_in_fp16(make_trainer, tiny_config):
 def test_inner_epochs_end_where_the_policy_has_moved_too_far(make_trainer):
     stopped, steps = [], {}
     for target in (None, 1e-9, 1e9):
-        trainer = make_trainer(target_kl=target, max_steps=8, num_ppo_epochs=2)
+        trainer = make_trainer(early_stop_kl=target, max_steps=8, num_ppo_epochs=2)
         trainer.train()
         logs = [log for log in trainer.state.log_history if "loss" in log]
         steps[target] = [log["step"] for log in logs if "objective/kl" in log]  # a rollout was made in this step
@@ -355,7 +357,7 @@ def test_inner_epochs_end_where_the_policy_has_moved_too_far(make_trainer):
 
 
 def test_an_early_stop_resumes_exactly(make_trainer):
-    options = {"target_kl": 1e-9, "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    options = {"early_stop_kl": 1e-9, "max_steps": 8, "save_strategy": "steps", "save_steps": 2}
     straight = make_trainer(folder="straight", **options)
     straight.train()
 
@@ -502,9 +504,21 @@ def test_a_mistake_is_one_line(make_trainer, options, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_updates_that_are_too_large_are_said(make_sharp, warnings):
+def test_updates_that_are_too_large_are_said(make_sharp, warnings, history_of):
     options = {"learning_rate": 0.02, "clip_range": 0.01, "num_ppo_epochs": 4, "num_mini_batches": 1, "max_steps": 24}
     trainer = make_sharp(**options)
     trainer.train()
     assert any("of tokens were clipped (clip_range)" in line for line in warnings())
-    assert all("policy/clipfrac_avg" in row for row in trainer._history[:-1])
+    assert all("policy/clipfrac_avg" in row for row in history_of(trainer)[:-1])
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_sharding_that_accelerate_turned_on_is_refused_in_one_line(make_trainer, monkeypatch, variable):
+    """`accelerate launch` says so in the environment: the options stay empty."""
+    args = make_trainer().args
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match="deepspeed and fsdp out.*multi_gpu") as error:
+        check_setup(args)
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv(variable, "false")
+    check_setup(args)

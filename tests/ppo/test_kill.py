@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 SAVE_STEPS = 4
 

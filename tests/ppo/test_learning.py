@@ -1,4 +1,4 @@
-"""PPO on a real small model learns a reward within a minute, on its leash, and the completions still read."""
+"""PPO on a real small model learns a reward within a minute, under a KL penalty, and the completions still read."""
 
 import logging
 from pathlib import Path
@@ -35,20 +35,20 @@ def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, make_sto
     words = [row.completion.split() for row in rows]
     assert sum(len(set(text)) / len(text) for text in words) / len(words) > 0.6
     assert len({row.completion for row in rows}) > 55 and story not in {row.completion for row in rows}
-    assert trainer.stopped_by is None and not any(log.get("guards/skipped_steps") for log in trainer.state.log_history)
+    assert trainer.stop_reason is None and not any(log.get("guards/skipped_steps") for log in trainer.state.log_history)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("hf_rlhf_ext.ppo")] == []
 
 
 @pytest.mark.slow
 def test_a_wrong_setting_is_stopped_before_it_writes_a_broken_best_checkpoint(stories_path, make_storyteller, caplog):
-    def spaces(completions, **kwargs):  # what a policy without a leash can drive up for ever
+    def spaces(completions, **kwargs):  # what a policy without a KL penalty can drive up for ever
         return [float(text.count("e")) for text in completions]
 
     options = {"kl_coef": 0.0, "learning_rate": 9e-2, "max_kl": 40.0, "reward_funcs": spaces}  # 30 times the right one
     options |= {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
     options |= {"metric_for_best_model": "objective/scores", "load_best_model_at_end": True}
     trainer = make_storyteller(load_base_model(str(stories_path), dtype="float32"), **options)
-    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.guards"):
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo"):
         trainer.train()
     evaluated = {
         log["step"]: log["eval_objective/kl"] for log in trainer.state.log_history if "eval_objective/kl" in log

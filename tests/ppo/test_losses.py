@@ -73,11 +73,11 @@ def test_importance_weights_worked_by_hand():
 
 
 def test_importance_weights_turn_an_average_over_the_sampler_into_one_over_the_policy():
-    policy, sampler, figures = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, sampler, rewards = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     policy, sampler = policy.log_softmax(0), sampler.log_softmax(0)
     weights = importance_weights(policy[None], sampler[None], torch.ones(1, 9, dtype=torch.bool), cap=math.inf)[0]
-    expected = (policy.exp() * figures).sum()
-    torch.testing.assert_close((sampler.exp() * weights * figures).sum(), expected, rtol=0, atol=1e-12)
+    expected = (policy.exp() * rewards).sum()
+    torch.testing.assert_close((sampler.exp() * weights * rewards).sum(), expected, rtol=0, atol=1e-12)
 
 
 def test_weights_multiply_each_tokens_loss_and_nothing_else():

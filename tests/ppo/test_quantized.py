@@ -13,11 +13,11 @@ import torch
 from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.scorer import RewardNormalization, RewardScorer
 
-MEMORY = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "ppo_memory.py"))
+MEMORY = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "ppo_memory.py"))
 
 
 def digest(model):
-    """Of every bit of the base: packed weights and what is not quantised."""
+    """Of every bit of the base: packed weights and what is not quantized."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "lora_" not in name and "_head" not in name:
@@ -37,7 +37,7 @@ def test_ppo_learns_on_a_4_bit_base_that_stays_as_it_was(stories_path, make_stor
     assert digest(trainer.model) == bits
     assert after["eval_objective/scores"] > before["eval_objective/scores"] + 0.7
     assert 0.5 < after["eval_objective/kl"] < 20 and sum(explained[-5:]) / 5 > 0.3
-    assert trainer.stopped_by is None
+    assert trainer.stop_reason is None
 
 
 def test_four_roles_share_the_bytes_of_one_4_bit_base(stories_path, make_storyteller, tmp_path):

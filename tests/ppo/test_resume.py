@@ -119,7 +119,7 @@ def test_other_sizes_of_a_rollout_are_refused_in_its_middle_only(make_trainer):
     assert message in str(error.value) and "\n" not in str(error.value)
     between = make_trainer(**other)
     between.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    assert between.state.global_step == 12 and between._rollouts == 1 + 0  # rollouts of 8 steps from step 5 on
+    assert between.state.global_step == 12 and between.ppo.rollout_index == 1 + 0  # rollouts of 8 steps from step 5 on
 
 
 def test_resuming_keeps_the_reference_of_the_first_start(make_trainer, tiny_config, lora):
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_written_again_does_not_count_meanwhile(make_traine
         again.train()
     folder = Path(again.args.output_dir)
     assert (folder / "checkpoint-4" / "optimizer.pt").is_file() and last_complete_checkpoint(folder) is None
-    with pytest.raises(UserError, match="checkpoint-4 was not written to its end") as error:
+    with pytest.raises(UserError, match="checkpoint-4 is incomplete") as error:
         again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert "\n" not in str(error.value)
 

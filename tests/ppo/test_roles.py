@@ -102,7 +102,7 @@ def test_the_critic_starts_as_the_reward_model(make_trainer, base, reward, chat_
 
 
 def test_a_reward_of_another_precision_or_base_is_loaded_beside(make_trainer, base, reward, tiny_config, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.roles"):
+    with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext"):
         trainer = make_trainer(model=policy(base).bfloat16(), reward_funcs=str(reward))
     assert trainer.rewards.funcs[0].model is not trainer.model and "reward" not in trainer.stack.roles
     assert "was trained on float32 weights, the policy has bfloat16: loaded beside it" in caplog.text
@@ -212,8 +212,8 @@ def test_weights_that_are_trained_whole_are_fp32_or_it_is_said(make_trainer, bas
         assert "value_model is trained whole and its weights are bfloat16" in caplog.text
 
 
-def test_a_quantised_critic_is_one_line(make_trainer, base):
-    with pytest.raises(UserError, match="value_model is trained whole, which quantised weights cannot be: load it"):
+def test_a_quantized_critic_is_one_line(make_trainer, base):
+    with pytest.raises(UserError, match="value_model is trained whole, which quantized weights cannot be: load it"):
         make_trainer(critic="model", value_model=load_base_model(str(base), load_in_4bit=True))
 
 

@@ -13,17 +13,16 @@ from transformers import GenerationConfig
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
-from hf_rlhf_ext.ppo.rollout import (
-    Rollout,
+from hf_rlhf_ext.ppo.engine import (
     SampledLogprobs,
     cut_at_stop,
     generate_completions,
     generation_config_of,
-    pack_sequences,
-    prompt_indices,
     sampling_config,
     stop_token_ids,
 )
+from hf_rlhf_ext.ppo.prompts import prompt_indices
+from hf_rlhf_ext.ppo.rollout import Rollout, pack_sequences
 
 CPU = torch.device("cpu")
 
@@ -188,7 +187,7 @@ def test_a_step_that_generate_takes_back_is_left_out(width):
 @pytest.mark.parametrize("extra", [{"num_beams": 2}, {"num_return_sequences": 2}, {"do_sample": False}])
 def test_what_would_not_be_one_sample_a_prompt_is_refused(extra):
     name, value = next(iter(extra.items()))
-    with pytest.raises(UserError, match=f"generation_kwargs: {name}={value} cannot be: PPO samples one completion"):
+    with pytest.raises(UserError, match=f"generation_kwargs: {name}={value} .*PPO samples one completion"):
         config(**extra)
     assert config(num_beams=1, do_sample=True).num_beams == 1
 
@@ -235,26 +234,34 @@ def test_the_generation_config_is_put_back_after_an_exception_too(tiny_llama, pe
 
 
 def test_pack_sequences():
-    ids, prompt_lengths, lengths = pack_sequences([[5, 6], [7]], [[8, 2], [9, 10, 2]], 2, CPU)
-    assert ids.tolist() == [[5, 6, 8, 2], [7, 9, 10, 2]]
-    assert (prompt_lengths.tolist(), lengths.tolist()) == ([2, 1], [2, 3])
+    packed = pack_sequences([[5, 6], [7]], [[8, 2], [9, 10, 2]], 2, CPU)
+    assert packed.input_ids.tolist() == [[5, 6, 8, 2], [7, 9, 10, 2]]
+    assert packed.prompt_lengths.tolist() == [2, 1] and packed.completion_lengths.tolist() == [2, 3]
+    assert packed.lengths.tolist() == [4, 4]
+    assert packed.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert packed.targets().tolist() == [8, 2, 9, 10, 2]
+
+
+def select(rollout, rows):
+    return rollout.select(torch.tensor(rows), minibatch_tokens=torch.tensor(6), share=0.5)
 
 
 def test_select_trims_to_its_own_longest(rollout):
-    batch = rollout.select(torch.tensor([0]))
-    assert batch["input_ids"].tolist() == [[0, 1, 2]]  # one prompt token, two of the completion
-    assert batch["mask"].tolist() == [[True, True]]
-    assert torch.equal(batch["advantages"], rollout.advantages[:1, :2])
-    batch = rollout.select(torch.tensor([2, 1]))
-    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [5, 6, 7, 8, 9]]
-    assert batch["mask"].tolist() == [[True, False, False], [True, True, True]]
-    assert batch["prompt_lengths"].tolist() == [4, 2]
+    batch = select(rollout, [0])
+    assert batch.sequences.input_ids.tolist() == [[0, 1, 2]]  # one prompt token, two of the completion
+    assert batch.mask.tolist() == [[True, True]]
+    assert torch.equal(batch.advantages, rollout.advantages[:1, :2])
+    assert (batch.minibatch_tokens, batch.share) == (6, 0.5)
+    batch = select(rollout, [2, 1])
+    assert batch.sequences.input_ids.tolist() == [[10, 11, 12, 13, 14], [5, 6, 7, 8, 9]]
+    assert batch.mask.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.sequences.prompt_lengths.tolist() == [4, 2]
 
 
-def test_sampling_weights_are_one_more_figure_a_token(rollout):
-    assert "sampling_weights" not in rollout.select(torch.tensor([0]))
+def test_sampling_weights_go_along_with_their_tokens(rollout):
+    assert select(rollout, [0]).sampling_weights is None
     weighted = replace(rollout, sampling_weights=torch.arange(9.0).reshape(3, 3))
-    assert weighted.select(torch.tensor([2, 0]))["sampling_weights"].tolist() == [[6, 7], [0, 1]]
+    assert select(weighted, [2, 0]).sampling_weights.tolist() == [[6, 7], [0, 1]]
 
 
 @pytest.mark.parametrize("weights", [None, torch.arange(9.0).reshape(3, 3)])
@@ -263,7 +270,8 @@ def test_a_rollout_survives_saving_to_the_bit(rollout, tmp_path, weights):
     rollout.save(tmp_path / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "rollout.safetensors", CPU)
     assert (loaded.sampling_weights is None) == (weights is None)
-    for name, tensor in vars(rollout).items():
-        if tensor is not None:
-            assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
-    assert torch.equal(loaded.mask, rollout.mask)
+    tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 9 + (weights is not None)
+    for name, tensor in tensors.items():
+        assert torch.equal(getattr(loaded, name), tensor) and getattr(loaded, name).dtype == tensor.dtype
+    assert torch.equal(loaded.sequences.mask, rollout.sequences.mask)

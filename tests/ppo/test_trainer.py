@@ -350,7 +350,7 @@ def test_a_story_ends_where_the_model_ends_it(stories_path, make_trainer):
         reward_funcs=reward,
     )
     rows = trainer.sample_and_score(dataset)
-    assert trainer._stop_ids == [1, 2] and tokenizer.eos_token_id == 2
+    assert trainer.tools.sampling.stop_ids == [1, 2] and tokenizer.eos_token_id == 2
     finished = [ids for ids in seen if ids[-1] == 1]
     assert len(finished) > 1 and not any(1 in ids[:-1] or 2 in ids[:-1] for ids in seen)
     assert sum(row.stopped for row in rows) == len(finished)

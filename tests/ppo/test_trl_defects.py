@@ -40,7 +40,7 @@ def test_mini_batches_are_optimizer_steps_on_rows_of_their_own(make_trainer, min
         callbacks=[Count()],
     )
     prepare = trainer._prepare_inputs
-    trainer._prepare_inputs = lambda inputs: (batch := prepare(inputs), rows.extend(batch["rows"].tolist()))[0]
+    trainer._prepare_inputs = lambda inputs: (batch := prepare(inputs), rows.extend(batch.rows.tolist()))[0]
     trainer.train()
     assert steps == [8 // mini_batches * (k + 1) for k in range(mini_batches)] and sorted(rows) == list(range(8))
 
@@ -79,7 +79,7 @@ def test_a_pad_token_that_is_also_eos_hides_no_end(make_trainer, chat_tokenizer)
 def test_the_score_lands_on_the_stop_token_and_not_behind_it(make_trainer):
     trainer = make_trainer(kl_coef=0.0, gamma=0.5, gae_lambda=1.0, whiten_advantages=False, max_steps=1)
     trainer.train()
-    rollout = trainer._rollout
+    rollout = trainer.ppo.rollout
     lengths, returns = rollout.completion_lengths, rollout.returns
     last = returns.gather(1, (lengths - 1)[:, None])
     assert (last.abs() > 0).all() and len(set(lengths.tolist())) > 2
@@ -92,7 +92,7 @@ def test_the_score_lands_on_the_stop_token_and_not_behind_it(make_trainer):
 def test_sampling_that_differs_from_scoring_is_said(make_trainer, caplog):
     def said(**options):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.setup"):
+        with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext.ppo.prompts"):
             make_trainer(**options)
         return caplog.text
 

@@ -7,11 +7,21 @@ compared with one of the doubled batch. Writes `FOLDER/<name>/weights-<rank>.saf
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 
 def reward(completions, **kwargs):
     return [text.count("e") - 0.2 * len(text) for text in completions]
+
+
+def orders(trainer, size):
+    """Permutations of the inner epochs, a function of the rollout's number alone."""
+    import torch
+
+    epochs = trainer.args.num_ppo_epochs
+    generator = torch.Generator().manual_seed(trainer.ppo.rollout_index)
+    return torch.stack([torch.randperm(size, generator=generator) for _ in range(epochs)])
 
 
 def build(folder, name, options):
@@ -22,11 +32,6 @@ def build(folder, name, options):
 
     from hf_rlhf_ext import PPOConfig, PPOTrainer
 
-    class OrderedTrainer(PPOTrainer):
-        def _orders(self, size):
-            generator = torch.Generator().manual_seed(self._rollouts)
-            return torch.stack([torch.randperm(size, generator=generator) for _ in range(self.args.num_ppo_epochs)])
-
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompts = ["Tell me", "a sunny day", "fox", "The quick brown fox jumps over", "words, many", "happy or sad?"]
@@ -34,7 +39,7 @@ def build(folder, name, options):
     defaults |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "max_completion_length": 12, "disable_tqdm": True}
     defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 1}
     defaults |= {"stop_token_ids": list(range(0, model.config.vocab_size, 5)), "vf_coef": 0.5, "kl_coef": 0.2}
-    return OrderedTrainer(
+    trainer = PPOTrainer(
         model,
         reward,
         args=PPOConfig(str(Path(folder) / name), **(defaults | options)),
@@ -43,6 +48,8 @@ def build(folder, name, options):
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    trainer.experience._orders = partial(orders, trainer)
+    return trainer
 
 
 def save_result(trainer, out):
@@ -53,7 +60,8 @@ def save_result(trainer, out):
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     save_file(weights, out / f"weights-{rank}.safetensors")
     (out / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
-    (out / f"guards-{rank}.json").write_text(json.dumps(trainer.guard_state))
+    health = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "HealthWarnings")
+    (out / f"health-{rank}.json").write_text(json.dumps(health.history))
 
 
 def main():

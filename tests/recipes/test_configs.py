@@ -1,5 +1,6 @@
 """Recipes that nobody runs go stale: every YAML parses against its recipe, every header asks for what exists."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 import re
@@ -14,9 +15,12 @@ from packaging.specifiers import SpecifierSet
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
-from hf_rlhf_ext.cli import parse_recipe
+from hf_rlhf_ext.cli.main import COMMANDS
+from hf_rlhf_ext.cli.options import ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.parsing import parse_recipe
+from hf_rlhf_ext.cli.requirements import main_requirements
+from hf_rlhf_ext.cli.shipped import shipped_configs
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.scripts import ModelArguments, machine_defaults
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
@@ -25,8 +29,8 @@ HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n", re.MULTILINE)  
 REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML may leave to the command line, beside the data set
 
 
-def dataclasses(recipe: str) -> tuple[type, ...]:
-    return importlib.import_module(f"recipes.{recipe}").ARGUMENTS
+def arguments_of(recipe: str) -> tuple[type, ...]:
+    return importlib.import_module(f"hf_rlhf_ext.recipes.{recipe}").ARGUMENTS
 
 
 def parse(path: Path, *options: str):
@@ -34,7 +38,7 @@ def parse(path: Path, *options: str):
     data = [] if "dataset_name" in given else ["--dataset_name", "data.jsonl"]
     required = [] if "reward_model" in given else REQUIRED.get(path.stem, ())
     argv = ["--config", str(path), *data, *required, *options]
-    return parse_recipe(dataclasses(path.stem), argv, defaults=machine_defaults())
+    return parse_recipe(arguments_of(path.stem), argv, defaults=machine_defaults())
 
 
 def header(script: Path) -> dict:
@@ -80,19 +84,16 @@ def test_defaults_fit_the_machine_and_yield_to_the_user(recipe):
     import torch
 
     argv = ["--dataset_name", "data.jsonl", *REQUIRED.get(recipe, ())]
-    *_, args = parse_recipe(dataclasses(recipe), argv, defaults=machine_defaults())
+    *_, args = parse_recipe(arguments_of(recipe), argv, defaults=machine_defaults())
     assert args.use_cpu is not torch.accelerator.is_available()
-    *_, args = parse_recipe(dataclasses(recipe), [*argv, "--bf16", "false"], defaults=machine_defaults())
+    *_, args = parse_recipe(arguments_of(recipe), [*argv, "--bf16", "false"], defaults=machine_defaults())
     assert args.bf16 is False
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_inline_metadata_can_be_installed(script):
     metadata = header(script)
-    assert metadata.keys() - {"tool"} == {"requires-python", "dependencies"}
-    assert metadata.get("tool", {}).keys() <= {"uv"} and metadata.get("tool", {"uv": {}})["uv"].keys() <= {
-        "override-dependencies"
-    }
+    assert metadata.keys() == {"requires-python", "dependencies"}
     pythons = SpecifierSet(metadata["requires-python"])
     assert "3.11" in pythons and "3.10" not in pythons
     for requirement in map(Requirement, metadata["dependencies"]):
@@ -100,42 +101,69 @@ def test_the_inline_metadata_can_be_installed(script):
         assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
             f"not what is here: {requirement}"
         )
-        assert requirement.extras <= set(importlib.metadata.metadata(requirement.name).get_all("Provides-Extra"))
+        assert not requirement.extras, "all that a recipe needs is a main dependency"
+
+
+NEEDS = {
+    "load_in_4bit": {"bitsandbytes"},
+    "reliability": {"crowd-kit", "datasketch", "krippendorff", "py3langid", "scikit-learn"},
+}
+"""Option of a recipe -> packages that it needs."""
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_header_asks_for_what_the_config_needs(path):
+def test_the_package_brings_what_the_config_needs(path):
     """A rented machine must not find out after it has been paid for."""
-    needs = set()
+    needs = {"gguf"} if path.parent.name == "smollm2-135m" else set()  # the embedded model's file
     for options in parse(path):
-        needs |= {"quant"} if getattr(options, "load_in_4bit", False) else set()
-        needs |= {"quickstart"} if str(getattr(options, "model_name_or_path", "")).startswith("embedded:") else set()
-        needs |= {"data"} if hasattr(options, "reliability") else set()
-    (requirement,) = map(Requirement, header(RECIPES / f"{path.stem}.py")["dependencies"])
-    assert needs <= requirement.extras
-
-
-def test_what_checks_a_reward_model_installs_what_trained_it():
-    """Its base is the embedded model, or in 4 bits."""
-    train, check = (header(RECIPES / f"{name}.py") for name in ("reward", "check_reward"))
-    (asked,), (made,) = map(Requirement, check["dependencies"]), map(Requirement, train["dependencies"])
-    assert asked.extras == made.extras - {"data"} and check["tool"] == train["tool"]
+        for option, packages in NEEDS.items():
+            if getattr(options, option, None) is not None:
+                needs |= packages
+    main = {requirement.name for requirement in main_requirements()}
+    assert needs <= main
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_command_in_the_docstring_parses(script):
     """What `--help` shows first must not be wrong: its options exist, and the files of the checkout are there."""
+    (name,) = [command.name for command in COMMANDS if command.recipe == script.name]
     text = script.read_text()
-    command = re.search(rf"^python recipes/{script.stem}\.py ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
+    command = re.search(rf"^hf-rlhf {name} ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
     words = command.replace("\\\n", " ").split()
-    for config in (Path(word) for word in words if word.endswith(".yaml")):
-        assert (RECIPES.parent / config).is_file()
+    for config in [word for word in words if word.endswith(".yaml")]:
+        assert config in shipped_configs()
     known = {word for word in words if word.startswith("--")} - {"--config"}
     if script.stem == "quickstart":
         assert known == {"--size", "--seed", "--output_dir"}
     else:
-        fields = {name for arguments in dataclasses(script.stem) for name in arguments.__dataclass_fields__}
+        fields = {name for arguments in arguments_of(script.stem) for name in arguments.__dataclass_fields__}
         assert {word.removeprefix("--") for word in known} <= fields
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_option_of_ours_has_a_help_that_says_its_unit(script):
+    """Numbers of ours are counted in something; what TRL and Transformers add is theirs."""
+    module = importlib.import_module(f"hf_rlhf_ext.recipes.{script.stem}")
+    types = getattr(module, "ARGUMENTS", None) or (module.QuickstartArguments,)
+    for arguments in types:
+        for field in dataclasses.fields(arguments):
+            inherited = any(field.name in getattr(base, "__dataclass_fields__", ()) for base in arguments.__mro__[1:])
+            if inherited or not arguments.__module__.startswith("hf_rlhf_ext"):
+                continue
+            text = field.metadata.get("help", "")
+            assert len(text) > 10, f"{arguments.__name__}.{field.name}"
+            if (
+                field.type in (int, float, int | None, float | None)
+                and arguments.__module__ != "hf_rlhf_ext.ppo.config"
+            ):
+                assert UNITS.search(text), f"{arguments.__name__}.{field.name}: {text}"
+
+
+UNITS = re.compile(
+    r"rows|words|share|scale|seed|prompts|tokens|models to train|standard deviations|evaluations|sequences|units|"
+    r"completions|pairs|log-odds|score|weight|probability|number|nats",
+    re.IGNORECASE,
+)
 
 
 # What `config.json` of the models says, for the memory that a YAML's comment states.
@@ -162,7 +190,7 @@ MEMORY = re.compile(
 )
 def test_weights_that_are_trained_themselves_are_fp32_unless_asked_otherwise(dtype, use_peft, expected):
     argv = ["--dataset_name", "x.jsonl", "--dtype", dtype, "--use_peft", str(use_peft).lower()]
-    *_, model_args, args = parse_recipe(dataclasses("reward"), argv, defaults=machine_defaults())
+    *_, model_args, args = parse_recipe(arguments_of("reward"), argv, defaults=machine_defaults())
     assert model_args.base_options(args)["dtype"] == expected
 
 

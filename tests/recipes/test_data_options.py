@@ -38,7 +38,7 @@ def test_inspect_writes_table_page_and_report(call, judged, tmp_path):
     assert done.code == 0, done.err
     assert "judged.jsonl: 12 of 12 rows kept" in done.out and "krippendorff alpha" in done.out
     written = report(tmp_path / "out")
-    assert written["figures"]["prompts"] == 10 and written["figures"]["leaked_prompts"] is not None
+    assert written["metrics"]["prompts"] == 10 and written["metrics"]["leaked_prompts"] is not None
     assert written["reliability"]["annotator3"] < written["reliability"]["annotator1"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Doubtful: 10 prompts are few" in page and str(tmp_path) not in page
@@ -122,7 +122,7 @@ def test_check_reward_reports_on_a_trained_model(call, tmp_path):
     done = call("check_reward", output_dir=tmp_path / "check", **options)
     assert done.code == 0, done.err
     written = report(tmp_path / "check")
-    assert written["figures"]["pairs"] == 6 and set(written["probes"]) >= {"empty", "flattery", "refusal"}
+    assert written["metrics"]["pairs"] == 6 and set(written["probes"]) >= {"empty", "flattery", "refusal"}
     assert "probe 'refusal' beats the chosen answer" in done.out and written["verdict"].split()[0] in ("Not", "Nothing")
     assert (tmp_path / "check" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     missing = call("check_reward", output_dir=tmp_path / "x", **(options | {"reward_model": None}))

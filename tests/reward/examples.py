@@ -1,6 +1,7 @@
-"""Comparison rows for the tests of this folder."""
+"""Comparison rows and independent scores for the tests of this folder."""
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "quick brown"]
@@ -20,3 +21,19 @@ def comparisons(n, *, seed=0, k=None):
         row["margins"] = rng.normal(0, 0.3, len(pairs)).tolist()
         rows.append(row)
     return Dataset.from_list(rows)
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def independent_scores(model, tokenizer, row):
+    """Each completion alone, without padding: the head on the last position of the backbone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    scores = []
+    for text in row["completions"]:
+        ids = tokenizer(row["prompt"])["input_ids"] + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            hidden = base.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            scores.append(base.score(hidden).item())
+    return scores

@@ -105,13 +105,13 @@ def test_text_is_closed_and_parted_by_separators_and_conversations_have_a_templa
 
 def test_limits_are_one_line(base, tmp_path):
     folder = base("bert")
-    with pytest.raises(UserError, match="completion 0 with its prompt: 53 tokens, the reward model takes 40"):
+    with pytest.raises(UserError, match="^completion 0 .*53 tokens.* 40"):
         RewardScorer(load_base_model(folder, task="reward"), load_tokenizer(folder)).raw(["sunny"], ["day " * 49])
     args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, report_to="none")
     long = rows() + [{"prompt": "day " * 50, "chosen": "happy", "rejected": "lazy"}]
     with pytest.raises(UserError, match="over max_length=40"):
         BradleyTerryTrainer(folder, args, Dataset.from_list(long))
-    with pytest.raises(UserError, match="no linear `score` or `classifier` head with one output: load it with num_la"):
+    with pytest.raises(UserError, match="`score` or `classifier`.*num_labels=1"):
         install_fp32_score(hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3))
 
 
@@ -134,5 +134,5 @@ def test_a_ready_peft_model_that_would_lose_a_new_layer_is_refused(base, tmp_pat
     args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, report_to="none")
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
     model = get_peft_model(load_base_model(folder, task="reward"), config)
-    with pytest.raises(UserError, match="layers pooler of this encoder would be drawn anew at every load"):
+    with pytest.raises(UserError, match="^model: layers pooler .*peft_config=.*modules_to_save="):
         BradleyTerryTrainer(model, args, Dataset.from_list(rows()), processing_class=load_tokenizer(folder))

@@ -11,10 +11,10 @@ from peft import LoraConfig
 from transformers import LlamaForSequenceClassification, pipeline
 
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.ppo.scoring import RewardFunctions
+from hf_rlhf_ext.ppo.rewards import RewardFunctions
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, combine_rewards, load_reward
-from hf_rlhf_ext.reward.export import _TRIED, export_merged, own_pad_token
+from hf_rlhf_ext.reward.export import PROBE_TEXTS, export_merged, own_pad_token
 from hf_rlhf_ext.reward.scorer import RewardScorer
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
@@ -84,11 +84,11 @@ def test_members_of_other_bases_are_loaded_on_their_own_and_refusals_are_one_lin
     assert ensemble.members[0].model is not ensemble.members[1].model and "loaded on its own" in caplog.text
     alone = [RewardScorer.from_pretrained(folder, device="cpu")(PROMPTS, COMPLETIONS) for folder in (one, other)]
     np.testing.assert_allclose(ensemble(PROMPTS, COMPLETIONS), np.mean(alone, 0) - 2 * np.std(alone, 0))
-    with pytest.raises(UserError, match="an ensemble has two or more, got 1"):
+    with pytest.raises(UserError, match="^members: .*two or more.* 1"):
         RewardEnsemble.from_pretrained([one])
-    with pytest.raises(UserError, match="no ensemble.json: give the folders of the members as a list"):
+    with pytest.raises(UserError, match="ensemble.json: .*folders of the members"):
         RewardEnsemble.from_pretrained(one)
-    with pytest.raises(UserError, match="combine='median', penalty=1.0: mean, min, conservative"):
+    with pytest.raises(UserError, match="combine='median'.*mean, min, conservative"):
         RewardEnsemble(ensemble.members, combine="median")
 
 
@@ -114,8 +114,8 @@ def test_a_plain_pipeline_gives_the_scores_of_a_merged_model(train, chat_tokeniz
 
 def test_merging_a_bf16_model_reports_what_it_moves(train, tmp_path):
     folder = train(bf16=True)[0]
-    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder, device="cpu"), zip(*_TRIED, strict=True)
-    texts = [scorer.text(prompt, completion) for prompt, completion in _TRIED]
+    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder, device="cpu"), zip(*PROBE_TEXTS, strict=True)
+    texts = [scorer.text(prompt, completion) for prompt, completion in PROBE_TEXTS]
     expected = np.array(scorer.raw(list(prompts), list(completions)))
     for dtype in ("float32", "bfloat16"):
         moved = export_merged(folder, tmp_path / dtype, dtype=dtype, device="cpu")
@@ -124,11 +124,11 @@ def test_merging_a_bf16_model_reports_what_it_moves(train, tmp_path):
         assert 0 < moved < 0.05 and moved == pytest.approx(np.abs(np.array(found) - expected).max(), abs=1e-6)
 
 
-def test_merging_after_qlora_reports_what_quantisation_did(train, tmp_path):
+def test_merging_after_qlora_reports_what_quantization_did(train, tmp_path):
     folder = train(bf16=True)[0]
     recorded = json.loads(Path(folder, "reward_normalization.json").read_text())
     Path(folder, "reward_normalization.json").write_text(json.dumps(recorded | {"load_in_4bit": True}))
-    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder), zip(*_TRIED, strict=True)
+    scorer, (prompts, completions) = RewardScorer.from_pretrained(folder), zip(*PROBE_TEXTS, strict=True)
     assert scorer.model.get_base_model().is_loaded_in_4bit
     expected = np.array(scorer.raw(list(prompts), list(completions)))
     moved = export_merged(folder, tmp_path / "merged")
@@ -140,9 +140,9 @@ def test_merging_after_qlora_reports_what_quantisation_did(train, tmp_path):
 def test_what_cannot_be_merged_is_one_line(train, tmp_path):
     folder = train()[0]
     loaded = RewardScorer.from_pretrained(folder, device="cpu").model.get_base_model()
-    with pytest.raises(UserError, match="loads the base twice, unquantised the second time: pass base= by its name"):
+    with pytest.raises(UserError, match="^export_merged: .*pass base= by its name"):
         export_merged(folder, tmp_path / "merged", base=loaded)
-    with pytest.raises(UserError, match="pad_token: '<pad>' is not in the vocabulary: name a token of it"):
+    with pytest.raises(UserError, match="^pad_token: '<pad>' .*vocabulary"):
         export_merged(folder, tmp_path / "merged", pad_token="<pad>", device="cpu")
     assert not (tmp_path / "merged").exists()
 
@@ -152,7 +152,7 @@ def test_a_pad_token_of_its_own(chat_tokenizer):
     chat_tokenizer.pad_token = chat_tokenizer.eos_token
     assert own_pad_token(chat_tokenizer) == "<|pad|>"  # not <|im_start|>: the template writes it
     chat_tokenizer.chat_template += "<|pad|>"
-    with pytest.raises(UserError, match="no special token is free for padding"):
+    with pytest.raises(UserError, match="^tokenizer .*pass pad_token="):
         own_pad_token(chat_tokenizer)
 
 

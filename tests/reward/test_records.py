@@ -1,6 +1,7 @@
 """What a saved reward model records, and what must not cost a finished run: scale, precision, options, heads."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.scorer import RewardNormalization, RewardScorer
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
-from tests.reward.examples import WORDS, comparisons
+from tests.reward.examples import WORDS, comparisons, independent_scores
 
 PROMPTS, COMPLETIONS = ["Tell me:", "Tell a story:"], ["a sunny day", "happy"]
 
 
-def test_precision_is_recorded_without_a_normalisation_and_in_checkpoints(make_trainer, seqcls, tmp_path, caplog):
+def test_precision_is_recorded_without_a_normalization_and_in_checkpoints(make_trainer, seqcls, tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     seqcls.save_pretrained(tmp_path / "base")
     base = load_base_model(str(tmp_path / "base"), task="reward", dtype="bfloat16", load_in_4bit=True)
@@ -35,11 +36,11 @@ def test_precision_is_recorded_without_a_normalisation_and_in_checkpoints(make_t
         trainer.processing_class.save_pretrained(folder)
         again = RewardScorer.from_pretrained(folder)
         assert again.raw(PROMPTS, COMPLETIONS) == again(PROMPTS, COMPLETIONS) == expected
-    assert "was saved without a normalisation: scores are raw" in caplog.text
+    assert "without a normalization: scores are raw" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["deviation", "memory"])
-def test_a_normalisation_that_fails_does_not_cost_the_run(make_trainer, monkeypatch, caplog, fault):
+def test_a_normalization_that_fails_does_not_cost_the_run(make_trainer, monkeypatch, caplog, fault):
     trainer = make_trainer(comparisons(6), max_steps=1)
 
     def scores(self, sequences):
@@ -53,15 +54,11 @@ def test_a_normalisation_that_fails_does_not_cost_the_run(make_trainer, monkeypa
     found = json.loads((Path(trainer.args.output_dir) / "reward_normalization.json").read_text())
     assert (found["mean"], found["std"], found["n"], found["base_dtype"]) == (0.0, 1.0, 0, "float32")
     n = sum(map(len, trainer.train_dataset["completion_ids"]))
-    reason = (
-        "OutOfMemoryError: CUDA out of memory"
-        if fault == "memory"
-        else f"{n} scores have deviation 0.0: check the learning rate"
-    )
-    assert f"normalize_rewards: no normalisation, the model gives raw scores: {reason}" in caplog.text
+    reasons = {"memory": "OutOfMemoryError: CUDA out of memory", "deviation": f"{n} scores have deviation 0.0"}
+    assert re.search(f"normalize_rewards: .*raw scores: {reasons[fault]}", caplog.text)
 
 
-def test_normalisation_keeps_to_the_token_budget(make_trainer, seqcls):
+def test_normalization_keeps_to_the_token_budget(make_trainer, seqcls):
     trainer = make_trainer(comparisons(8), max_steps=1, max_tokens_per_batch=64, per_device_eval_batch_size=16)
     seen = []
     trainer.train()
@@ -72,7 +69,7 @@ def test_normalisation_keeps_to_the_token_budget(make_trainer, seqcls):
     assert measured == trainer.normalization and measured.n == sum(map(len, trainer.train_dataset["completion_ids"]))
 
 
-def test_demonstrations_for_the_normalisation_are_counted_and_none_is_refused(make_trainer, caplog):
+def test_demonstrations_for_the_normalization_are_counted_and_none_is_refused(make_trainer, caplog):
     rows = [
         {"prompt": f"Tell {w}:", "completion": f"the {w} day " * (20 if k == 3 else 1)} for k, w in enumerate(WORDS)
     ]
@@ -85,7 +82,7 @@ def test_demonstrations_for_the_normalisation_are_counted_and_none_is_refused(ma
     assert max(len(r["prompt_ids"]) + len(r["completion_ids"][0]) for r in cut._normalization_rows) == 30
     with pytest.raises(UserError, match=r"^normalization row 3: \d+ tokens"):
         make_trainer(comparisons(4), **given)
-    with pytest.raises(UserError, match="normalization_dataset has no rows: leave it out, or pass normalize_rewards"):
+    with pytest.raises(UserError, match="^normalization_dataset .*leave it out, or pass normalize_rewards=False"):
         make_trainer(comparisons(4), normalization_dataset=Dataset.from_list(rows).select([]))
 
 
@@ -104,7 +101,7 @@ def test_a_model_by_its_name_takes_load_base_models_options_and_refuses_others(s
 
     bits = BitsAndBytesConfig(load_in_4bit=True)
     for options, given in (({"quantization_config": bits}, {}), (None, {"quantization_config": bits})):
-        with pytest.raises(UserError, match=r"^quantization_config: not an option of a model given by its name: for 4"):
+        with pytest.raises(UserError, match=r"^quantization_config: .*model_init_kwargs=.*load_in_4bit"):
             make(options, **given)
     trainer, args, config = make({"dtype": "bfloat16", "revision": "v1"})
     assert trainer.model.get_base_model().dtype == torch.bfloat16
@@ -115,9 +112,7 @@ def test_a_model_by_its_name_takes_load_base_models_options_and_refuses_others(s
 
 
 def test_a_head_that_no_adapter_trains_is_refused(make_trainer):
-    with pytest.raises(
-        UserError, match="the score head of this PeftModel.* is frozen: .* 'score' among modules_to_save"
-    ):
+    with pytest.raises(UserError, match="^model: the score head .*'score' among modules_to_save"):
         make_trainer(comparisons(2), peft=LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
     trained = make_trainer(comparisons(2), peft=LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]))
     assert any("score" in name for name, p in trained.model.named_parameters() if p.requires_grad)
@@ -127,7 +122,7 @@ def test_a_prompt_that_the_budget_cannot_bound_is_counted(make_trainer, caplog):
     data = comparisons(6, k=2).to_list() + comparisons(1, k=4, seed=3).to_list()
     data[-1]["completions"] = [text + " many words" * 30 for text in data[-1]["completions"]]
     make_trainer(Dataset.from_list(data), max_tokens_per_batch=120)
-    assert "max_tokens_per_batch=120 does not bound 1 of 7 prompts, which take up to " in caplog.text
+    assert "max_tokens_per_batch=120 does not bound 1 of 7 prompts" in caplog.text
     caplog.clear()
     make_trainer(Dataset.from_list(data[:-1]), max_tokens_per_batch=120)
     assert "does not bound" not in caplog.text
@@ -156,7 +151,7 @@ def test_another_base_than_in_training_is_said(make_trainer, seqcls, tmp_path, c
         caplog.clear()
         base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", dtype=dtype)
         RewardScorer.from_pretrained(trainer.args.output_dir, base=base, device="cpu")
-        assert ("trained on a base with {'base_dtype': 'float32'" in caplog.text) is said
+        assert ("trained on float32 weights, here bfloat16: scores differ" in caplog.text) is said
 
 
 def test_categories_stay_on_a_subset_and_come_along_from_another_trainer(make_trainer):
@@ -185,3 +180,19 @@ def test_plackett_luce_evaluates_what_it_trains(make_trainer):
             trainer.model.eval()
             assert losses[kind] == pytest.approx(trainer.compute_loss(trainer.model, batch).item(), rel=1e-5)
     assert abs(np.diff(list(losses.values()))[0]) > 1e-3
+
+
+def test_normalization_file_is_written_beside_the_adapter(make_trainer, chat_tokenizer):
+    demonstrations = Dataset.from_list([{"prompt": f"Tell {w}:", "completion": f"the {w} day"} for w in WORDS])
+    trainer = make_trainer(comparisons(6), normalization_dataset=demonstrations, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    found = json.loads(open(trainer.args.output_dir + "/reward_normalization.json").read())
+    rows = [{"prompt": row["prompt"], "completions": [row["completion"]]} for row in demonstrations]
+    scores = [independent_scores(trainer.model, chat_tokenizer, row)[0] for row in rows]
+    assert found["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert found["std"] == pytest.approx(np.std(scores), rel=1e-4)
+    assert found | {"mean": 0, "std": 0} == {
+        "mean": 0, "std": 0, "n": 8, "base_dtype": "float32", "autocast": None, "load_in_4bit": False,
+        "layout": "shared_prefix", "base_model": None,
+    }  # fmt: skip

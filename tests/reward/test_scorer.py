@@ -97,7 +97,7 @@ def test_reload_in_a_new_process_gives_the_same_scores_to_the_bit(train):
 
 
 @pytest.mark.parametrize("kind", ["demonstrations", "messages", "comparisons", "default"])
-def test_rewards_have_mean_zero_and_deviation_one_on_the_normalisation_set(train, kind):
+def test_rewards_have_mean_zero_and_deviation_one_on_the_normalization_set(train, kind):
     demonstrations = [{"prompt": p, "completion": c} for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     pairs = [row | {"chosen": row.pop("completion"), "rejected": "no"} for row in map(dict, demonstrations)]
     messages = [
@@ -161,13 +161,13 @@ def test_a_loaded_base_can_be_passed(train):
 
 def test_refusals_are_one_line(train, tiny_llama, chat_tokenizer, tmp_path):
     scorer = in_process_scorer(train())
-    with pytest.raises(UserError, match="completions: 1 for 2 prompts: give one a prompt"):
+    with pytest.raises(UserError, match="^completions: 1 for 2 prompts"):
         scorer(["a", "b"], ["c"])
-    with pytest.raises(UserError, match=r"completions\[1\] is a NoneType: give a string or a list of messages"):
+    with pytest.raises(UserError, match=r"^completions\[1\] .*string or a list of messages"):
         scorer(["a", "b"], ["c", None])
-    with pytest.raises(UserError, match="LlamaForCausalLM has no `score` head"):
+    with pytest.raises(UserError, match="^model: .*load_base_model.*task='reward'"):
         RewardScorer(tiny_llama, chat_tokenizer)
-    with pytest.raises(UserError, match="std: must be positive, got 0"):
+    with pytest.raises(UserError, match="^std: .*positive"):
         RewardScorer(scorer.model, chat_tokenizer, std=0.0)
-    with pytest.raises(UserError, match="reward model: no folder at .*missing: check the path"):
+    with pytest.raises(UserError, match="^reward model: .*missing: check the path"):
         RewardScorer.from_pretrained(tmp_path / "missing")

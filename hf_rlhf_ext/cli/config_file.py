@@ -1,0 +1,91 @@
+"""What `--config FILE.yaml` may hold: one mapping of known options, each with a value of its kind."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Action
+
+EXPECTED = {"string_to_bool": "true or false", "int": "an integer", "float": "a number"}
+"""What to say of an option's type, by the name of the function that converts its text."""
+
+
+def read_config(path: str | Path) -> dict[Any, Any]:
+    """Reads a YAML file that must be one mapping with distinct keys.
+
+    Raises:
+        UserError: the file is missing, not text, not YAML, not a mapping, or names a key twice.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(content, Loader=yaml.SafeLoader)
+        mapping = yaml.safe_load(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config file ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the config file is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_position(error)}: not valid YAML: {_problem(error)}") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path}: must be a mapping of options, such as `learning_rate: 1.0e-4`")
+
+    # `safe_load` keeps the last of two equal keys without a word; the tree that `compose` gives still has both.
+    seen: set[str] = set()
+    for key, _ in root.value:
+        if key.value in seen:
+            raise UserError(f"{path}, line {key.start_mark.line + 1}: `{key.value}` is given twice: keep one")
+        seen.add(key.value)
+    return mapping
+
+
+def _position(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return ""
+    return f", line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None) or "cannot be parsed"
+    return " ".join(problem.split())
+
+
+def expected_instead(action: "Action", value: Any) -> str | None:
+    """What the option `action` needs, when a YAML `value` is not that; None when it fits.
+
+    argparse converts only text defaults and checks no choices on defaults, so TrlParser passes the rest on as it is.
+    """
+    if value is None:  # `max_length: null` is a value that every option takes
+        return None
+    if action.nargs != "+":
+        return _expected_of_one(action, value)
+    if not isinstance(value, list):
+        return "a list"
+    for item in value:
+        expected = _expected_of_one(action, item)
+        if expected is not None:
+            return f"a list whose items are {expected} each"
+    return None
+
+
+def _expected_of_one(action: "Action", value: Any) -> str | None:
+    expected = EXPECTED.get(getattr(action.type, "__name__", ""))
+    if action.choices:
+        expected = "one of " + ", ".join(map(str, action.choices))
+    if isinstance(value, (list, dict)):
+        return expected  # None for fields such as `gradient_checkpointing_kwargs`, which are text to argparse
+    # As argparse would do with the same value on the command line.
+    converted = value
+    if action.type is not None:
+        try:
+            converted = action.type(str(value))
+        except (ValueError, TypeError, ArgumentTypeError):
+            return expected or "another type"
+    if action.choices and converted not in action.choices:
+        return expected
+    return None

@@ -1,0 +1,159 @@
+"""Several processes for one command: `hf-rlhf ppo --num_processes 2`, through accelerate, as `trl sft` does."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compat import accelerate_configs
+from ..errors import UserError
+from .config_file import read_config
+from .parsing import LAUNCH_OPTIONS
+from .program import LAUNCHED_WITH
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How many processes, or an accelerate configuration that says so: a file, or a name that TRL ships."""
+
+    num_processes: int | None = None
+    accelerate_config: str | None = None
+
+    @property
+    def asked_for(self) -> bool:
+        return self.num_processes is not None or self.accelerate_config is not None
+
+    def words(self) -> list[str]:
+        """The options as they were given."""
+        words = []
+        for name in LAUNCH_OPTIONS:
+            value = getattr(self, name)
+            if value is not None:
+                words += [f"--{name}", str(value)]
+        return words
+
+
+def take_launch_options(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
+    """The launch options in `argv`, and what is left of it for the recipe."""
+    values: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in LAUNCH_OPTIONS:
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"`{option}` needs a value")
+        values[name] = value
+
+    num_processes = None
+    if "num_processes" in values:
+        num_processes = _positive_integer(values["num_processes"])
+    return LaunchOptions(num_processes, values.get("accelerate_config")), rest
+
+
+def _positive_integer(value: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"--num_processes needs a number of processes from 1 up, got {value!r}")
+    return number
+
+
+def launch(options: LaunchOptions, command: Sequence[str]) -> None:
+    """Runs `python -m hf_rlhf_ext COMMAND …` in every process, and ends with the exit status of one that failed."""
+    # Imported here: accelerate loads torch.
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    n_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    words = [*accelerate_words(options, n_devices), "--module", "hf_rlhf_ext", *command]
+    os.environ[LAUNCHED_WITH] = shlex.join(options.words())
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:  # several processes: torchrun has said which ones failed
+        _, failure = error.get_first_failure()
+        raise SystemExit(shell_status(failure.exitcode)) from None
+    except subprocess.CalledProcessError as error:  # one process
+        raise SystemExit(shell_status(error.returncode)) from None
+    except (ImportError, ValueError) as error:  # a configuration that accelerate refuses, DeepSpeed that is missing
+        raise UserError(" ".join(str(error).split())) from None
+    finally:
+        del os.environ[LAUNCHED_WITH]
+
+
+def shell_status(code: int) -> int:
+    """The exit status that a shell would show: 128 + N for a process that signal N ended."""
+    return 128 - code if code < 0 else code
+
+
+def accelerate_words(options: LaunchOptions, n_devices: int) -> list[str]:
+    """Arguments of `accelerate launch` for a machine with `n_devices` accelerators (0: its CPU).
+
+    Raises:
+        UserError: an unknown configuration, more processes than accelerators, or options that contradict each other.
+    """
+    n_processes = options.num_processes
+    if n_devices and n_processes is not None and n_processes > n_devices:
+        raise UserError(
+            f"--num_processes {n_processes}: this machine has {n_devices} accelerator(s). Ask for fewer, or train on "
+            "the CPU with CUDA_VISIBLE_DEVICES= in front of the command."
+        )
+
+    # The recipe's own --bf16 and --fp16 decide what is computed in which dtype.
+    words = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if n_processes is not None:
+        words += ["--num_processes", str(n_processes)]
+    if options.accelerate_config is not None:
+        path = find_accelerate_config(options.accelerate_config)
+        config = read_config(path)
+        _check_processes(options, config)
+        words += ["--config_file", str(path)]
+        has_port = "main_process_port" in config or config.get("num_machines", 1) != 1
+        expected_processes = n_processes or config.get("num_processes", 1)
+    else:
+        words += ["--num_machines", "1"]
+        if n_processes is not None and n_processes > 1:
+            # Without it, accelerate starts a single process on a machine with one accelerator, or none.
+            words += ["--multi_gpu"]
+        has_port = False
+        expected_processes = n_processes
+
+    if not has_port:
+        words += ["--main_process_port", "0"]  # a free one, so that two runs on one machine do not meet
+    if not n_devices and "OMP_NUM_THREADS" not in os.environ:
+        # accelerate's default is one thread a process, which leaves a CPU idle.
+        threads = max(1, (os.cpu_count() or 1) // int(expected_processes))
+        words += ["--num_cpu_threads_per_process", str(threads)]
+    return words
+
+
+def _check_processes(options: LaunchOptions, config: dict[str, Any]) -> None:
+    """Refuses several processes with a configuration for one, which accelerate would follow without a word."""
+    distributed = str(config.get("distributed_type", "NO"))  # YAML reads a bare NO as False
+    if distributed in ("NO", "False") and (options.num_processes or 1) > 1:
+        raise UserError(
+            f"--accelerate_config {options.accelerate_config} runs one process, and --num_processes asks for "
+            f"{options.num_processes}: leave one of the two out."
+        )
+
+
+def find_accelerate_config(name: str) -> Path:
+    """The file that `--accelerate_config NAME` means: a path that exists, else one that TRL ships."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = accelerate_configs()
+    if name not in shipped:
+        raise UserError(f"--accelerate_config: no file {name}, and TRL ships only {', '.join(shipped)}.")
+    return shipped[name]

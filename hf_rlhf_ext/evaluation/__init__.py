@@ -1,1 +1,0 @@
-"""What a trained model is worth: figures and probes that need only a callable."""

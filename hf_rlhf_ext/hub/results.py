@@ -1,0 +1,115 @@
+"""The measured numbers of a report, each with its name for people and what it was measured on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from .report import PPOSection, RunReport
+
+
+class Result(NamedTuple):
+    """One measured number: a markdown row and an entry of the model index. `n` of what is named by `of`."""
+
+    key: str
+    name: str
+    value: float
+    n: int | None
+    of: str
+    ci95: tuple[float, float] | None = None
+
+
+class Measure(NamedTuple):
+    """A number that a report may hold: its key, its name for people, and the key of what it was measured on."""
+
+    key: str
+    name: str
+    count: str
+
+
+_REWARD_MODEL = (
+    Measure("accuracy", "Pairwise accuracy", "decided_pairs"),
+    Measure("nll", "Negative log-likelihood, nats per pair", "heldout_pairs"),
+    Measure("brier", "Brier score (0.25 is chance)", "heldout_pairs"),
+    Measure("ece", "Expected calibration error", "heldout_pairs"),
+    Measure("longer_wins_baseline", 'Accuracy of "the longer one is better"', "decided_pairs"),
+    Measure("gain", "Gain in accuracy over it", "decided_pairs"),
+    Measure("annotator_ceiling", "Expected accuracy of the annotator's order without noise", "decided_pairs"),
+    Measure("disagreement", "Disagreement of the members, standard deviation of their rewards", ""),
+)
+_SFT = (
+    Measure("eval_loss", "Loss, nats per token", "heldout_rows"),
+    Measure("eval_mean_token_accuracy", "Accuracy of the next token", "heldout_rows"),
+)
+_COUNTED = {"n": "held-out prompts", "heldout_rows": "held-out demonstrations"}
+"""What a count counts, where that is not held-out pairs."""
+
+
+def collect_results(kind: str, report: RunReport) -> list[Result]:
+    """The numbers of a kind that were measured; `UserError` for one that is not finite."""
+    if kind == "reward_model":
+        return _results_of("reward_model", _REWARD_MODEL, report.reward_model.metrics, kind)
+    results = []
+    if kind == "sft":
+        results += _results_of("sft", _SFT, report.sft.metrics, kind)
+    metrics = dict(report.ppo.metrics)
+    if report.categories:  # older reports have the number of prompts by category only
+        prompts = sum(row["n"] for row in report.categories.values())
+        metrics.setdefault("n", prompts or None)
+    measures = _ppo_measures(kind, report.ppo)
+    results += _results_of("ppo", measures, metrics, kind)
+    return results
+
+
+def _results_of(
+    section: str,
+    measures: Sequence[Measure],
+    metrics: Mapping[str, Any],
+    kind: str,
+) -> list[Result]:
+    results = []
+    for measure in measures:
+        if measure.key not in metrics:  # not measured: left out, never made up
+            continue
+        value = metrics[measure.key]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"write_card: report['{section}']['{measure.key}'] is {value!r}; a {kind} card needs a finite number."
+            )
+        n = metrics.get(measure.count)
+        reward, _, _ = measure.key.rpartition("_")
+        own_count = f"{reward}_n"
+        if own_count in metrics:  # this reward does not score every prompt
+            n = metrics[own_count]
+        interval = metrics.get(f"{measure.key}_ci95")
+        result = Result(
+            key=measure.key,
+            name=measure.name,
+            value=float(value),
+            n=n,
+            of=_COUNTED.get(measure.count, "held-out pairs"),
+            ci95=tuple(interval) if interval else None,
+        )
+        results.append(result)
+    return results
+
+
+def _ppo_measures(kind: str, ppo: PPOSection) -> list[Measure]:
+    """What PPO's report may hold about its start (kind "sft") or its end."""
+    rewards = {}
+    for reward in ppo.eval_rewards or ():
+        rewards[reward] = f"Reward {reward}, unseen by PPO"
+    if "gold_before" in ppo.metrics:
+        rewards["gold"] = "Gold reward"
+    rewards["proxy"] = "Proxy reward"  # what PPO maximized, below what it did not see
+    when = "before" if kind == "sft" else "after"  # the SFT policy is what PPO started from
+    measures = []
+    for reward, name in rewards.items():
+        measures.append(Measure(f"{reward}_{when}", name, "n"))
+    if kind == "policy":
+        for reward, name in rewards.items():
+            within_sentence = name[0].lower() + name[1:]
+            measures.append(Measure(f"{reward}_gain", f"Gain in {within_sentence}", "n"))
+        measures.append(Measure("kl", "KL to the policy it started from, nats per completion", "n"))
+    measures.append(Measure(f"mean_length_{when}", "Mean length, tokens", "n"))
+    return measures

@@ -1,0 +1,270 @@
+"""Callbacks of PPO: warnings about a run's health, tables of completions, and a save at SIGTERM.
+
+They hold no reference to the trainer, as Transformers replaces restored callbacks: what they need comes with an event.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
+
+from ..compat import print_prompt_completions_sample
+from .config import PPOConfig
+from .diagnostics import diagnose, due
+from .evaluation import EvaluatedCompletion
+from .rollout import CompletionTable
+
+logger = logging.getLogger(__name__)
+
+FIRST, LAST = 5, 50  # rollouts of the history that diagnostics may read
+
+
+class PPOCallback(TrainerCallback):
+    """A callback that also hears of rollouts and of completions sampled for evaluation.
+
+    Subclass it and pass it in `callbacks` as any other.
+    """
+
+    def on_rollout(
+        self,
+        args: PPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: dict[str, float],
+        rollout_index: int,
+        previous: dict[str, float],
+        completions: CompletionTable | None,
+        callbacks: Sequence[TrainerCallback],
+        **kwargs: Any,
+    ) -> None:
+        """After a rollout was made, before anything is trained on it.
+
+        Args:
+            metrics: of the rollout.
+            rollout_index: its number.
+            previous: metrics of the one before that are known only now that it is used up.
+            completions: of this process.
+            callbacks: all callbacks of the trainer, trackers among them.
+        """
+
+    def on_eval_completions(
+        self,
+        args: PPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        rows: list[EvaluatedCompletion],
+        title: str,
+        callbacks: Sequence[TrainerCallback],
+        **kwargs: Any,
+    ) -> None:
+        """After an evaluation sampled and judged these completions."""
+
+
+class HealthWarnings(PPOCallback, ExportableState):
+    """Warns, in one line with cause and remedy, of what the metrics of a run tell (`diagnostics`).
+
+    Attributes:
+        eval_completions: completions of one evaluation, of the smallest set where there are several; None before one.
+        history: metrics by rollout, oldest first: the first few, the last few, and those that an evaluation followed.
+        last_said: number of the rollout in which a warning was last given, by its name.
+    """
+
+    def __init__(self):
+        self.eval_completions: int | None = None
+        self.history: list[dict[str, float]] = []
+        self.last_said: dict[str, int] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as Transformers restores callbacks from it."""
+        return {
+            "args": {},
+            "attributes": {
+                "history": self.history,
+                "last_said": self.last_said,
+                "eval_completions": self.eval_completions,
+            },
+        }
+
+    def take_over(self, saved: dict[str, Any]) -> None:
+        """Takes the memory from a checkpoint of version 0.1.0, which kept it beside the guards' in `ppo_state.json`."""
+        self.history = saved.get("history", [])
+        self.last_said = saved.get("last_said", {})
+
+    def on_rollout(self, args, state, control, *, metrics, rollout_index, previous, **kwargs):
+        if self.history:
+            self.history[-1].update(previous)
+        self.history.append(dict(metrics))
+        self.history = _kept(self.history)
+        warnings = diagnose(
+            self.history,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            eval_completions=self.eval_completions,
+        )
+        for line in due(warnings, self.last_said, rollout_index, args.warn_every):
+            if state.is_world_process_zero:
+                logger.warning("step %d, rollout %d: %s.", state.global_step, rollout_index, line)
+
+    def on_eval_completions(self, args, state, control, *, rows, **kwargs):
+        if self.eval_completions is None:
+            self.eval_completions = len(rows)
+        else:
+            self.eval_completions = min(self.eval_completions, len(rows))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not self.history:
+            self.history.append({})  # before the first rollout: what over-optimization is measured from
+        for name, value in (metrics or {}).items():
+            if isinstance(value, float):
+                self.history[-1][name] = value
+
+
+def _kept(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows that diagnostics may read."""
+    recent = len(history) - LAST
+    kept = []
+    for i, row in enumerate(history):
+        was_evaluated = any(name.startswith("eval_") for name in row)
+        if i < FIRST or i >= recent or was_evaluated:
+            kept.append(row)
+    return kept
+
+
+class CompletionTables(PPOCallback):
+    """Shows completions: some on the screen with `log_completions`, all as tables of the trackers in `report_to`."""
+
+    def __init__(self):
+        self._latest: CompletionTable | None = None
+        self._trackers: Sequence[TrainerCallback] = ()  # of the latest rollout: `on_log` is not told of the callbacks
+
+    def on_rollout(self, args, state, control, *, completions, callbacks, **kwargs):
+        self._latest = completions
+        self._trackers = callbacks
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the latest rollout's completions once, with the first training log after it."""
+        is_training_log = logs is not None and "loss" in logs
+        if not (is_training_log and args.log_completions and state.is_world_process_zero and self._latest is not None):
+            return
+        table = self._latest
+        self._latest = None
+        print_prompt_completions_sample(
+            table.prompts,
+            table.completions,
+            table.rewards,
+            None,
+            state.global_step,
+            args.num_completions_to_print,
+            table.further,
+        )
+        columns = _columns(state.global_step, table.prompts, table.completions) | table.rewards | table.further
+        send_table("completions", columns, state.global_step, self._trackers, args.report_to)
+
+    def on_eval_completions(self, args, state, control, *, rows, title, callbacks, **kwargs):
+        """Prints the first completions, the same prompts each time, and sends all as a table."""
+        if not state.is_world_process_zero:
+            return
+        prompts = [row.prompt for row in rows]
+        completions = [row.completion for row in rows]
+        metrics = {name: [row.rewards[name] for row in rows] for name in rows[0].rewards}
+        metrics["kl"] = [row.kl for row in rows]
+        further = {}
+        for name in dict.fromkeys(name for row in rows for name in row.extra):
+            further[name] = [row.extra.get(name) for row in rows]
+        if args.log_completions:
+            n = args.num_completions_to_print
+            print_prompt_completions_sample(
+                prompts[:n],
+                completions[:n],
+                {name: values[:n] for name, values in metrics.items()},
+                None,
+                state.global_step,
+                None,
+                {name: values[:n] for name, values in further.items()},
+            )
+        columns = _columns(state.global_step, prompts, completions) | metrics | further
+        send_table(title, columns, state.global_step, callbacks, args.report_to)
+
+
+def _columns(step: int, prompts: list[str | list], completions: list[str]) -> dict[str, list[Any]]:
+    return {
+        "step": [step] * len(prompts),
+        "prompt": [str(prompt) for prompt in prompts],
+        "completion": completions,
+    }
+
+
+def send_table(
+    title: str,
+    columns: dict[str, list[Any]],
+    step: int,
+    callbacks: Sequence[TrainerCallback],
+    report_to: Sequence[str],
+) -> None:
+    """Sends a table to the trackers in use: as a table to Weights & Biases and trackio, as text to TensorBoard."""
+    import pandas as pd
+
+    table = pd.DataFrame(columns)
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            with pd.option_context("display.max_colwidth", None):
+                callback.tb_writer.add_text(title, table.to_html(index=False), step)
+            callback.tb_writer.flush()
+    for name in {"wandb", "trackio"} & set(report_to):
+        tracker = __import__(name)
+        if name == "trackio" or tracker.run is not None:
+            tracker.log({title: tracker.Table(dataframe=table)})
+
+
+class SaveOnSignal(TrainerCallback):
+    """At SIGTERM, saves at the end of the optimizer step and ends training: so batch systems take a machine back.
+
+    `received` is set by the signal, on this process; `agreed` by the trainer, at the same step on all of them.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.agreed = False
+
+    def agree(self, agreed: bool) -> None:
+        """Whether some process has received the signal, as all of them know now."""
+        self.agreed = agreed
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGTERM while training runs, in the main thread only; the process then exits with 128 + 15."""
+        self.received = False
+        self.agreed = False
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            before = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if self.agreed:
+            raise SystemExit(128 + signal.SIGTERM)
+        if self.received:  # after the last step: as if it came now
+            signal.raise_signal(signal.SIGTERM)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.agreed:
+            logger.warning("SIGTERM: saved at step %d; go on with resume_from_checkpoint=True.", state.global_step)

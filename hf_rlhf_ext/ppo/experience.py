@@ -1,0 +1,293 @@
+"""Experience: completions are sampled, judged, scored by every role, and made into advantages."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from ..data.text import decode_completion
+from .advantages import explained_variance, generalized_advantages, token_rewards, whiten
+from .config import PPOConfig
+from .engine import RolloutEngine, Samples, Sampling
+from .kl import KL_ESTIMATORS, kl_k1, kl_k3
+from .losses import importance_weights, masked_mean
+from .prompts import Prompts, prompt_indices
+from .ranks import Ranks
+from .rewards import RewardFunctions, extra_columns, score_completions
+from .roles import Roles
+from .rollout import CompletionTable, Rollout, Sequences, pack_sequences
+from .shaping import RunningMoments, ShapedScores, shape_scores
+
+
+@dataclass
+class _Sampled:
+    """B completions as tensors, of one process or of all.
+
+    Names and shapes are those of `Rollout`; beside these `mask` (B, T) bool, `entropies` and `sampled_logprobs` (B, T)
+    fp32, `stopped` (B,) bool, `per_func` (B, F) scores of each reward function, `scores` (B,) their weighted sum,
+    `sequence_scores` (B,) that of the functions that score whole completions, and `dense` (B, T) token rewards.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    completion_lengths: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+    sampled_logprobs: Tensor
+    stopped: Tensor
+    per_func: Tensor
+    scores: Tensor
+    sequence_scores: Tensor
+    ref_logprobs: Tensor | None = None
+    dense: Tensor | None = None
+
+    def over_all(self, ranks: Ranks, pad_token_id: int) -> "_Sampled":
+        """The completions of all processes, in the order of their numbers."""
+        if ranks.alone:
+            return self
+        # All processes have the same ones: what is optional depends on the options, not on the completions.
+        present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return _Sampled(**ranks.gather_rows(present, pad_token_id))
+
+
+@dataclass
+class _Judged:
+    """What reward functions made of this process's completions beside numbers: a table, and what they logged."""
+
+    table: CompletionTable
+    logged: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SamplingTools:
+    """What sampling and scoring completions takes, in training and in evaluation alike.
+
+    `tokenizer` is the policy's, `sampling` says how completions are drawn, `args` are the options of the run.
+    """
+
+    roles: Roles
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    args: PPOConfig
+    ranks: Ranks
+
+    def sync(self) -> None:
+        """Lets the engine sample from the policy as it is now; once before a batch of `sample`, as it may cost."""
+        self.engine.sync(self.roles.policy)
+
+    def sample(self, prompt_ids: list[list[int]]) -> Samples:
+        """One completion of each prompt, from the policy as it was at the last `sync`."""
+        return self.engine.generate(prompt_ids, self.sampling)
+
+    def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Sequences:
+        """Prompts and completions as one batch on this process's device."""
+        return pack_sequences(prompt_ids, completion_ids, self.tokenizer.pad_token_id, self.ranks.device)
+
+    def is_stopped(self, completion_ids: list[int]) -> bool:
+        """Whether a completion ends by itself, and not because it was cut."""
+        return completion_ids[-1] in self.sampling.stop_ids
+
+
+class ExperienceMaker:
+    """Makes rollouts. It has no state of its own: what a rollout depends on comes in, what it tells goes out with it.
+
+    Args:
+        tools: who samples and who scores tokens.
+        rewards: who judges.
+        prompts: of the training data.
+    """
+
+    def __init__(self, tools: SamplingTools, rewards: RewardFunctions, prompts: Prompts):
+        self.tools = tools
+        self.rewards = rewards
+        self.prompts = prompts
+        self.args = tools.args
+        self.ranks = tools.ranks
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything of a rollout depends on the reference."""
+        return self.args.kl_coef > 0 or self.args.max_kl is not None
+
+    @torch.no_grad()
+    def make(self, index: int, kl_coef: float, moments: RunningMoments, trainer_state: TrainerState) -> Rollout:
+        """Samples completions, scores them, and computes everything that the inner epochs need.
+
+        With several processes each samples its share, and all hold the whole rollout: whitening and mini-batches are
+        those of one process with as many completions.
+
+        Args:
+            index: number of the rollout, which decides its prompts.
+            kl_coef: β in force, reward per nat.
+            moments: of the scores of earlier rollouts.
+            trainer_state: for reward functions that look at it.
+        """
+        args = self.args
+        # 0. This process's share of the completions, then those of all.
+        own, judged = self._sample(index, trainer_state)
+        sampled = own.over_all(self.ranks, self.tools.tokenizer.pad_token_id)
+        mask = sampled.mask
+        lengths = sampled.completion_lengths
+
+        # 1. Scores become rewards of tokens, less β·KL where the KL is part of the reward.
+        ref_logprobs = sampled.logprobs if sampled.ref_logprobs is None else sampled.ref_logprobs
+        kl = KL_ESTIMATORS[args.estimator](sampled.logprobs, ref_logprobs)
+        shaped = self._shaped(sampled, moments)
+        dense = None if sampled.dense is None else args.reward_scale * sampled.dense
+        kl_coef_in_reward = kl_coef if args.kl_placement == "reward" else 0.0
+        rewards = token_rewards(shaped.scores, kl, lengths, kl_coef=kl_coef_in_reward, dense=dense)
+
+        # 2. Rewards become advantages, whitened over the completions of all processes.
+        advantages, returns = generalized_advantages(
+            rewards, sampled.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+        )
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        metrics = self._metrics(index, kl_coef, sampled, shaped, kl, returns)
+        weights = None
+        if args.importance_sampling_correction:
+            weights = importance_weights(
+                sampled.logprobs, sampled.sampled_logprobs, mask, cap=args.importance_sampling_cap
+            )
+        return Rollout(
+            input_ids=sampled.input_ids,
+            prompt_lengths=sampled.prompt_lengths,
+            completion_lengths=lengths,
+            old_logprobs=sampled.logprobs,
+            ref_logprobs=ref_logprobs,
+            values=sampled.values,
+            advantages=advantages,
+            returns=returns,
+            order=self._orders(len(lengths)).to(mask.device),
+            sampling_weights=weights,
+            metrics=metrics,
+            moments=shaped.moments,
+            logged=judged.logged,
+            completions=judged.table,
+        )
+
+    def _sample(self, index: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
+        """This process's completions: ids, scores, and what every role makes of their tokens."""
+        ranks = self.ranks
+        size = self.args.rollout_size * ranks.count
+        rows = prompt_indices(index, size, len(self.prompts), self.args.seed)
+        own_rows = [rows[k] for k in ranks.block(size)]
+        examples, prompt_ids = self.prompts.rows(own_rows)
+
+        self.tools.sync()
+        samples = self.tools.sample(prompt_ids)
+
+        further, log_extra = extra_columns(len(examples))
+        logged: list[tuple[str, float]] = []
+        scores = score_completions(
+            self.rewards,
+            self.tools.tokenizer,
+            examples,
+            samples.ids,
+            trainer_state=trainer_state,
+            log_metric=lambda name, value: logged.append((name, value)),
+            log_extra=log_extra,
+        ).to(ranks.device)
+
+        sequences = self.tools.pack(prompt_ids, samples.ids)
+        scored = self.tools.roles.score(sequences, reference=self.needs_reference)
+        mask = sequences.mask
+        dense = scores.dense
+        if dense is None and not ranks.alone:  # another process may have token rewards
+            dense = torch.zeros_like(scored.logprobs)
+        sampled = _Sampled(
+            input_ids=sequences.input_ids,
+            prompt_lengths=sequences.prompt_lengths,
+            completion_lengths=sequences.completion_lengths,
+            mask=mask,
+            logprobs=scored.logprobs,
+            entropies=scored.entropies,
+            values=scored.values,
+            ref_logprobs=scored.ref_logprobs,
+            sampled_logprobs=self._drawn_logprobs(samples.logprobs, mask, scored.logprobs),
+            stopped=torch.tensor([self.tools.is_stopped(ids) for ids in samples.ids], device=ranks.device),
+            per_func=scores.per_func,
+            scores=self.rewards.combine(scores.per_func),
+            sequence_scores=scores.sequence,
+            dense=dense,
+        )
+        table = CompletionTable(
+            prompts=[example["prompt"] for example in examples],
+            completions=[decode_completion(self.tools.tokenizer, ids) for ids in samples.ids],
+            rewards={name: scores.per_func[:, i].tolist() for i, name in enumerate(self.rewards.names)},
+            further=further,
+        )
+        return sampled, _Judged(table, logged)
+
+    @staticmethod
+    def _drawn_logprobs(rows: list[list[float]] | None, mask: Tensor, rescored: Tensor) -> Tensor:
+        """The engine's log-probabilities as (B, T), zero in the padding; the rescored ones where it gave none."""
+        if rows is None:
+            return rescored
+        flat = torch.tensor([value for row in rows for value in row], device=mask.device)
+        return torch.zeros_like(rescored).masked_scatter(mask, flat)
+
+    def _shaped(self, sampled: _Sampled, moments: RunningMoments) -> ShapedScores:
+        args = self.args
+        return shape_scores(
+            sampled.sequence_scores,
+            sampled.completion_lengths,
+            sampled.stopped,
+            moments,
+            scale=args.reward_scale,
+            normalize=args.normalize_rewards,
+            clip=args.reward_clip,
+            price_per_token=args.length_penalty,
+            free_tokens=args.length_target,
+            missing_eos_penalty=args.missing_eos_penalty,
+        )
+
+    def _orders(self, size: int) -> Tensor:
+        """(epochs, size) permutations of the inner epochs, the same on every process.
+
+        They come from PyTorch's global random state, which a checkpoint keeps; those of a rollout in use are saved
+        with it.
+        """
+        orders = torch.stack([torch.randperm(size) for _ in range(self.args.num_ppo_epochs)])
+        return self.ranks.gather(orders)[0]
+
+    def _metrics(
+        self, index: int, kl_coef: float, sampled: _Sampled, shaped: ShapedScores, kl: Tensor, returns: Tensor
+    ) -> dict[str, float | Tensor]:
+        """What a rollout tells, under the names of TRL's last PPO trainer (`metrics.names` has units and meanings)."""
+        mask = sampled.mask
+        lengths = sampled.completion_lengths
+        scores = sampled.scores
+        n = len(lengths)
+        # Sums over tokens divided by completions: per completion, as the KL target is.
+        non_score_reward = -kl_coef * masked_mean(kl, mask, n)
+        metrics = {
+            "objective/kl_coef": kl_coef,
+            "objective/entropy": masked_mean(sampled.entropies, mask, n),
+            "objective/scores": scores.mean(),
+            "objective/scores_std": scores.std(correction=0),
+            "objective/rlhf_reward": shaped.scores.mean() + non_score_reward,
+            "objective/non_score_reward": non_score_reward,
+            "val/num_eos_tokens": sampled.stopped.sum(),
+            "val/explained_variance": explained_variance(sampled.values, returns, mask),
+            "completions/mean_length": lengths.float().mean(),
+            "completions/stopped_frac": sampled.stopped.float().mean(),
+            "sampling/logprob_mismatch": masked_mean(sampled.sampled_logprobs - sampled.logprobs, mask),
+            "episode": (index + 1) * n,
+        }
+        if sampled.ref_logprobs is not None:
+            metrics["objective/kl"] = masked_mean(kl_k1(sampled.logprobs, sampled.ref_logprobs), mask, n)
+            metrics["objective/kl_k3"] = masked_mean(kl_k3(sampled.logprobs, sampled.ref_logprobs), mask, n)
+        if shaped.clipped is not None:
+            metrics["rewards/clipped_frac"] = shaped.clipped.float().mean()
+        for i, name in enumerate(self.rewards.names):
+            column = sampled.per_func[:, i]
+            scored = column[~column.isnan()]  # a function may leave completions to the others
+            if len(scored):
+                metrics[f"rewards/{name}/mean"] = scored.mean()
+                metrics[f"rewards/{name}/std"] = scored.std(correction=0)
+        return metrics

@@ -1,0 +1,182 @@
+"""PPO's prompts: checked and encoded once, and which of them a rollout gets."""
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from ..data.text import check_tokenizer, encode_prompt, is_messages
+from ..errors import UserError
+from .config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_OPTIONS = {
+    "repetition_penalty": 1,
+    "typical_p": 1,
+    "guidance_scale": 1,
+    "min_p": 0,
+    "top_h": None,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+}
+"""Fields of `GenerationConfig` that change the distribution of tokens, and the value at which each does nothing."""
+
+
+class Prompts:
+    """Rows of a data set with the token ids of their prompts.
+
+    Raises:
+        UserError: a data set without usable prompts; the message names split and row.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PPOConfig,
+        *,
+        split: str,
+        max_positions: int,
+    ):
+        self._dataset = dataset
+        self._encoded = encode_prompts(dataset, tokenizer, args, split, max_positions)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @property
+    def first(self) -> list[int]:
+        """Token ids of the first prompt."""
+        return self._encoded[0]
+
+    def rows(self, indices: list[int] | range) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        """Rows of the data set, and their prompts as token ids."""
+        examples = [self._dataset[index] for index in indices]
+        prompt_ids = [self._encoded[index] for index in indices]
+        return examples, prompt_ids
+
+
+def encode_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
+) -> list[list[int]]:
+    """Token ids of every prompt, after checking the data set; raises `UserError` with split and row."""
+    _check_dataset(dataset, split)
+    check_tokenizer(tokenizer, needs_chat_template=is_messages(dataset[0]["prompt"]))
+    room = max_positions - args.max_completion_length
+    limit = room
+    if args.max_prompt_length is not None:
+        limit = min(room, args.max_prompt_length)
+    encoded = []
+    for row, prompt in enumerate(dataset["prompt"]):
+        where = f"{split}_dataset row {row}"
+        if not isinstance(prompt, str) and not is_messages(prompt):
+            raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages.")
+        ids = encode_prompt(tokenizer, prompt)
+        if not ids:
+            raise UserError(f"{where}: `prompt` has no tokens: remove the row or add a begin token.")
+        if len(ids) > limit:
+            option = f"max_completion_length of {max_positions} positions"
+            if limit < room:
+                option = "max_prompt_length"
+            raise UserError(
+                f"{where}: `prompt` has {len(ids)} tokens, {len(ids) - limit} over the {limit} that {option} leaves: "
+                "change that option, or shorten or drop the row."
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _check_dataset(dataset: Dataset, split: str) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"{split}_dataset is streamed: PPO needs to draw prompts by row, pass a `datasets.Dataset`.")
+    if "prompt" not in dataset.column_names:
+        raise UserError(
+            f"{split}_dataset has no column 'prompt', only {dataset.column_names}: rename yours to 'prompt'."
+        )
+    if len(dataset) == 0:
+        raise UserError(f"{split}_dataset is empty: PPO needs at least one prompt.")
+
+
+def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[int]:
+    """Rows of the prompts of one rollout: a function of its number and the seed alone, so that resuming is exact.
+
+    Every pass over the `n_prompts` rows has its own permutation; a data set smaller than a rollout wraps around.
+    """
+    rows = []
+    permutations: dict[int, list[int]] = {}
+    for position in range(rollout * size, (rollout + 1) * size):
+        epoch, offset = divmod(position, n_prompts)
+        if epoch not in permutations:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            permutations[epoch] = torch.randperm(n_prompts, generator=generator).tolist()
+        rows.append(permutations[epoch][offset])
+    return rows
+
+
+def warn_of_other_sampling(args: PPOConfig) -> None:
+    """One line where completions are drawn from a distribution other than the one whose probabilities PPO uses."""
+    if args.importance_sampling_correction:
+        return
+    changed = []
+    if args.top_k:
+        changed.append(f"top_k={args.top_k}")
+    if args.top_p < 1:
+        changed.append(f"top_p={args.top_p}")
+    generation_kwargs = args.generation_kwargs or {}
+    for name, neutral in SAMPLING_OPTIONS.items():
+        value = generation_kwargs.get(name)
+        if value is not None and value != neutral:
+            changed.append(f"{name}={value}")
+    if changed:
+        logger.warning(
+            "%s: tokens are drawn from another distribution than the one that is scored (sampling/logprob_mismatch "
+            "shows by how much): leave it out, or set importance_sampling_correction.",
+            ", ".join(changed),
+        )
+
+
+def check_best_metric(args: PPOConfig, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Refuses a `metric_for_best_model` that names none of several evaluation sets, before anything is sampled."""
+    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not chosen or not isinstance(eval_dataset, dict):
+        return
+    prefixes = tuple(f"{name}_" for name in eval_dataset)
+    if not chosen.startswith(prefixes):
+        first = next(iter(eval_dataset))
+        raise UserError(f"metric_for_best_model: eval_dataset has several sets: say which, as in {first}_{chosen}.")
+
+
+def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfig:
+    """A copy of `args` whose `max_steps` is set: `num_train_epochs` passes over the prompts, in whole rollouts."""
+    args = copy.copy(args)
+    if args.max_steps <= 0:
+        rollouts = max(1, math.ceil(args.num_train_epochs * n_prompts / (args.rollout_size * world_size)))
+        args.max_steps = rollouts * args.steps_per_rollout
+    return args
+
+
+def tick_dataloader(args: PPOConfig, world_size: int) -> DataLoader:
+    """One batch per micro-step that holds nothing but its number.
+
+    The prompts of a rollout are a function of its number and the seed, so the data loader only has to count: resuming
+    and inner epochs that stop early cannot shift any data.
+    """
+    ticks = range(args.max_steps * args.gradient_accumulation_steps * world_size)
+    return DataLoader(ticks, batch_size=1, shuffle=False, collate_fn=lambda batch: {"tick": torch.tensor(batch)})

@@ -1,0 +1,306 @@
+"""Demonstrations by rating and by use case: what text-davinci-001 and -002 were trained on, and InstructGPT's mix."""
+
+import logging
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+
+from ..data.schema import Row
+from ..data.text import plain_text
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+USE_CASE_SHARES: dict[str, float] = {
+    "generation": 0.456,
+    "open QA": 0.124,
+    "brainstorming": 0.112,
+    "chat": 0.084,
+    "rewrite": 0.066,
+    "summarization": 0.042,
+    "classification": 0.035,
+    "other": 0.035,
+    "closed QA": 0.026,
+    "extract": 0.019,
+}
+"""Shares of API prompts by use case (Ouyang et al. 2022, arXiv:2203.02155, table 1); they sum to 0.999 there too."""
+
+DOLLY_USE_CASES = {
+    "brainstorming": "brainstorming",
+    "classification": "classification",
+    "closed_qa": "closed QA",
+    "creative_writing": "generation",
+    "general_qa": "open QA",
+    "information_extraction": "extract",
+    "open_qa": "open QA",
+    "summarization": "summarization",
+}
+"""Categories of databricks-dolly-15k as use cases; Dolly has no chat, rewrite or other."""
+
+
+def apportion(
+    n: int,
+    shares: dict[str, float] = USE_CASE_SHARES,
+    *,
+    min_per_category: int = 0,
+) -> dict[str, int]:
+    """Splits `n` over the categories by largest remainder (Hamilton), then lifts small ones to the minimum.
+
+    What the lifted categories gain is taken from the largest one. Raises `UserError` when `n` cannot hold the minimum.
+    """
+    if n < max(1, min_per_category * len(shares)):
+        raise UserError(f"n={n} prompts cannot give {min_per_category} to each of {len(shares)} categories.")
+    total = sum(shares.values())
+    quotas = {name: n * share / total for name, share in shares.items()}
+    counts = {name: math.floor(quota) for name, quota in quotas.items()}
+    # What rounding down left over goes to the largest remainders, one each.
+    left_over = n - sum(counts.values())
+    rounded_by = {name: counts[name] - quotas[name] for name in shares}  # 0 or less
+    by_remainder = sorted(shares, key=rounded_by.__getitem__)
+    for name in by_remainder[:left_over]:
+        counts[name] += 1
+
+    # Small categories are lifted at the cost of the largest, so that the sum stays.
+    while min(counts.values()) < min_per_category:
+        smallest = min(counts, key=counts.__getitem__)
+        counts[smallest] += 1
+        largest = max(counts, key=counts.__getitem__)
+        counts[largest] -= 1
+    return counts
+
+
+def filter_by_rating(dataset: Dataset, min_rating: float) -> tuple[Dataset, dict[str, int]]:
+    """Rows rated at least `min_rating`, and rows without a rating: people's own demonstrations.
+
+    OpenAI's "FeedME" models are SFT on both: demonstrations, and samples of the model rated 7 of 7 (its model index).
+
+    Returns:
+        The rows, and how many of each kind were kept and dropped. Where no row has a rating all stay, and a warning
+        says so.
+
+    Raises:
+        UserError: every row has a rating, a lower one.
+    """
+    if "rating" in dataset.column_names:
+        ratings = list(dataset["rating"])
+    else:
+        ratings = [None] * len(dataset)
+    kept = []
+    n_rated = 0
+    for k, rating in enumerate(ratings):
+        # NaN is how pandas writes a missing rating.
+        has_rating = rating is not None and not math.isnan(rating)
+        n_rated += has_rating
+        if not has_rating or rating >= min_rating:
+            kept.append(k)
+
+    if n_rated == 0:
+        logger.warning(
+            f"min_rating={min_rating:g}: no row has a rating (looked for rating, score, stars, quality): all "
+            f"{len(dataset)} rows are kept as people's demonstrations."
+        )
+    if ratings and not kept:
+        highest = max(ratings)
+        raise UserError(f"min_rating={min_rating:g}: the highest rating is {highest:g}: lower it.")
+    n_unrated = len(ratings) - n_rated
+    counts = {
+        "rated_kept": len(kept) - n_unrated,
+        "rated_dropped": len(ratings) - len(kept),
+        "unrated_kept": n_unrated,
+    }
+    return dataset.select(kept), counts
+
+
+@dataclass(frozen=True)
+class MixReport:
+    """Wanted and obtained shares by category, and how many rows had a category that the mix does not name, or none."""
+
+    rows: int
+    wanted: dict[str, float]
+    obtained: dict[str, int]
+    other_category: int
+    no_category: int
+
+    def summary(self) -> str:
+        shares = []
+        for category, wanted in self.wanted.items():
+            obtained = self.obtained[category] / self.rows
+            shares.append(f"{category} {obtained:.3f} of {wanted:.3f}")
+        left_out = f"{self.other_category} rows of other categories and {self.no_category} without one were left out"
+        return f"mix: {self.rows} rows; obtained of wanted share: {', '.join(shares)}; {left_out}"
+
+
+def load_mix(name: str) -> dict[str, float]:
+    """`"instructgpt"`, or a YAML file that maps categories to shares; shares are scaled to sum to 1.
+
+    Raises:
+        UserError: no such file, or something else in it.
+    """
+    shares = USE_CASE_SHARES if name == "instructgpt" else _read_shares(name)
+    total = sum(shares.values())
+    return {str(category): share / total for category, share in shares.items()}
+
+
+def _read_shares(file: str) -> dict[Any, float]:
+    shares = _read_yaml(file, "mix")
+    is_table = isinstance(shares, dict) and len(shares) > 0
+    if not is_table or not all(map(_is_share, shares.values())):
+        raise UserError(f"mix: {Path(file).name} must map categories to shares above 0 (chat: 0.3).")
+    return shares
+
+
+def _is_share(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value > 0
+
+
+def _read_yaml(name: str, option: str) -> Any:
+    try:
+        return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{option}: cannot read {name}: {reason}.") from error
+
+
+def categorize(dataset: Dataset, column: str = "category", rules: str | None = None) -> Dataset:
+    """Use cases in `category`, with Dolly's names translated.
+
+    Args:
+        dataset: rows with `prompt`.
+        column: where the source has its categories.
+        rules: a YAML file of category -> list of regular expressions, for rows without a category: they get the first
+            one of which an expression is found in the prompt.
+
+    Raises:
+        UserError: no such column and no rules, or a file that holds something else.
+    """
+    patterns = {} if rules is None else _load_rules(rules)
+    if column not in dataset.column_names and not patterns:
+        columns = ", ".join(dataset.column_names)
+        raise UserError(f"category_column: no column {column!r}; found {columns}.")
+    categories = [_category(row, column, patterns) for row in dataset]
+    if "category" in dataset.column_names:
+        dataset = dataset.remove_columns("category")
+    return dataset.add_column("category", categories)
+
+
+def _category(
+    row: Row,
+    column: str,
+    patterns: dict[str, list[re.Pattern]],
+) -> str | None:
+    label = row.get(column)
+    if label is not None:
+        return DOLLY_USE_CASES.get(str(label), str(label))
+    prompt = plain_text(row["prompt"])
+    for category, expressions in patterns.items():
+        if any(expression.search(prompt) for expression in expressions):
+            return category
+    return None
+
+
+def _load_rules(path: str) -> dict[str, list[re.Pattern]]:
+    table = _read_yaml(path, "category_rules")
+    file = Path(path).name
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"category_rules: {file} must map categories to lists of expressions (chat: ['hello', 'hi']).")
+    patterns: dict[str, list[re.Pattern]] = {}
+    for category, expressions in table.items():
+        where = f"category_rules: {file}, category {category!r}"
+        if not isinstance(category, str):  # YAML reads no, on and 1 as something else
+            kind = type(category).__name__
+            raise UserError(f"{where} is a {kind}, not a name: put it in quotes.")
+        if not _are_expressions(expressions):
+            raise UserError(
+                f"{where}: write a list of regular expressions in quotes: {category}: ['summar', 'tl;?dr']."
+            )
+        patterns[category] = [_compile(expression, where) for expression in expressions]
+    return patterns
+
+
+def _are_expressions(value: Any) -> bool:
+    """True for a list of at least one text, none of them empty: that is found in every prompt."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(entry, str) and entry for entry in value)
+
+
+def _compile(text: str, where: str) -> re.Pattern:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except (re.error, OverflowError, RecursionError) as error:
+        remedy = "correct it, or put \\ before a character that stands for itself"
+        raise UserError(f"{where}: {text!r} is not a regular expression ({error}): {remedy}.") from error
+
+
+def sample_mix(
+    dataset: Dataset,
+    shares: dict[str, float],
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, MixReport]:
+    """Draws rows without replacement so that `category` has the wanted shares, in shuffled order.
+
+    Without `rows` it takes as many as the scarcest category that occurs at all allows. Where a category has fewer rows
+    than its share of `rows` asks for, it gives what it has and the report shows the gap.
+
+    Raises:
+        UserError: no row has a wanted category, or `rows` are too few to give one.
+    """
+    if rows is not None and rows < 1:
+        raise UserError(f"mix_rows={rows}: give a number above 0, or leave it out for as many as there can be.")
+    category_counts = Counter(dataset["category"])
+    by_category = _rows_by_category(dataset, shares)
+    available = {name: len(indices) for name, indices in by_category.items() if indices}
+    if not available:
+        wanted = ", ".join(shares)
+        known = ", ".join(map(str, category_counts))
+        raise UserError(f"mix: no row has one of the categories {wanted}; found {known}.")
+
+    n = rows
+    if n is None:
+        # The category that runs out first says how many rows there can be.
+        limits = [count / shares[name] for name, count in available.items()]
+        n = max(1, math.floor(min(limits)))
+    rng = random.Random(seed)
+    chosen: list[int] = []
+    for name, quota in apportion(n, shares).items():
+        rng.shuffle(by_category[name])
+        chosen += by_category[name][:quota]
+    if not chosen:
+        known = ", ".join(available)
+        raise UserError(f"mix: {n} rows give none to the categories that there are ({known}): ask for more.")
+    # Categories are mixed: a batch should hold several.
+    rng.shuffle(chosen)
+    picked = dataset.select(chosen)
+
+    drawn = Counter(picked["category"])
+    without_category = category_counts.get(None, 0)
+    named = sum(category_counts[name] for name in shares)
+    report = MixReport(
+        rows=len(picked),
+        wanted=shares,
+        obtained={name: drawn[name] for name in shares},
+        other_category=len(dataset) - named - without_category,
+        no_category=without_category,
+    )
+    return picked, report
+
+
+def _rows_by_category(dataset: Dataset, categories: Iterable[str]) -> dict[str, list[int]]:
+    """Numbers of the rows of each of these categories."""
+    by_category: dict[str, list[int]] = {name: [] for name in categories}
+    for index, name in enumerate(dataset["category"]):
+        if name in by_category:
+            by_category[name].append(index)
+    return by_category

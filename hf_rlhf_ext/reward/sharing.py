@@ -1,0 +1,157 @@
+"""Whether a reward adapter gives its scores of training on a base that is loaded already.
+
+The one place that compares the base an adapter was trained on with the base at hand: an ensemble shares one base among
+its members, PPO attaches the reward adapter to the policy's base, and a scorer warns where the base it was given
+differs.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from peft import PeftConfig, PeftModel, TaskType
+from torch import nn
+
+from ..modeling.adapters import bare_model
+from ..modeling.loading import base_and_revision
+from .normalization import RewardNormalization, dtype_name, is_4bit
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precision of a base's weights and of the forward pass. None: not known, which differs from nothing.
+
+    `dtype` and `autocast` are names such as "bfloat16" (`autocast` "off" without); `quantization` is "4-bit", "other"
+    or "off".
+    """
+
+    dtype: str | None = None
+    quantization: str | None = None
+    autocast: str | None = None
+
+    @classmethod
+    def recorded(cls, record: RewardNormalization | None) -> Self:
+        """What training wrote down; all unknown where it wrote nothing."""
+        if record is None:
+            return cls()
+        return cls(
+            dtype=None if record.base_dtype == "auto" else record.base_dtype,
+            quantization="4-bit" if record.load_in_4bit else "off",
+            autocast=record.autocast or "off",
+        )
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Self:
+        """That of a loaded base; who calls it decides about autocast."""
+        if is_4bit(model):
+            quantization = "4-bit"
+        elif getattr(bare_model(model), "is_quantized", False):
+            quantization = "other"
+        else:
+            quantization = "off"
+        return cls(dtype=dtype_name(model), quantization=quantization)
+
+    def __str__(self) -> str:
+        if self.quantization == "4-bit":
+            return "4-bit"
+        if self.quantization == "other":
+            return "otherwise quantized"
+        return self.dtype or "unquantized"
+
+
+def precision_mismatch(trained: Precision, present: Precision) -> str | None:
+    """How the precision at hand differs from that of training, in a few words; None where scores are the same."""
+    if _differ(trained.quantization, present.quantization) or _differ(trained.dtype, present.dtype):
+        if str(trained) == str(present):  # both quantized: what differs is the dtype of the layers around
+            return f"{trained} weights beside {trained.dtype} ones, here {present.dtype}"
+        return f"{trained} weights, here {present}"
+    if _differ(trained.autocast, present.autocast):
+        return f"autocast {trained.autocast}, here {present.autocast}"
+    return None
+
+
+def _differ(trained: str | None, present: str | None) -> bool:
+    known = trained is not None and present is not None
+    return known and trained != present
+
+
+def base_mismatch(folder: str | Path, other: str | Path) -> str | None:
+    """Why the adapters in two folders cannot share one base, in a few words; None where they can.
+
+    They can where both name one base and revision, and were trained in one precision, as far as that was recorded.
+    """
+    trained_base, trained_revision = base_and_revision(str(folder))
+    other_base, other_revision = base_and_revision(str(other))
+    if trained_base is None:
+        return "no base that it names"
+    if other_base is None or not same_base(trained_base, other_base) or trained_revision != other_revision:
+        return f"base {_shown_base(trained_base, trained_revision)}, here {_shown_base(other_base, other_revision)}"
+    return precision_mismatch(
+        Precision.recorded(RewardNormalization.load(folder)), Precision.recorded(RewardNormalization.load(other))
+    )
+
+
+def shareable_adapter(folder: Path, policy: nn.Module, *, name: str | Path | None = None) -> RewardNormalization | None:
+    """What a reward adapter recorded, where it can score on the base of a loaded policy; None where it cannot.
+
+    It cannot where the folder holds no reward adapter (a whole model, an ensemble, a policy's adapter), where the
+    policy is no `PeftModel`, and where base, PEFT type or precision differ. Only the last is logged: there, another way
+    of loading the policy would save the memory of a second base.
+
+    Args:
+        folder: local folder of the reward model.
+        policy: model whose base is to be shared.
+        name: the reward model's name in the warning, by default `folder`.
+
+    Returns:
+        The recorded normalization, or its defaults where the folder has no `reward_normalization.json`.
+    """
+    if not isinstance(policy, PeftModel) or not (folder / "adapter_config.json").is_file():
+        return None
+    config = PeftConfig.from_pretrained(str(folder))
+    base = policy.get_base_model()
+    if config.task_type == TaskType.CAUSAL_LM:
+        return None
+    if not same_base(config.base_model_name_or_path, base.config.name_or_path):
+        return None
+    if config.peft_type != policy.active_peft_config.peft_type:
+        return None  # PEFT holds adapters of one type only
+
+    normalization = RewardNormalization.load(folder) or RewardNormalization()
+    # Not compared: the revision, which a loaded base does not know, and autocast, which the scorer sets itself.
+    trained = Precision.recorded(normalization)
+    present = Precision.of_model(base)
+    if present.quantization != "off":
+        # The dtype of the few layers that are not quantized is not worth a second base.
+        present = replace(present, dtype=None)
+    if precision_mismatch(trained, present) is not None:
+        logger.warning(
+            "%s was trained on %s weights, the policy has %s: loaded beside it, on a base of its own.",
+            name or folder,
+            trained,
+            present,
+        )
+        return None
+    return normalization
+
+
+def same_base(first: str | None, second: str | None) -> bool:
+    """Whether two names of base models are one: equal, or two paths of the same folder."""
+    if first is None or second is None:
+        return False
+    if first == second:
+        return True
+    # Relative and absolute, or through a link.
+    paths = [Path(first).expanduser(), Path(second).expanduser()]
+    if not all(path.is_dir() for path in paths):
+        return False
+    return paths[0].resolve() == paths[1].resolve()
+
+
+def _shown_base(name: str | None, revision: str | None) -> str:
+    if revision is None:
+        return str(name)
+    return f"{name} at {revision}"

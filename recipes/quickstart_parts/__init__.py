@@ -1,0 +1,1 @@
+"""What only the quickstart needs: its texts and the people it stands for (`data`), and how it ends (`report`)."""

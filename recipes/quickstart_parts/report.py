@@ -1,0 +1,290 @@
+"""What the quickstart leaves behind: the table at its end, samples to read, and a check that nothing is missing."""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_rlhf_ext.hub.markdown import escape_markdown
+
+CATEGORIES = (  # InstructGPT's table 1, spelt out here so that the check does not depend on what it checks
+    "generation",
+    "open QA",
+    "brainstorming",
+    "chat",
+    "rewrite",
+    "summarization",
+    "classification",
+    "other",
+    "closed QA",
+    "extract",
+)
+# Section of report.json -> keys that must be numbers; "" is the report itself.
+NUMBERS = {
+    "": ("seed", "peak_memory_gb"),
+    "reward_model": ("pairs", "heldout_pairs", "accuracy", "nll", "longer_wins_baseline", "annotator_ceiling"),
+    "ppo": (
+        "updates",
+        "gold_before",
+        "gold_after",
+        "gold_gain",
+        "proxy_before",
+        "proxy_after",
+        "kl",
+        "mean_length_before",
+        "mean_length_after",
+        "kl_coef",
+    ),
+}
+INTERVALS = {"reward_model": "accuracy_ci95", "ppo": "gold_gain_ci95"}
+FILES = ("frontier.png", "policy/README.md", "reward_model/README.md", "samples.md")
+MIN_SAMPLES = 5
+
+
+def check_report(folder: str | Path) -> list[str]:
+    """Problems of a finished run's folder, one line each: a missing key or file, or a number that is not finite.
+
+    An empty list means that `report.json` and the files beside it are complete. No gain is asked for.
+    """
+    folder = Path(folder)
+    problems = []
+    for name in FILES:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            problems.append(f"{name} is missing or empty: run the quickstart again")
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [*problems, "report.json is missing: run the quickstart again"]
+    except ValueError as error:
+        return [*problems, f"report.json is not JSON: {error}"]
+    if not isinstance(report, dict):
+        return [*problems, f"report.json holds a {type(report).__name__}, not an object"]
+
+    # Each one goes on where another found a problem: a broken run is seen whole.
+    for check in (_check_numbers, _check_intervals, _check_run, _check_categories):
+        problems += check(report)
+    problems += _check_finite(report, "report")
+    return problems
+
+
+def _check_numbers(report: Mapping[str, Any]) -> Iterator[str]:
+    for section, keys in NUMBERS.items():
+        values = _section(report, section) if section else report
+        for key in keys:
+            name = f"{section}.{key}" if section else key
+            yield from _check_number(values, key, name)
+
+
+def _check_number(values: Mapping[str, Any], key: str, name: str) -> Iterator[str]:
+    value = values.get(key)
+    if not _is_number(value):
+        yield f"report: `{name}` is {value!r}, not a number"
+
+
+def _check_intervals(report: Mapping[str, Any]) -> Iterator[str]:
+    for section, key in INTERVALS.items():
+        interval = _section(report, section).get(key)
+        if not isinstance(interval, list) or len(interval) != 2 or not all(_is_number(bound) for bound in interval):
+            yield f"report: `{section}.{key}` is {interval!r}, not [low, high]"
+            continue
+        low, high = interval
+        if math.inf > low > high:  # an infinite bound is `_check_finite`'s to report
+            yield f"report: `{section}.{key}` is {interval}, with low above high"
+
+
+def _check_run(report: Mapping[str, Any]) -> Iterator[str]:
+    """What was run, with which versions, and how long each stage took."""
+    for key in ("size", "command"):
+        if not isinstance(report.get(key), str) or not report[key]:
+            yield f"report: `{key}` is {report.get(key)!r}, not text"
+    for key in ("seconds", "versions"):
+        if not _section(report, key):
+            yield f"report: `{key}` is missing or empty"
+    seconds = _section(report, "seconds")
+    for stage in seconds:
+        yield from _check_number(seconds, stage, f"seconds.{stage}")
+
+
+def _check_categories(report: Mapping[str, Any]) -> Iterator[str]:
+    categories = _section(report, "categories")
+    for name in CATEGORIES:
+        row = _section(categories, name)
+        for key in ("n", "gold_before", "gold_after"):
+            yield from _check_number(row, key, f"categories.{name}.{key}")
+        if row.get("n") == 0:
+            yield f"report: `categories.{name}.n` is 0, so its means say nothing"
+
+
+def _check_finite(value: Any, where: str) -> Iterator[str]:
+    """Every number of the report, also those that nobody asked for: NaN is how a broken stage shows."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _check_finite(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _check_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{where} is {value}, not a finite number"
+
+
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object at `key`; an empty one where there is none."""
+    section = values.get(key)
+    if not isinstance(section, dict):
+        return {}
+    return section
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)  # finite or not: `_check_finite` tells
+
+
+def print_results(report: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """Prints the run in one short table: the reward model against its baselines, and what PPO changed."""
+    table = Table(title=f"Quickstart, seed {report['seed']}, size {report['size']}", title_justify="left")
+    table.add_column("what")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("note")
+    _add_reward_model(table, report["reward_model"])
+    n_prompts = sum(row["n"] for row in report["categories"].values())
+    _add_ppo(table, report["ppo"], n_prompts)
+    table.add_section()
+    _add_cost(table, report)
+    if console is None:
+        console = Console()
+    console.print(table)
+
+
+def _add_reward_model(table: Table, model: Mapping[str, Any]) -> None:
+    # What a reward model must beat, and what it cannot: counting words, and the annotator's own noise.
+    low, high = model["accuracy_ci95"]
+    longer, ceiling = model["longer_wins_baseline"], model["annotator_ceiling"]
+    baselines = f"longer wins {longer:.3f} · annotator's ceiling {ceiling:.3f}"
+    interval = f"95 % CI {low:.3f} to {high:.3f} · {model['heldout_pairs']} held-out pairs"
+    table.add_row("reward model accuracy", "", f"{model['accuracy']:.3f}", f"{baselines}\n{interval}")
+
+
+def _add_ppo(table: Table, ppo: Mapping[str, Any], n_prompts: int) -> None:
+    low, high = ppo["gold_gain_ci95"]
+    gain = f"gain {ppo['gold_gain']:+.3f} · 95 % CI {low:+.3f} to {high:+.3f}"
+    table.add_row("gold reward", *_both_ends(ppo, "gold", ".3f"), f"{gain}\n{n_prompts} held-out prompts")
+    table.add_row("proxy reward", *_both_ends(ppo, "proxy", ".3f"), "what PPO maximized")
+    kl_note = f"per completion, after {ppo['updates']} updates at β = {ppo['kl_coef']:.3g}"
+    table.add_row("KL to the SFT policy, nats", "0.0", f"{ppo['kl']:.1f}", kl_note)
+    table.add_row("mean length, tokens", *_both_ends(ppo, "mean_length", ".1f"), "of a completion")
+
+
+def _add_cost(table: Table, report: Mapping[str, Any]) -> None:
+    seconds = report["seconds"]
+    slowest = max(seconds, key=seconds.get)
+    table.add_row("seconds", "", f"{sum(seconds.values()):.0f}", f"longest stage: {slowest}, {seconds[slowest]:.0f}")
+    table.add_row("peak memory, GB", "", f"{report['peak_memory_gb']:.2f}", "largest resident size of a process")
+
+
+def _both_ends(section: Mapping[str, float], name: str, spec: str) -> tuple[str, str]:
+    return format(section[f"{name}_before"], spec), format(section[f"{name}_after"], spec)
+
+
+def write_samples(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes completions before and after PPO as markdown that shows exactly what the model wrote.
+
+    Rows hold `prompt`, `before`, `after` (text), and optionally `category`, `gold_before`, `gold_after`. Raises
+    `ValueError` for fewer than five rows: one can be chosen to please, five are harder to choose.
+    """
+    if len(rows) < MIN_SAMPLES:
+        raise ValueError(f"write_samples: {len(rows)} rows, at least {MIN_SAMPLES} are needed.")
+    lines = ["# Completions before and after PPO", "", "Held-out prompts, drawn by the seed, not chosen.", ""]
+    for row in rows:
+        # What a model writes may look like markup: shown as it is.
+        heading = f"**{escape_markdown(row['prompt'])}**"
+        if row.get("category"):
+            heading += f" ({escape_markdown(row['category'])})"
+        lines += [heading, ""]
+        for end in ("before", "after"):
+            label = end
+            if f"gold_{end}" in row:
+                label += f", gold {row[f'gold_{end}']:+.2f}"
+            lines.append(f"- {label}: {escape_markdown(row[end]) or '(empty)'}")
+        lines.append("")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def peak_memory_gb() -> float:
+    """Largest resident size, in 10^9 bytes, that this process or a child it has waited for reached.
+
+    A maximum over processes, not a sum. From getrusage(2), whose `ru_maxrss` is in kilobytes on Linux and in bytes on
+    macOS.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(own, children) * unit / 1e9
+
+
+def results_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of several runs, one row a seed, for the README."""
+    header = [
+        "seed",
+        "reward model accuracy (95 % CI)",
+        "longer wins",
+        "ceiling",
+        "gold before → after",
+        "gain (95 % CI)",
+        "KL, nats",
+        "tokens before → after",
+        "minutes",
+        "peak GB",
+    ]
+    rows = [header, ["---"] * len(header)]
+    for report in reports:
+        rows.append(_results_row(report))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _results_row(report: Mapping[str, Any]) -> list[str]:
+    model = report["reward_model"]
+    ppo = report["ppo"]
+    accuracy_low, accuracy_high = model["accuracy_ci95"]
+    gain_low, gain_high = ppo["gold_gain_ci95"]
+    return [
+        str(report["seed"]),
+        f"{model['accuracy']:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})",
+        f"{model['longer_wins_baseline']:.3f}",
+        f"{model['annotator_ceiling']:.3f}",
+        " → ".join(_both_ends(ppo, "gold", ".3f")),
+        f"{ppo['gold_gain']:+.3f} ({gain_low:+.3f} to {gain_high:+.3f})",
+        f"{ppo['kl']:.1f}",
+        " → ".join(_both_ends(ppo, "mean_length", ".1f")),
+        f"{sum(report['seconds'].values()) / 60:.1f}",
+        f"{report['peak_memory_gb']:.2f}",
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`FOLDER` checks a run and says what is missing; `--table REPORT.json …` prints the README's table."""
+    if arguments and arguments[0] == "--table":
+        reports = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments[1:]]
+        print(results_table(reports))
+        return 0
+    folder = arguments[0] if arguments else "runs/quickstart"
+    problems = check_report(folder)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    print("complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
