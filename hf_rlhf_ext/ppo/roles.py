@@ -24,6 +24,7 @@ from ..modeling.logprobs import (
 from ..modeling.stack import ADAPTER_NAMES, AdapterStack, read_weights
 from .batching import budget_chunks
 from .config import PPOConfig
+from .guards import are_finite
 from .rollout import Sequences
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -92,8 +93,7 @@ class Roles:
 
     def are_finite(self) -> bool:
         """Whether all trained weights are numbers."""
-        trained = (parameter for parameter in self.policy.parameters() if parameter.requires_grad)
-        return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+        return are_finite(parameter for parameter in self.policy.parameters() if parameter.requires_grad)
 
     # ---- What a role makes of tokens ----
 

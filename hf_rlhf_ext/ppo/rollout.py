@@ -1,6 +1,7 @@
 """A rollout: completions with everything that PPO's update needs, and the micro-batches that are cut from it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Sequences:
         """(B,) tokens of prompt and completion together."""
         return self.prompt_lengths + self.completion_lengths
 
-    @property
+    @cached_property  # the width is read off the device: once, not at every use
     def mask(self) -> Tensor:
         """(B, T) bool, True on emitted tokens; T is the longest completion."""
         return completion_mask(self.completion_lengths, int(self.completion_lengths.max()))
