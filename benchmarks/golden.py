@@ -1,11 +1,11 @@
-"""The golden run: whether another tree of this library trains the same numbers, to the bit.
+"""The golden run: checks that two trees of this library give exactly the same numbers in training.
 
     python benchmarks/golden.py against COMMIT            trains that commit and this tree, and compares (make golden)
-    python benchmarks/golden.py run OUT.json [NAME ...]   trains the tree that PYTHONPATH names, or the one installed
-    python benchmarks/golden.py compare A.json B.json     prints a table; exit status 1 where anything differs
+    python benchmarks/golden.py run OUT.json [NAME ...]   trains the tree in PYTHONPATH, or the installed one
+    python benchmarks/golden.py compare A.json B.json     prints a table; exit status 1 if anything differs
 
-The runs are in golden_runs.py. Numbers depend on the machine and on the versions of PyTorch and Transformers, so that
-both trees are trained on one machine each time: no result is kept in the repository.
+The runs are in golden_runs.py. Numbers depend on the machine and on the versions of PyTorch and Transformers. Both
+trees are therefore trained on the same machine each time, and no result is kept in the repository.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
-WORKER_TIMEOUT = 900  # seconds of a run in several processes
+WORKER_TIMEOUT = 900  # seconds, for a run in several processes
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -35,12 +35,12 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def run(out: Path, names: list[str]) -> int:
-    """Trains the named runs, all if there are none, and writes `out` after each of them; 1 where one failed."""
+    """Trains the named runs (all by default) and writes `out` after each of them; returns 1 if one failed."""
     from golden_runs import RUNS, api, package_file, prepare_torch
 
     unknown = [name for name in names if name not in RUNS]
     if unknown:
-        print(f"error: no run {unknown[0]!r}: there is {', '.join(RUNS)}", file=sys.stderr)
+        print(f"error: no run {unknown[0]!r}: choose from {', '.join(RUNS)}", file=sys.stderr)
         return 2
     prepare_torch()
     print(f"golden run of {package_file()} ({api()} names)", flush=True)
@@ -56,7 +56,7 @@ def run(out: Path, names: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="golden-") as folder:
             try:
                 record = one_run(name, Path(folder))
-            except Exception as error:  # the other runs are still worth comparing
+            except Exception as error:  # continue with the other runs
                 traceback.print_exc()
                 record = {"error": f"{type(error).__name__}: {error}"}
                 failed += 1
@@ -69,7 +69,7 @@ def run(out: Path, names: list[str]) -> int:
 
 
 def one_run(name: str, folder: Path) -> dict[str, Any]:
-    """What each process of a run has at its end, and digests of the files that it wrote."""
+    """The outcome of each process of a run, and digests of the files that it wrote."""
     from golden_runs import RUNS
 
     golden = RUNS[name]
@@ -81,7 +81,7 @@ def one_run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def run_in_processes(name: str, folder: Path, n: int) -> list[dict[str, Any]]:
-    """The same run in several processes (gloo), started by torchrun; returns what each of them has."""
+    """Trains the same run in several processes (gloo), started by torchrun; returns the outcome of each process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
     command += [str(HERE), "worker", name, str(folder)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -92,7 +92,7 @@ def run_in_processes(name: str, folder: Path, n: int) -> list[dict[str, Any]]:
 
 
 def worker(name: str, folder: Path) -> int:
-    """One of several processes of a run."""
+    """Trains a run in one of several processes."""
     from golden_runs import RUNS, prepare_torch
 
     prepare_torch()
@@ -106,7 +106,7 @@ def outcome_file(folder: Path, rank: int) -> Path:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of weights under the folder, those of checkpoints and of a saved rollout too."""
+    """sha256 of every safetensors file under the folder, including checkpoints and saved rollouts."""
     from hashlib import sha256
 
     digests = {}
@@ -120,7 +120,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Comparison:
-    """How one run of two trees compares; `first_difference` is empty where everything is equal."""
+    """The comparison of one run of two trees. `first_difference` is empty if everything is equal."""
 
     name: str
     weights: bool = True
@@ -136,7 +136,7 @@ class Comparison:
         return self.differences == 0
 
     def differs(self, where: str, before: Any, after: Any) -> None:
-        """Counts a difference, and keeps the first one to show."""
+        """Counts a difference, and keeps the first one for the table."""
         self.differences += 1
         if not self.first_difference:
             self.first_difference = f"{where}: {shortened(before)} → {shortened(after)}"
@@ -146,9 +146,9 @@ MISSING = "(missing)"
 
 
 def compare_run(name: str, before: dict[str, Any], after: dict[str, Any], *, all_logs: bool = True) -> Comparison:
-    """Compares what a run recorded in two trees, metrics first: the first that differs says most about the reason.
+    """Compares the records of a run in two trees. Metrics come first, as the first different metric helps most.
 
-    Without `all_logs`, the log of process 0 stands for those of the others.
+    Without `all_logs`, only the log of process 0 is compared.
     """
     result = Comparison(name)
     for side, record in (("before", before), ("after", after)):
@@ -180,19 +180,19 @@ def compare_process(
 
 
 def logged_values(log: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Every logged value, in the order of the log, under a name that says metric and step."""
+    """Every logged value, in the order of the log, with a name that contains metric and step."""
     seen: dict[str, int] = {}
     for entry in log:
         for metric in sorted(entry):
             where = f"{metric} at step {entry.get('step')}"
             seen[where] = seen.get(where, 0) + 1
-            if seen[where] > 1:  # the step itself is logged by training and by evaluation
+            if seen[where] > 1:  # the step is logged by training and by evaluation
                 where = f"{where} (log no. {seen[where]})"
             yield where, entry[metric]
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The numbers and texts in nested dicts and lists, each with its path; keys in alphabetical order."""
+    """The numbers and texts in nested dicts and lists with their paths, in alphabetical order of the keys."""
     if isinstance(value, dict):
         for key in sorted(value):
             yield from leaves(value[key], f"{path}/{key}")
@@ -216,7 +216,7 @@ def compare_numbers(result: Comparison, prefix: str, before: dict[str, Any], aft
 
 
 def compare_digests(result: Comparison, prefix: str, before: dict[str, str], after: dict[str, str]) -> bool:
-    """Whether all digests are equal, and none is there on one side only."""
+    """Whether all digests are equal and exist on both sides."""
     differences = result.differences
     for where in in_order(before, after):
         old = before.get(where, MISSING)
@@ -227,7 +227,7 @@ def compare_digests(result: Comparison, prefix: str, before: dict[str, str], aft
 
 
 def in_order(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Keys of both, each once."""
+    """The keys of both dicts, each once."""
     return list(before) + [key for key in after if key not in before]
 
 
@@ -242,7 +242,7 @@ def same(old: Any, new: Any) -> bool:
 
 
 def distance(old: Any, new: Any) -> float:
-    """|old - new|; infinite where one is missing, not a number, or NaN."""
+    """|old - new|; infinite if one of them is missing, not a number, or NaN."""
     if not (is_number(old) and is_number(new)):
         return math.inf
     difference = abs(old - new)
@@ -255,7 +255,7 @@ def shortened(value: Any) -> str:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Prints how the runs of two files compare; 1 where anything differs."""
+    """Prints the comparison of two files; returns 1 if anything differs."""
     before = json.loads(first.read_text())
     after = json.loads(second.read_text())
     for side, record in (("before", before), ("after", after)):
@@ -263,11 +263,11 @@ def compare(first: Path, second: Path) -> int:
     for library in LIBRARIES:
         versions = [record["versions"].get(library) for record in (before, after)]
         if versions[0] != versions[1]:
-            print(f"note: {library} is {versions[0]} before and {versions[1]} after: differences may be its own")
+            print(f"note: {library} is {versions[0]} before and {versions[1]} after: it may cause differences")
     all_logs = before["api"] == after["api"]
     if not all_logs:
-        # A decision: `PPOTrainer.log` of 0.1.0 was right on process 0 only, which is the one that is written and shown.
-        print("note: of several processes, the log of process 0 is compared: the old names' other logs were wrong")
+        # In 0.1.0, `PPOTrainer.log` was right on process 0 only, whose log is the one that is saved and shown.
+        print("note: in runs with several processes only the log of process 0 is compared (0.1.0 logged wrong values)")
     empty = {"error": "no such run"}
     comparisons = []
     for name in in_order(before["runs"], after["runs"]):
@@ -300,9 +300,9 @@ def print_table(comparisons: list[Comparison]) -> None:
 
 
 def against(commit: str, names: list[str], keep: Path | None) -> int:
-    """Trains the library of `commit` and the one of this tree, and compares them.
+    """Trains with the library of `commit` and with that of this tree, and compares them.
 
-    Both are trained by this file, so that a run added later is compared as well.
+    Both use the runs of this tree, so that runs added after `commit` are compared too.
     """
     with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
         before = Path(temporary) / "before"
@@ -313,17 +313,17 @@ def against(commit: str, names: list[str], keep: Path | None) -> int:
         status = train_trees(trees, names, side_by_side=(os.cpu_count() or 1) > 1)
         for out, tree in trees.items():
             if not out.is_file():
-                print(f"error: the golden run of {tree} wrote nothing", file=sys.stderr)
+                print(f"error: the golden run of {tree} wrote no result", file=sys.stderr)
                 return 1
             package = json.loads(out.read_text())["package"]
-            if not Path(package).is_relative_to(tree.resolve()):  # a tree that is compared with itself is always equal
+            if not Path(package).is_relative_to(tree.resolve()):  # otherwise a tree could be compared with itself
                 print(f"error: {package} was imported instead of the library in {tree}", file=sys.stderr)
                 return 1
         return max(status, compare(*trees))
 
 
 def extract(commit: str, folder: Path) -> None:
-    """The library as it is in a commit; unlike a worktree, this leaves nothing behind in the repository."""
+    """Extracts the library of a commit. Unlike a worktree, this leaves nothing in the repository."""
     command = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, "hf_rlhf_ext"]
     done = subprocess.run(command, capture_output=True)
     if done.returncode != 0:
@@ -333,7 +333,7 @@ def extract(commit: str, folder: Path) -> None:
 
 
 def train_trees(trees: dict[Path, Path], names: list[str], *, side_by_side: bool) -> int:
-    """One `run` for each tree, in a process of its own with one thread; 1 where one failed."""
+    """Trains each tree in a separate process with one thread; returns 1 if one failed."""
     processes = []
     for out, tree in trees.items():
         out.unlink(missing_ok=True)
@@ -354,13 +354,13 @@ def main() -> int:
     command.add_argument("commit")
     command.add_argument("names", nargs="*", metavar="NAME", help="only these runs")
     command.add_argument("--keep", type=Path, metavar="FOLDER", help="write before.json and after.json there")
-    command = commands.add_parser("run", help="train the imported tree")
+    command = commands.add_parser("run", help="train with the tree that is imported")
     command.add_argument("out", type=Path)
     command.add_argument("names", nargs="*", metavar="NAME", help="only these runs")
-    command = commands.add_parser("compare", help="compare two files of `run`")
+    command = commands.add_parser("compare", help="compare two files that `run` wrote")
     command.add_argument("before", type=Path)
     command.add_argument("after", type=Path)
-    command = commands.add_parser("worker", help="one of several processes of a run; `run` starts them")
+    command = commands.add_parser("worker", help="one of several processes of a run; started by `run`")
     command.add_argument("name")
     command.add_argument("folder", type=Path)
     args = parser.parse_args()

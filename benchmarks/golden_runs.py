@@ -1,11 +1,12 @@
-"""The runs of the golden run: small trainings that together pass through every part of both trainers.
+"""The runs of the golden run: small trainings that together use every part of both trainers.
 
-Everything is made here from fixed seeds: a random two-layer Llama, its tokenizer, prompts and comparisons. A run takes
-a folder to write to and returns what must not change: digests of weights and of the optimizer's state, every logged
-metric, and what else it is about. Each run also checks that what it is named for has happened (`expect`).
+Everything is created here from fixed seeds: a random two-layer Llama, its tokenizer, prompts and comparisons. A run
+gets a folder to write to and returns what must not change: digests of weights and of the optimizer's state, every
+logged metric, and results that are specific to the run. Each run also checks that what it is named for has happened
+(`expect`).
 
-Only public names of the library are used, so that the same file trains an older tree: `OPTIONS`, `ATTRIBUTES` and
-`METRICS` say what was called differently there.
+Only public names of the library are used, so that the same file can train an older tree. `OPTIONS`, `ATTRIBUTES` and
+`METRICS` list names that were different there.
 """
 
 import hashlib
@@ -48,12 +49,12 @@ from hf_rlhf_ext import (
     load_base_model,
 )
 
-# What is new → what it was called before. Runs are written with the new names.
+# New name → old name. The runs use the new names.
 OPTIONS = {"early_stop_kl": "target_kl", "joint_scoring": "mixed_pass"}
 ATTRIBUTES = {"stop_reason": "stopped_by"}
 METRICS: dict[str, str] = {}
 
-# Logged, but different in every run of the same program.
+# Logged values that differ in every run of the same program.
 TIMINGS = ("_runtime", "_per_second")
 
 CHAT_TEMPLATE = (
@@ -74,7 +75,7 @@ SCORED_COMPLETIONS = ["a sunny day", "", "the lazy dog the lazy dog", "happy"]
 
 @dataclass(frozen=True)
 class GoldenRun:
-    """A training to repeat: `train(folder)` returns what must not change; `processes` is how many train together."""
+    """A training to repeat. `train(folder)` returns what must not change; `processes` is the number of processes."""
 
     train: Callable[[Path], dict[str, Any]]
     processes: int
@@ -84,7 +85,7 @@ RUNS: dict[str, GoldenRun] = {}
 
 
 def golden_run(processes: int = 1):
-    """Adds a function to `RUNS` under its own name."""
+    """Adds a function to `RUNS` under its name."""
 
     def add(train: Callable[[Path], dict[str, Any]]):
         RUNS[train.__name__] = GoldenRun(train, processes)
@@ -94,7 +95,7 @@ def golden_run(processes: int = 1):
 
 
 def prepare_torch() -> None:
-    """One thread and deterministic kernels: sums in another order would differ in their last bits."""
+    """Sets one thread and deterministic kernels, as sums in another order differ in their last bits."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.utils.logging.set_verbosity_error()
@@ -109,7 +110,7 @@ def package_file() -> str:
 
 
 def api() -> str:
-    """Which names the imported library uses."""
+    """Whether the imported library uses the new or the old names."""
     if "early_stop_kl" in PPOConfig.__dataclass_fields__:
         return "new"
     return "old"
@@ -126,12 +127,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def weight_digests(model: torch.nn.Module) -> dict[str, str]:
-    """A digest for every weight of the model, adapters and heads of all roles included."""
+    """A digest for every weight of the model, including adapters and heads of all roles."""
     return {name: tensor_digest(weight) for name, weight in model.state_dict().items()}
 
 
 def trained_digest(model: torch.nn.Module) -> str:
-    """One digest of the parameters that are trained: their names tell which ones they are."""
+    """One digest of the names of the trained parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -140,7 +141,7 @@ def trained_digest(model: torch.nn.Module) -> str:
 
 
 def optimizer_digests(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """A digest for every tensor of the optimizer's state, and the options of its parameter groups as they are."""
+    """A digest for every tensor of the optimizer's state, and the options of its parameter groups."""
     content = optimizer.state_dict()
     digests = {}
     for number, state in content["state"].items():
@@ -152,7 +153,7 @@ def optimizer_digests(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def random_digests() -> dict[str, str]:
-    """Digests of the random states: equal where as many numbers were drawn, in the same order."""
+    """Digests of the random states. They are equal if the same numbers were drawn in the same order."""
     numpy_state = np.random.get_state()[1].tobytes()
     return {
         "torch": tensor_digest(torch.get_rng_state()),
@@ -162,7 +163,7 @@ def random_digests() -> dict[str, str]:
 
 
 def metrics_log(trainer) -> list[dict[str, Any]]:
-    """Everything that was logged, in its order, under the names of today and without timings."""
+    """Everything that was logged, in order, under the new names and without timings."""
     new_names = {old: new for new, old in METRICS.items()}
     log = []
     for entry in trainer.state.log_history:
@@ -171,7 +172,7 @@ def metrics_log(trainer) -> list[dict[str, Any]]:
 
 
 def outcome(trainer, **values: Any) -> dict[str, Any]:
-    """What a trainer leaves behind; `values` are further JSON-able results of the run."""
+    """The outcome of a training; `values` are further results of the run that JSON can represent."""
     return {
         "package": package_file(),
         "weights": weight_digests(trainer.model),
@@ -183,7 +184,7 @@ def outcome(trainer, **values: Any) -> dict[str, Any]:
 
 
 def attribute(owner: Any, name: str) -> Any:
-    """An attribute under its name of today or, in an older tree, under the one it had."""
+    """An attribute under its new name or, in an older tree, under its old name."""
     if hasattr(owner, name):
         return getattr(owner, name)
     return getattr(owner, ATTRIBUTES[name])
@@ -195,7 +196,7 @@ def logged(trainer, name: str) -> list[float]:
 
 
 def expect(condition: bool, what: str) -> None:
-    """A run that no longer does what it is named for compares nothing: better an error."""
+    """Raises an error if a run no longer does what it is named for."""
     if not condition:
         raise RuntimeError(f"this run does not do what it is for: {what}")
 
@@ -204,7 +205,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template, eos `<|im_end|>` and a pad token of its own."""
+    """A byte-level BPE tokenizer with a ChatML template, eos `<|im_end|>` and a separate pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
@@ -241,7 +242,7 @@ def tiny_config() -> LlamaConfig:
 
 
 def tiny_policy(sharpness: float = 1.0) -> LlamaForCausalLM:
-    """A random Llama, the same every time; `sharpness` scales its logits: a flat one hardly has a KL to lose."""
+    """A random Llama, always the same. `sharpness` scales its logits, so that the KL is not negligible."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config())
     model.lm_head.weight.data *= sharpness
@@ -256,7 +257,7 @@ def tiny_reward_model() -> LlamaForSequenceClassification:
 
 
 def saved_base(folder: Path) -> str:
-    """A folder with the tiny Llama and its tokenizer, for what loads models by their path."""
+    """A folder with the tiny Llama and its tokenizer, for runs that load models by path."""
     base = folder / "base"
     tiny_policy().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
@@ -276,7 +277,7 @@ def chat_rows() -> Dataset:
 
 
 def pair_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """TRL's preference rows: the completion with "happy" in it is the better one."""
+    """Preference rows in TRL's format. The completion with the word "happy" is better."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(n):
@@ -297,7 +298,7 @@ def chat_pair_rows(n: int) -> list[dict[str, Any]]:
 
 
 def comparison_rows(n: int, *, seed: int = 0, size: int | None = None) -> list[dict[str, Any]]:
-    """Comparison rows of 2 to 4 completions (or `size`) with soft targets, ties, margins and uneven weights."""
+    """Comparison rows of 2 to 4 completions (or `size`) with soft targets, ties, margins and different weights."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(n):
@@ -321,7 +322,7 @@ def comparison_rows(n: int, *, seed: int = 0, size: int | None = None) -> list[d
 
 
 def ranked_rows(n: int) -> list[dict[str, Any]]:
-    """Comparison rows whose completions are ranked in full, the first one best: Plackett-Luce takes these."""
+    """Comparison rows with fully ranked completions, from the best to the worst, for Plackett-Luce."""
     rows = comparison_rows(n, size=4)
     for row in rows:
         row["targets"] = [1.0] * len(row["pairs"])
@@ -350,7 +351,7 @@ def token_reward(completion_ids, **columns):
 
 
 async def partial_reward(completions, log_metric, log_extra, **columns):
-    """An async function that has no score for some completions, and logs something of its own."""
+    """An async function that returns no score for some completions and logs a metric."""
     scores = [None if len(text) % 3 == 0 else 0.1 * len(text) for text in completions]
     log_metric("partial/unscored", float(scores.count(None)))
     log_extra("length", [len(text) for text in completions])
@@ -361,7 +362,7 @@ async def partial_reward(completions, log_metric, log_extra, **columns):
 
 
 class StopAt(TrainerCallback):
-    """Ends a run as a killed one ends: without the steps that were still to come."""
+    """Ends a run early, like a run that is killed."""
 
     def __init__(self, step: int):
         self.step = step
@@ -371,7 +372,7 @@ class StopAt(TrainerCallback):
 
 
 class Jump(TrainerCallback):
-    """Throws the policy far from its reference after some steps, as a step that is far too large does."""
+    """Moves the policy far from its reference after some steps, like an optimizer step that is far too large."""
 
     def __init__(self, *steps: int):
         self.steps = steps
@@ -444,13 +445,13 @@ def ppo_config(folder: Path, options: dict[str, Any]) -> PPOConfig:
     for new, old in OPTIONS.items():
         if new in options and new not in PPOConfig.__dataclass_fields__:
             options[old] = options.pop(new)
-    # A fifth of the vocabulary ends a completion, so that lengths are ragged.
+    # A fifth of the vocabulary are stop tokens, so that completions have different lengths.
     options.setdefault("stop_token_ids", list(range(0, tiny_config().vocab_size, 5)))
     return PPOConfig(str(folder / "ppo"), **options)
 
 
 def ppo_trainer(folder: Path, *, arguments: dict[str, Any] | None = None, **options: Any) -> PPOTrainer:
-    """A PPOTrainer of a LoRA policy on the tiny Llama; `arguments` are PPOTrainer's own, `options` PPOConfig's."""
+    """A `PPOTrainer` with a LoRA on the tiny Llama. `arguments` are those of the trainer, `options` of the config."""
     defaults = {
         "reward_funcs": letter_reward,
         "train_dataset": prompt_rows(),
@@ -466,7 +467,7 @@ def ppo_trainer(folder: Path, *, arguments: dict[str, Any] | None = None, **opti
 
 
 def finished_ppo(trainer: PPOTrainer, **values: Any) -> dict[str, Any]:
-    """Trains, saves, and returns the outcome."""
+    """Trains, saves and returns the outcome."""
     trainer.train()
     trainer.save_model()
     return outcome(trainer, stopped=attribute(trainer, "stop_reason") is not None, **values)
@@ -475,7 +476,7 @@ def finished_ppo(trainer: PPOTrainer, **values: Any) -> dict[str, Any]:
 def reward_trainer(
     folder: Path, rows: list[dict[str, Any]], *, arguments: dict[str, Any] | None = None, **options: Any
 ) -> BradleyTerryTrainer:
-    """A BradleyTerryTrainer of a LoRA on the tiny Llama; `arguments` are the trainer's own, `options` the config's."""
+    """A `BradleyTerryTrainer` with a LoRA. `arguments` are those of the trainer, `options` of the config."""
     defaults = {"processing_class": make_tokenizer(), "peft_config": lora("SEQ_CLS")}
     arguments = defaults | (arguments or {})
     if "model" not in arguments:
@@ -487,9 +488,9 @@ def reward_trainer(
 
 
 def reward_outcome(trainer: BradleyTerryTrainer, **values: Any) -> dict[str, Any]:
-    """The outcome of a reward run, with its data reports, its normalization and scores in memory and from disk."""
+    """The outcome of a reward run, with data reports, normalization, and scores in memory and after loading."""
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # the first process writes, all of them read
+    trainer.accelerator.wait_for_everyone()  # the first process writes, all processes read
     folder = Path(trainer.args.output_dir)
     reloaded = RewardScorer.from_pretrained(folder, base=base_in_memory(trainer.model), device="cpu")
     normalization = json.loads((folder / "reward_normalization.json").read_text())
@@ -506,7 +507,7 @@ def reward_outcome(trainer: BradleyTerryTrainer, **values: Any) -> dict[str, Any
 
 
 def base_in_memory(model) -> LlamaForSequenceClassification | None:
-    """The base of an adapter whose model came from no folder, so that the saved adapter cannot name one."""
+    """The base of an adapter whose model was not loaded from a folder, so that the saved adapter names no base."""
     if isinstance(model, PeftModel) and not model.get_base_model().config.name_or_path:
         return tiny_reward_model()
     return None
@@ -525,7 +526,7 @@ def reward_adapter(folder: Path, base: str, name: str, seed: int = 3) -> Bradley
         arguments={"model": base},
         max_steps=4,
         seed=seed,
-        model_init_kwargs={"dtype": "float32"},  # "auto" would be bf16 on some machines
+        model_init_kwargs={"dtype": "float32"},  # "auto" means bf16 on some machines
     )
     trainer.train()
     trainer.save_model()
@@ -537,7 +538,7 @@ def reward_adapter(folder: Path, base: str, name: str, seed: int = 3) -> Bradley
 
 @golden_run()
 def reward_pairs(folder: Path) -> dict[str, Any]:
-    """TRL's rows, evaluated in between; a row that is too long is dropped, and so is one without a difference."""
+    """Rows in TRL's format, with evaluations. A row that is too long and a row without a difference are dropped."""
     rows = pair_rows(24)
     rows[5]["chosen"] = "happy " * 60
     rows[7]["chosen"] = rows[7]["rejected"]
@@ -552,7 +553,7 @@ def reward_pairs(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_kwise_shared(folder: Path) -> dict[str, Any]:
-    """K completions share a row with their prompt; categories and margins in the evaluation."""
+    """K completions share a row with their prompt. The evaluation has categories and margins."""
     evaluation = {"eval_dataset": Dataset.from_list(comparison_rows(16, seed=1))}
     trainer = reward_trainer(
         folder,
@@ -569,13 +570,13 @@ def reward_kwise_shared(folder: Path) -> dict[str, Any]:
 @golden_run()
 def reward_kwise_plain(folder: Path) -> dict[str, Any]:
     trainer = reward_trainer(folder, comparison_rows(24), layout="plain", warmup_steps=2, weight_decay=0.01)
-    expect(trainer.layout == "plain", "one row a completion")
+    expect(trainer.layout == "plain", "one row per completion")
     return finished_reward(trainer)
 
 
 @golden_run()
 def reward_micro_batches(folder: Path) -> dict[str, Any]:
-    """Batches in parts of a token budget, and two of them a step; evaluation too."""
+    """Batches that are split by a token budget, two of them per step; also in evaluation."""
     evaluation = {"eval_dataset": Dataset.from_list(comparison_rows(10, seed=1))}
     trainer = reward_trainer(
         folder,
@@ -592,7 +593,7 @@ def reward_micro_batches(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_ties_and_margins(folder: Path) -> dict[str, Any]:
-    """Rao and Kupper's ties with margins, label smoothing and centered rewards."""
+    """Ties of Rao and Kupper, with margins, label smoothing and centered rewards."""
     trainer = reward_trainer(
         folder,
         comparison_rows(24),
@@ -613,7 +614,7 @@ def reward_davidson(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_plackett_luce(folder: Path) -> dict[str, Any]:
-    """Full rankings; two evaluation sets."""
+    """Full rankings, and two evaluation sets."""
     sets = {"easy": Dataset.from_list(ranked_rows(8)), "hard": Dataset.from_list(comparison_rows(8, seed=2))}
     trainer = reward_trainer(
         folder,
@@ -629,7 +630,7 @@ def reward_plackett_luce(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_full(folder: Path) -> dict[str, Any]:
-    """Full fine-tuning on conversations; the normalization is measured on demonstrations."""
+    """Full fine-tuning on conversations, with a normalization that is measured on demonstrations."""
     demonstrations = []
     for row in chat_pair_rows(10):
         demonstrations.append({"messages": row["prompt"] + row["chosen"]})
@@ -642,7 +643,7 @@ def reward_full(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_resumed(folder: Path) -> dict[str, Any]:
-    """A run that goes on from a checkpoint in a trainer of its own; prompts that are too long are cut."""
+    """A run that resumes from a checkpoint in a new trainer. Prompts that are too long are cut."""
     rows = pair_rows(24)
     rows[3]["prompt"] = "Tell me about many words " * 6
     base = saved_base(folder)
@@ -657,7 +658,7 @@ def reward_resumed(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def reward_ensemble(folder: Path) -> dict[str, Any]:
-    """Two members on one base, and what they say together."""
+    """An ensemble of two members on one base."""
     base = saved_base(folder)
     members = []
     for seed in (0, 1):
@@ -671,13 +672,13 @@ def reward_ensemble(folder: Path) -> dict[str, Any]:
     values["raw_mean"] = ensemble.raw(SCORED_PROMPTS, SCORED_COMPLETIONS)
     values["disagreement"] = ensemble.disagreement(SCORED_PROMPTS, SCORED_COMPLETIONS).tolist()
     expect(max(values["disagreement"]) > 0, "the members differ")
-    export_merged(members[0], folder / "merged")  # its digest is among the files
+    export_merged(members[0], folder / "merged")  # its digest is compared with those of the other files
     return reward_outcome(trainer, **values)
 
 
 @golden_run()
 def reward_encoder(folder: Path) -> dict[str, Any]:
-    """A random BERT, which gives one score a row."""
+    """A random BERT, which returns one score per row."""
     config = BertConfig(
         vocab_size=len(ENCODER_VOCABULARY),
         hidden_size=32,
@@ -691,7 +692,7 @@ def reward_encoder(folder: Path) -> dict[str, Any]:
     base = folder / "base"
     BertModel(config).save_pretrained(base)
     BertTokenizer(vocab={word: number for number, word in enumerate(ENCODER_VOCABULARY)}).save_pretrained(base)
-    # The tokenizer is loaded with the model: encoders get a template of their own there.
+    # The tokenizer is loaded with the model, which gives encoders a chat template.
     arguments = {"model": load_base_model(str(base), task="reward", dtype="float32"), "processing_class": None}
     return finished_reward(reward_trainer(folder, chat_pair_rows(24), arguments=arguments))
 
@@ -731,7 +732,7 @@ def ppo_head_critic(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_adapter_critic(folder: Path) -> dict[str, Any]:
-    """The default critic, with a learning rate of its own and gamma below 1."""
+    """The default critic, with a separate learning rate, and gamma below 1."""
     trainer = ppo_trainer(
         folder, critic="adapter", vf_coef=0.5, value_learning_rate=5e-3, gamma=0.95, whiten_advantages=False
     )
@@ -740,13 +741,13 @@ def ppo_adapter_critic(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_model_critic(folder: Path) -> dict[str, Any]:
-    """Full fine-tuning: policy, reference and critic are models of their own."""
+    """Full fine-tuning: policy, reference and critic are separate models."""
     return finished_ppo(ppo_trainer(folder, arguments={"peft_config": None}, critic="model", learning_rate=1e-3))
 
 
 @golden_run()
 def ppo_from_paths(folder: Path) -> dict[str, Any]:
-    """Policy, tokenizer and critic by their paths, all trained whole."""
+    """Policy, tokenizer and critic given by path, with full fine-tuning."""
     base = saved_base(folder)
     reward_folder = folder / "critic"
     tiny_reward_model().save_pretrained(reward_folder)
@@ -770,7 +771,7 @@ def ppo_without_reference(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_dora(folder: Path) -> dict[str, Any]:
-    """DoRA on the attention and on the output head: adapters that one pass cannot mix."""
+    """DoRA on the attention and on the output head: adapters that cannot be scored jointly."""
     peft_config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "lm_head"], use_dora=True, task_type="CAUSAL_LM"
     )
@@ -797,7 +798,7 @@ def ppo_adaptive_kl(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_token_rewards(folder: Path) -> dict[str, Any]:
-    """Rewards for each token beside scores of whole completions, weighted and scaled."""
+    """Token rewards and scores of whole completions, weighted and scaled."""
     arguments = {"reward_funcs": [token_reward, letter_reward]}
     trainer = ppo_trainer(folder, arguments=arguments, reward_weights=[1.0, 0.3], reward_scale=0.5, reward_clip=1.0)
     return finished_ppo(trainer)
@@ -830,7 +831,7 @@ def ppo_kl_in_loss(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_rollback(folder: Path) -> dict[str, Any]:
-    """The policy jumps above the ceiling after step 10: weights and optimizer of step 8 come back, once."""
+    """The policy exceeds `max_kl` after step 10, and weights and optimizer of step 8 are restored once."""
     trainer = ppo_trainer(
         folder,
         arguments={"model": tiny_policy(30.0), "callbacks": [Jump(10)]},
@@ -846,15 +847,15 @@ def ppo_rollback(folder: Path) -> dict[str, Any]:
     )
     result = finished_ppo(trainer)
     coefficients = logged(trainer, "objective/kl_coef")
-    # Rollouts of steps 0, 4 and 8, the mean of the one above the ceiling and its repetition, and one of step 16.
+    # Rollouts of steps 0, 4 and 8, the mean of the one above `max_kl` and its repetition, and one of step 16.
     expect(coefficients == [0.01, 0.01, 0.01, 0.015, 0.02], f"kl_coef is doubled once, got {coefficients}")
-    expect(not result["values"]["stopped"], "training goes on after the rollback")
+    expect(not result["values"]["stopped"], "training continues after the rollback")
     return result
 
 
 @golden_run()
 def ppo_rollbacks_end(folder: Path) -> dict[str, Any]:
-    """The policy jumps again and again: after three rollbacks training ends, with the weights of a checkpoint."""
+    """The policy exceeds `max_kl` repeatedly: after three rollbacks training stops with the weights of a checkpoint."""
     trainer = ppo_trainer(
         folder,
         arguments={"model": tiny_policy(30.0), "callbacks": [Jump(10, 14, 18, 22, 26)]},
@@ -873,7 +874,7 @@ def ppo_rollbacks_end(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_kl_ceiling(folder: Path) -> dict[str, Any]:
-    """The policy jumps above the ceiling, and training stops."""
+    """The policy exceeds `max_kl`, and training stops."""
     arguments = {"model": tiny_policy(30.0), "callbacks": [Jump(6)]}
     trainer = ppo_trainer(folder, arguments=arguments, learning_rate=3e-3, kl_coef=0.01, max_kl=5.0)
     result = finished_ppo(trainer)
@@ -888,13 +889,13 @@ def ppo_raised_coefficient(folder: Path) -> dict[str, Any]:
         folder, arguments=arguments, learning_rate=3e-3, kl_coef=0.01, max_kl=5.0, max_kl_action="raise_kl_coef"
     )
     result = finished_ppo(trainer)
-    expect(max(logged(trainer, "objective/kl")) > 5.0, "the policy is above the ceiling")
+    expect(max(logged(trainer, "objective/kl")) > 5.0, "the policy exceeds max_kl")
     return result
 
 
 @golden_run()
 def ppo_skipped_step(folder: Path) -> dict[str, Any]:
-    """Gradients of step 3 are not finite: it changes nothing."""
+    """The gradients of step 3 are not finite, so the step is skipped."""
     trainer = ppo_trainer(folder, arguments={"callbacks": [SpoilGradients(3)]}, weight_decay=0.1, max_steps=8)
     result = finished_ppo(trainer)
     expect(logged(trainer, "guards/skipped_steps") == [0, 0, 1, 0, 0, 0, 0, 0], "step 3 is skipped")
@@ -903,7 +904,7 @@ def ppo_skipped_step(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_skipped_steps_end(folder: Path) -> dict[str, Any]:
-    """Three steps in a row without finite gradients end the training."""
+    """Three consecutive steps with non-finite gradients stop training."""
     arguments = {"callbacks": [SpoilGradients(2, 3, 5, 6, 7, 8)]}
     trainer = ppo_trainer(folder, arguments=arguments, critic="head", max_skipped_steps=3)
     result = finished_ppo(trainer)
@@ -913,7 +914,7 @@ def ppo_skipped_steps_end(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_broken_weights(folder: Path) -> dict[str, Any]:
-    """Weights that are not finite: those of the last good checkpoint come back, and training ends."""
+    """Weights are not finite: those of the last good checkpoint are restored, and training stops."""
     arguments = {"callbacks": [Break(8)]}
     trainer = ppo_trainer(folder, arguments=arguments, save_strategy="steps", save_steps=4)
     result = finished_ppo(trainer)
@@ -924,16 +925,16 @@ def ppo_broken_weights(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_early_stop(folder: Path) -> dict[str, Any]:
-    """Inner epochs end when the policy has moved too far from the one that made the rollout."""
+    """The passes over a rollout end early when the policy has moved too far from the one that made it."""
     trainer = ppo_trainer(folder, arguments={"model": tiny_policy(10.0)}, early_stop_kl=0.02, num_ppo_epochs=4)
     result = finished_ppo(trainer)
-    expect(set(logged(trainer, "policy/stopped_early")) == {0.0, 1.0}, "some rollouts are left early")
+    expect(set(logged(trainer, "policy/stopped_early")) == {0.0, 1.0}, "some rollouts end early")
     return result
 
 
 @golden_run()
 def ppo_evaluation(folder: Path) -> dict[str, Any]:
-    """Evaluation in between with a further reward; the best weights come back at the end."""
+    """Evaluations with a further reward. The best weights are loaded at the end."""
     arguments = {"eval_dataset": prompt_rows().select(range(5)), "eval_reward_funcs": length_reward}
     trainer = ppo_trainer(
         folder,
@@ -962,7 +963,7 @@ def other_prompt_rows() -> Dataset:
 
 @golden_run()
 def ppo_shaped_scores(folder: Path) -> dict[str, Any]:
-    """Every step between a score and the reward of a completion."""
+    """All options that change the score of a completion."""
     trainer = ppo_trainer(
         folder,
         normalize_rewards=True,
@@ -993,7 +994,7 @@ def ppo_token_budget(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_resumed(folder: Path) -> dict[str, Any]:
-    """Goes on from a checkpoint in the middle of a rollout, in a trainer of its own."""
+    """Resumes from a checkpoint in the middle of a rollout, in a new trainer."""
     options = {
         "max_steps": 12,
         "save_strategy": "steps",
@@ -1010,8 +1011,8 @@ def ppo_resumed(folder: Path) -> dict[str, Any]:
     first = ppo_trainer(folder, arguments={"callbacks": [StopAt(6)]}, **options)
     first.train()
     rollout_files = list(Path(first.args.output_dir).glob("checkpoint-6/*rollout*"))
-    expect(len(rollout_files) == 1, "the checkpoint holds the rollout in use")
-    torch.rand(7)  # whatever a new process has drawn before
+    expect(len(rollout_files) == 1, "the checkpoint has the current rollout")
+    torch.rand(7)  # a new process may have drawn random numbers before
     second = ppo_trainer(folder, **options)
     second.train(resume_from_checkpoint=True)
     second.save_model()
@@ -1021,19 +1022,19 @@ def ppo_resumed(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_shared_reward(folder: Path) -> dict[str, Any]:
-    """The reward adapter is on the policy's base, and the critic starts from it."""
+    """The reward adapter shares the policy's base, and the critic starts from it."""
     base = saved_base(folder)
     reward_folder = reward_adapter(folder, base, "member").args.output_dir
     arguments = {"model": load_base_model(base, dtype="float32"), "reward_funcs": reward_folder}
     trainer = ppo_trainer(folder, arguments=arguments, critic="adapter")
     names = [name for name in trainer.model.state_dict() if ".reward." in name]
-    expect(len(names) > 0, "the policy's base holds the reward adapter")
+    expect(len(names) > 0, "the policy's base has the reward adapter")
     return finished_ppo(trainer)
 
 
 @golden_run()
 def ppo_reward_models(folder: Path) -> dict[str, Any]:
-    """Two reward models as an ensemble, on a base of their own; one of them alone in the evaluation."""
+    """An ensemble of two reward models on a separate base. The evaluation also uses one of them alone."""
     base = saved_base(folder)
     members = [reward_adapter(folder, base, f"member-{seed}", seed).args.output_dir for seed in (0, 1)]
     ensemble = RewardEnsemble.from_pretrained(members, combine="conservative", penalty=0.5, device="cpu")
@@ -1051,12 +1052,12 @@ def ppo_reward_models(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_sft_adapter(folder: Path) -> dict[str, Any]:
-    """Trains a LoRA further, its frozen copy is the reference; conversations; all roles are scored in one pass."""
+    """Trains a LoRA further on conversations, with a frozen copy as the reference and joint scoring."""
     torch.manual_seed(1)
     policy = get_peft_model(tiny_policy(), lora("CAUSAL_LM"))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
-        if "lora_B" in name:  # zeros in a new adapter: this one has learned something
+        if "lora_B" in name:  # zero in a new adapter; not zero in one that was trained
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     arguments = {
         "model": policy,
@@ -1069,7 +1070,7 @@ def ppo_sft_adapter(folder: Path) -> dict[str, Any]:
 
 @golden_run()
 def ppo_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling that differs from the policy's distribution, and an async reward that knows no score for some."""
+    """Sampling that differs from the policy's distribution, and an async reward without scores for some completions."""
     arguments = {"model": tiny_policy(10.0), "reward_funcs": [partial_reward, letter_reward]}
     trainer = ppo_trainer(
         folder,
@@ -1079,12 +1080,12 @@ def ppo_sampling(folder: Path) -> dict[str, Any]:
         top_p=0.9,
         generation_kwargs={"min_p": 0.01},
         importance_sampling_correction=True,
-        importance_sampling_cap=0.55,  # below 1: a token that top-k and top-p keep is likelier than in the policy
+        importance_sampling_cap=0.55,  # below 1, as top-k and top-p make the tokens that they keep more likely
         generation_batch_size=3,
         merge_for_generation=False,
     )
     result = finished_ppo(trainer)
-    expect(max(logged(trainer, "partial/unscored")) > 0, "some completions have no score of one function")
+    expect(max(logged(trainer, "partial/unscored")) > 0, "some completions have no score from one function")
     return result
 
 
@@ -1111,7 +1112,7 @@ def ppo_two_processes(folder: Path) -> dict[str, Any]:
 
 @golden_run(processes=2)
 def ppo_two_processes_resumed(folder: Path) -> dict[str, Any]:
-    """PPO-ptx with gradient accumulation, on from the middle of a rollout, in two processes."""
+    """PPO-ptx with gradient accumulation in two processes, resumed in the middle of a rollout."""
     texts = [{"text": text} for text in TOKENIZER_TEXTS]
     options = {
         "critic": "head",

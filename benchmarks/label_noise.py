@@ -1,10 +1,11 @@
-"""Study: reward-model accuracy at 0-40 % flipped votes: single votes, split-vote targets and reliability weights.
+"""Study: accuracy of a reward model with 0 to 40 percent flipped votes, for three kinds of targets.
 
-make study-noise        # writes docs/study/label_noise.json and .png; goes on where it was stopped
+make study-noise        # writes docs/study/label_noise.json and .png; continues where it was stopped
 
-Three annotators of unequal care judge every pair (their mean error is the level). The reward model is a LoRA on
-stories260K, the rule that more "happy" wins; the held-out pairs carry no noise. `single` trains on one vote a
-pair, `split` on the mean of the three, `reliability` on Dawid-Skene's posterior of the same three.
+Three annotators with different error rates judge every pair; the level is their mean error rate. The reward model is a
+LoRA on stories260K. The completion with more words "happy" is better, and the held-out pairs have no noise. `single`
+trains on one vote per pair, `split` on the mean of the three votes, and `reliability` on the posterior of Dawid and
+Skene from the same three votes.
 """
 
 import json
@@ -24,12 +25,12 @@ SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
 OUT = Path("docs/study/label_noise.json")
 LEVELS, METHODS, SEEDS = (0.0, 0.1, 0.2, 0.3, 0.4), ("single", "split", "reliability"), (0, 1, 2)
 CARE = (0.25, 1.0, 1.75)
-"""Each annotator's error as a multiple of the level: unequal, so that there is something to find out."""
+"""Error rate of each annotator as a multiple of the level."""
 WORDS = ["dog", "cat", "park", "ball", "sad", "big", "red", "tree", "play", "run"]
 
 
 def judged_pairs(n: int, level: float, method: str, seed: int) -> Dataset:
-    """Pairs of random story words of which the one with more "happy" is better, with noisy votes."""
+    """Pairs of random story words with noisy votes. The completion with more words "happy" is better."""
     rng = np.random.default_rng(seed)
     rows = []
     for k in range(n):
@@ -49,7 +50,7 @@ def judged_pairs(n: int, level: float, method: str, seed: int) -> Dataset:
 
 
 def accuracy(level: float, method: str, seed: int) -> float:
-    """Held-out accuracy without noise, after training on noisy labels."""
+    """Accuracy on held-out pairs without noise, after training on noisy labels."""
     train = judged_pairs(384, level, method, seed).remove_columns("votes")
     heldout = judged_pairs(300, 0.0, "split", 1000 + seed).remove_columns("votes")
     with TemporaryDirectory() as folder:

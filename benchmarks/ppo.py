@@ -1,14 +1,16 @@
-"""PPO beside TRL 1.12.0's, the last release that had it: seconds an update and peak memory, each in its own process.
+"""PPO compared with TRL 1.12.0, the last release with PPO: seconds per update and peak memory.
 
-make bench-ppo          # about 30 minutes on two idle cores; RLHF_SHARED names the shared data folder
+make bench-ppo          # about 30 minutes on two idle cores; RLHF_SHARED is the folder with the shared data
 
-SmolLM2-135M in bf16, LoRA r 16 on all linear layers, 32 prompts of HH-RLHF (125 to 185 tokens) with 48 new tokens each,
-two inner epochs of one optimizer step, learning rate 1e-5. No stop token on either side, so that both do the same
-work. The reward of both is the share of common tokens in the last 16: for TRL, which takes models only, as a module
-without weights. TRL trains a full value model, its own way; ours a head on the policy or an adapter. TRL's wheel is
-fetched with pip into a folder of its own, everything else is the same environment. The first update warms up and is
-not counted. A bare loop over the same tokens is timed after each update of a second run of ours: generation from merged
-weights, and plain forward and backward passes of the same roles with the output head on completion positions only.
+Both use SmolLM2-135M in bf16, LoRA r 16 on all linear layers, 32 prompts of HH-RLHF (125 to 185 tokens) with 48 new
+tokens each, two passes of one optimizer step, and learning rate 1e-5. There is no stop token, so that both do the same
+work. The reward is the fraction of common tokens in the last 16; for TRL, which accepts only models, it is a module
+without weights. TRL trains a full value model, and this library a head on the policy or an adapter. Each run has its
+own process. The wheel of TRL 1.12.0 is downloaded with pip into a separate folder; all other packages are the same. The
+first update is a warm-up and is not counted.
+
+A second run of this library also times, after each update, a minimal loop over the same tokens: generation from merged
+weights, and forward and backward passes of the same roles with the output head at the positions of completions only.
 """
 
 import json
@@ -25,10 +27,10 @@ TRL = "1.12.0"
 SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
 OUT = Path("docs/study/ppo_benchmark.json")
 PROMPTS, NEW_TOKENS, INNER_EPOCHS, RATE = 32, 48, 2, 1e-5
-MICRO_BATCH = 8  # completions of a forward pass; 1,600 tokens here
+MICRO_BATCH = 8  # completions per forward pass, here about 1,600 tokens
 MAX_TOKENS = 1000
 WINDOW, COMMON = 16, 2000
-"""The reward: the share of the last `WINDOW` tokens whose id is below `COMMON`."""
+"""The reward is the fraction of the last `WINDOW` tokens whose id is below `COMMON`."""
 
 # name -> (trainer, critic or micro-batch, updates after the warm-up)
 RUNS = {
@@ -42,28 +44,28 @@ RUNS = {
 
 
 def trl_folder() -> Path:
-    """A folder with TRL's wheel alone, fetched once into the Hugging Face cache."""
+    """A folder with the wheel of TRL only, downloaded once into the Hugging Face cache."""
     from huggingface_hub.constants import HF_HOME
 
     folder = Path(HF_HOME) / "hf_rlhf_ext" / f"trl-{TRL}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # renamed when whole, so never half there
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # renamed when complete
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--target", f"{scratch}/trl", f"trl=={TRL}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SystemExit(
-                f"error: pip could not fetch the wheel of trl {TRL}, there is nothing to compare: {reason}"
+                f"error: pip could not download the wheel of trl {TRL}, which the comparison needs: {reason}"
             )
         (Path(scratch) / "trl").rename(folder)
     return folder
 
 
 def write_job(path: Path) -> None:
-    """The model's folder and the prompts, as messages and as token ids, for every process."""
+    """Writes the folder of the model and the prompts, as messages and as token ids, for every process."""
     from hf_rlhf_ext import load_comparisons, load_tokenizer
     from hf_rlhf_ext.data.text import encode_prompt
     from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL, resolve_location
@@ -79,7 +81,7 @@ def write_job(path: Path) -> None:
 
 
 def common_options(folder: str) -> dict:
-    """What both trainers are told."""
+    """The options of both trainers."""
     return {
         "output_dir": folder,
         "use_cpu": True,
@@ -107,7 +109,7 @@ def peak_gb() -> float:
 
 
 def update_clock(steps_per_update: int, after=None):
-    """A callback whose `seconds` are those of each update; `after()` runs in between and is not counted."""
+    """A callback that measures the `seconds` of each update. `after()` runs between two updates and is not counted."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -129,7 +131,7 @@ def update_clock(steps_per_update: int, after=None):
 
 
 def run_trl(job: dict, micro_batch: int, updates: int) -> dict[str, float]:
-    """TRL's trainer: what its example script does, on the same prompts."""
+    """Trains with TRL as its example script does, on the same prompts."""
     import torch
     import trl
     from datasets import Dataset
@@ -140,7 +142,7 @@ def run_trl(job: dict, micro_batch: int, updates: int) -> dict[str, float]:
         raise SystemExit(f"error: trl {trl.__version__} was imported from {trl.__file__} instead of {TRL}")
 
     class LastTokens(torch.nn.Module):
-        """The reward as what TRL calls a model: per position, the share of common ids in the window that ends there."""
+        """The reward as a model for TRL: at each position, the fraction of common ids in the window that ends there."""
 
         base_model_prefix = "backbone"
 
@@ -154,7 +156,7 @@ def run_trl(job: dict, micro_batch: int, updates: int) -> dict[str, float]:
             return SimpleNamespace(hidden_states=[seen[..., None] / WINDOW])
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as their script does: padding is found by id there
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as in TRL's script, which recognizes padding by its id
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
     value = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.bfloat16)
     clock = update_clock(1)
@@ -192,7 +194,7 @@ def make_trainer(job: dict, folder: str, critic: str, updates: int, engine=None)
         per_device_train_batch_size=PROMPTS,
         max_tokens_per_batch=MAX_TOKENS,
         max_completion_length=NEW_TOKENS,
-        stop_token_ids=[3],  # <repo_name>, which the model never says
+        stop_token_ids=[3],  # <repo_name>, which the model never generates
         gradient_checkpointing=False,
         max_steps=INNER_EPOCHS * (updates + 1),
         logging_strategy="no",
@@ -218,13 +220,13 @@ def run_ours(job: dict, critic: str, updates: int) -> dict[str, float]:
 
 
 def run_stages(job: dict, critic: str, updates: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of an update, and of a bare loop over the same tokens."""
+    """Seconds of each stage of an update, and of a minimal loop over the same tokens."""
     import torch
 
     from hf_rlhf_ext.ppo.engine import TransformersEngine
 
     class TimedEngine(TransformersEngine):
-        """Remembers the seconds of each call, and the tokens of the last one."""
+        """Keeps the seconds of each call and the tokens of the last one."""
 
         def __init__(self):
             super().__init__(autocast=torch.bfloat16)
@@ -254,7 +256,7 @@ def run_stages(job: dict, critic: str, updates: int) -> dict[str, dict[str, floa
         clock = update_clock(INNER_EPOCHS, lambda: bare.append(bare_stages(trainer, *engine.last, critic)))
         trainer.add_callback(clock)
         trainer.train()
-    # The first update warms up.
+    # The first update is a warm-up.
     generate = sum(engine.seconds[1:]) / updates
     rollout = sum(rollout_seconds[1:]) / updates
     total = sum(clock.seconds[1:]) / updates
@@ -267,7 +269,7 @@ def run_stages(job: dict, critic: str, updates: int) -> dict[str, dict[str, floa
 
 
 def bare_stages(trainer, prompt_ids, completion_ids, critic: str) -> dict[str, float]:
-    """Seconds of plain passes over these tokens: no rewards, no advantages, no PPO loss, no optimizer."""
+    """Seconds of a minimal loop over these tokens, without rewards, advantages, PPO loss and optimizer."""
     import torch
 
     from hf_rlhf_ext.modeling.adapters import active_adapter, bare_model, evaluating, merged_adapter, mixed_precision
@@ -291,7 +293,7 @@ def bare_stages(trainer, prompt_ids, completion_ids, critic: str) -> dict[str, f
         seconds["score"] = passes()
         with active_adapter(model, None):
             seconds["score"] += passes()
-        if critic == "adapter":  # one more adapter costs what the policy's does
+        if critic == "adapter":  # another adapter takes as long as that of the policy
             seconds["score"] += passes(with_head=False)
     seconds["update"] = 0.0
     for _ in range(INNER_EPOCHS):
@@ -303,7 +305,7 @@ def bare_stages(trainer, prompt_ids, completion_ids, critic: str) -> dict[str, f
 
 
 def padded_batches(prompt_ids, completion_ids) -> list[tuple]:
-    """Rows padded right, `MICRO_BATCH` at a time: ids, mask, and row and position of each predicted token."""
+    """Batches of `MICRO_BATCH` rows, padded on the right: ids, mask, and row and position of each predicted token."""
     import torch
 
     batches = []
@@ -322,7 +324,7 @@ def padded_batches(prompt_ids, completion_ids) -> list[tuple]:
 
 
 def plain_loss(model, ids, mask, rows, positions, with_head: bool):
-    """Cross-entropy of the completion tokens, or the mean of the hidden states where no head is wanted."""
+    """Cross-entropy of the completion tokens, or the mean of the hidden states without the head."""
     import torch
 
     hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[rows, positions - 1]
@@ -332,14 +334,14 @@ def plain_loss(model, ids, mask, rows, positions, with_head: bool):
 
 
 def bare_generation(model, prompt_ids) -> float:
-    """Seconds of `model.generate` on all prompts at once, as many new tokens each."""
+    """Seconds of `model.generate` for all prompts in one batch, with the same number of new tokens."""
     import torch
     from transformers import GenerationConfig
 
     width = max(map(len, prompt_ids))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompt_ids])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
-    # 3 is what the run stops on, so never; max and min alike would mask it at every step
+    # Token 3 is the stop token of the run and is never generated. Setting `min_new_tokens` would mask it at every step.
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, eos_token_id=3, pad_token_id=0)
     start = time.perf_counter()
     model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -360,14 +362,16 @@ def in_a_process(name: str, job: Path, path: Path) -> dict:
 
 def show(name: str, found: dict) -> None:
     if "seconds" in found:
-        print(f"{name:20} {found['seconds']:7.1f} s an update, peak {found['peak_gb']:5.2f} GB", flush=True)
+        print(f"{name:20} {found['seconds']:7.1f} s per update, peak {found['peak_gb']:5.2f} GB", flush=True)
         return
     for stage, one in found.items():
-        print(f"{name:20} {stage:9} {one['ours']:6.2f} s, bare {one['bare']:6.2f} s, {one['ratio']:5.2f}×", flush=True)
+        print(
+            f"{name:20} {stage:9} {one['ours']:6.2f} s, minimal {one['bare']:6.2f} s, {one['ratio']:5.2f}×", flush=True
+        )
 
 
 def summary(found: dict) -> dict:
-    """Ratios of speed (TRL's seconds over ours) and of memory (ours over TRL's), of the runs that are there."""
+    """Ratios of speed (seconds of TRL over ours) and of memory (ours over TRL), for the runs that are finished."""
     ratios: dict = {}
     ours = {critic: found[f"ours, {critic}"] for critic in ("head", "adapter") if f"ours, {critic}" in found}
     for critic, one in ours.items():
@@ -393,7 +397,7 @@ def main() -> None:
 
 
 def write(found: dict) -> None:
-    """What was measured so far: a run that is stopped keeps what it has."""
+    """Writes the results so far, so that they are kept if the benchmark is stopped."""
     hardware = f"{len(os.sched_getaffinity(0))} CPU cores, no GPU"
     runs = {
         name: {key: round(value, 2) for key, value in one.items()} for name, one in found.items() if "seconds" in one

@@ -1,6 +1,6 @@
-"""Bytes of a PPO run's four roles on one base, beside those of one model with adapters.
+"""Memory of the four roles of a PPO run on one base, compared with one model with adapters.
 
-make bench-ppo-memory    # the embedded SmolLM2-135M in NF4: prints the table of docs/ppo.md
+make bench-ppo-memory    # the embedded SmolLM2-135M in NF4; prints a table
 """
 
 import sys
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each counted once."""
+    """Bytes of the storages of the tensors, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def state_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, and what bitsandbytes keeps beside 4-bit weights."""
+    """Parameters and buffers, and the tensors that bitsandbytes stores with 4-bit weights."""
     found = [*module.parameters(), *module.buffers()]
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -27,7 +27,7 @@ def state_tensors(module: nn.Module) -> list[Tensor]:
 
 
 class SavedTensors:
-    """Most bytes that autograd held at one time for the backward pass, the model's own weights left out."""
+    """Measures the peak memory of tensors that autograd saves for the backward pass, without the model's weights."""
 
     def __init__(self, owned: Iterable[Tensor]):
         self.owned = {t.untyped_storage().data_ptr() for t in owned}
@@ -51,7 +51,7 @@ class SavedTensors:
 
 
 class Holder:
-    """Keeps a saved tensor, and tells when autograd lets it go."""
+    """Holds a saved tensor, and reports when autograd releases it."""
 
     def __init__(self, tensor: Tensor, counter: SavedTensors | None):
         self.tensor, self.counter = tensor, counter
@@ -62,7 +62,7 @@ class Holder:
 
 
 def memory_table(trainer) -> dict[str, int]:
-    """Bytes by part after a training step has run, and the activations of the next one."""
+    """Bytes of each part after a training step, and of the activations of the next step."""
     base, adapters = [], []
     for name, parameter in trainer.model.named_parameters():
         (adapters if "lora_" in name or "_head" in name else base).append(parameter)
@@ -90,7 +90,7 @@ def memory_table(trainer) -> dict[str, int]:
 
 
 def one_policy_step(trainer, sequences) -> None:
-    """Forward and backward of the policy alone, on the same tokens."""
+    """Forward and backward pass of the policy only, on the same tokens."""
     from hf_rlhf_ext.modeling.logprobs import completion_hidden_states
 
     roles = trainer.roles
@@ -101,14 +101,14 @@ def one_policy_step(trainer, sequences) -> None:
 
 
 def ratio(table: dict[str, int], one_base: int) -> float:
-    """All roles over one base with the same adapters and optimizer and the activations of one model."""
+    """Memory of all roles, relative to one base with the same adapters and optimizer and one model's activations."""
     shared = table["adapters and heads"] + table["optimizer"]
     ours = table["base"] + shared + table["activations, all roles"]
     return ours / (one_base + shared + table["activations, one model"])
 
 
 def train_reward(base: str, folder: str, *, precision: dict | None = None, **options) -> None:
-    """A reward adapter on that model, in NF4 unless `precision` says otherwise: longer answers are better."""
+    """Trains a reward adapter that prefers longer answers, on a base in NF4 unless `precision` is given."""
     from datasets import Dataset
     from peft import LoraConfig
 

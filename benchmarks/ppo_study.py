@@ -1,14 +1,18 @@
-"""Study of PPO: KL under the adaptive controller, gold reward beside the proxy, and a wrong setting.
+"""Study of PPO: KL with the adaptive controller, gold reward and training reward, and unsuitable settings.
 
-make study-ppo          # writes docs/study/ppo.json and .png; goes on where it was stopped, a finished run is kept
+make study-ppo          # writes docs/study/ppo.json and .png; continues where it was stopped, finished runs are kept
 
-`stories260K-<seed>`: 150 rollouts of 64 stories of 40 tokens. The reward counts six happy words (at most four); the
-gold reward, which training never sees, is VADER's sentiment. `kl_coef` follows `kl_target`. `smollm2-<seed>`:
-the embedded model on questions of HH-RLHF, 10 rollouts of 32 replies of 32 tokens, the same rewards, `kl_coef` fixed,
-in the dtype that the machine computes fastest in (`dtype` in the file).
-`wrong`: stories260K without a KL penalty (`kl_coef` 0) at 30 times the learning rate, with `load_best_model_at_end`.
-`wrong-warmup`: the same, but the rate rises to that over 40 steps, so that there is a good checkpoint to go back to.
-`ppo_study.py NAME …` makes those runs alone.
+The runs:
+
+- `stories260K-<seed>`: 150 rollouts of 64 stories of 40 tokens. The reward counts six happy words, at most four per
+  story. The gold reward, which training does not use, is the sentiment of VADER. `kl_coef` adapts to `kl_target`.
+- `smollm2-<seed>`: the embedded model on questions of HH-RLHF, 10 rollouts of 32 replies of 32 tokens, with the same
+  rewards and a fixed `kl_coef`, in the dtype in which the machine is fastest (`dtype` in the file).
+- `wrong`: stories260K without a KL penalty (`kl_coef` 0) and with 30 times the learning rate, with
+  `load_best_model_at_end`.
+- `wrong-warmup`: the same, but the learning rate rises over 40 steps, so that there is a good checkpoint to go back to.
+
+`ppo_study.py NAME …` runs only these.
 """
 
 import json
@@ -41,7 +45,7 @@ STORIES = str(SHARED / "models" / "stories260K")
 OPENINGS = ["Once upon a time", "One day, a little girl", "Tom and Lily", "The big dog"]
 WORDS = ("happy", "smile", "fun", "love", "laugh", "play")
 ROLLOUTS, KL_TARGET, WARM_UP, WINDOW, BAND = 150, 6.0, 30, 10, 0.25
-"""KL is judged after `WARM_UP` rollouts, as the mean over `WINDOW` rollouts: one rollout's mean of 64 is noisy."""
+"""The KL is judged after `WARM_UP` rollouts, averaged over `WINDOW` rollouts, as the mean of one rollout is noisy."""
 N_THREADS = torch.get_num_threads()
 CURVES = {
     "kl": "objective/kl",
@@ -55,18 +59,18 @@ EVALUATIONS = {"kl": "eval_objective/kl", "score": "eval_objective/scores", "gol
 
 
 def happy_words(completions, **columns) -> list[float]:
-    """The reward that is trained on: happy words, at most four, so that repeating one forever does not pay."""
+    """The reward of training: number of happy words, at most four, so that repeating one does not help."""
     return [min(4.0, float(sum(plain_text(text).lower().count(word) for word in WORDS))) for text in completions]
 
 
 def gold(completions, **columns) -> list[float]:
-    """VADER's compound sentiment, -1 to 1: a lexicon of 7,500 words, of which the reward knows six."""
+    """The gold reward: the compound sentiment of VADER, -1 to 1, from a lexicon of 7,500 words."""
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(plain_text(text))["compound"] for text in completions]
 
 
 def options(folder: str, seed: int, steps_per_rollout: int, eval_every: int) -> dict[str, Any]:
-    """What every run is told; one log a rollout."""
+    """The options of all runs, with one log per rollout."""
     return {
         "output_dir": folder,
         "use_cpu": not torch.cuda.is_available(),
@@ -98,7 +102,7 @@ def stories_trainer(folder: str, seed: int, **changes) -> PPOTrainer:
         "kl_coef": 0.2,
         "kl_target": KL_TARGET,
         "kl_horizon": 320,
-        "logprobs_chunk_size": 4096,  # 512 words in the vocabulary: logits are small
+        "logprobs_chunk_size": 4096,  # the vocabulary has 512 tokens, so logits are small
     }
     prompts = Dataset.from_dict({"prompt": OPENINGS * 16})
     return PPOTrainer(
@@ -114,7 +118,7 @@ def stories_trainer(folder: str, seed: int, **changes) -> PPOTrainer:
 
 
 def smollm2_trainer(folder: str, seed: int) -> PPOTrainer:
-    """The embedded model on single questions of at most 60 tokens: 320 to train on, 48 others to evaluate."""
+    """The embedded model on single questions of at most 60 tokens: 320 for training and 48 others for evaluation."""
     tokenizer = load_tokenizer()
     rows = load_comparisons(str(SHARED / "data" / "hh_helpful_train.jsonl"), split="train", group=False)[0].to_list()
     prompts = [row["prompt"] for row in rows[:500] if len(encode_prompt(tokenizer, row["prompt"])) <= 60]
@@ -143,7 +147,7 @@ def smollm2_trainer(folder: str, seed: int) -> PPOTrainer:
 
 
 def curves(trainer: PPOTrainer) -> dict[str, Any]:
-    """One number a rollout, and one an evaluation, from the trainer's own log."""
+    """One number per rollout, and one per evaluation, from the log of the trainer."""
     steps, history = trainer.args.steps_per_rollout, trainer.state.log_history
     rollouts = [entry for entry in history if "objective/kl" in entry]
     evaluations = [entry for entry in history if "eval_objective/kl" in entry]
@@ -163,7 +167,7 @@ def learn(name: str) -> dict[str, Any]:
 
 
 class Lines(logging.Handler):
-    """Keeps what the trainer warns of."""
+    """Keeps the warnings of the trainer."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -174,7 +178,7 @@ class Lines(logging.Handler):
 
 
 def go_wrong(name: str) -> dict[str, Any]:
-    """No KL penalty and 30 times the learning rate: what stops it, and which checkpoint counts as the best."""
+    """Trains without a KL penalty and with 30 times the learning rate, and records the stop and the best checkpoint."""
     heard = Lines()
     logging.getLogger("hf_rlhf_ext").addHandler(heard)
     guards = {"load_best_model_at_end": True, "metric_for_best_model": "eval_objective/scores", "max_kl": 5 * KL_TARGET}
@@ -202,7 +206,7 @@ def moving_mean(values: list[float]) -> np.ndarray:
 
 
 def summary(runs: dict[str, Any]) -> dict[str, Any]:
-    """A line a run: KL after the warm-up against its target, rewards before and after, the critic at the end."""
+    """A summary per run: KL after the warm-up and its target, rewards before and after, and the critic at the end."""
     found = {}
     for name, run in runs.items():
         e = run["evaluations"]
@@ -222,7 +226,7 @@ def summary(runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(runs: dict[str, Any], path: Path) -> None:
-    """A column a model, a line a seed: gold reward, KL with the target's band, and the critic."""
+    """Plots gold reward, KL with its target, and the critic, with one column per model and one line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -268,7 +272,7 @@ def main() -> None:
     wanted += ["wrong", "wrong-warmup"]
     asked = sys.argv[1:] or wanted
     for name in (name for name in wanted if name in asked and name not in done["curves"]):
-        torch.set_num_threads(N_THREADS if name.startswith("smollm2") else 1)  # tiny tensors gain nothing from more
+        torch.set_num_threads(N_THREADS if name.startswith("smollm2") else 1)  # more threads do not help tiny tensors
         start = time.process_time()
         run = go_wrong(name) if name.startswith("wrong") else learn(name)
         run["cpu_minutes"] = round((time.process_time() - start) / 60, 1)  # a long run may be paused
@@ -276,7 +280,7 @@ def main() -> None:
         done["seeds"] = [seed for seed in SEEDS if f"stories260K-{seed}" in done["curves"]]
         done["summary"] = summary(done["curves"])
         OUT.with_suffix(".tmp").write_text(json.dumps(done) + "\n")
-        OUT.with_suffix(".tmp").replace(OUT)  # whole or not at all
+        OUT.with_suffix(".tmp").replace(OUT)  # so that the file is never incomplete
         print(f"{name}: {done['summary'][name]} in {run['cpu_minutes']} CPU minutes", flush=True)
     plot(done["curves"], OUT.with_suffix(".png"))
     print(json.dumps(summary(done["curves"])))

@@ -1,18 +1,20 @@
-"""Reward-model training beside TRL's RewardTrainer: pairs a second and peak memory, in turn, each in its own process.
+"""Training of reward models compared with TRL's RewardTrainer: pairs per second and peak memory.
 
-make bench-reward       # about 30 minutes on two idle cores (without bf16: 40); RLHF_SHARED: the shared data
+make bench-reward       # about 30 minutes on two idle cores (40 without bf16); RLHF_SHARED is the shared data folder
 
-Writes docs/study/reward_benchmark.json after each of the groups pairs, checkpointing, k4 and k9, beside what a machine
-of another dtype measured; ARGS="k4 k9" measures these two alone. The last line of output is the results, null where a
-side did not fit into memory or is not measured yet.
+It writes docs/study/reward_benchmark.json after each of the groups pairs, checkpointing, k4 and k9. Results for another
+dtype are kept. ARGS="k4 k9" measures only these two groups. The last line of output has the results; a result is null
+if a run did not fit into memory or was not measured yet. Each run has its own process.
 
-SmolLM2-135M in the dtype that is fastest on the machine, LoRA r 16 on all linear layers, lr 2e-4, HH-RLHF helpful rows
-of at most 1,024 tokens in file order (no length grouping on either side), the same allocator settings. TRL: padded
-pairs. Ours: shared prefix, micro-batches of at most 2,400 tokens. K-wise rows are of HH-RLHF harmless, whose prompts
-are conversations and longer: K replies of the file under one prompt; TRL gets their pairs. Where TRL trains on fewer
-pairs than ours, as it is slower, they are spread evenly over the same prompts. The first optimizer step warms up and
-is not counted. The limit: after each step of "ours, 16 prompts" a bare forward and backward of the same model on as
-many tokens, in full rows of about 400, is timed; the fraction is bare over step seconds.
+Both use SmolLM2-135M in the dtype in which the machine is fastest, LoRA r 16 on all linear layers, learning rate 2e-4,
+rows of HH-RLHF helpful with at most 1,024 tokens in the order of the file (no grouping by length), and the same
+allocator settings. TRL trains on padded pairs, and this library on the shared-prefix layout with micro-batches of at
+most 2,400 tokens. K-wise rows have K replies of HH-RLHF harmless under one prompt; their prompts are conversations and
+longer. TRL gets the pairs of these rows. If TRL trains on fewer pairs, as it is slower, they are spread evenly over the
+same prompts. The first optimizer step is a warm-up and is not counted.
+
+The limit: after each step of "ours, 16 prompts", a forward and backward pass of the same model on the same number of
+tokens is timed, in full rows of about 400 tokens. `limit_fraction` is its time divided by the time of the step.
 """
 
 import json
@@ -34,8 +36,8 @@ DATA = Path(os.environ.get("RLHF_SHARED", "../shared")) / "data"
 PAIRS, K_WISE = "hh_helpful_train.jsonl", "hh_harmless_test.jsonl.gz"
 REPORT = Path(__file__).parents[1] / "docs" / "study" / "reward_benchmark.json"
 MAX_TOKENS = 2400
-# name -> (group that is measured side by side, trainer, completions a prompt, prompts or pairs a step,
-#          steps after the warm-up, micro-batch, checkpointing)
+# name -> (group of runs that are compared, trainer, completions per prompt, prompts or pairs per step,
+#          steps after the warm-up, micro-batch, gradient checkpointing)
 RUNS = {
     "trl, micro-batch 16": ("pairs", "trl", 2, 16, 3, 16, False),
     "ours, 16 prompts": ("pairs", "ours", 2, 16, 6, 16, False),
@@ -49,15 +51,15 @@ RUNS = {
     "ours, K = 9": ("k9", "ours", 9, 4, 3, 4, False),
 }
 GROUPS = list(dict.fromkeys(group for group, *_ in RUNS.values()))
-PAD = 0  # a token that no text has: where pad is eos, as in this model, Transformers reads one token early
+PAD = 0  # a token that occurs in no text, as Transformers reads one token too early if the pad token is eos
 LIMIT = "ours, 16 prompts"
-"""The run that is measured against a bare loop."""
+"""The run that is compared with a minimal loop."""
 TRL_BEST = ("trl, micro-batch 16", "trl, micro-batch 4", "trl, micro-batch 1")
-"""TRL's own best setting is the fastest of these: smaller micro-batches pad less."""
+"""The best setting of TRL is the fastest of these, as smaller micro-batches need less padding."""
 
 
 def comparison_rows(n: int, k: int) -> list[dict]:
-    """`n` rows of `PAIRS`; with k > 2, of `K_WISE`, with replies of the rows that follow under the same prompt."""
+    """`n` rows of `PAIRS`. With k > 2, rows of `K_WISE` with replies of the following rows under the same prompt."""
     from hf_rlhf_ext import load_comparisons
 
     rows = load_comparisons(str(DATA / (PAIRS if k == 2 else K_WISE)), split="train[:600]", group=False)[0].to_list()
@@ -73,7 +75,7 @@ def comparison_rows(n: int, k: int) -> list[dict]:
 
 
 def child(name: str) -> dict[str, Any]:
-    """Trains; pairs and tokens a second, peak memory, the dtype, and the fraction of the limit where it is measured."""
+    """Trains and returns pairs and tokens per second, peak memory, the dtype, and the fraction of the limit."""
     from hf_rlhf_ext import load_base_model, load_tokenizer
     from hf_rlhf_ext.data.tokenization import tokenize_row
     from hf_rlhf_ext.reward.scorer import dtype_name
@@ -105,7 +107,7 @@ def child(name: str) -> dict[str, Any]:
 
 
 def common_options(folder: str, max_steps: int, checkpointing: bool) -> dict[str, Any]:
-    """What both trainers are told."""
+    """The options of both trainers."""
     from hf_rlhf_ext.cli.options import machine_defaults
 
     return {
@@ -115,7 +117,7 @@ def common_options(folder: str, max_steps: int, checkpointing: bool) -> dict[str
         "gradient_checkpointing": checkpointing,
         "report_to": "none",
         "save_strategy": "no",
-        "logging_steps": 1,  # a log counts the tokens so far
+        "logging_steps": 1,  # each log has the number of tokens so far
         "disable_tqdm": True,
         "max_steps": max_steps,
         "max_length": 1024,
@@ -130,7 +132,7 @@ def lora():
 
 
 def trl_trainer(model, tokenizer, rows: list[dict], options: dict[str, Any], per_step: int, steps: int, micro: int):
-    """TRL's trainer on the pairs of the rows; where there are more than it trains on, spread evenly over them."""
+    """TRL's trainer on pairs of the rows. If there are more pairs than it trains on, they are selected evenly."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -168,7 +170,7 @@ def our_trainer(model, tokenizer, rows: list[dict], options: dict[str, Any], per
 
 
 def step_clock(*, with_bare_loop: bool):
-    """A callback: seconds of each optimizer step with what follows it, tokens so far, and seconds of a bare loop."""
+    """A callback that measures the seconds of each optimizer step, the tokens, and the seconds of a minimal loop."""
     from transformers import TrainerCallback
 
     from hf_rlhf_ext.modeling.adapters import autocast_dtype
@@ -187,7 +189,7 @@ def step_clock(*, with_bare_loop: bool):
             self.start = time.perf_counter()
 
         def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-            """Comes between two steps; the bare loop does not count."""
+            """Runs the minimal loop between two steps. Its time does not count as part of a step."""
             if "num_tokens" not in logs:  # the summary at the end
                 return
             tokens = int(logs["num_tokens"])
@@ -201,7 +203,7 @@ def step_clock(*, with_bare_loop: bool):
 
 
 def bare_seconds(model, n_tokens: int, autocast) -> float:
-    """Seconds of forward and backward alone on `n_tokens` tokens in full rows, passes of at most `MAX_TOKENS`."""
+    """Seconds of forward and backward passes only, on `n_tokens` tokens in full rows, `MAX_TOKENS` per pass."""
     import torch
 
     from hf_rlhf_ext.modeling.adapters import mixed_precision
@@ -219,7 +221,7 @@ def bare_seconds(model, n_tokens: int, autocast) -> float:
 
 
 def score_difference() -> dict[str, float]:
-    """Largest difference of scores in fp32 on the same weights: padded rows, pooled as TRL does, and shared prefix."""
+    """Largest difference of scores in fp32 between padded rows, pooled as in TRL, and the shared-prefix layout."""
     import torch
 
     from hf_rlhf_ext import DataCollatorForComparisons, load_base_model, load_tokenizer
@@ -238,10 +240,10 @@ def score_difference() -> dict[str, float]:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """What the run prints; `available_gb` alone where that much memory was free and did not suffice."""
+    """Trains a run in a new process and returns its result; only `available_gb` if the free memory was not enough."""
     available = psutil.virtual_memory().available
 
-    def limit() -> None:  # a run that does not fit fails, before the system ends a process of its choice
+    def limit() -> None:  # a run that does not fit fails, instead of the system killing any process
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_DATA, (available, available))
 
@@ -285,8 +287,8 @@ def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 
 
 def write_report(group: str, found: dict[str, dict[str, Any]], minutes: int, difference: float) -> dict[str, Any]:
-    """Puts the runs of a group into the committed file, in one piece; returns the results of this machine's dtype."""
-    import_module("torch")  # `hardware` names the card where it is there
+    """Adds the runs of a group to the committed file; returns the results for the dtype of this machine."""
+    import_module("torch")  # `hardware` needs it to name a GPU
     from hf_rlhf_ext.hub.card import hardware
 
     digits = {"pairs_per_s": 3, "tokens_per_s": 1, "prompt_tokens": 0, "peak_gb": 2, "limit_fraction": 3}
@@ -309,7 +311,7 @@ def write_report(group: str, found: dict[str, dict[str, Any]], minutes: int, dif
 
 def main(groups: list[str]) -> None:
     if unknown := set(groups) - set(GROUPS):
-        raise SystemExit(f"{', '.join(unknown)}: no such group; there is {', '.join(GROUPS)}.")
+        raise SystemExit(f"{', '.join(unknown)}: no such group: choose from {', '.join(GROUPS)}.")
     difference, results = in_a_process("difference")["max_score_diff"], {}
     print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
     for group in groups:

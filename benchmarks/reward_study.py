@@ -1,12 +1,13 @@
-"""Study: held-out accuracy of our reward trainer and of TRL's, same model, rows, LoRA, learning rate and batch.
+"""Study: held-out accuracy of this library's reward trainer and of TRL's, with the same model, data and options.
 
-make study-reward       # writes docs/study/reward_model.json; goes on where it was stopped, a finished run is kept
+make study-reward       # writes docs/study/reward_model.json; continues where it was stopped, finished runs are kept
 
-SmolLM2-135M, LoRA r 16, lr 2e-4, batch 16, one epoch, HH-RLHF helpful rows of at most 1,024 tokens: 500 held out by
-prompt, 1,000 to train on, three seeds; and one run of ours on all the other rows. TRL trains on one pair at a time,
-sixteen a step (the same mean as any other micro-batch, and the fewest padded tokens), with the chat template's own
-ending, ours on a shared prefix; each is scored as it was trained. Both compute in the dtype that is fastest on the
-machine (`dtype` of each run in the file); a seed counts as a pair where both runs share it.
+Both use SmolLM2-135M, LoRA r 16, learning rate 2e-4, batch size 16, one epoch, and rows of HH-RLHF helpful with at most
+1,024 tokens: 500 are held out by prompt, and 1,000 are used for training with three seeds. One more run of this library
+trains on all other rows. TRL trains with micro-batches of one pair, which have the fewest padded tokens and the same
+mean loss, and with the end of the chat template. This library trains on the shared-prefix layout. Each model is scored
+as it was trained. Both compute in the dtype in which the machine is fastest (`dtype` of each run in the file). The
+paired difference is computed over the seeds for which both runs have the same dtype.
 """
 
 import json
@@ -46,10 +47,12 @@ LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="S
 
 
 def rows() -> tuple[list[dict], list[dict]]:
-    """(all rows to train on, held-out rows), in file order; no prompt is on both sides."""
+    """Returns the rows for training and the held-out rows, in the order of the file. No prompt is in both."""
     tokenizer = load_tokenizer()
     found = load_comparisons(str(DATA), group=False)[0].to_list()
-    short = [row for row in found if longest(tokenize_row(row, tokenizer)) <= MAX_LENGTH - 2]  # TRL's ends are longer
+    short = [
+        row for row in found if longest(tokenize_row(row, tokenizer)) <= MAX_LENGTH - 2
+    ]  # TRL's endings are longer
     heldout = short[-HELD_OUT:]
     asked = {str(row["prompt"]) for row in heldout}
     return [row for row in short[:-HELD_OUT] if str(row["prompt"]) not in asked], heldout
@@ -72,7 +75,7 @@ def options(folder: str, seed: int) -> dict[str, Any]:
 
 
 def train_ours(train: list[dict], heldout: list[dict], seed: int, folder: str) -> list[float]:
-    """Score gaps, first minus second completion, of the held-out pairs."""
+    """Trains, and returns the score differences of the held-out pairs, first minus second completion."""
     args = BradleyTerryConfig(
         per_device_train_batch_size=16, max_tokens_per_batch=1600, normalize_rewards=False, **options(folder, seed)
     )
@@ -85,7 +88,7 @@ def train_ours(train: list[dict], heldout: list[dict], seed: int, folder: str) -
 
 
 def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) -> list[float]:
-    """The same with TRL's trainer and its own tokens."""
+    """The same with TRL's trainer and its tokenization."""
     pairs = []
     for row in train:
         (i, j), target = row["pairs"][0], row["targets"][0]
@@ -112,13 +115,13 @@ def train_trl(train: list[dict], heldout: list[dict], seed: int, folder: str) ->
 
 
 def right(deltas: list[float], heldout: list[dict]) -> np.ndarray:
-    """1 where the preferred side scores higher, 0.5 where both score alike."""
+    """1 if the preferred completion has the higher score, 0.5 if both scores are equal, else 0."""
     targets = np.array([row["targets"][0] for row in heldout])
     return np.where(np.array(deltas) == 0, 0.5, (np.array(deltas) > 0) == (targets > 0.5)).astype(float)
 
 
 def summary(runs: dict[str, Any], heldout: list[dict]) -> dict[str, Any]:
-    """Accuracies with intervals over prompts, and the paired difference where both trained on the same seeds."""
+    """Accuracies with confidence intervals over prompts, and the paired difference over the seeds of both trainers."""
     prompts = np.unique([str(row["prompt"]) for row in heldout], return_inverse=True)[1]
     targets = [row["targets"][0] for row in heldout]
     gaps = [len(plain_text(row["completions"][0])) - len(plain_text(row["completions"][1])) for row in heldout]
@@ -144,11 +147,11 @@ def main() -> None:
     for name in (name for name in wanted if name in asked and name not in done["runs"]):
         kind, seed = name.split("-")
         train, start = everything if seed == "all" else everything[:PAIRS], time.process_time()
-        set_seed(0 if seed == "all" else int(seed))  # the head is drawn when the model is loaded
+        set_seed(0 if seed == "all" else int(seed))  # the head is initialized when the model is loaded
         with TemporaryDirectory() as folder:
             run = train_ours if kind == "ours" else train_trl
             deltas = run(train, heldout, 0 if seed == "all" else int(seed), folder)
-        minutes = round((time.process_time() - start) / 60, 1)  # of CPU time: a long run may be paused
+        minutes = round((time.process_time() - start) / 60, 1)  # CPU time, as a long run may be paused
         about = {"pairs": len(train), "dtype": str(preferred_dtype()).removeprefix("torch."), "cpu_minutes": minutes}
         done["runs"][name] = about | {"deltas": [round(d, 4) for d in deltas]}
         done["summary"] = summary(done["runs"], heldout)

@@ -1,15 +1,16 @@
-"""PPO with a KL penalty, from top to bottom on one page: InstructGPT's algorithm out of this library's pure functions.
+"""PPO with a KL penalty on one page: the algorithm of InstructGPT, built from the pure functions of this library.
 
     python examples/ppo_from_scratch.py
 
-A tiny random Llama learns to write the letter "e": a line per update with reward and KL, some ten seconds on a CPU.
-`tests/examples/test_ppo_from_scratch.py` holds that `PPOTrainer` trains the same weights from the same random numbers.
+A tiny random Llama learns to write the letter "e". Each update prints a line with reward and KL. The run takes about
+ten seconds on a CPU. `tests/examples/test_ppo_from_scratch.py` checks that `PPOTrainer` trains the same weights from
+the same random numbers.
 
-What it leaves out, and where that is: adapters, a 4-bit base and a critic of its own (`ppo/roles.py`,
+This page leaves out what the library has in other files: adapters, a 4-bit base and a separate critic (`ppo/roles.py`,
 `ppo/assembly.py`); logits in chunks (`modeling/logprobs.py`); micro-batches, several processes and mixed precision
 (`ppo/trainer.py`, `ppo/ranks.py`); an adaptive KL coefficient (`ppo/kl.py`); shaping of scores and several reward
-functions (`ppo/shaping.py`, `ppo/rewards.py`); guards (`ppo/guards.py`); evaluation, checkpoints, logs and schedules of
-the learning rate.
+functions (`ppo/shaping.py`, `ppo/rewards.py`); guards (`ppo/guards.py`); evaluation, checkpoints, logs and
+learning-rate schedules.
 """
 
 import copy
@@ -32,7 +33,7 @@ from hf_rlhf_ext.ppo.rollout import Sequences, pack_sequences
 
 @dataclass
 class Options:
-    """Named and set as in `PPOConfig`."""
+    """Options with the names and meanings of `PPOConfig`."""
 
     updates: int = 30
     rollout_size: int = 32  # completions per update
@@ -59,7 +60,7 @@ def train(
     engine: RolloutEngine,
 ) -> ScalarHead:
     """Trains `policy` in place and returns the value head."""
-    # The reference is the policy as it is now; the critic is a head of zeros on the policy's hidden states.
+    # The reference is a copy of the policy before training. The critic is a head on the policy, with weights of zero.
     reference = copy.deepcopy(policy).eval()
     value_head = ScalarHead(policy.config.hidden_size, bias=True)
     nn.init.zeros_(value_head.weight)
@@ -71,16 +72,16 @@ def train(
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     sampling = Sampling(options.max_completion_length, [tokenizer.eos_token_id], tokenizer.pad_token_id)
     for update in range(options.updates):
-        # 1. Rollout: the policy completes prompts, and the reward function judges the completions.
+        # 1. Rollout: the policy completes prompts, and the reward function scores the completions.
         rows = prompt_indices(update, options.rollout_size, len(prompts), options.seed)
         asked = [prompt_ids[row] for row in rows]
         engine.sync(policy)
         completion_ids = engine.generate(asked, sampling).ids
         scores = torch.tensor(reward([tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]))
         sequences = pack_sequences(asked, completion_ids, tokenizer.pad_token_id, torch.device("cpu"))
-        mask = sequences.mask  # (B, T), True on emitted tokens
+        mask = sequences.mask  # (B, T), True for emitted tokens
 
-        # 2. Everything about the old policy is fixed before the first step: log-probabilities, values, KL, advantages.
+        # 2. Before the first optimizer step: log-probabilities and values of the old policy, KL and advantages.
         with torch.no_grad():
             old_logprobs, old_values = logprobs_and_values(policy.eval(), sequences, value_head)
             ref_logprobs, _ = logprobs_and_values(reference, sequences, value_head)
@@ -91,7 +92,7 @@ def train(
         )
         advantages = whiten(advantages, mask)
 
-        # 3. Inner epochs: several optimizer steps on the same completions, held near the old policy by the clip.
+        # 3. Several passes over the same completions. The clip keeps the policy close to the old policy.
         policy.train()
         orders = [torch.randperm(options.rollout_size) for _ in range(options.num_ppo_epochs)]
         for order in orders:
@@ -115,7 +116,7 @@ def train(
                 )
                 optimizer.zero_grad()
                 (surrogate + options.vf_coef * critic_loss).backward()
-                # Each by itself: together, a large critic gradient would starve the policy.
+                # Clipped separately, so that a large gradient of the critic does not scale down that of the policy.
                 nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
                 nn.utils.clip_grad_norm_(value_head.parameters(), options.max_grad_norm)
                 optimizer.step()
@@ -126,13 +127,13 @@ def train(
 
 
 def logprobs_and_values(model: nn.Module, sequences: Sequences, value_head: ScalarHead) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the emitted tokens (nats) and values before each, both (B, T), zero in the padding."""
+    """Log-probabilities of the emitted tokens (nats) and values before each token, both (B, T), zero in the padding."""
     positions = torch.arange(sequences.input_ids.shape[1])
     attention_mask = (positions < sequences.lengths[:, None]).long()
     output = model(sequences.input_ids, attention_mask=attention_mask, output_hidden_states=True)
     mask = sequences.mask
     rows, steps = mask.nonzero(as_tuple=True)
-    before = sequences.prompt_lengths[rows] - 1 + steps  # the state at a position predicts the next token
+    before = sequences.prompt_lengths[rows] - 1 + steps  # the hidden state at a position predicts the next token
     all_logprobs = output.logits[rows, before].float().log_softmax(-1)  # (N, V), N emitted tokens
     chosen = all_logprobs.gather(1, sequences.targets()[:, None]).squeeze(1)
     values = value_head(output.hidden_states[-1][rows, before]).squeeze(1)
@@ -144,7 +145,7 @@ def logprobs_and_values(model: nn.Module, sequences: Sequences, value_head: Scal
 
 
 def count_e(completions: list[str]) -> list[float]:
-    """Reward: how often a completion has the letter e."""
+    """Reward: number of letters e in a completion."""
     return [float(text.count("e")) for text in completions]
 
 
@@ -158,7 +159,7 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A random Llama of 22,000 parameters."""
+    """A random Llama with 22,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

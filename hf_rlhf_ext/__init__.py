@@ -1,6 +1,28 @@
-"""RLHF on one consumer GPU, as a thin extension of TRL.
+"""RLHF on one consumer GPU, as a thin extension of TRL: reward models, PPO with a critic, data readers and the Hub.
 
-The public names below are imported on first use: `import hf_rlhf_ext` itself loads neither torch nor TRL.
+Train a reward model:
+
+- `load_comparisons` reads preference data in the public formats into comparison rows, and `load_demonstrations` reads
+  data for SFT. `quality_report` checks the labels before training.
+- `BradleyTerryTrainer`, with its options `BradleyTerryConfig`, trains a reward model on pairs and K-wise comparisons.
+  `DataCollatorForComparisons` builds its batches.
+- `RewardScorer` loads a trained reward model as a reward function for PPO or for TRL's trainers. `RewardEnsemble` does
+  the same for several reward models. `export_merged` writes a reward model that plain Transformers can load.
+
+Train a policy:
+
+- `load_policy` loads the policy and its tokenizer; `load_base_model` and `load_tokenizer` load them separately.
+- `PPOTrainer`, with its options `PPOConfig`, trains the policy with PPO and a KL penalty.
+- `AdapterStack` holds policy, reference, critic and reward model as adapters on one base model.
+
+Share the result:
+
+- `write_card` writes a model card with the measured results, `push_run` pushes a run to the Hub, and `push_comparisons`
+  pushes a data set of comparisons.
+
+A mistake in an option, a file or a row raises `UserError`: one line with what is wrong and how to fix it.
+
+Names are imported on first use: `import hf_rlhf_ext` itself loads neither torch nor TRL.
 """
 
 from importlib import import_module
@@ -75,7 +97,7 @@ require_supported_trl()
 
 
 def _hub_publisher() -> Publisher:
-    """The trainers' way to the Hub; imported when the first trainer is built, as the trainers know nothing of it."""
+    """A publisher for one trainer. The Hub's code is imported only when the first trainer is built."""
     from .hub.publisher import HubPublisher
 
     return HubPublisher()
@@ -85,7 +107,7 @@ set_publisher(_hub_publisher)
 
 try:
     __version__ = version("hf-rlhf-ext")
-except PackageNotFoundError:  # a checkout that was put on sys.path without being installed
+except PackageNotFoundError:  # a checkout on sys.path that is not installed
     __version__ = "0+unknown"
 
 
@@ -93,7 +115,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # so that this function is asked once per name
+    globals()[name] = value  # later accesses no longer call this function
     return value
 
 

@@ -1,4 +1,4 @@
-"""`python -m hf_rlhf_ext`: the command `hf-rlhf`, also for `accelerate launch -m hf_rlhf_ext ppo …`."""
+"""`python -m hf_rlhf_ext` runs the command `hf-rlhf`. It also works in `accelerate launch -m hf_rlhf_ext ppo …`."""
 
 from .cli.main import main
 

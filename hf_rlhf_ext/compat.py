@@ -1,8 +1,8 @@
-"""The one place that knows TRL's internals and the versions we work with.
+"""Everything that depends on TRL's internals or on installed versions.
 
-TRL moves fast and its private names carry no promise, so each one that this library touches is listed in `_TRL_NAMES`
-and has a contract test in `tests/test_compat.py` that fails when TRL changes it. Names resolve on first use: importing
-this module imports neither torch nor TRL.
+TRL may change its private names in any release. Each private name that this library uses is therefore listed in
+`_TRL_NAMES` and has a contract test in `tests/test_compat.py`, which fails when TRL changes it. Names are imported on
+first use: importing this module imports neither torch nor TRL.
 """
 
 import platform
@@ -29,7 +29,7 @@ _REPORTED = (
     "bitsandbytes",
 )
 
-# our name -> (module, name there), as of trl 1.16.0. Everything public is imported from `trl` directly instead.
+# Our name -> (module, name in that module), as of trl 1.16.0. Public names are imported from `trl` directly.
 _TRL_NAMES: dict[str, tuple[str, str]] = {
     "BaseTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),
     "BaseConfig": ("trl.trainer.base_config", "_BaseConfig"),
@@ -94,7 +94,7 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of this library and of those it builds on, Python's included; absent ones are left out."""
+    """Returns the versions of Python, of this library and of its dependencies. Packages not installed are left out."""
     installed = {"python": platform.python_version()}
     for name in _REPORTED:
         try:
@@ -105,7 +105,11 @@ def versions() -> dict[str, str]:
 
 
 def require_supported_trl() -> None:
-    """Raises `ImportError`, in one line, unless the installed TRL is one that this library was tested with."""
+    """Checks that the installed TRL is a version that this library was tested with.
+
+    Raises:
+        ImportError: if TRL is missing or its version is not supported; one line with the command that installs it.
+    """
     try:
         trl_version = version("trl")
     except PackageNotFoundError:
@@ -119,7 +123,7 @@ def require_supported_trl() -> None:
 
 
 def accelerate_configs() -> dict[str, Path]:
-    """Configurations for `accelerate launch` that TRL ships in `trl/accelerate_configs`, by name: `multi_gpu`, …"""
+    """Returns the configurations for `accelerate launch` that TRL ships, by name (`multi_gpu`, …)."""
     folder = Path(find_spec("trl").origin).parent / "accelerate_configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

@@ -1,20 +1,25 @@
-"""The one error type for a user's mistake: recipes print its message as one line, without a traceback."""
+"""The error type for a user's mistake. Recipes print its message as one line, without a traceback."""
 
 import functools
 from collections.abc import Callable, Mapping
 
 
 class UserError(ValueError):
-    """A mistake in what the user passed in.
+    """A mistake in an option, a file or the data that the user passed.
 
-    The message is one line: what is wrong, where (file, row, column, option), and how to fix it.
+    The message is one line: what is wrong, where (file, row, column or option), and how to fix it. It is a subclass of
+    `ValueError`.
     """
 
 
 def renamed_options(names: Mapping[str, str]) -> Callable[[type], type]:
-    """Class decorator for a dataclass of options: an option under its old name is refused with the new one.
+    """Class decorator for a dataclass of options that refuses old option names and names the new ones.
 
-    `names` maps old to new; the class keeps it as `renamed_options`, for the command line.
+    Args:
+        names: maps each old name to the new one. The class keeps it as `renamed_options`, for the command line.
+
+    Returns:
+        The decorator. The decorated class raises `UserError` when it is built with an old name.
     """
 
     def decorate(cls: type) -> type:

@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""Is this reward model ready for PPO? Accuracy, calibration and probes on held-out comparisons, with a verdict.
+"""Checks whether a reward model is ready for PPO: accuracy, calibration and probes on held-out comparisons.
 
 hf-rlhf check-reward --reward_model runs/reward --dataset_name heldout.jsonl --output_dir runs/check
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
 from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import refine, train_and_heldout
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
@@ -32,18 +33,19 @@ from hf_rlhf_ext.quality.reward_check import Fits, RewardCheck, check_reward, fi
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
 
 PRINTED = ("pairs", "accuracy", "longer_wins_baseline", "gain", "nll", "brier", "ece", "disagreement")
-"""Metrics of the table, in its order."""
+"""Metrics of the table, in this order."""
 
 
 @dataclass
 class CheckArguments:
-    """Which reward model (or ensemble) is checked, and where the report goes."""
+    """The reward model or ensemble to check, and the folder of the report."""
 
     reward_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the reward model."})
     output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and evaluation.png."})
     batch_size: int = field(default=32, metadata={"help": "Sequences per forward pass."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that the reward model or its base brings: only if you have read it."}
+        default=False,
+        metadata={"help": "Run code of the reward model or its base. Only use it if you have read the code."},
     )
 
     def __post_init__(self):
@@ -55,7 +57,7 @@ ARGUMENTS = (DataArguments, ComparisonArguments, CheckArguments)
 
 
 def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArguments | None = None) -> RewardCheck:
-    """Scores held-out comparisons and writes report.json and evaluation.png."""
+    """Scores held-out comparisons, and writes report.json and evaluation.png."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
     rows = read_heldout(data, comparisons or ComparisonArguments())
     scorer = load_reward(args.reward_model, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code)
@@ -87,15 +89,15 @@ def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArgu
 
 
 def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Dataset:
-    """The rows of the check.
+    """Reads the rows of the check.
 
-    These are the test split; or, with `eval_rows`, the rows that recipes/reward.py holds out with the same options; or
-    all rows of the file.
+    With a test split, these are its rows. With `eval_rows`, they are the rows that recipes/reward.py holds out with the
+    same options. Otherwise, they are all rows of the file.
     """
     split = data.dataset_test_split or data.dataset_train_split
     rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
     print(report.summary())
-    if data.dataset_test_split:  # recipes/reward.py leaves a test split as it is
+    if data.dataset_test_split:  # recipes/reward.py does not filter a test split
         n_rows = data.eval_rows or len(rows)
         return rows.select(range(min(n_rows, len(rows))))
     rows = refine(rows, comparisons)
@@ -105,14 +107,14 @@ def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Datas
 
 
 def check_ensemble(ensemble: RewardEnsemble, rows: Dataset, fits: Fits) -> RewardCheck:
-    """`check_reward` of the combined reward, with the members' disagreement on the rows among its metrics."""
+    """Checks the combined reward. The metrics include the members' mean disagreement on the rows."""
     disagreements: list[float] = []
 
     def combined_reward(prompts: list, completions: list) -> list[float]:
         return ensemble(prompts, completions, log_metric=lambda name, value: disagreements.append(value))
 
     checked = check_reward(ensemble.raw, rows, reward=combined_reward, fits=fits)
-    # It is asked for the rows first, then for each probe: the first disagreement is that on the rows.
+    # The rows are scored first and then the probes, so the first disagreement is that on the rows.
     checked.metrics["disagreement"] = disagreements[0]
     return checked
 
@@ -122,12 +124,12 @@ def print_check(checked: RewardCheck) -> None:
     metrics = checked.metrics
     for name in PRINTED:
         value = metrics.get(name)
-        if value is None:  # one model does not disagree
+        if value is None:  # a single model has no disagreement
             continue
         shown = str(value) if isinstance(value, int) else f"{value:.3f}"
         table.add_row(name.replace("_", " "), shown)
     for name in ("accuracy", "gain"):
-        if f"{name}_low" in metrics:  # not over a single prompt
+        if f"{name}_low" in metrics:  # a single prompt has no interval
             interval = f"{metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f}"
             table.add_row(f"{name}, 95 % interval", interval)
     for title, groups in checked.groups.items():
@@ -137,13 +139,14 @@ def print_check(checked: RewardCheck) -> None:
     for name, share in checked.probes.items():
         table.add_row(f"probe '{name}' beats the chosen answer", f"{share:.0%}")
     for name, count in checked.left_out.items():
-        table.add_row(f"probe '{name}' too long for the model", f"{count} prompts left out")
+        table.add_row(f"probe '{name}' is too long for the model", f"{count} prompts left out")
     Console().print(table)
 
 
 def main() -> None:
     data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
-    checked = check(data, args, comparisons)
+    with library_output(verbose=False):
+        checked = check(data, args, comparisons)
     print_check(checked)
     print(f"Report: {args.output_dir}/report.json · plots: {args.output_dir}/evaluation.png")
 

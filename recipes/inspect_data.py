@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""What preference data are worth, before a GPU is rented: a table, report.json and a page to look at.
+"""Checks the quality of comparisons before training: prints a table, and writes report.json and report.html.
 
 hf-rlhf inspect-data --dataset_name preferences.jsonl --output_dir runs/inspect
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
@@ -25,6 +25,8 @@ from rich.text import Text
 
 from hf_rlhf_ext import load_comparisons, quality_report
 from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.program import how_to_run
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import refine, train_and_heldout
 from hf_rlhf_ext.data.schema import LoadReport
 from hf_rlhf_ext.quality.page import write_quality_page
@@ -34,17 +36,17 @@ from hf_rlhf_ext.quality.report import QualityReport
 
 @dataclass
 class InspectArguments:
-    """Where the report goes."""
+    """The folder of the report."""
 
     output_dir: str = field(default="runs/inspect", metadata={"help": "Folder for report.json and report.html."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sample of which languages are counted."})
+    seed: int = field(default=0, metadata={"help": "Seed for the sample of rows whose languages are counted."})
 
 
 ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)
 
 
 def inspect_data(data: DataArguments, comparisons: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
-    """Reads, refines as asked, measures, and writes report.json and report.html; returns what report.json holds."""
+    """Reads and filters comparisons, and writes report.json and report.html. Returns the content of report.json."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
     rows, load_report = read_split(data, data.dataset_train_split)
     test = None
@@ -73,7 +75,7 @@ def inspect_data(data: DataArguments, comparisons: ComparisonArguments, args: In
 
 
 def read_split(data: DataArguments, split: str) -> tuple[Dataset, LoadReport]:
-    """Comparisons of one split; prints what was read."""
+    """Reads the comparisons of one split, and prints a summary."""
     rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
     print(report.summary())
     return rows, report
@@ -88,15 +90,20 @@ def print_report(report: QualityReport) -> None:
 
 
 def without_markup(cell: str) -> Text:
-    """The cell as it is: names from data are no markup, and no escape codes for the terminal."""
+    """The cell as plain text: names from data must not be read as markup or as escape codes of the terminal."""
     printable = "".join(character if character.isprintable() else " " for character in cell)
     return Text(printable)
 
 
 def main() -> None:
     data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
-    inspect_data(data, comparisons, args)
-    print(f"Page: {args.output_dir}/report.html · metrics: {args.output_dir}/report.json. Next: hf-rlhf reward")
+    with library_output(verbose=False):
+        inspect_data(data, comparisons, args)
+    print(f"Page: {args.output_dir}/report.html · metrics: {args.output_dir}/report.json. Next:")
+    print(
+        f"  {how_to_run('reward')} --config smollm2-135m/reward.yaml --dataset_name {data.dataset_name} "
+        "--eval_rows 200 --output_dir runs/reward"
+    )
 
 
 if __name__ == "__main__":

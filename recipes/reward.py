@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""Bradley-Terry reward model on comparisons: pairs or K completions per prompt, from any public format.
+"""Trains a Bradley-Terry reward model on comparisons: pairs, or K completions per prompt, in any supported format.
 
 hf-rlhf reward --config smollm2-135m/reward.yaml --dataset_name preferences.jsonl
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
@@ -29,8 +29,17 @@ from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
 from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
-from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.options import (
+    ComparisonArguments,
+    DataArguments,
+    ModelArguments,
+    TerminalArguments,
+    machine_defaults,
+)
 from hf_rlhf_ext.cli.output import print_metrics
+from hf_rlhf_ext.cli.program import how_to_run
+from hf_rlhf_ext.cli.progress import show_progress
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import check_heldout, refine, train_and_heldout
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenize_row
 from hf_rlhf_ext.metrics.plots import plot_judged
@@ -43,32 +52,40 @@ from hf_rlhf_ext.reward.preference_metrics import JudgedPairs
 
 PLOT = "evaluation.png"
 REPORTED = ("accuracy", "nll", "brier", "ece", "longer_wins_baseline", "gain")
-"""Metrics of an evaluation that go into the report."""
+"""Metrics of an evaluation that the report has."""
 
 
 @dataclass
 class EnsembleArguments:
-    """Several reward models instead of one, against over-optimization."""
+    """Several reward models instead of one, which reduces over-optimization."""
 
     _argument_group_name = "ensemble"
 
-    members: int = field(
-        default=1, metadata={"help": "Reward models to train, with seeds seed, seed + 1, … in member-0, member-1, …"}
-    )
+    members: int = field(default=1, metadata={"help": "Number of reward models to train, with seeds seed, seed + 1, …"})
     combine: str = field(
         default="mean",
-        metadata={"help": "How their rewards become one; conservative is mean - λ std.", "choices": list(COMBINATIONS)},
+        metadata={
+            "help": "How the members' rewards are combined. `conservative` is mean - λ std.",
+            "choices": list(COMBINATIONS),
+        },
     )
     penalty: float = field(
-        default=1.0, metadata={"help": "λ of the conservative reward, in standard deviations of the members' rewards."}
+        default=1.0, metadata={"help": "λ of `conservative`, in standard deviations of the members' rewards."}
     )
 
     def __post_init__(self):
         if self.members < 1:
-            raise UserError(f"members: {self.members}: train one or more.")
+            raise UserError(f"members: {self.members}: use 1 or more.")
 
 
-ARGUMENTS = (DataArguments, ComparisonArguments, EnsembleArguments, ModelArguments, BradleyTerryConfig)
+ARGUMENTS = (
+    DataArguments,
+    ComparisonArguments,
+    EnsembleArguments,
+    TerminalArguments,
+    ModelArguments,
+    BradleyTerryConfig,
+)
 
 
 # One reward model
@@ -82,8 +99,9 @@ def train_reward(
     comparisons: ComparisonArguments | None = None,
     normalization_dataset: Dataset | None = None,
     extra_report: dict[str, Any] | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Trains, evaluates on held-out comparisons, and saves adapter, head, normalization, report and card."""
+    """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report."""
     check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     start = time.monotonic()
@@ -106,11 +124,12 @@ def train_reward(
         peft_config=model_args.peft_config("SEQ_CLS"),
         normalization_dataset=normalization_dataset,
     )
+    show_progress(trainer, verbose=verbose)
     trainer.train(resume_from_checkpoint=resolve_checkpoint(args.resume_from_checkpoint, args.output_dir))
-    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
-    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
+    trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
-    # Counted after tokenization, which leaves out what is too long.
+    # Counted after tokenization, which may leave out long rows.
     n_pairs = sum(len(pairs) for pairs in trainer.train_dataset["pairs"])
     measured = {"pairs": n_pairs, **evaluate(trainer, args, n_heldout=len(heldout)), **(extra_report or {})}
     card = make_card(data, model_args, args, trainer.processing_class, n_rows=len(trainer.train_dataset))
@@ -122,7 +141,7 @@ def train_reward(
 
 
 def read_comparisons(data: DataArguments, comparisons: ComparisonArguments) -> tuple[Dataset, Dataset]:
-    """Comparisons to train on and held-out ones."""
+    """Returns comparisons to train on, and held-out comparisons."""
     rows, report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **data.reading())
     print(report.summary())
     test = None
@@ -132,10 +151,10 @@ def read_comparisons(data: DataArguments, comparisons: ComparisonArguments) -> t
 
 
 def evaluate(trainer: BradleyTerryTrainer, args: BradleyTerryConfig, *, n_heldout: int) -> dict[str, Any]:
-    """Metrics of the held-out comparisons for the report, and their plot; nothing where none were held out."""
+    """Evaluates on the held-out comparisons and draws the plot. Returns metrics for the report, or nothing."""
     plot = Path(args.output_dir) / PLOT
     if not n_heldout:
-        plot.unlink(missing_ok=True)  # an earlier run's
+        plot.unlink(missing_ok=True)  # of an earlier run
         return {}
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     if args.process_index == 0:
@@ -144,10 +163,10 @@ def evaluate(trainer: BradleyTerryTrainer, args: BradleyTerryConfig, *, n_heldou
 
 
 def summarize(metrics: dict[str, float], judged: JudgedPairs) -> dict[str, Any]:
-    """For the report: metrics with intervals, by group, and over how many pairs and prompts."""
+    """Metrics for the report, with their intervals, their groups, and the numbers of pairs and prompts."""
     summary: dict[str, Any] = {name: metrics[name] for name in REPORTED if name in metrics}
     for name in ("accuracy", "gain"):
-        if f"{name}_low" in metrics:  # not over a single prompt
+        if f"{name}_low" in metrics:  # a single prompt has no interval
             summary[f"{name}_ci95"] = [metrics[f"{name}_low"], metrics[f"{name}_high"]]
     summary["heldout_pairs"] = int(metrics["pairs"])
     summary["decided_pairs"] = int((judged.targets != 0.5).sum())
@@ -164,7 +183,7 @@ def make_card(
     *,
     n_rows: int,
 ) -> dict[str, Any]:
-    """Arguments of `write_card`; the plot where one was drawn."""
+    """Arguments of `write_card`, with the plot if one was drawn."""
     source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=n_rows)
     has_plot = (Path(args.output_dir) / PLOT).is_file()
     return {
@@ -186,21 +205,22 @@ def train_ensemble(
     ensemble: EnsembleArguments,
     *,
     comparisons: ComparisonArguments | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """`train_reward` for each member, with its own seed, head and data order; then they are measured as one."""
+    """Trains each member with its own seed, head and data order, and evaluates the combined reward."""
     check_push(args, model_args)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
     folder = Path(args.output_dir)
     prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    PartialState().wait_for_everyone()  # an earlier run's members are gone before any process looks for them
+    PartialState().wait_for_everyone()  # until an earlier run's members are deleted
     dataset = hub_dataset(data)
 
     reports = []
     for number in range(ensemble.members):
         print(f"Member {number + 1} of {ensemble.members}, seed {args.seed + number}")
-        reports.append(train_member(number, data, model_args, args, comparisons))
+        reports.append(train_member(number, data, model_args, args, comparisons, verbose=verbose))
     names = [member_name(number) for number in range(ensemble.members)]
     if args.process_index == 0:
         RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
@@ -229,12 +249,14 @@ def train_member(
     model_args: ModelArguments,
     args: BradleyTerryConfig,
     comparisons: ComparisonArguments,
+    *,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Trains one member of an ensemble, unless an earlier run did; returns its part of the report."""
+    """Trains one member of an ensemble, unless an earlier run did. Returns its part of the report."""
     folder = Path(args.output_dir) / member_name(number)
-    report = folder / "report.json"
-    if report.is_file():
-        return json.loads(report.read_text())["reward_model"]
+    report_file = folder / "report.json"
+    if report_file.is_file():
+        return json.loads(report_file.read_text())["reward_model"]
 
     member_args = copy.deepcopy(args)
     member_args.output_dir = str(folder)
@@ -244,15 +266,15 @@ def train_member(
     member_args.push_to_hub = False  # the ensemble is pushed as one
     member_args.resume_from_checkpoint = last_complete_checkpoint(folder)
     if member_args.resume_from_checkpoint is None:
-        data = replace(data, overwrite=True)  # nothing in the folder that could be resumed
+        data = replace(data, overwrite=True)  # the folder has nothing that could be resumed
     set_seed(member_args.seed)
-    measured = train_reward(data, model_args, member_args, comparisons=comparisons)["reward_model"]
-    gc.collect()  # a trainer is a circle of references: its model would stay beside the next one
-    return measured
+    report = train_reward(data, model_args, member_args, comparisons=comparisons, verbose=verbose)
+    gc.collect()  # a trainer is in a reference cycle: without it, its model stays in memory beside the next one
+    return report["reward_model"]
 
 
 def evaluate_ensemble(heldout: Dataset, args: BradleyTerryConfig, ensemble: EnsembleArguments) -> dict[str, Any]:
-    """Metrics of the combined reward for the report, and their plot."""
+    """Evaluates the combined reward and draws the plot. Returns metrics for the report."""
     folder = Path(args.output_dir)
     combined = RewardEnsemble.from_pretrained(
         folder, batch_size=args.per_device_eval_batch_size, trust_remote_code=args.trust_remote_code
@@ -265,7 +287,7 @@ def evaluate_ensemble(heldout: Dataset, args: BradleyTerryConfig, ensemble: Ense
 
 
 def check_ensemble(ensemble: RewardEnsemble, heldout: Dataset, args: BradleyTerryConfig) -> tuple[RewardCheck, float]:
-    """Metrics of the combined reward, on the tokens that its members are measured on; their mean disagreement."""
+    """Metrics of the combined reward, on the tokens of the members' own metrics, and their mean disagreement."""
     first = ensemble.members[0]
     rows, sequences = fitting_sequences(
         heldout, first.tokenizer, length_limit(bare_model(first.model), args.max_length), args
@@ -275,7 +297,7 @@ def check_ensemble(ensemble: RewardEnsemble, heldout: Dataset, args: BradleyTerr
     stds = np.array([[member.std] for member in ensemble.members])
     rewards = (raw - means) / stds
     combined = combine_rewards(rewards, ensemble.combine, ensemble.penalty)
-    # The scores are those of all rows at once, in the order in which `check_reward` asks for them.
+    # `check_reward` asks for the scores of all rows at once, in this order.
     checked = check_reward(
         lambda prompts, completions: raw.mean(0).tolist(),
         rows,
@@ -289,7 +311,7 @@ def check_ensemble(ensemble: RewardEnsemble, heldout: Dataset, args: BradleyTerr
 def fitting_sequences(
     heldout: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None, args: BradleyTerryConfig
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Rows that are measured, and the token ids of prompt and completion of every completion in them."""
+    """Returns the rows that are evaluated, and the token ids of prompt and completion for each of their completions."""
     rows = []
     sequences = []
     for number, row in enumerate(heldout):
@@ -302,7 +324,7 @@ def fitting_sequences(
                 overflow=args.overflow,
                 start_ids=start_ids(tokenizer),
             )
-        if ids is None:  # too long, and --overflow drop
+        if ids is None:  # too long, with --overflow drop
             continue
         rows.append(row)
         for completion_ids in ids["completion_ids"]:
@@ -311,17 +333,25 @@ def fitting_sequences(
 
 
 def main() -> None:
-    data, comparisons, ensemble, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=machine_defaults()
+    data, comparisons, ensemble, terminal, model_args, args = parse_recipe(
+        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/reward"}
     )
-    set_seed(args.seed)  # the head is drawn when the model is loaded
-    if ensemble.members > 1:
-        report = train_ensemble(data, model_args, args, ensemble, comparisons=comparisons)
-    else:
-        report = train_reward(data, model_args, args, comparisons=comparisons)
+    set_seed(args.seed)  # the head is initialized when the model is loaded
+    verbose = terminal.verbose
+    with library_output(verbose=verbose):
+        if ensemble.members > 1:
+            report = train_ensemble(data, model_args, args, ensemble, comparisons=comparisons, verbose=verbose)
+        else:
+            report = train_reward(data, model_args, args, comparisons=comparisons, verbose=verbose)
     measured = report["reward_model"]
     print_metrics({name: value for name, value in measured.items() if not isinstance(value, dict | list)})
-    print(f"Saved the reward model in {args.output_dir}. Next: hf-rlhf ppo --reward_model {args.output_dir}")
+    if "accuracy" not in measured:
+        print("No rows were held out, so nothing was measured: see --eval_rows and --dataset_test_split.")
+    print(f"Saved the reward model in {args.output_dir}. Next, with your own prompts:")
+    print(
+        f"  {how_to_run('ppo')} --config smollm2-135m/ppo.yaml --reward_model {args.output_dir} "
+        "--dataset_name YOUR_PROMPTS.jsonl --output_dir runs/ppo"
+    )
 
 
 if __name__ == "__main__":

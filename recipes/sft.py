@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["hf-rlhf-ext==0.1.*"]
 # ///
-"""Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: the policy that reward model and PPO start from.
+"""Supervised fine-tuning on demonstrations with TRL's SFTTrainer. The reward model and PPO start from its policy.
 
 hf-rlhf sft --config smollm2-135m/sft.yaml --dataset_name demonstrations.jsonl
 """
 
-# First: it hides what the libraries below say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
@@ -24,7 +24,15 @@ from trl import SFTConfig
 from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
-from hf_rlhf_ext.cli.options import DataArguments, DemonstrationArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.options import (
+    DataArguments,
+    DemonstrationArguments,
+    ModelArguments,
+    TerminalArguments,
+    machine_defaults,
+)
+from hf_rlhf_ext.cli.progress import show_progress
+from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, train_and_heldout
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages
 from hf_rlhf_ext.hub.report import base_precision
@@ -33,9 +41,9 @@ from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.readers.formats import UnknownFormat, load_demonstrations, load_rows
 
-ARGUMENTS = (DataArguments, DemonstrationArguments, ModelArguments, SFTConfig)
+ARGUMENTS = (DataArguments, DemonstrationArguments, TerminalArguments, ModelArguments, SFTConfig)
 TRAINED_COLUMNS = ("prompt", "completion", "messages", "tools", "text", "input_ids", "labels")
-"""Columns that SFTTrainer reads; the others say where a row is from."""
+"""Columns that SFTTrainer reads."""
 
 
 def train_sft(
@@ -44,8 +52,9 @@ def train_sft(
     args: SFTConfig,
     *,
     demonstrations: DemonstrationArguments | None = None,
+    verbose: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Trains on demonstrations of any public format and saves adapter, tokenizer and metrics in `args.output_dir`."""
+    """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`."""
     check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
     start = time.monotonic()
@@ -67,9 +76,10 @@ def train_sft(
         processing_class=tokenizer,
         peft_config=model_args.peft_config("CAUSAL_LM"),
     )
+    show_progress(trainer, verbose=verbose)
     metrics = train_and_evaluate(trainer, args, n_heldout=len(heldout))
-    trainer.save_model(_internal_call=True)  # pushed at the end, with its card
-    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing here needs it
+    trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
     card = {
         "base_model": public_name(model_args.model_name_or_path),
@@ -89,7 +99,7 @@ def train_sft(
 def read_rows(
     data: DataArguments, args: SFTConfig, demonstrations: DemonstrationArguments
 ) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    """Rows to train on, held-out rows, and for the report what ratings and mix left of the data."""
+    """Returns rows to train on, held-out rows, and the report's part on how the rows were chosen."""
     rows = read_demonstrations(data, data.dataset_train_split, args.dataset_text_field, demonstrations)
     test = None
     if data.dataset_test_split:
@@ -103,7 +113,7 @@ def read_rows(
 def read_demonstrations(
     data: DataArguments, split: str, text_field: str, demonstrations: DemonstrationArguments
 ) -> Dataset:
-    """`load_demonstrations`; plain text and token ids, which are none but which SFTTrainer takes, as they are."""
+    """Reads demonstrations. Plain text and token ids, which SFTTrainer accepts too, are returned unchanged."""
     try:
         rows, report = load_demonstrations(
             data.dataset_name,
@@ -123,12 +133,12 @@ def read_demonstrations(
 
 
 def trained_columns(rows: Dataset) -> Dataset:
-    """The rows with those columns that SFTTrainer reads."""
+    """The rows with only the columns that SFTTrainer reads."""
     return rows.select_columns([name for name in rows.column_names if name in TRAINED_COLUMNS])
 
 
 def train_and_evaluate(trainer: PublishingSFTTrainer, args: SFTConfig, *, n_heldout: int) -> dict[str, Any]:
-    """Trains, from a checkpoint where asked; returns the metrics of training and of the held-out rows."""
+    """Trains, from a checkpoint if asked to. Returns the metrics of training and of the held-out rows."""
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -139,9 +149,12 @@ def train_and_evaluate(trainer: PublishingSFTTrainer, args: SFTConfig, *, n_held
 
 
 def main() -> None:
-    data, demonstrations, model_args, args = parse_recipe(ARGUMENTS, description=__doc__, defaults=machine_defaults())
-    train_sft(data, model_args, args, demonstrations=demonstrations)
-    print(f"Saved the SFT policy in {args.output_dir}. Next: judge its completions, then `hf-rlhf reward`.")
+    data, demonstrations, terminal, model_args, args = parse_recipe(
+        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/sft"}
+    )
+    with library_output(verbose=terminal.verbose):
+        train_sft(data, model_args, args, demonstrations=demonstrations, verbose=terminal.verbose)
+    print(f"Saved the SFT policy in {args.output_dir}. Next: compare its completions, then run `hf-rlhf reward`.")
 
 
 if __name__ == "__main__":

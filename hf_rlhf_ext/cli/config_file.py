@@ -1,4 +1,4 @@
-"""What `--config FILE.yaml` may hold: one mapping of known options, each with a value of its kind."""
+"""Reads and checks the file of `--config FILE.yaml`: one mapping of options to values of the right type."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from argparse import Action
 
 EXPECTED = {"string_to_bool": "true or false", "int": "an integer", "float": "a number"}
-"""What to say of an option's type, by the name of the function that converts its text."""
+"""The type of an option in words, by the name of the function that converts its text."""
 
 
 def read_config(path: str | Path) -> dict[Any, Any]:
-    """Reads a YAML file that must be one mapping with distinct keys.
+    """Reads a YAML file, which must be one mapping.
 
     Raises:
-        UserError: the file is missing, not text, not YAML, not a mapping, or names a key twice.
+        UserError: the file is missing, not text, not YAML, not a mapping, or has a key twice.
     """
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def read_config(path: str | Path) -> dict[Any, Any]:
     if not isinstance(mapping, dict):
         raise UserError(f"{path}: must be a mapping of options, such as `learning_rate: 1.0e-4`")
 
-    # `safe_load` keeps the last of two equal keys without a word; the tree that `compose` gives still has both.
+    # Of two equal keys, `safe_load` keeps the last one without a warning. The tree of `compose` has both.
     seen: set[str] = set()
     for key, _ in root.value:
         if key.value in seen:
@@ -56,11 +56,11 @@ def _problem(error: yaml.YAMLError) -> str:
 
 
 def expected_instead(action: "Action", value: Any) -> str | None:
-    """What the option `action` needs, when a YAML `value` is not that; None when it fits.
+    """The type that an option needs, in words, if a YAML value has another one; None if it fits.
 
-    argparse converts only text defaults and checks no choices on defaults, so TrlParser passes the rest on as it is.
+    This check is needed because TrlParser passes YAML values to argparse as defaults, which argparse does not check.
     """
-    if value is None:  # `max_length: null` is a value that every option takes
+    if value is None:  # every option accepts null, as in `max_length: null`
         return None
     if action.nargs != "+":
         return _expected_of_one(action, value)
@@ -78,8 +78,8 @@ def _expected_of_one(action: "Action", value: Any) -> str | None:
     if action.choices:
         expected = "one of " + ", ".join(map(str, action.choices))
     if isinstance(value, (list, dict)):
-        return expected  # None for fields such as `gradient_checkpointing_kwargs`, which are text to argparse
-    # As argparse would do with the same value on the command line.
+        return expected  # None for options such as `gradient_checkpointing_kwargs`, which argparse treats as text
+    # The same conversion as for a value on the command line.
     converted = value
     if action.type is not None:
         try:

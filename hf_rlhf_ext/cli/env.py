@@ -1,4 +1,4 @@
-"""`hf-rlhf env`: what a bug report needs, as a block of Markdown. No path and no name of a user or machine is in it."""
+"""`hf-rlhf env`: prints versions and devices for a bug report, without paths and without names of user or machine."""
 
 import argparse
 import os
@@ -10,9 +10,9 @@ from .requirements import missing_optional_packages, unmet_requirements
 
 
 def environment() -> list[tuple[str, str]]:
-    """Lines of the report: what, and how it is here."""
-    lines = list(versions().items())  # first: what is asked for most
-    # Not `platform.platform()`: the release of a kernel that someone built may hold a name.
+    """Lines of the report: name and value."""
+    lines = list(versions().items())  # first, because they matter most
+    # Not `platform.platform()`: the version of a self-built kernel may contain a name.
     libc = " ".join(platform.libc_ver())
     lines.append(("platform", f"{platform.system()} {platform.machine()}, {platform.python_implementation()}, {libc}"))
     lines += _torch_lines()
@@ -24,14 +24,14 @@ def environment() -> list[tuple[str, str]]:
 
 
 def _torch_lines() -> list[tuple[str, str]]:
-    """How torch was built, on which devices it runs, and in which dtype models are loaded here."""
+    """How torch was built, which devices it finds, and the dtype in which models are loaded by default."""
     try:
         import torch
 
         from ..modeling.loading import preferred_dtype
-    except Exception as error:  # a report about an installation that is broken must still be printed
+    except Exception as error:  # a broken installation must be reported too
         return [("torch", f"cannot be imported ({type(error).__name__})")]
-    # Which torch it is says more than its version: CPU builds and ROCm builds have the same number.
+    # CPU, CUDA and ROCm builds may have the same version number.
     build = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     if torch.version.hip:
         build = f"{torch.__version__}, ROCm {torch.version.hip}"
@@ -49,15 +49,19 @@ def _device(index: int) -> str:
     import torch
 
     kind = torch.accelerator.current_accelerator().type
-    if kind != "cuda":  # which is also what ROCm's devices are called
+    if kind != "cuda":  # also the name of ROCm's devices
         return kind
     device = torch.cuda.get_device_properties(index)
     return f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `hf-rlhf env`: only --help."""
+    return argparse.ArgumentParser(prog="hf-rlhf env", description="Prints versions and devices for a bug report.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="hf-rlhf env", description="Prints versions and devices for a bug report.")
-    parser.parse_args(argv)
+    make_parser().parse_args(argv)
     print("```text")
     for name, value in environment():
         print(f"{name}: {value}")

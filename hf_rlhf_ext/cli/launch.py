@@ -1,4 +1,4 @@
-"""Several processes for one command: `hf-rlhf ppo --num_processes 2`, through accelerate, as `trl sft` does."""
+"""Starts several processes for one command with accelerate, as `trl sft` does: `hf-rlhf ppo --num_processes 2`."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from .program import LAUNCHED_WITH
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How many processes, or an accelerate configuration that says so: a file, or a name that TRL ships."""
+    """The number of processes, and an accelerate configuration: a file, or the name of one that TRL ships."""
 
     num_processes: int | None = None
     accelerate_config: str | None = None
@@ -27,7 +27,7 @@ class LaunchOptions:
         return self.num_processes is not None or self.accelerate_config is not None
 
     def words(self) -> list[str]:
-        """The options as they were given."""
+        """The options as words of a command line."""
         words = []
         for name in LAUNCH_OPTIONS:
             value = getattr(self, name)
@@ -37,7 +37,7 @@ class LaunchOptions:
 
 
 def take_launch_options(argv: Sequence[str]) -> tuple[LaunchOptions, list[str]]:
-    """The launch options in `argv`, and what is left of it for the recipe."""
+    """Separates the launch options from the other words, which are the recipe's."""
     values: dict[str, str] = {}
     rest: list[str] = []
     words = iter(argv)
@@ -65,13 +65,13 @@ def _positive_integer(value: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise UserError(f"--num_processes needs a number of processes from 1 up, got {value!r}")
+        raise UserError(f"--num_processes needs a number of at least 1, got {value!r}")
     return number
 
 
 def launch(options: LaunchOptions, command: Sequence[str]) -> None:
-    """Runs `python -m hf_rlhf_ext COMMAND …` in every process, and ends with the exit status of one that failed."""
-    # Imported here: accelerate loads torch.
+    """Runs `python -m hf_rlhf_ext COMMAND …` in every process. If one fails, exits with its exit status."""
+    # Imported here, because accelerate loads torch.
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -81,36 +81,37 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> None:
     os.environ[LAUNCHED_WITH] = shlex.join(options.words())
     try:
         launch_command(launch_command_parser().parse_args(words))
-    except ChildFailedError as error:  # several processes: torchrun has said which ones failed
+    except ChildFailedError as error:  # several processes: torchrun has printed which ones failed
         _, failure = error.get_first_failure()
         raise SystemExit(shell_status(failure.exitcode)) from None
     except subprocess.CalledProcessError as error:  # one process
         raise SystemExit(shell_status(error.returncode)) from None
-    except (ImportError, ValueError) as error:  # a configuration that accelerate refuses, DeepSpeed that is missing
+    except (ImportError, ValueError) as error:  # a wrong configuration, or DeepSpeed is missing
         raise UserError(" ".join(str(error).split())) from None
     finally:
         del os.environ[LAUNCHED_WITH]
 
 
 def shell_status(code: int) -> int:
-    """The exit status that a shell would show: 128 + N for a process that signal N ended."""
+    """The exit status as shells count it: 128 + N for a process that was ended by signal N."""
     return 128 - code if code < 0 else code
 
 
 def accelerate_words(options: LaunchOptions, n_devices: int) -> list[str]:
-    """Arguments of `accelerate launch` for a machine with `n_devices` accelerators (0: its CPU).
+    """Arguments of `accelerate launch` for a machine with `n_devices` accelerators; with 0, its CPU is used.
 
     Raises:
-        UserError: an unknown configuration, more processes than accelerators, or options that contradict each other.
+        UserError: the configuration is unknown, there are more processes than accelerators, or the options contradict
+            each other.
     """
     n_processes = options.num_processes
     if n_devices and n_processes is not None and n_processes > n_devices:
         raise UserError(
-            f"--num_processes {n_processes}: this machine has {n_devices} accelerator(s). Ask for fewer, or train on "
-            "the CPU with CUDA_VISIBLE_DEVICES= in front of the command."
+            f"--num_processes {n_processes}: this machine has {n_devices} accelerator(s): use fewer processes, or "
+            "train on the CPU with CUDA_VISIBLE_DEVICES= in front of the command."
         )
 
-    # The recipe's own --bf16 and --fp16 decide what is computed in which dtype.
+    # The recipe's options --bf16 and --fp16 choose the dtypes.
     words = ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if n_processes is not None:
         words += ["--num_processes", str(n_processes)]
@@ -124,36 +125,38 @@ def accelerate_words(options: LaunchOptions, n_devices: int) -> list[str]:
     else:
         words += ["--num_machines", "1"]
         if n_processes is not None and n_processes > 1:
-            # Without it, accelerate starts a single process on a machine with one accelerator, or none.
+            # Without it, accelerate starts one process on a machine with one accelerator or none.
             words += ["--multi_gpu"]
         has_port = False
         expected_processes = n_processes
 
     if not has_port:
-        words += ["--main_process_port", "0"]  # a free one, so that two runs on one machine do not meet
+        words += ["--main_process_port", "0"]  # a free port, so that two runs on one machine do not use the same one
     if not n_devices and "OMP_NUM_THREADS" not in os.environ:
-        # accelerate's default is one thread a process, which leaves a CPU idle.
+        # accelerate's default is one thread per process, which leaves other cores idle.
         threads = max(1, (os.cpu_count() or 1) // int(expected_processes))
         words += ["--num_cpu_threads_per_process", str(threads)]
     return words
 
 
 def _check_processes(options: LaunchOptions, config: dict[str, Any]) -> None:
-    """Refuses several processes with a configuration for one, which accelerate would follow without a word."""
+    """Raises for several processes with a configuration for one, which accelerate would use without a warning."""
     distributed = str(config.get("distributed_type", "NO"))  # YAML reads a bare NO as False
     if distributed in ("NO", "False") and (options.num_processes or 1) > 1:
         raise UserError(
-            f"--accelerate_config {options.accelerate_config} runs one process, and --num_processes asks for "
-            f"{options.num_processes}: leave one of the two out."
+            f"--accelerate_config {options.accelerate_config} runs one process, but --num_processes is "
+            f"{options.num_processes}: use one of the two options"
         )
 
 
 def find_accelerate_config(name: str) -> Path:
-    """The file that `--accelerate_config NAME` means: a path that exists, else one that TRL ships."""
+    """The file for `--accelerate_config NAME`: an existing path, otherwise a file that TRL ships."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
     shipped = accelerate_configs()
     if name not in shipped:
-        raise UserError(f"--accelerate_config: no file {name}, and TRL ships only {', '.join(shipped)}.")
+        raise UserError(
+            f"--accelerate_config: no file {name}: give a path, or a name that TRL ships ({', '.join(shipped)})"
+        )
     return shipped[name]

@@ -1,4 +1,4 @@
-"""What a report says that a model was made from: ids and revisions on the Hub; of local files a name and a sha256."""
+"""What a model was made from, for reports and cards: ids and revisions on the Hub, names and sha256 of local files."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ from ..hub.push import PUSHED_FILE, content_digest
 from .options import DataArguments
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".arrow")
-"""Files that the digest of a local data set is made of."""
+"""Endings of the files in the digest of a local dataset."""
 WEIGHT_SUFFIXES = (".safetensors",)
 
 
 def public_name(model_name_or_path: str) -> str:
-    """What a card may call a model: its id on the Hub, of a local folder or file only the last component."""
+    """The name of a model in a card: its id on the Hub, or the last component of a local path."""
     path = Path(model_name_or_path).expanduser()
     if path.exists():
         return path.resolve().name
@@ -23,26 +23,26 @@ def public_name(model_name_or_path: str) -> str:
 
 
 def hub_dataset(data: DataArguments) -> dict[str, Any]:
-    """What a card says of a data set on the Hub: its id, and its commit if the Hub tells; nothing of a local one."""
+    """The card's entries for a dataset on the Hub: its id, and its commit if it is found. Empty for a local one."""
     if Path(data.dataset_name).expanduser().exists():
         return {}
     try:
         commit = HfApi().dataset_info(data.dataset_name, revision=data.dataset_revision, timeout=10).sha
-    except Exception:  # no network, no right, offline: a card can do without
+    except Exception:  # no network, no access, or offline: the card is written without it
         commit = None
     return {"datasets": [data.dataset_name], "dataset_revision": commit}
 
 
 def lineage_of(name: str, revision: str | None = None, *, dataset: bool = False, rows: int | None = None) -> str:
-    """What a card says that a model was made from: an id on the Hub with its revision, or a local name and a sha256.
+    """The name of a model or dataset in a card: an id on the Hub with its revision, or a local name with a sha256.
 
-    A local folder that was pushed is named by where it went.
+    A local folder that was pushed has the name of its repository.
     """
     path = Path(name).expanduser()
     if not path.exists():
         return _hub_name(name, revision, dataset=dataset)
 
-    # Names of local folders say little, and two runs may share one: the digest tells them apart.
+    # Two runs may have the same folder name: the digest distinguishes them.
     digest = content_digest(path, DATA_SUFFIXES if dataset else WEIGHT_SUFFIXES)
     pushed_to = _pushed_to(path, digest)
     if pushed_to is not None:
@@ -62,11 +62,11 @@ def _hub_name(name: str, revision: str | None, *, dataset: bool) -> str:
 
 
 def _pushed_to(folder: Path, digest: str) -> str | None:
-    """Repository and commit of a folder that was pushed and not trained on since then."""
+    """Repository and commit of a folder that was pushed; None if it was not, or was trained further since then."""
     record = folder / PUSHED_FILE
     if not record.is_file():
         return None
-    # The digest was recorded at the push: another one means that the folder was trained on since.
+    # The push recorded a digest. If it differs, the weights have changed since then.
     pushed = json.loads(record.read_text(encoding="utf-8"))
     if pushed.get("weights") != digest:
         return None

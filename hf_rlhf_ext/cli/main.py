@@ -1,7 +1,7 @@
-"""The command `hf-rlhf`: one line a command in `COMMANDS`.
+"""The command `hf-rlhf`, with one line per command in `COMMANDS`.
 
-Recipes are run as files, not imported: this ring is below them. So `hf-rlhf ppo …` is `python recipes/ppo.py …`,
-wherever the package is installed.
+Recipes are run as files, because this package must not import them. `hf-rlhf ppo …` does the same as
+`python recipes/ppo.py …`, wherever the package is installed.
 """
 
 import runpy
@@ -21,7 +21,7 @@ from .shipped import recipes_folder
 
 @dataclass(frozen=True)
 class Command:
-    """A command, what the list says of it, and where it is: a recipe's file, or a module with `main(argv)`."""
+    """A command with its description, and what runs it: the file of a recipe, or a module with `main(argv)`."""
 
     name: str
     help: str
@@ -30,22 +30,22 @@ class Command:
     several_processes: bool = False
 
 
-# A new command is one line here.
+# To add a command, add a line here.
 COMMANDS = (
-    Command("quickstart", "the whole pipeline on a small model, as a demonstration", recipe="quickstart.py"),
+    Command("quickstart", "the whole pipeline on a small model", recipe="quickstart.py"),
     Command("sft", "supervised fine-tuning on demonstrations", recipe="sft.py", several_processes=True),
-    Command("reward", "a reward model from comparisons", recipe="reward.py", several_processes=True),
-    Command("ppo", "PPO towards a reward model or function", recipe="ppo.py", several_processes=True),
-    Command("check-reward", "is a reward model ready for PPO?", recipe="check_reward.py"),
-    Command("inspect-data", "what comparisons are worth, before training", recipe="inspect_data.py"),
-    Command("merge", "an adapter and its base as one model", module="hf_rlhf_ext.hub.merge"),
-    Command("push", "a finished run to the Hub, checked for what should stay private", module="hf_rlhf_ext.hub.push"),
-    Command("env", "versions and devices, for a bug report", module="hf_rlhf_ext.cli.env"),
+    Command("reward", "training of a reward model on comparisons", recipe="reward.py", several_processes=True),
+    Command("ppo", "PPO with a reward model or a reward function", recipe="ppo.py", several_processes=True),
+    Command("check-reward", "a check of whether a reward model is ready for PPO", recipe="check_reward.py"),
+    Command("inspect-data", "a check of comparisons before training", recipe="inspect_data.py"),
+    Command("merge", "an adapter and its base model as one model", module="hf_rlhf_ext.hub.merge"),
+    Command("push", "a finished run to the Hub, after a check for private data", module="hf_rlhf_ext.hub.push"),
+    Command("env", "versions and devices for a bug report", module="hf_rlhf_ext.cli.env"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `hf-rlhf` with the words of `argv` (None: of the command line)."""
+    """Runs `hf-rlhf` with the words of `argv`, or of the command line if it is None."""
     words = list(sys.argv[1:] if argv is None else argv)
     run_recipe(partial(run_command, words))
 
@@ -54,7 +54,7 @@ def run_command(words: list[str]) -> None:
     """Runs one command, in this process or in several.
 
     Raises:
-        UserError: an unknown command, or several processes where that makes no sense.
+        UserError: the command is unknown, or does not support several processes.
     """
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
@@ -64,11 +64,13 @@ def run_command(words: list[str]) -> None:
         return
 
     command = find_command(words[0])
-    # Before the recipe sees them: its parser knows nothing of processes.
+    # The recipe's parser does not know these options.
     options, rest = take_launch_options(words[1:])
     if options.asked_for and not command.several_processes:
         able = ", ".join(known.name for known in COMMANDS if known.several_processes)
-        raise UserError(f"{options.words()[0]}: {PROGRAM} {command.name} runs in one process. It is for {able}.")
+        raise UserError(
+            f"{options.words()[0]}: {PROGRAM} {command.name} runs in one process: use the option with {able}"
+        )
     # Several processes would print the help several times.
     wants_help = "-h" in rest or "--help" in rest
     if options.asked_for and not wants_help:
@@ -78,12 +80,12 @@ def run_command(words: list[str]) -> None:
 
 
 def run_here(command: Command, argv: list[str]) -> None:
-    """Runs a command in this process, as if it had been started with these words."""
-    set_command(command.name)  # what `--help` shows, and what a report says
+    """Runs a command in this process with the words of `argv`."""
+    set_command(command.name)  # for `--help` and for the report
     sys.argv = [f"{PROGRAM} {command.name}", *argv]
     try:
         if command.recipe is not None:
-            # As `python recipes/ppo.py` would: `__main__` is the recipe, whose dataclasses are looked up there.
+            # As in `python recipes/ppo.py`, `__main__` is the recipe: its dataclasses are looked up there.
             runpy.run_path(str(recipes_folder() / command.recipe), run_name="__main__")
         else:
             import_module(command.module).main(argv)
@@ -99,7 +101,7 @@ def find_command(name: str) -> Command:
 
 
 def overview() -> str:
-    """What `hf-rlhf` alone prints."""
+    """What `hf-rlhf` prints without a command."""
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "RLHF on one consumer GPU, as a thin extension of TRL.", ""]
     width = max(len(command.name) for command in COMMANDS)
     for command in COMMANDS:

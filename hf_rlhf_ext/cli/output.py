@@ -1,4 +1,4 @@
-"""What a recipe shows and where it writes: a folder made safely, never emptied unless we made it."""
+"""Makes the output folder of a recipe, without deleting what a recipe did not make, and prints metrics."""
 
 import json
 import os
@@ -11,15 +11,21 @@ from ..compat import versions
 from ..errors import UserError
 
 MARKER = "hf_rlhf_ext.json"
-"""File in every folder that `prepare_output_dir` made: only those are ever overwritten."""
+"""File in every folder that `prepare_output_dir` made. Only these folders are ever emptied."""
 
 
 def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, overwrite: bool) -> None:
-    """Makes `output_dir` and leaves a marker file (versions, no paths) in it, or refuses in one line.
+    """Makes `output_dir` with a marker file in it, which holds versions and no paths.
 
-    A folder with anything but the marker in it is refused unless `resume` (it is left as it is) or `overwrite` (it is
-    emptied, but only if it carries the marker: never delete what we did not make). Call it on every process: only the
-    one of rank 0 does anything.
+    Call it on every process: only the process of rank 0 does anything.
+
+    Args:
+        output_dir: the folder. With other files than the marker in it, one of the next two options is needed.
+        resume: keep the files as they are.
+        overwrite: delete the files (checkpoints, weights, `log.jsonl`, the report), if the folder has the marker.
+
+    Raises:
+        UserError: the folder is not empty and neither option is set, both are set, or the folder has no marker.
     """
     if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate
         return
@@ -27,7 +33,7 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
     # The command line passes text on: `--resume_from_checkpoint false` arrives as "false".
     resume = bool(resume) and str(resume).lower() != "false"
     if resume and overwrite:
-        raise UserError("resume and overwrite contradict each other: pass one of them")
+        raise UserError("resume_from_checkpoint and overwrite contradict each other: pass one of them")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: pass another --output_dir")
 
@@ -36,12 +42,14 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
         return  # no marker: someone else may have made it
     if content and not overwrite:
         raise UserError(
-            f"{folder} is not empty: pass --resume_from_checkpoint true to go on, or --overwrite true to start afresh"
+            f"{folder} is not empty: pass --resume_from_checkpoint true to continue, or --overwrite true to start again"
         )
     if content and not (folder / MARKER).is_file():
-        raise UserError(f"{folder} was not made by hf_rlhf_ext (no {MARKER}): remove it yourself, or pass another one")
+        raise UserError(
+            f"{folder} was not made by hf_rlhf_ext (no {MARKER}): delete it yourself, or pass another --output_dir"
+        )
 
-    # The marker stays until the end, so that an interrupted removal can be repeated.
+    # The marker is kept, so that an interrupted deletion can be repeated.
     for item in content:
         _remove(item)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +58,14 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in the folder beside the marker."""
+    """What is in the folder, without the marker."""
     if not folder.exists():
         return []
     return [item for item in folder.iterdir() if item.name != MARKER]
 
 
 def _remove(item: Path) -> None:
-    """Removes a file, a folder with all that is in it, or a link (and not what it points to)."""
+    """Deletes a file, a folder with its contents, or a link (not what it points to)."""
     if item.is_dir() and not item.is_symlink():
         shutil.rmtree(item)
     else:
@@ -65,7 +73,14 @@ def _remove(item: Path) -> None:
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """Prints one metric a line; numbers with three decimals."""
+    """Prints one metric per line, numbers with three decimals."""
     for name, value in metrics.items():
-        shown = f"{value:.3f}" if isinstance(value, float) else value
-        print(f"{name:>22}: {shown}")
+        print(f"{name:>22}: {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):  # an interval, or names
+        return ", ".join(_shown(item) for item in value) or "none"
+    return str(value)

@@ -1,20 +1,19 @@
-"""Options of a recipe from YAML and the command line, and errors in one line.
+"""Reads the options of a recipe from YAML and the command line, and prints errors in one line.
 
-Nothing here imports torch; `parse_recipe` imports TRL's parser when it is called.
+Importing this module does not load torch: `parse_recipe` imports TRL's parser when it is called.
 """
 
 import contextlib
 import difflib
-import logging
 import os
 import sys
-import warnings
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import quiet  # noqa: F401  # hides messages of libraries that are imported later
 from .config_file import expected_instead, read_config
 from .program import program_name
 from .requirements import install_command
@@ -23,43 +22,29 @@ from .shipped import find_config
 if TYPE_CHECKING:
     from argparse import Action, ArgumentParser
 
-
-# What other libraries say that nobody who runs a recipe can act on, or that our own error says again: each by its text.
-# Only recipes and the command line import this module, before those libraries.
-warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", r"Could not find a config file in embedded:", UserWarning)
-_NOISE = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "datasets.packaged_modules.json.json": "Failed to load JSON from file",
-    "datasets.packaged_modules.csv.csv": "Failed to read file",
-    "datasets.packaged_modules.parquet.parquet": "Failed to read ",
-}
-for _logger, _start in _NOISE.items():
-    logging.getLogger(_logger).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
-
 LAUNCH_OPTIONS = ("num_processes", "accelerate_config")
-"""Options of `hf-rlhf sft`, `reward` and `ppo` that start several processes; the recipes themselves have neither."""
+"""Options of `hf-rlhf sft`, `reward` and `ppo` that start several processes. The recipes' own parsers have neither."""
 
 EPILOG = """\
---config FILE.yaml reads any of these options from a file; the command line wins. FILE is a path, or the name of a file
-that comes with the package, such as qwen2.5-1.5b/ppo.yaml."""
+--config FILE.yaml reads these options from a file. Options on the command line override the file. FILE is a path, or
+the name of a file that comes with the package, such as qwen2.5-1.5b/ppo.yaml."""
 
 
 EPILOG_FOR_TRAINING = """
-Started by `hf-rlhf`, it also takes --num_processes N, and --accelerate_config FILE or NAME (multi_gpu, …), which
-start several processes through accelerate."""
+The command `hf-rlhf` also takes --num_processes N and --accelerate_config FILE or NAME (multi_gpu, …), which start
+several processes with accelerate."""
 
 VALUES = {"string_to_bool": "true|false", "int": "INTEGER", "float": "NUMBER", "str": "TEXT"}
-"""What `--help` shows for the value of an option, by the name of the function that converts it."""
+"""What `--help` shows as the value of an option, by the name of the function that converts it."""
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the default of every option, its choices or kind of value, and the recipe's docstring as it is written."""
+    """Shows the default and the kind of value of every option, and keeps the line breaks of the description."""
 
     def _format_action_invocation(self, action: "Action") -> str:
         if action.option_strings[:1] == ["-h"]:
             return super()._format_action_invocation(action)
-        # The same name with hyphens is taken too, but would show everything twice.
+        # Names with hyphens work too, but would show every option twice.
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{action.option_strings[0]} {value}"
 
@@ -68,39 +53,39 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def run_recipe(main: Callable[[], object]) -> None:
-    """Runs `main`; a `UserError` becomes one line on stderr and exit status 2.
+    """Runs `main`. A `UserError` is printed in one line on stderr, with exit status 2.
 
-    So does a package that is missing, with the command that installs it. Anything else keeps its traceback.
+    So is a missing package, with the command that installs it. Other errors keep their traceback.
     """
     try:
-        with _stdout_of_the_first_process():
+        with _stdout_of_the_first_process(), _bars_closed_on_errors():
             main()
     except UserError as error:
         print(f"{_error_word()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         command = install_command(error.name)
-        if command is None:  # a bug, not a package that we know of
+        if command is None:  # not a package that this library needs: a bug
             raise
         print(f"{_error_word()}: {error.name} is not installed: {command}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells count
-    except BrokenPipeError:  # `hf-rlhf env | head -1`: whoever read the output has read enough
-        # Python flushes stdout once more when it ends, and would fail there.
+    except BrokenPipeError:  # `hf-rlhf env | head -1`: nobody reads the rest
+        # Python flushes stdout when it ends, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE
 
 
 def _rank() -> str:
-    """The number of this process among several, as torchrun and accelerate set it."""
+    """The number of this process, as torchrun and accelerate set it."""
     return os.environ.get("RANK", "0")
 
 
 @contextlib.contextmanager
 def _stdout_of_the_first_process() -> Iterator[None]:
-    """Leaves stdout to the first of several processes: the others would say the same again."""
+    """Lets only the first of several processes print to stdout: the others would print the same."""
     if _rank() == "0":
         yield
         return
@@ -108,8 +93,21 @@ def _stdout_of_the_first_process() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _bars_closed_on_errors() -> Iterator[None]:
+    """Closes progress bars that an error leaves open, so that its message is on a line of its own."""
+    try:
+        yield
+    except BaseException:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+        raise
+
+
 def _error_word() -> str:
-    """`error`, with the number of the process where it is not the first of several."""
+    """`error`, with the number of the process if it is not the first one."""
     rank = _rank()
     return "error" if rank == "0" else f"error (process {rank})"
 
@@ -121,13 +119,22 @@ def parse_recipe(
     description: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Fills the dataclasses from `--config FILE.yaml` and the command line, which wins: TRL's `TrlParser`, made strict.
+    """Fills dataclasses of options from `--config FILE.yaml` and from the command line, which overrides the file.
 
-    `argv` defaults to `sys.argv[1:]`; `defaults` replace those of the dataclasses. Returns one instance a dataclass, in
-    order. Raises `UserError`, in one line that names the file or option and the nearest known name, for: a config file
-    that is missing, unreadable, not YAML, not a mapping or names a key twice; an unknown key or option; one under its
-    old name (a dataclass's `renamed_options`); a value of the wrong type; whatever a dataclass refuses with a
-    `ValueError`. `--help` prints the options and exits.
+    It uses TRL's `TrlParser` with stricter checks. `--help` prints the options and exits.
+
+    Args:
+        argv: words of the command line; default is `sys.argv[1:]`.
+        description: text of `--help` above the options.
+        defaults: replace the defaults of the dataclasses.
+
+    Returns:
+        One instance per dataclass, in their order.
+
+    Raises:
+        UserError: the config file is missing, not readable, not YAML, not a mapping, or has a key twice; a key or
+            option is unknown or has a new name (`renamed_options` of a dataclass); a value has the wrong type; or a
+            dataclass raised a `ValueError`. The line names the file or option, and the most similar known name.
     """
     from trl import TrlParser
 
@@ -135,26 +142,27 @@ def parse_recipe(
     parser = TrlParser(
         types,
         prog=program_name(),
-        usage="%(prog)s [--config FILE.yaml] [options]",  # argparse's own would be some 150 lines
+        usage="%(prog)s [--config FILE.yaml] [options]",  # argparse's own has about 150 lines
         description=description,
         epilog=_epilog(types),
         formatter_class=HelpFormatter,
     )
     for action in parser._actions:
         if action.option_strings[0] == f"--no_{action.dest}":
-            action.help = (
-                SUPPRESS  # `--use_peft false` is enough, and what `--no_use_peft` says of its default is wrong
-            )
-    parser.error = _raise_user_error  # argparse would print its whole usage, some 150 lines
+            # `--use_peft false` is enough, and the help of `--no_use_peft` shows a wrong default.
+            action.help = SUPPRESS
+    parser.error = _raise_user_error  # argparse would also print its usage
     parser.set_defaults(**(defaults or {}))
 
     if argv is None:
         argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        raise UserError(f"unexpected argument `{argv[0]}`{_hint_for_stray(argv[0], parser)}")
     options, config_name = _split_config(argv)
     if "-h" in options or "--help" in options:
-        parser.parse_args(["--help"])  # exits; a config file that is wrong must not keep anyone from the help
+        parser.parse_args(["--help"])  # exits; the help is shown even if the config file has a mistake
 
-    # Checked before TrlParser sees them: it would guess abbreviations and pass unknown keys on.
+    # Checked first, because TrlParser accepts abbreviations and returns unknown keys.
     renamed = _renamed_options(types)
     _check_options(parser, options, renamed)
     words = options
@@ -166,10 +174,10 @@ def parse_recipe(
         *parsed, rest = parser.parse_args_and_config(words, return_remaining_strings=True)
     except UserError:
         raise
-    except ValueError as error:  # what a dataclass's __post_init__ says, often in several lines
+    except ValueError as error:  # from a dataclass's __post_init__, often in several lines
         raise UserError(" ".join(str(error).split())) from None
     if rest:
-        raise UserError(f"unexpected argument `{rest[0]}`{_hint_for_stray(rest[0])}")
+        raise UserError(f"unexpected argument `{rest[0]}`{_hint_for_stray(rest[0], parser)}")
     return tuple(parsed)
 
 
@@ -182,14 +190,17 @@ def _raise_user_error(message: str) -> None:
     raise UserError(f"{message} (see --help)")
 
 
-def _hint_for_stray(word: str) -> str:
+def _hint_for_stray(word: str, parser: "ArgumentParser") -> str:
     if Path(word).suffix in {".yaml", ".yml"}:
         return f": did you mean `--config {word}`?"
+    reads_data = any(action.dest == "dataset_name" for action in parser._actions)
+    if reads_data and (Path(word).suffix in {".json", ".jsonl", ".csv", ".parquet", ".gz"} or "/" in word):
+        return f": did you mean `--dataset_name {word}`?"
     return ": see --help"
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Takes `--config FILE` or `--config=FILE` (which TrlParser would not know) out of `argv`."""
+    """Separates `--config FILE` or `--config=FILE` from the other words. TrlParser does not know the second form."""
     options: list[str] = []
     config_name: str | None = None
     words = iter(argv)
@@ -199,7 +210,7 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
             options.append(word)
             continue
         if config_name is not None:
-            raise UserError("`--config` is given twice: put everything in one file, or use options for the rest")
+            raise UserError("`--config` is given twice: use one file, and options for the rest")
         if not equals:
             value = next(words, "")
         if not value or value.startswith("--"):
@@ -209,7 +220,7 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _renamed_options(types: Iterable[type]) -> dict[str, str]:
-    """Old name -> new name of the options of all dataclasses."""
+    """New names of renamed options by their old names, of all dataclasses."""
     renamed: dict[str, str] = {}
     for dataclass_type in types:
         renamed.update(getattr(dataclass_type, "renamed_options", {}))
@@ -217,7 +228,7 @@ def _renamed_options(types: Iterable[type]) -> dict[str, str]:
 
 
 def _check_options(parser: "ArgumentParser", words: list[str], renamed: Mapping[str, str]) -> None:
-    """Refuses unknown options, and abbreviations with them: `--learning` must not quietly set learning_rate."""
+    """Raises for unknown options and for abbreviations: `--learning` must not set learning_rate."""
     known = {name for action in parser._actions for name in action.option_strings}
     for word in words:
         if not word.startswith("--"):
@@ -234,10 +245,10 @@ def _check_options(parser: "ArgumentParser", words: list[str], renamed: Mapping[
 
 
 def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str]) -> None:
-    """Refuses what TrlParser would take silently or report without the file: see `parse_recipe`."""
+    """Raises for keys and values that TrlParser would accept, or report without naming the file."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     for key, value in read_config(path).items():
-        if key == "env":  # TrlParser's own: environment variables to set
+        if key == "env":  # a key of TrlParser: environment variables to set
             continue
         if key in renamed:
             raise UserError(f"{path}: `{key}` has a new name: use `{renamed[key]}`")
@@ -251,7 +262,7 @@ def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a line about an unknown name: the nearest known one."""
+    """The end of a message about an unknown name: the most similar known name."""
     nearest = difflib.get_close_matches(name, sorted(known), n=1)
     if not nearest:
         return ": see --help for all"

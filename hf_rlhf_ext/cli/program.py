@@ -1,4 +1,4 @@
-"""What the running program is called: `hf-rlhf ppo` where the command started a recipe, else the recipe's file."""
+"""The name of the running program: `hf-rlhf ppo` if the command started a recipe, otherwise the recipe's file name."""
 
 import os
 import shlex
@@ -10,20 +10,20 @@ from ..hub.privacy import strip_local_paths
 
 PROGRAM = "hf-rlhf"
 LAUNCHED_WITH = "HF_RLHF_EXT_LAUNCHED_WITH"
-"""Environment variable with the options that started several processes, for the command in their report."""
+"""Environment variable with the options that started several processes, for the command in the report."""
 
 _command: str | None = None
-"""The command that `cli.main` runs in this process. (`runpy` puts the recipe's path into `sys.argv[0]`.)"""
+"""The command that `cli.main` runs in this process. `runpy` sets `sys.argv[0]` to the recipe's path instead."""
 
 
 def set_command(name: str | None) -> None:
-    """Says which command of `hf-rlhf` runs in this process; None: none does."""
-    global _command  # one program, one command: there is nobody else to hand it to
+    """Sets the command of `hf-rlhf` that runs in this process; None if none does."""
+    global _command  # a process runs one command
     _command = name
 
 
 def program_name() -> str:
-    """For `--help`: `hf-rlhf ppo`, or `ppo.py`."""
+    """The name that `--help` shows: `hf-rlhf ppo` or `ppo.py`."""
     if _command is not None:
         return f"{PROGRAM} {_command}"
     return Path(sys.argv[0]).name
@@ -33,7 +33,7 @@ def command_line() -> str:
     """The command that runs this again, without local paths."""
     script, *options = sys.argv
     if _command is not None:
-        # Every process was started without them, as `python -m hf_rlhf_ext ppo …`.
+        # Launched processes do not see these options in `sys.argv`.
         launched_with = shlex.split(os.environ.get(LAUNCHED_WITH, ""))
         words = [PROGRAM, _command, *launched_with, *options]
     else:
@@ -42,8 +42,8 @@ def command_line() -> str:
 
 
 def how_to_run(command: str) -> str:
-    """What to type for a command of `hf-rlhf`, here and now: the program's path where a shell would not find it."""
-    # In a virtual environment that is not activated, a shell does not find the program beside its Python.
+    """How to type a command of `hf-rlhf`, with the program's path if the shell would not find it."""
+    # In a virtual environment that is not activated, the shell does not find the program.
     installed = Path(sys.executable).with_name(PROGRAM)
     if shutil.which(PROGRAM) or not installed.is_file():
         return f"{PROGRAM} {command}"

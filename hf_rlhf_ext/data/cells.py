@@ -1,6 +1,7 @@
-"""Cells of preference rows: numbers, labels, text and chat messages; `Unusable` where a cell holds something else.
+"""Reads cells of preference rows: numbers, labels, text and chat messages.
 
-Every function takes a value as JSON, Arrow or a csv file gives it, and says in `Unusable` which column was wrong.
+The functions take values as JSON, Arrow or CSV files provide them. For any other value they raise `Unusable`, which
+names the column.
 """
 
 from collections.abc import Iterable
@@ -10,19 +11,19 @@ from .schema import Row, Unusable, is_list_of, is_number
 from .text import Messages, is_messages, make_message
 
 _TEMPLATE_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""What chat templates read of a message beside role, content and tool calls."""
+"""Fields of a message that chat templates use in addition to role, content and tool calls."""
 
 _TRUTH = {"true": 1.0, "false": 0.0}
 
 _MAX_DEPTH = 50
-"""Levels of lists and records in a tool call."""
+"""Deepest nesting of lists and records in a tool call."""
 
 
 # --- numbers and labels ----------------------------------------------------------------------------------------------
 
 
 def number(row: Row, column: str) -> float:
-    """The cell as a finite number, also where a csv file spells it."""
+    """Returns the cell as a finite number. A number may be written as text, as in CSV files."""
     value = row.get(column)
     if isinstance(value, bool):
         value = float(value)
@@ -42,7 +43,7 @@ def _parse_number(text: str) -> float | None:
 
 
 def is_absent(value: Any) -> bool:
-    """True for None, for an empty cell of a csv file, and for NaN, as which pandas writes a missing number."""
+    """True for None, for an empty CSV cell, and for NaN, which pandas writes for a missing number."""
     is_nan = value != value
     return value is None or value == "" or is_nan
 
@@ -53,7 +54,7 @@ def optional_number(
     flag: str,
     flags: list[str],
 ) -> float | None:
-    """The number that a row may do without: None where there is none, and `flag` where the cell is not a number."""
+    """Returns an optional number: None if the cell is empty; None, with `flag` added, if it is not a number."""
     if is_absent(row.get(column)):
         return None
     try:
@@ -64,7 +65,7 @@ def optional_number(
 
 
 def as_label(value: Any) -> str | None:
-    """A category or the like as text; None for what is neither text nor a whole number."""
+    """Returns a label such as a category as text. None for anything but text or a whole number."""
     if isinstance(value, str):
         return value or None
     if isinstance(value, int) and is_number(value):
@@ -76,7 +77,7 @@ def as_label(value: Any) -> str | None:
 
 
 def text_or_messages(value: Any, column: str) -> str | Messages:
-    """Text as it is; messages with what chat templates read of them."""
+    """Returns text unchanged, and messages reduced to the fields that chat templates use."""
     if isinstance(value, str):
         return value
     if not is_messages(value):
@@ -95,10 +96,10 @@ def chat_message(
     turn: dict[str, Any],
     column: str,
 ) -> dict[str, Any]:
-    """The turn as a chat message without empty entries.
+    """Converts a turn to a chat message without empty fields.
 
-    Text is under `content` or, as in ShareGPT, under `value`; a list of text parts is joined. `content` is None for a
-    turn with neither text nor a tool call.
+    The text is in `content` or, as in ShareGPT, in `value`. A list of text parts is joined. `content` is None for a
+    turn without text and without a tool call.
     """
     content = turn.get("content")
     if content is None:
@@ -106,7 +107,7 @@ def chat_message(
     if isinstance(content, list):
         content = _join_parts(content, column)
 
-    # A message may be a tool call alone, without text; an empty list of calls is none.
+    # A message may be only a tool call, without text. An empty list of calls counts as no call.
     calls = turn.get("tool_calls") or None
     if calls is not None:
         if not _are_calls(calls):
@@ -130,7 +131,7 @@ def _join_parts(parts: list[Any], column: str) -> str:
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):  # an image, say: the text alone would be another question
+        if not isinstance(text, str):  # an image, for example: the text alone would be a different question
             raise Unusable(f"{column} has a part that is not text")
         texts.append(text)
     return "".join(texts)
@@ -141,7 +142,7 @@ def _are_calls(value: Any) -> bool:
 
 
 def _fits_a_column(value: Any, depth: int = _MAX_DEPTH) -> bool:
-    """False for a whole number beyond 64 bits and for what is nested without end: no column can hold these."""
+    """False for integers over 64 bits and for values nested too deeply, which no Arrow column can store."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     if not isinstance(value, dict | list):
@@ -153,7 +154,7 @@ def _fits_a_column(value: Any, depth: int = _MAX_DEPTH) -> bool:
 
 
 def alike(prompt: Any, *answers: Any) -> tuple[Any, ...]:
-    """Prompt and answers, all as messages where one side is text and the other side is messages."""
+    """Converts prompt and answers to messages if one of them is text and the other is messages."""
     prompt_is_text = isinstance(prompt, str)
     answers_are_text = isinstance(answers[0], str)
     if prompt_is_text and not answers_are_text:
@@ -169,7 +170,7 @@ def ask(
     system: str = "",
     history: Iterable[tuple[str, str]] = (),
 ) -> Messages:
-    """A question as messages, after a system text and earlier (question, answer) turns."""
+    """Converts a question to messages, after a system message and earlier (question, answer) turns."""
     messages: Messages = []
     if system:
         messages.append(make_message("system", system))
@@ -181,7 +182,7 @@ def ask(
 
 
 def reply(value: Any) -> Messages | None:
-    """Text as an assistant's message; None for anything else, for `schema.settle` to leave out and name."""
+    """Converts text to an assistant message. Returns None for anything else, which `schema.settle` drops and flags."""
     if not isinstance(value, str):
         return None
     return [make_message("assistant", value)]

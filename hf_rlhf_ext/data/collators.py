@@ -1,4 +1,4 @@
-"""Tokenized comparisons as batches of tensors."""
+"""Collator that turns tokenized comparisons into batches of tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,29 +16,43 @@ LAYOUTS = ("shared_prefix", "plain")
 
 @dataclass(frozen=True)
 class DataCollatorForComparisons:
-    """Turns tokenized comparison rows into one batch, or into micro-batches of at most `max_tokens` tokens.
+    """Collates tokenized comparison rows into one batch, or into micro-batches of at most `max_tokens` tokens.
 
-    Rows hold `prompt_ids`, `completion_ids` (K lists), `pairs`, `targets`, `weights` and, if the source has them,
-    `margins`. A batch of B prompts with N completions and P pairs in all holds, in either layout,
+    The input rows have the columns `prompt_ids`, `completion_ids` (K lists), `pairs`, `targets`, `weights` and,
+    optionally, `margins` and `category_code`. A batch with B prompts, N completions and P pairs contains, in both
+    layouts:
 
-    - `pairs`: (P, 2) int64, numbers of completions in the batch;
-    - `targets`, `weights`, `margins`: (P,) fp32, margins 0 where a row has none;
-    - `prompt_index`: (P,) int64, which prompt of the batch a pair belongs to;
-    - `categories`: (B,) int64, `category_code` of each row, -1 where it has none;
-    - `completion_counts`: (B,) int64, K of each prompt; `completion_lengths`: (N,) int64, tokens without the prompt;
+    - `pairs`: (P, 2) int64, indices of the two completions in the batch.
+    - `targets`, `weights`, `margins`: (P,) float32. `margins` is 0 for rows without margins.
+    - `prompt_index`: (P,) int64, index of the prompt that the pair belongs to.
+    - `categories`: (B,) int64, `category_code` of each row, or -1.
+    - `completion_counts`: (B,) int64, number of completions K of each prompt.
+    - `completion_lengths`: (N,) int64, number of tokens of each completion, without the prompt.
 
-    and, padded on the right to L tokens, in the layout
+    In the layout `"plain"`, each completion is one row after its prompt, padded on the right to L tokens:
 
-    - `"plain"`, a row for every completion after its prompt: `input_ids`, `attention_mask` (N, L) int64;
-    - `"shared_prefix"`, `[prompt, y1 … yK]` for every prompt, short ones side by side in R ≤ B rows: `input_ids`,
-      `segments`, `owners`, `positions` (R, L) int64 (`modeling.prefix`), and `score_at` (N, 2) int64, row and column of
-      each completion's last token.
+    - `input_ids`, `attention_mask`: (N, L) int64.
 
-    With `max_tokens` the result is `{"micro_batches": [batch, …], "order": [n, …]}`: prompts of similar length packed
-    so that rows times L stays within it, and their numbers in the batch; a prompt that exceeds it alone is a
-    micro-batch of its own.
+    In the layout `"shared_prefix"`, each prompt appears once, as `[prompt, y1 … yK]`. Short sequences share a row, so
+    there are R ≤ B rows, padded on the right to L tokens:
 
-    It never truncates: the trainer has settled over-long rows (`overflow`) while their row number was known.
+    - `input_ids`, `segments`, `owners`, `positions`: (R, L) int64, see `hf_rlhf_ext.modeling.prefix`.
+    - `score_at`: (N, 2) int64, row and column of the last token of each completion.
+
+    With `max_tokens`, the result is `{"micro_batches": [batch, …], "order": [n, …]}`. Prompts of similar length are
+    packed together so that a micro-batch has at most `max_tokens` tokens, padding included. `order` holds the index of
+    each prompt in the input. A prompt that exceeds `max_tokens` alone is a micro-batch of its own.
+
+    The collator never truncates. The trainer handles rows that are too long before, see its option `overflow`.
+
+    Args:
+        pad_token_id: Token id used for padding.
+        layout: `"plain"` or `"shared_prefix"`.
+        pad_to_multiple_of: If set, L is rounded up to a multiple of this number.
+        max_tokens: If set, the batch is split into micro-batches of at most this many tokens.
+
+    Raises:
+        UserError: The layout does not exist.
     """
 
     pad_token_id: int
@@ -49,7 +63,7 @@ class DataCollatorForComparisons:
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             known = ", ".join(map(repr, LAYOUTS))
-            raise UserError(f"layout: {self.layout!r} does not exist; there is {known}.")
+            raise UserError(f"layout: {self.layout!r} does not exist; choose one of {known}.")
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         if self.max_tokens is None:
@@ -73,12 +87,12 @@ class DataCollatorForComparisons:
     # --- which prompts go into one micro-batch ------------------------------------------------------------------------
 
     def _parts_plain(self, rows: list[Row]) -> list[list[int]]:
-        """Numbers of the rows of each micro-batch, in order of length so that padding is little."""
+        """Returns the row numbers of each micro-batch, sorted by length so that there is little padding."""
         lengths = [self._length(row) for row in rows]
         parts: list[list[int]] = []
-        height = 0  # of the last micro-batch: a row per completion
+        height = 0  # rows of the last micro-batch, one per completion
         for n in sorted(range(len(rows)), key=lengths.__getitem__):
-            # In order of length: this one is the longest so far.
+            # Rows are sorted by length, so this one is the longest so far.
             width = self._rounded_up(lengths[n])
             further = len(rows[n]["completion_ids"])
             if parts and (height + further) * width <= self.max_tokens:
@@ -90,13 +104,13 @@ class DataCollatorForComparisons:
         return parts
 
     def _parts_shared(self, rows: list[Row]) -> list[list[int]]:
-        """Numbers of the rows of each micro-batch: the longest one left sets the width, others fill the rest."""
+        """Returns the row numbers of each micro-batch. The longest remaining row sets the width, others fill it up."""
         parts: list[list[int]] = []
         left = list(range(len(rows)))
         while left:
             lengths = [self._length(rows[n]) for n in left]
             width = max(lengths)
-            # One row at least: a prompt that exceeds the budget alone is a micro-batch of its own.
+            # At least one row: a prompt that exceeds max_tokens alone is a micro-batch of its own.
             height = max(1, self.max_tokens // self._rounded_up(width))
             places = fill_rows(lengths, width, height)
             part: list[int] = []
@@ -111,13 +125,13 @@ class DataCollatorForComparisons:
         return parts
 
     def _length(self, row: Row) -> int:
-        """Tokens of the row that this prompt takes: with all its completions, or with the longest."""
+        """Returns the row length that this prompt needs, in tokens: with all completions, or with the longest."""
         lengths = list(map(len, row["completion_ids"]))
         taken = sum(lengths) if self._is_shared else max(lengths)
         return len(row["prompt_ids"]) + taken
 
     def size(self, row: Row) -> int:
-        """Tokens that a row takes alone, padding included."""
+        """Returns the number of tokens that a row takes alone, padding included."""
         width = self._rounded_up(self._length(row))
         if self._is_shared:
             return width
@@ -130,7 +144,7 @@ class DataCollatorForComparisons:
 
     def _batch(self, rows: list[Row]) -> dict[str, Tensor]:
         batch = self._shared(rows) if self._is_shared else self._plain(rows)
-        batch |= _judgements(rows)
+        batch |= _judgments(rows)
         batch |= _counts(rows)
         return batch
 
@@ -163,14 +177,14 @@ class DataCollatorForComparisons:
         }
 
 
-def _judgements(rows: list[Row]) -> dict[str, Tensor]:
-    """The pairs of all rows, by number of the completion in the batch, and what is known of each pair."""
+def _judgments(rows: list[Row]) -> dict[str, Tensor]:
+    """Returns the pairs of all rows, as indices of completions in the batch, with targets, weights and margins."""
     pairs: list[list[int]] = []
     prompt_index: list[int] = []
     targets: list[float] = []
     weights: list[float] = []
     margins: list[float] = []
-    first = 0  # number of the row's first completion in the batch
+    first = 0  # index of the row's first completion in the batch
     for index, row in enumerate(rows):
         n_pairs = len(row["pairs"])
         for i, j in row["pairs"]:
@@ -190,7 +204,7 @@ def _judgements(rows: list[Row]) -> dict[str, Tensor]:
 
 
 def _counts(rows: list[Row]) -> dict[str, Tensor]:
-    """What is known of prompts and completions beside their tokens."""
+    """Returns the completion counts, categories and completion lengths."""
     counts: list[int] = []
     categories: list[int] = []
     lengths: list[int] = []
@@ -207,9 +221,9 @@ def _counts(rows: list[Row]) -> dict[str, Tensor]:
 
 
 class _PackedRow:
-    """One row of the shared layout: `[prompt, y1 … yK]`, of several prompts side by side.
+    """One row of the layout `"shared_prefix"`: `[prompt, y1 … yK]`, for one or several prompts.
 
-    A segment is a prompt or one completion; `owners` names, for each token, the segment of its prompt.
+    A segment is a prompt or one completion. `owners` holds, for each token, the segment of its prompt.
     """
 
     def __init__(self):
@@ -224,12 +238,12 @@ class _PackedRow:
         prompt_ids: list[int],
         completion_ids: list[list[int]],
     ) -> list[int]:
-        """Appends a prompt with its completions; returns the column of each completion's last token."""
+        """Appends a prompt with its completions. Returns the column of the last token of each completion."""
         owner = self._n_segments
         self._add_segment(prompt_ids, owner, first_position=0)
         last_columns = []
         for ids in completion_ids:
-            # Every completion continues the prompt, as if it were alone.
+            # The positions of every completion continue those of the prompt, as if it were the only one.
             self._add_segment(ids, owner, first_position=len(prompt_ids))
             last_columns.append(len(self.input_ids) - 1)
         return last_columns
@@ -247,9 +261,15 @@ def fill_rows(
     width: int,
     height: int | None = None,
 ) -> list[int | None]:
-    """Which row of `width` each length goes into, longest first into the fullest row with room (best fit decreasing).
+    """Assigns each length to a row of `width` tokens by best fit decreasing: longest first, into the fullest row.
 
-    None for what no more fits into `height` rows; without `height` there are as many rows as it takes.
+    Args:
+        lengths: Lengths in tokens, each at most `width`.
+        width: Tokens per row.
+        height: Largest number of rows. `None` uses as many rows as needed.
+
+    Returns:
+        The row of each length, or None if it does not fit into `height` rows.
     """
     room: list[int] = []  # free tokens of each row
     places: list[int | None] = [None] * len(lengths)
@@ -274,10 +294,10 @@ def pad_right(
     pad_token_id: int,
     multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """N token lists as `input_ids` and `attention_mask`, (N, L) int64; L rounded up to `multiple_of` if given."""
+    """Pads N token lists to `input_ids` and `attention_mask`, (N, L) int64, with L a multiple of `multiple_of`."""
     input_ids = _padded(sequences, pad_token_id, multiple_of)
     lengths = torch.tensor([len(ids) for ids in sequences])
-    # From lengths, not `input_ids != pad_token_id`: where pad is also eos, that would hide a real eos.
+    # Use lengths, not `input_ids != pad_token_id`: if the pad token is also the stop token, that would mask it.
     columns = torch.arange(input_ids.shape[1])
     attention_mask = columns < lengths[:, None]
     return {"input_ids": input_ids, "attention_mask": attention_mask.long()}
@@ -288,7 +308,7 @@ def _padded(
     value: int,
     multiple_of: int | None,
 ) -> Tensor:
-    """N lists as (N, L) int64, filled up on the right."""
+    """Pads N lists on the right to (N, L) int64."""
     tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     padded = pad_sequence(tensors, batch_first=True, padding_value=value)
     missing = _missing(padded.shape[1], multiple_of)
@@ -296,5 +316,5 @@ def _padded(
 
 
 def _missing(length: int, multiple_of: int | None) -> int:
-    """Tokens from `length` to the next multiple."""
+    """Returns the number of tokens from `length` to the next multiple."""
     return -length % multiple_of if multiple_of else 0

@@ -1,8 +1,13 @@
-"""From source rows to rows of the schema: what every reader shares, and the counting of kept and dropped rows.
+"""Conversion of source rows to the schema, shared by all readers, with counts of kept and dropped rows.
 
-A reader turns a source row into one or several rows, or raises `Unusable` with the reason. Around it, in this order:
-`readable_rows` numbers and counts the source, `read_each` calls the reader, `convert` finishes what it returned, and
-`collect` keeps rows that fit into one column and counts them. Nothing is dropped without a reason in the report.
+A reader converts a source row to one or several rows, or raises `Unusable` with the reason. The steps are:
+
+1. `readable_rows` numbers and counts the source rows.
+2. `read_each` calls the reader.
+3. `convert` completes the rows that the reader returned.
+4. `collect` keeps rows with one kind of prompt, text or messages, and counts them.
+
+Every dropped row has a reason in the report.
 """
 
 import json
@@ -15,13 +20,14 @@ from .cells import as_label
 from .schema import Comparison, LoadReport, PreferenceDataError, Row, Unusable, settle, without_missing
 
 Reader = Callable[[Row, int], Comparison | list[Comparison]]
-"""Takes a source row and its number."""
+"""Converts a source row, given with its row number."""
 
 
 class Reading(NamedTuple):
-    """What was read from source rows that belong together, by number: one row, several, or why there is none.
+    """Result of reading source rows that belong together: one row, several rows, or the reason why there is none.
 
-    One source row for most formats; a table of answers needs several for one comparison.
+    In most formats these are the rows read from one source row. A table of answers needs several source rows for one
+    comparison.
     """
 
     indices: list[int]
@@ -29,7 +35,7 @@ class Reading(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """Rows of the schema from the source rows `indices`, and the flags of all of them."""
+    """Rows in the schema, made from the source rows `indices`, with all their flags."""
 
     indices: list[int]
     rows: list[Comparison]
@@ -41,22 +47,22 @@ class Converted(NamedTuple):
 
 
 def require_rows(dataset: Any, source: str) -> None:
-    """Raises `PreferenceDataError` for anything but a data set in memory with at least one row."""
-    name = source or "data set"
+    """Raises `PreferenceDataError` unless `dataset` is a dataset in memory with at least one row."""
+    name = source or "dataset"
     if not isinstance(dataset, Dataset):
         raise PreferenceDataError(
             f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}: pick one split, without streaming."
         )
     if len(dataset) == 0:
-        raise PreferenceDataError(f"{name}: the data set has no rows: check path, split and filters.")
+        raise PreferenceDataError(f"{name}: the dataset has no rows: check path, split and filters.")
 
 
 def list_columns(columns: Iterable[Any]) -> str:
-    """The first dozen column names in order, each at most 40 characters, and how many more there are."""
+    """Lists the first twelve column names in sorted order, each with at most 40 characters, and counts the rest."""
     names = sorted(map(str, columns))
     shown = []
     for name in names[:12]:
-        # A message is one line: a line break or half a surrogate pair in a name is spelled out.
+        # A message is one line, so a line break or half a surrogate pair in a name is escaped.
         if not name.isprintable():
             name = repr(name)
         if len(name) > 40:
@@ -73,7 +79,7 @@ def list_columns(columns: Iterable[Any]) -> str:
 
 
 def readable_rows(rows: Iterable[Row | str], report: LoadReport) -> Iterator[tuple[int, Row]]:
-    """(number, row) of every row; a string stands for a row that could not be read, and is the reason."""
+    """Yields (number, row). A string in place of a row is the reason why it could not be read, and is reported."""
     for index, row in enumerate(rows):
         report.rows_in += 1
         if isinstance(row, str):
@@ -83,7 +89,7 @@ def readable_rows(rows: Iterable[Row | str], report: LoadReport) -> Iterator[tup
 
 
 def read_each(rows: Iterable[tuple[int, Row]], read: Reader) -> Iterator[Reading]:
-    """The reader on one row after the other."""
+    """Calls the reader for each row."""
     for index, row in rows:
         yield Reading([index], _result_or_reason(read, row, index))
 
@@ -97,7 +103,7 @@ def _result_or_reason(
         return read(row, index)
     except Unusable as reason:
         return reason
-    except KeyError as missing:  # a column that other rows have
+    except KeyError as missing:  # this row lacks a column that others have
         return Unusable(f"{missing.args[0]} is missing")
     except RecursionError:
         return Unusable("nested too deeply")
@@ -108,7 +114,7 @@ def with_labels(
     row: Row,
     category_column: str = "category",
 ) -> Comparison | list[Comparison]:
-    """The result with `category` and `source` as the source row says them, unless the result has its own."""
+    """Adds `category` and `source` of the source row to the result, unless the result has its own."""
     category = as_label(row.get(category_column))
     labels = {"category": category, "source": as_label(row.get("source"))}
     if isinstance(result, list):
@@ -125,9 +131,9 @@ def convert(
     *,
     valid: bool = False,
 ) -> Iterator[Converted]:
-    """Finished rows in the order of the readings; the report gets every source row that gave none, with the reason.
+    """Yields completed rows in the order of the readings. Source rows without a result are reported with the reason.
 
-    `valid` says that the rows are comparison rows that were validated: they stay as they are.
+    `valid` means that the rows are comparison rows that were validated already, so they are not changed.
     """
     for reading in readings:
         try:
@@ -140,7 +146,7 @@ def convert(
 
 
 def _finish(reading: Reading, source: str, *, valid: bool) -> Converted:
-    """The usable rows of a reading, settled and numbered; raises `Unusable` where there is none."""
+    """Returns the usable rows of a reading, cleaned by `settle` and numbered. Raises `Unusable` if there is none."""
     indices, result = reading
     if isinstance(result, Unusable):
         raise result
@@ -151,18 +157,18 @@ def _finish(reading: Reading, source: str, *, valid: bool) -> Converted:
     last_reason: Unusable | None = None
     for row in results:
         try:
-            # Demonstrations have no pairs: there is nothing to settle.
+            # Demonstrations have no pairs, so `settle` does not apply.
             if "pairs" in row and not valid:
                 row = settle(row)
             _check_encodes(row)
         except Unusable as reason:
             last_reason = reason
             continue
-        # A row's own `source` and `row` win over the place where it was read.
+        # If a row has its own `source` and `row`, they are kept.
         place = {"source": source or None, "row": first}
         rows.append(place | without_missing(row))
     if not rows:
-        raise last_reason or Unusable("no usable part")
+        raise last_reason or Unusable("no usable part")  # the reader returned an empty list
 
     flags: set[str] = set()
     if last_reason is not None:
@@ -173,11 +179,11 @@ def _finish(reading: Reading, source: str, *, valid: bool) -> Converted:
 
 
 def _check_encodes(row: Comparison) -> None:
-    """JSON can spell half of a surrogate pair, which is no text that could be stored or tokenized."""
+    """Raises `Unusable` for half of a surrogate pair, which JSON can contain but which cannot be stored as text."""
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise Unusable("holds half of a surrogate pair, which is not text") from error
+        raise Unusable("contains half of a surrogate pair, which is not valid text") from error
     except RecursionError as error:
         raise Unusable("nested too deeply") from error
 
@@ -188,21 +194,23 @@ def keep_one_kind(
     *,
     text: bool | None = None,
 ) -> Iterator[Comparison]:
-    """Rows whose prompts are all text (`text=True`), all messages (False) or as the first one (None); counts them.
+    """Yields and counts rows with one kind of prompt: text (`text=True`), messages (False) or as in row 0 (None).
 
-    A column holds one kind: rows of the other kind are dropped and named.
+    A column can hold only one kind, so rows of the other kind are dropped and reported.
     """
     for part in converted:
         if text is None:
             text = part.is_text
         if part.is_text != text:
             reason = (
-                "prompt is messages, not text as elsewhere" if text else "prompt is text, not messages as elsewhere"
+                "prompt is messages, but other prompts are text"
+                if text
+                else "prompt is text, but other prompts are messages"
             )
             for index in part.indices:
                 report.drop(reason, index)
             continue
-        # Source rows are counted, not results: one tree may give several comparisons.
+        # Count source rows, not results: one message tree may give several comparisons.
         report.kept += len(part.indices)
         for flag in part.flags:
             for index in part.indices:
@@ -211,15 +219,15 @@ def keep_one_kind(
 
 
 def collect(converted: Iterable[Converted], report: LoadReport) -> list[Comparison]:
-    """All rows of the more frequent kind of prompt.
+    """Returns the rows with the more frequent kind of prompt, text or messages.
 
     Raises:
-        PreferenceDataError: none is left.
+        PreferenceDataError: No usable row is left.
     """
     parts = list(converted)
     n_text = sum(part.is_text for part in parts)
-    n_messages = len(parts) - n_text  # where there are as many, messages stay
+    n_messages = len(parts) - n_text  # if both are equally frequent, messages are kept
     rows = list(keep_one_kind(parts, report, text=n_text > n_messages))
     if not rows:
-        raise PreferenceDataError(f"{report.summary()}: no usable row is left, check the source.")
+        raise PreferenceDataError(f"{report.summary()}: no usable row is left: check the source.")
     return rows

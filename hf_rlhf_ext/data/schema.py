@@ -1,9 +1,21 @@
-"""The comparison row: one prompt, K completions, any number of judgements; and the report of what became of a source.
+"""The comparison row (one prompt, K completions, any number of judgments) and the report on a loaded source.
 
-Columns: `prompt` (str or messages), `completions` (K ≥ 2 distinct str or messages), `pairs` ([i, j]: completion i
-against completion j), `targets` (P(i ≻ j): 1.0 a win, 0.5 a tie), `weights` (1 / number of pairs of the prompt by
-default: InstructGPT, arXiv:2203.02155, sec. 3.5, where a prompt counts once); optional `margins` (i minus j, in units
-of reward), `votes`, `flags`, `category`, `source`, `row`.
+Required columns:
+
+- `prompt`: Text, or a list of messages.
+- `completions`: K ≥ 2 different completions, each text or a list of messages like the prompt.
+- `pairs`: List of `[i, j]`: completion i was compared to completion j.
+- `targets`: One number per pair, P(i ≻ j): 1.0 means that i is better, 0.0 that j is better, 0.5 is a tie.
+
+Optional columns:
+
+- `weights`: Weight of each pair in the loss. The default is 1 / number of pairs of the prompt, so that each prompt
+  counts once (InstructGPT, arXiv:2203.02155, sec. 3.5).
+- `margins`: How much better i is than j, in units of reward, one number per pair. The default is 0.
+- `votes`: Judgments of single annotators: `annotator`, `pair`, `label` (P(i ≻ j)) and optionally `confidence`.
+- `flags`: Properties of a row worth knowing, such as `empty_completion`.
+- `category`, `source`: Labels, such as a use case and the name of the dataset.
+- `row`: Row number in the source.
 """
 
 import math
@@ -22,7 +34,7 @@ Comparison = dict[str, Any]
 
 REQUIRED = ("prompt", "completions", "pairs", "targets")
 PER_PAIR = ("targets", "weights", "margins")
-"""Columns with one number per pair."""
+"""Columns that hold one number per pair."""
 _VOTE = {
     "annotator": Value("string"),
     "pair": List(Value("int64")),
@@ -43,19 +55,26 @@ _FIXED_FEATURES = {
 
 
 class PreferenceDataError(UserError):
-    """Preference data that cannot be used: the message names source, row, column and the remedy."""
+    """Raised for preference data that cannot be used. The message names the source, row, column and the remedy."""
 
 
 class Unusable(Exception):
-    """A source row that holds nothing usable; its text is the reason that the report counts it under."""
+    """Raised for a source row without usable content. Its text is the reason in the report."""
 
 
 @dataclass
 class LoadReport:
-    """What became of every row of a source: `dropped` maps a reason to row numbers.
+    """Accounts for every row of a source.
 
-    Rows are numbered from 0 as they were asked for: row 0 of `split="train[100:200]"` is row 100 of the whole split.
-    `order_known` says that the first completion of a pair is the one that was shown first, as the format keeps it.
+    Rows are numbered from 0 within the requested split: row 0 of `split="train[100:200]"` is row 100 of `train`.
+
+    Attributes:
+        source: Name of the source.
+        rows_in: Number of rows read.
+        kept: Number of rows that were used. `rows_in` equals `kept` plus all dropped rows.
+        dropped: Reason -> numbers of the dropped rows.
+        flagged: Flag -> numbers of the rows that were kept with this flag, such as `empty_completion`.
+        order_known: Whether the first completion of a pair is the one that annotators saw first.
     """
 
     source: str = ""
@@ -66,14 +85,16 @@ class LoadReport:
     order_known: bool = False
 
     def drop(self, reason: str, row: int) -> None:
+        """Counts a dropped row."""
         self.dropped.setdefault(reason, []).append(row)
 
     def flag(self, name: str, row: int) -> None:
+        """Counts a row that is kept with a flag."""
         self.flagged.setdefault(name, []).append(row)
 
     def summary(self) -> str:
-        """One line: counts, and the first rows of each reason."""
-        name = self.source or "data set"
+        """Returns one line with the counts, and the first rows of each reason."""
+        name = self.source or "dataset"
         parts = [f"{name}: {self.kept} of {self.rows_in} rows kept"]
         for reason, rows in self.dropped.items():
             parts.append(_summarize("dropped", reason, rows))
@@ -83,7 +104,7 @@ class LoadReport:
 
 
 def _summarize(verb: str, reason: str, rows: list[int]) -> str:
-    """How many rows were dropped or flagged for a reason, and the first five of them."""
+    """Returns how many rows were dropped or flagged for a reason, and the first five row numbers."""
     numbers = ", ".join(map(str, rows[:5]))
     if len(rows) > 5:
         numbers += ", …"
@@ -94,7 +115,7 @@ def _summarize(verb: str, reason: str, rows: list[int]) -> str:
 
 
 def validate_comparison(row: Row, *, source: str = "", index: int | None = None) -> None:
-    """Raises `PreferenceDataError`, in one line, unless `row` is a comparison row (see the module's docstring)."""
+    """Raises `PreferenceDataError`, in one line, unless `row` is a comparison row (see the module docstring)."""
     where = source or "comparisons"
     if index is not None:
         where += f" row {index}"
@@ -105,7 +126,7 @@ def validate_comparison(row: Row, *, source: str = "", index: int | None = None)
 
 
 class _BrokenRow(Exception):
-    """Which column of a comparison row is wrong, how, and the remedy."""
+    """Names the wrong column of a comparison row, the problem and the remedy."""
 
     def __init__(self, column: str, problem: str, remedy: str):
         super().__init__(f"`{column}` {problem}: {remedy}")
@@ -123,7 +144,7 @@ def _check_comparison(row: Row) -> None:
     _check_prompt(row["prompt"])
     _check_completions(row["completions"], row["prompt"])
 
-    # Lists of the right length first: what follows looks at one entry after the other.
+    # Check types and lengths of the lists first. The checks below look at single entries.
     _check_lists(row)
     n_completions = len(row["completions"])
     _check_pairs(row["pairs"], n_completions)
@@ -148,10 +169,10 @@ def _check_completions(completions: Any, prompt: str | Messages) -> None:
     for k, completion in enumerate(completions):
         if not is_text(completion) or not same_kind(completion, prompt):
             kind = type(completion).__name__
-            raise _BrokenRow("completions", f"entry {k} is a {kind}", f"the prompt is a {wanted}: give that")
+            raise _BrokenRow("completions", f"entry {k} is a {kind}", f"give a {wanted}, like the prompt")
         if completion in completions[:k]:
             first = completions.index(completion)
-            raise _BrokenRow("completions", f"entries {first} and {k} are equal", "merge them, or drop the row")
+            raise _BrokenRow("completions", f"entries {first} and {k} are equal", "merge them, or remove the row")
 
 
 def _check_lists(row: Comparison) -> None:
@@ -182,19 +203,19 @@ def _check_pairs(pairs: list[Any], n_completions: int) -> None:
 def _check_targets(targets: list[Any]) -> None:
     for target in targets:
         if not _is_probability(target):
-            raise _bad_value("targets", target, "P(i ≻ j) lies between 0 and 1")
+            raise _bad_value("targets", target, "give a probability P(i ≻ j) between 0 and 1")
 
 
 def _check_weights(weights: list[Any]) -> None:
     for weight in weights:
         if not is_number(weight) or weight < 0:
-            raise _bad_value("weights", weight, "weights are finite and not negative")
+            raise _bad_value("weights", weight, "give a finite number that is not negative")
 
 
 def _check_margins(margins: list[Any]) -> None:
     for margin in margins:
         if not is_number(margin):
-            raise _bad_value("margins", margin, "margins are finite numbers, i minus j")
+            raise _bad_value("margins", margin, "give a finite number, i minus j")
 
 
 def _check_votes(votes: list[Any], n_completions: int) -> None:
@@ -206,7 +227,7 @@ def _check_votes(votes: list[Any], n_completions: int) -> None:
 
 def _check_flags(flags: list[Any]) -> None:
     if not is_list_of(flags, str):
-        raise _bad_value("flags", flags, "flags are text")
+        raise _bad_value("flags", flags, "give a list of text")
 
 
 def _check_labels(row: Comparison) -> None:
@@ -244,7 +265,7 @@ def _is_vote(value: Any, n_completions: int) -> bool:
     return _is_pair(value.get("pair"), n_completions) and _is_probability(value.get("label"))
 
 
-# --- putting rows right ----------------------------------------------------------------------------------------------
+# --- cleaning rows ---------------------------------------------------------------------------------------------------
 
 
 def renumbered(
@@ -252,16 +273,17 @@ def renumbered(
     home: Mapping[int, int],
     kept_pairs: Iterable[int] | None = None,
 ) -> Comparison:
-    """The row with its judgements, after its completions got new numbers.
+    """Renumbers the completions in the judgments of a row.
 
     Args:
-        row: a comparison row; its `completions` are the caller's to change.
-        home: old number of a completion -> new number. Completions that are left out are missing.
-        kept_pairs: which entries of `pairs` stay, in this order; default: all. `home` has both completions of each.
+        row: A comparison row. Its `completions` are not changed here; the caller does that.
+        home: Old index of a completion -> new index. Removed completions are missing.
+        kept_pairs: Indices of the `pairs` to keep, in this order. `None` keeps all. `home` must have both completions
+            of each kept pair.
 
     Returns:
-        The row with new `pairs`, the `targets`, `weights` and `margins` of the kept ones where the row has them, and
-        `votes` (None without any); votes on completions that are left out are left out as well.
+        The row with new `pairs`, with the `targets`, `weights` and `margins` of the kept pairs, and with `votes`.
+            Votes on removed completions are removed, and `votes` is None if none is left.
     """
     old_pairs = row["pairs"]
     kept = list(range(len(old_pairs)))
@@ -288,11 +310,13 @@ def _new_pair(pair: Iterable[int], home: Mapping[int, int]) -> list[int]:
 
 
 def settle(row: Comparison) -> Comparison:
-    """A converted row with what every source may hold put right, or `Unusable`.
+    """Cleans a converted row.
 
-    Completions that are not text are left out with their pairs, completions that differ in white space only are merged,
-    and both are flagged, as empty ones and empty prompts are. `votes` keep pointing at their completions; an empty
-    optional column is left out.
+    Completions that are not text are removed with their pairs, and completions that differ only in white space are
+    merged. Both are flagged, and so are empty completions and prompts. `votes` are renumbered accordingly.
+
+    Raises:
+        Unusable: No pair of two different completions is left.
     """
     prompt = row["prompt"]
     flags = set(row.get("flags") or ())
@@ -300,7 +324,7 @@ def settle(row: Comparison) -> Comparison:
         flags.add("empty_prompt")
 
     distinct = DistinctTexts()
-    home: dict[int, int] = {}  # number in the row -> number among the distinct ones
+    home: dict[int, int] = {}  # index in the row -> index among the distinct completions
     for k, completion in enumerate(row["completions"]):
         if is_text(completion) and same_kind(completion, prompt):
             home[k] = distinct.add(completion)
@@ -312,7 +336,7 @@ def settle(row: Comparison) -> Comparison:
 
     kept_pairs = []
     for n, pair in enumerate(row["pairs"]):
-        # A side that is not text cannot be compared, nor a completion with itself.
+        # Remove pairs with a side that is not text, and pairs whose sides are now the same completion.
         sides = [home.get(k) for k in pair]
         if None not in sides and _names_two(sides):
             kept_pairs.append(n)
@@ -321,7 +345,7 @@ def settle(row: Comparison) -> Comparison:
 
     settled = renumbered(row, home, kept_pairs)
     settled["completions"] = distinct.texts
-    # Two finite scores may be further apart than a float reaches.
+    # The difference of two finite scores may exceed the range of floats.
     margins = settled.get("margins") or []
     if not all(map(is_number, margins)):
         raise Unusable("scores are too far apart for a finite margin")
@@ -340,14 +364,14 @@ def _names_two(pair: list[int]) -> bool:
 
 
 class DistinctTexts:
-    """Texts without repeats, in the order in which they came; white space does not tell two apart."""
+    """Distinct texts in the order in which they were added. Texts that differ only in white space count as equal."""
 
     def __init__(self):
         self.texts: list[str | Messages] = []
         self._places: dict[str, int] = {}
 
     def add(self, text: str | Messages) -> int:
-        """The number of the text, which is new or that of an equal one."""
+        """Adds the text unless an equal one was added before. Returns the index of the text."""
         key = text_key(text)
         if key not in self._places:
             self._places[key] = len(self.texts)
@@ -356,7 +380,7 @@ class DistinctTexts:
 
 
 def own_row(row: Comparison, *, source: str = "", index: int | None = None) -> Comparison:
-    """A comparison row as it is, after `validate_comparison`; empty completions are flagged."""
+    """Validates a comparison row and returns it unchanged, except that empty completions are flagged."""
     validate_comparison(row, source=source, index=index)
     flags = set(row.get("flags") or ())
     if any(map(is_empty, row["completions"])):
@@ -367,7 +391,7 @@ def own_row(row: Comparison, *, source: str = "", index: int | None = None) -> C
 
 
 def without_missing(row: Row) -> Row:
-    """The row without the columns that hold None."""
+    """Returns the row without the columns that are None."""
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -375,13 +399,14 @@ def without_missing(row: Row) -> Row:
 
 
 def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) -> list[Comparison]:
-    """One row per prompt: completions without repeats, all judgements, those of different rows side by side.
+    """Merges rows with the same prompt and category into one row with distinct completions and all judgments.
 
-    Prompts and completions are the same where they differ in white space only. A row that says no more than an earlier
-    one (same prompt, sides, order, targets and votes) is a copy, not a second judgement, unless votes name another
-    annotator: it is left out, and flagged `duplicated_row` in the merged row and in `report`. Opposite rows both stay.
-    Weights that a source gave are kept; otherwise each pair of a prompt weighs 1 / number of its pairs. Order, `row`
-    and `category` are those of the first.
+    Prompts and completions that differ only in white space count as equal. A row that equals an earlier one (same
+    prompt, sides, order, targets and votes) is a copy, not a second judgment. It is dropped, and flagged
+    `duplicated_row` in the merged row and in `report`. Rows that contradict each other are both kept.
+
+    Weights given by the source are kept. Otherwise the weight of a pair is 1 / number of pairs of the prompt. Order,
+    `row` and other columns are those of the first row.
     """
     report = report or LoadReport()
     groups: dict[Any, list[Comparison]] = {}
@@ -395,18 +420,18 @@ def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) ->
         if len(group) > 1:
             grouped.append(_merge(group, report))
         else:
-            grouped.append(group[0])  # as it is, its weights too
+            grouped.append(group[0])  # unchanged, including its weights
     if "duplicated_row" in report.flagged:
-        report.flagged["duplicated_row"].sort()  # they were found prompt by prompt
+        report.flagged["duplicated_row"].sort()  # they were found in the order of the prompts
     return grouped
 
 
 def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
-    """Rows of one prompt as one row."""
+    """Merges the rows of one prompt into one row."""
     completions = DistinctTexts()
-    judgements: Comparison = {}
+    judgments: Comparison = {}
     for column in ("pairs", "targets", "margins", "weights", "votes"):
-        judgements[column] = []
+        judgments[column] = []
     seen: set[tuple] = set()
     flags: set[str] = set()
     for row in group:
@@ -414,72 +439,72 @@ def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
         for k, completion in enumerate(row["completions"]):
             home[k] = completions.add(completion)
         if not has_own_weights(row):
-            row = row | {"weights": None}  # as this row alone has them: they are made anew below
-        said = renumbered(with_defaults(row), home)
-        said["votes"] = said["votes"] or []
+            row = row | {"weights": None}  # default weights: recomputed below for the merged row
+        judged = renumbered(with_defaults(row), home)
+        judged["votes"] = judged["votes"] or []
         flags.update(row.get("flags") or ())
 
-        # Equal in every judgement, votes included: a copy.
-        key = tuple(_hashable(said[column]) for column in judgements)
+        # A row that is equal in every judgment, including votes, is a copy.
+        key = tuple(_hashable(judged[column]) for column in judgments)
         if key in seen:
             flags.add("duplicated_row")
             report.flag("duplicated_row", row.get("row", -1))
             continue
         seen.add(key)
-        for column, values in judgements.items():
-            values.extend(said[column])
+        for column, values in judgments.items():
+            values.extend(judged[column])
 
     merged = dict(group[0])
     merged.pop("weights", None)
-    merged.update(judgements)
+    merged.update(judgments)
     if not any(map(has_own_weights, group)):
         del merged["weights"]  # the default is 1 / number of pairs of the merged row
     merged["completions"] = completions.texts
     merged["flags"] = sorted(flags)
-    merged["votes"] = judgements["votes"] or None
+    merged["votes"] = judgments["votes"] or None
     return merged
 
 
 def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
-        # In saved rows a column that some lack is None in theirs.
+        # In saved rows, a field that some rows lack is None.
         value = sorted(without_missing(value).items())
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
     return value
 
 
-# --- as a data set ---------------------------------------------------------------------------------------------------
+# --- conversion to a dataset -----------------------------------------------------------------------------------------
 
 
 def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
-    """Rows as a data set whose column types do not depend on which rows happen to be first or empty.
+    """Converts rows to a dataset with fixed column types, which do not depend on the first or empty rows.
 
-    Weights default to 1 / number of pairs, margins to 0. Columns in which every row has None are left out.
+    Weights default to 1 / number of pairs, and margins to 0. Columns that are None in every row are removed.
 
     Raises:
-        PreferenceDataError: some rows are text, others messages.
+        PreferenceDataError: Some prompts are text and others are messages, or a column cannot be stored.
     """
     _check_one_kind(rows, source)
     columns = _columns(rows)
     try:
         return Dataset.from_dict(columns, features=_features(columns))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        where = source or "data set"
+        where = source or "dataset"
         names = ", ".join(columns)
         reason = str(error).splitlines()[0]
         raise PreferenceDataError(f"{where}: columns {names}: {reason}.") from error
 
 
 def _check_one_kind(rows: list[Comparison], source: str) -> None:
-    """Refuses rows of which some are text and others messages."""
+    """Raises if some prompts are text and others are messages."""
     for row in rows:
         first = rows[0]
         if not same_kind(row["prompt"], first["prompt"]):
-            where = source or "data set"
+            where = source or "dataset"
             raise PreferenceDataError(
-                f"{where}: row {first['row']} is {_kind(first)}, row {row['row']} is {_kind(row)}: give all rows one "
-                "kind, or load them as two data sets."
+                f"{where}: row {first['row']} is {_kind(first)}, row {row['row']} is {_kind(row)}: use the same kind "
+                "in all rows, or load them as two datasets."
             )
 
 
@@ -488,11 +513,11 @@ def _kind(row: Row) -> str:
 
 
 def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
-    """Column -> its value in every row, in the order in which rows name the columns."""
+    """Returns the values of each column, in the order in which columns appear in the rows."""
     names: dict[str, None] = {}
     filled = []
     for row in rows:
-        if "pairs" in row:  # demonstrations have none
+        if "pairs" in row:  # demonstrations have no pairs
             row = with_defaults(row)
         filled.append(row)
         names.update(dict.fromkeys(row))
@@ -506,12 +531,12 @@ def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
 
 
 def _features(columns: dict[str, list[Any]]) -> Features:
-    """The types of the schema, and inferred ones for columns that it does not know."""
+    """Returns the types of the schema, and inferred types for other columns."""
     unknown = {}
     for name, values in columns.items():
         if name not in _FIXED_FEATURES:
             unknown[name] = values
-    # Messages with tool calls and the like differ in their keys: as JSON they stay as they are.
+    # Messages differ in their keys, for example with tool calls. Stored as JSON, they keep them.
     inferred = Dataset.from_dict(unknown, on_mixed_types="use_json").features
     features = {}
     for name in columns:
@@ -520,7 +545,7 @@ def _features(columns: dict[str, list[Any]]) -> Features:
 
 
 def with_defaults(row: Comparison) -> Comparison:
-    """Weights of 1 / number of pairs and margins of 0 where the row has none."""
+    """Fills in missing weights (1 / number of pairs) and missing margins (0)."""
     n_pairs = len(row["pairs"])
     filled = dict(row)
     filled["weights"] = row.get("weights") or [1 / n_pairs] * n_pairs
@@ -529,10 +554,10 @@ def with_defaults(row: Comparison) -> Comparison:
 
 
 def has_own_weights(row: Comparison) -> bool:
-    """Whether the weights are the source's: those of `with_defaults`, as in saved rows, are made anew by a merge."""
+    """True if the weights are given by the source, not the default of `with_defaults`, which merging recomputes."""
     default = 1 / len(row["pairs"])
     weights = row.get("weights") or []
-    # Not `==`: writers round.
+    # Not `==`, since files may store rounded numbers.
     return not all(math.isclose(weight, default) for weight in weights)
 
 
@@ -540,27 +565,27 @@ def has_own_weights(row: Comparison) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number; True and False are no numbers."""
+    """True for a finite number. Booleans do not count as numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
 def is_list_of(value: Any, kind: type) -> bool:
-    """True for a list, also an empty one, whose entries are all of this type."""
+    """True for a list in which all entries have this type, or an empty list."""
     return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
 
 
 def same_kind(first: str | Messages, second: str | Messages) -> bool:
-    """True where both are text, or both messages."""
+    """True if both are text or both are messages."""
     return isinstance(first, str) == isinstance(second, str)
 
 
 def is_empty(text: str | Messages) -> bool:
-    """True for text or messages without a word or a tool call."""
+    """True for text or messages that contain only white space and no tool call."""
     if isinstance(text, str):
         return not text.strip()
     for message in text:

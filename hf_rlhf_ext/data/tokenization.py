@@ -1,4 +1,4 @@
-"""Comparison rows as token ids, and what happens to those that are too long."""
+"""Tokenizes comparison rows, and drops or truncates rows that are too long."""
 
 from collections.abc import Collection
 from typing import Literal, get_args
@@ -17,20 +17,20 @@ TOKENIZED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weight
 
 
 def tokenize_row(row: Row, tokenizer) -> dict[str, list]:
-    """Adds `prompt_ids` (tokens of the prompt) and `completion_ids` (K lists, the stop token last in each)."""
+    """Returns `prompt_ids` (tokens of the prompt) and `completion_ids` (K lists that end with the stop token)."""
     prompt = row["prompt"]
     completion_ids = [encode_completion(tokenizer, prompt, completion) for completion in row["completions"]]
     return {"prompt_ids": encode_prompt(tokenizer, prompt), "completion_ids": completion_ids}
 
 
 def longest(row: Row) -> int:
-    """Tokens of the prompt with its longest completion."""
+    """Returns the number of tokens of the prompt with its longest completion."""
     longest_completion = max(map(len, row["completion_ids"]))
     return len(row["prompt_ids"]) + longest_completion
 
 
 def start_ids(tokenizer) -> set[int]:
-    """Tokens that open a text: a cut prompt keeps them."""
+    """Returns the tokens that start a text. A truncated prompt keeps them."""
     return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
 
@@ -45,14 +45,17 @@ def fit_row(
     where: str,
     start_ids: Collection[int] = (),
 ) -> Row | None:
-    """Brings a tokenized row under `max_length` tokens as `overflow` says; None means that it is to be dropped.
+    """Shortens a tokenized row to at most `max_length` tokens, as `overflow` specifies.
 
-    `truncate_prompt_left` keeps the prompt's last tokens (all completions still see the same prompt), and its first one
-    if that is among `start_ids`: BOS, or the CLS token where encoders are read;
-    `truncate_completion` keeps a completion's first tokens and its stop token, where scores are read.
+    `truncate_prompt_left` keeps the last tokens of the prompt, so that all completions still have the same prompt. It
+    also keeps the first token if that is one of `start_ids`: BOS, or CLS, where encoders read the score.
+    `truncate_completion` keeps the first tokens of a completion and its stop token, where decoders read the score.
+
+    Returns:
+        The row, or None if it is to be dropped.
 
     Raises:
-        UserError: overflow is "error", or truncation leaves nothing of the prompt or a completion.
+        UserError: `overflow` is "error", or truncation leaves nothing of the prompt or of a completion.
     """
     excess = longest(row) - max_length
     if excess <= 0:
@@ -73,18 +76,18 @@ def fit_row(
         completion_ids = [_cut_completion(ids, room) for ids in row["completion_ids"]]
         n_distinct = len(set(map(tuple, completion_ids)))
         if n_distinct < len(completion_ids):
-            return None  # two are equal now: nothing is left to compare
+            return None  # two completions are equal now, so there is nothing to compare
         return row | {"completion_ids": completion_ids}
 
     tried = "" if overflow == "error" else f", and overflow={overflow!r} would leave nothing of the text"
     raise UserError(
         f"{where}: {longest(row)} tokens, {excess} over max_length={max_length}{tried}. Raise max_length, or pass "
-        "overflow='drop' (or 'truncate_prompt_left', 'truncate_completion'): such rows are then counted."
+        "overflow='drop' (or 'truncate_prompt_left', 'truncate_completion'): affected rows are counted in the report."
     )
 
 
 def _cut_completion(ids: list[int], room: int) -> list[int]:
-    """At most `room` tokens, the last one (the stop token) among them."""
+    """Keeps at most `room` tokens, including the last one (the stop token)."""
     if len(ids) <= room:
         return ids
     return ids[: room - 1] + ids[-1:]
@@ -99,16 +102,17 @@ def tokenize_comparisons(
     report: LoadReport,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Comparison rows as `TOKENIZED_COLUMNS`, each at most `max_length` tokens; `report` counts the cut and dropped.
+    """Tokenizes comparison rows. The result has the columns `TOKENIZED_COLUMNS`, and `category_code` if present.
 
-    `category_code` stays where the rows have it. Without `max_length` rows keep their length.
+    Rows longer than `max_length` tokens are handled as `overflow` specifies, and `report` counts truncated and dropped
+    rows. If `max_length` is None, rows keep their length.
 
     Raises:
-        UserError: a row is too long and `overflow` is "error", truncation leaves nothing of a text, or no row is left.
+        UserError: A row is too long and `overflow` is "error", truncation leaves nothing of a text, or no row is left.
     """
-    name = report.source or "data set"
+    name = report.source or "dataset"
     numbers = list(dataset["row"])
-    # All prompts are of one kind, as a column holds: the first one tells.
+    # All prompts are either text or messages, so the first one tells which.
     first_prompt = dataset[0]["prompt"]
     check_tokenizer(tokenizer, needs_chat_template=not isinstance(first_prompt, str))
     tokenized = dataset.map(
@@ -121,7 +125,7 @@ def tokenize_comparisons(
     if max_length is None:
         return tokenized
 
-    # Only rows that are too long are written anew: most data sets have a few.
+    # Only rows that are too long are rewritten: most datasets have few of them.
     fitted: dict[int, Row | None] = {}
     opening = start_ids(tokenizer)
     for k, row in enumerate(tokenized):
@@ -150,7 +154,7 @@ def _count_long_rows(
     max_length: int,
     overflow: Overflow,
 ) -> None:
-    """Reports, under their numbers in the source, rows that were dropped and rows that were cut."""
+    """Reports dropped and truncated rows by their row numbers in the source."""
     for k, row in fitted.items():
         if row is None:
             report.drop(f"over max_length={max_length}", numbers[k])
@@ -159,5 +163,5 @@ def _count_long_rows(
             report.flag(overflow, numbers[k])
 
 
-# The name of earlier versions, in British spelling.
+# Alias with the British spelling of earlier versions.
 tokenise_row = tokenize_row

@@ -1,4 +1,4 @@
-"""Where the prompt ends when both sides of a preference are whole conversations."""
+"""Finds the end of the prompt when both sides of a preference are whole conversations."""
 
 import re
 from os.path import commonprefix
@@ -6,7 +6,7 @@ from os.path import commonprefix
 from .text import Messages, make_message
 
 Split = tuple[Messages | None, Messages | None, Messages | None]
-"""Prompt, chosen, rejected; all None without a common prompt."""
+"""Prompt, chosen and rejected. All are None if there is no common prompt."""
 
 _ASSISTANT = "\n\nAssistant:"
 _HUMAN = "\n\nHuman:"
@@ -22,11 +22,14 @@ def is_transcript(text: str) -> bool:
 def split_at_common_history(
     chosen: str, rejected: str
 ) -> tuple[Messages | None, Messages | None, Messages | None, list[str]]:
-    """Splits two transcripts at the last Assistant turn that opens within their common text.
+    """Splits two transcripts at the last Assistant turn that begins within their common text.
 
-    Returns (prompt, chosen, rejected, flags) as messages, text stripped; prompt None where no Assistant turn is shared.
-    A reply that itself contains "Assistant:" keeps it. A reply that contains a further "Human:" turn is flagged
-    `histories_differ`: the two conversations parted before their last turn.
+    If a reply contains "Assistant:", it is kept as part of the reply. If a reply contains another "Human:" turn, the
+    conversations differ before their last turn, and the row is flagged `histories_differ`.
+
+    Returns:
+        (prompt, chosen, rejected, flags), as messages with stripped text. The prompt is None if the transcripts share
+            no Assistant turn.
     """
     common = commonprefix([chosen, rejected])
     cut = common.rfind(_ASSISTANT)
@@ -47,7 +50,7 @@ def _as_answer(text: str) -> Messages:
 
 
 def read_transcript(text: str) -> Messages:
-    """Turns of an HH-RLHF transcript; neighbors of one role are joined, as chat templates want roles to alternate."""
+    """Reads the turns of an HH-RLHF transcript. Adjacent turns of one role are joined, since roles must alternate."""
     parts = _TURN.split(text)[1:]  # [speaker, words, speaker, words, …]
     speakers = parts[::2]
     turns: Messages = []
@@ -62,8 +65,8 @@ def read_transcript(text: str) -> Messages:
 
 
 def split_messages(chosen: Messages, rejected: Messages) -> Split:
-    """(prompt, chosen, rejected): the longest common run of messages, and what follows; prompt None if it is empty."""
-    # The last message of the shorter side is its answer, even where the other side goes on with more.
+    """Returns (prompt, chosen, rejected): the longest common prefix of messages and the rest, or None without one."""
+    # The last message of the shorter side is its answer, even if the other side continues with more messages.
     longest = min(len(chosen), len(rejected)) - 1
     shared = 0
     for ours, theirs in zip(chosen[:longest], rejected[:longest], strict=True):
@@ -76,14 +79,18 @@ def split_messages(chosen: Messages, rejected: Messages) -> Split:
 
 
 def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) where two texts begin to differ, a space before that point left to the completions.
+    """Splits two texts where they begin to differ. A space before that point belongs to the completions.
 
-    As `trl.extract_prompt`, which takes the last character for that space when the very first ones differ.
+    Same as `trl.extract_prompt`, except that TRL compares the last character with a space if the first characters
+    differ.
+
+    Returns:
+        (prompt, chosen, rejected).
     """
     cut = len(commonprefix([chosen, rejected]))
     shorter = min(len(chosen), len(rejected))
     if cut == shorter:
-        cut = max(cut - 1, 0)  # one continues the other: TRL leaves neither completion empty
+        cut = max(cut - 1, 0)  # one text continues the other: like TRL, leave neither completion empty
     elif cut > 0 and chosen[cut - 1] == " ":
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]

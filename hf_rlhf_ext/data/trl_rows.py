@@ -1,6 +1,6 @@
-"""TRL's preference rows and comparison rows as comparison rows: all that the reward trainer reads.
+"""Converts TRL's preference rows to comparison rows, the only format that the reward trainer uses.
 
-Data sets of any other public shape become comparison rows by `load_comparisons` first.
+Other public formats are converted by `load_comparisons` before.
 """
 
 from typing import Any
@@ -24,41 +24,41 @@ from .transcripts import is_transcript, split_at_common_history, split_messages,
 
 SIDES = ("chosen", "rejected")
 QUESTION_COLUMNS = ("instruction", "question", "input")
-"""Where other formats keep the prompt of `chosen` and `rejected`."""
+"""Columns that hold the prompt of `chosen` and `rejected` in other formats."""
 
 
 def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
-    """Comparison rows of TRL preference rows or of comparison rows, without grouping: a row in is a row out.
+    """Reads TRL's preference rows, or comparison rows, without merging rows that have the same prompt.
 
-    TRL's rows have `chosen` and `rejected`, text or messages, with `prompt` or with the prompt at the start of both
-    (HH-RLHF transcripts too), and `margin`, or `score_chosen` and `score_rejected`, `category` and `source` if the
-    data set has them. Comparison rows are described in `data.schema`.
+    TRL's rows have `chosen` and `rejected`, which are text or messages. The prompt is in `prompt` or at the start of
+    both sides (as in HH-RLHF transcripts). `margin`, `score_chosen` with `score_rejected`, `category` and `source` are
+    optional. Comparison rows are described in `hf_rlhf_ext.data.schema`.
 
     Args:
-        dataset: one split in memory.
-        source: its name, for the report and for messages.
+        dataset: One split in memory.
+        source: Name of the dataset, for the report and for messages.
 
     Returns:
-        The rows, and a report of what became of each row of `dataset` (`rows_in == kept + all dropped`).
+        The comparison rows, and a report that accounts for every row of `dataset`.
 
     Raises:
-        PreferenceDataError: another type, no rows, other columns, no usable row, or a comparison row that breaks the
-            schema.
+        PreferenceDataError: `dataset` is not a `Dataset`, has no rows, other columns or no usable row, or a comparison
+            row violates the schema.
     """
     require_rows(dataset, source)
-    # Comparison rows first: they may carry other columns of their source along.
+    # Check for comparison rows first: they may have additional columns from their source.
     if set(REQUIRED) <= set(dataset.column_names):
         rows_are_ours = True
     elif _is_trl(dataset):
         rows_are_ours = False
     else:
-        where = source or "data set"
+        where = source or "dataset"
         columns = list_columns(dataset.column_names)
         ours = ", ".join(REQUIRED)
         raise PreferenceDataError(
-            f"{where}: columns {columns} are neither those of TRL's preferences (chosen, rejected, with or without "
-            f"prompt) nor those of comparison rows ({ours}): read the data set with `load_comparisons(...)` first, and "
-            "pass its result."
+            f"{where}: columns {columns} are neither those of TRL's preference format (chosen, rejected, with or "
+            f"without prompt) nor those of comparison rows ({ours}): convert the dataset with `load_comparisons(...)` "
+            "and pass the result."
         )
 
     def read(row: Row, index: int) -> Comparison:
@@ -76,12 +76,12 @@ def _is_trl(dataset: Dataset) -> bool:
     columns = set(dataset.column_names)
     if not columns.issuperset(SIDES) or "conversations" in columns:
         return False
-    # A question in a column of its own would be lost: TRL's rows have it in `prompt` or inside both sides.
+    # In TRL's rows the question is in `prompt` or in both sides. A question in another column would be lost.
     return _has_prompts(dataset) or columns.isdisjoint(QUESTION_COLUMNS)
 
 
 def _has_prompts(dataset: Dataset) -> bool:
-    """Whether one of the first hundred prompts is there and not empty."""
+    """True if any of the first hundred prompts is not empty."""
     if "prompt" not in dataset.column_names:
         return False
     first_prompts = dataset["prompt"][:100]
@@ -92,7 +92,7 @@ def _has_prompts(dataset: Dataset) -> bool:
 
 
 def trl_row(row: Row) -> Comparison:
-    """`chosen` and `rejected`, with `prompt` or with the prompt inside both; HH-RLHF transcripts too."""
+    """Reads `chosen` and `rejected`, with `prompt` or with the prompt at the start of both (HH-RLHF transcripts)."""
     prompt = row.get("prompt")
     if prompt is not None:
         prompt = text_or_messages(prompt, "prompt")
@@ -100,10 +100,10 @@ def trl_row(row: Row) -> Comparison:
 
 
 def preference_row(row: Row, prompt: Any, *, may_be_whole: bool) -> Comparison:
-    """The comparison of `chosen` and `rejected` after `prompt`, None where the prompt is inside both.
+    """Builds the comparison of `chosen` and `rejected`. `prompt` is None if both sides begin with the prompt.
 
-    `may_be_whole`: sides that are conversations from their first turn on hold a better prompt than `prompt`, as in TRL,
-    where a text prompt beside them is taken for a label.
+    With `may_be_whole`, sides that are conversations from their first turn on contain the prompt, and `prompt` is
+    ignored. TRL does the same: it treats a text prompt next to such conversations as a label.
     """
     chosen = text_or_messages(row["chosen"], "chosen")
     rejected = text_or_messages(row["rejected"], "rejected")
@@ -118,16 +118,16 @@ def preference_row(row: Row, prompt: Any, *, may_be_whole: bool) -> Comparison:
         prompt, chosen, rejected, flags = _split(chosen, rejected)
         if not prompt or not str(prompt).strip():
             raise Unusable("the two sides share no prompt")
-        if chosen == rejected:  # they differed in white space only
+        if chosen == rejected:  # they only differed in white space
             raise Unusable("chosen and rejected are equal")
-    # Where only one of prompt and answers is messages, the other becomes messages too.
+    # If only one of prompt and answers is messages, the other becomes messages too.
     prompt, chosen, rejected = alike(prompt, chosen, rejected)
     margin, target = _margin_and_target(row, flags)
     return pair_row(prompt, chosen, rejected, target, margins=[margin], flags=flags)
 
 
 def pair_row(prompt: Any, first: Any, second: Any, target: float, **columns: Any) -> Comparison:
-    """A comparison of two completions; `target` is P(first is better)."""
+    """Builds a comparison of two completions. `target` is P(first is better)."""
     return {
         "prompt": prompt,
         "completions": [first, second],
@@ -138,14 +138,14 @@ def pair_row(prompt: Any, first: Any, second: Any, target: float, **columns: Any
 
 
 def _is_whole(side: Any) -> bool:
-    """Whether a side is a conversation from its first turn on, and not an answer alone."""
+    """True if a side is a conversation from its first turn on, not only an answer."""
     if isinstance(side, str):
         return is_transcript(side)
     return side[0]["role"] != "assistant"
 
 
 def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any, list[str]]:
-    """(prompt, chosen, rejected, flags) of two sides that begin with the prompt; prompt None or "" without one."""
+    """Splits two sides that begin with the prompt into (prompt, chosen, rejected, flags). The prompt may be empty."""
     if not isinstance(chosen, str):
         return *split_messages(chosen, rejected), []
     if is_transcript(chosen) and is_transcript(rejected):
@@ -154,7 +154,7 @@ def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any, list[str]]:
 
 
 def _margin_and_target(row: Row, flags: list[str]) -> tuple[float, float]:
-    """From `margin`, else from the two scores, whose difference is the margin; equal scores are a tie."""
+    """Returns `margin`, or the difference of the two scores, and the target. Equal scores are a tie."""
     margin = optional_number(row, "margin", "bad_margin", flags)
     score_chosen = optional_number(row, "score_chosen", "bad_margin", flags)
     score_rejected = optional_number(row, "score_rejected", "bad_margin", flags)

@@ -1,1 +1,1 @@
-"""Model cards and uploads; imports nothing that trains."""
+"""Model cards, dataset cards and uploads to the Hub. Does not import the trainers of this library."""

@@ -1,4 +1,4 @@
-"""Model cards with measured results: one Jinja template a kind of model, and no trace of the machine that made them."""
+"""Model cards with measured results, from one Jinja template per kind of model, without local paths or names."""
 
 import re
 import shutil
@@ -20,17 +20,17 @@ from .results import Result, collect_results
 __all__ = ["KINDS", "card_from_report", "escape_markdown", "hardware", "render_card", "write_card"]
 
 EMBEDDED_BASES = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Embedded models and what they are on the Hub."""
+"""Name of an embedded model -> its id on the Hub."""
 _LOAD_IN_4BIT = re.compile(r"^\s*load_in_4bit:\s*true\b", re.MULTILINE | re.IGNORECASE)
 
 
 class Kind(NamedTuple):
-    """What cards of one kind of model share."""
+    """Properties that all cards for one kind of model share."""
 
     title: str
     pipeline_tag: str
     tags: tuple[str, ...]
-    stages: tuple[str, ...]  # names that a report's `seconds` may have for it
+    stages: tuple[str, ...]  # names of the training stage in `seconds` of a report
     citations: tuple[str, ...]
 
 
@@ -47,13 +47,24 @@ KINDS = {
 }
 
 
-# What others call
+# Public functions
 
 
 def write_card(folder: str | Path, kind: str, report: RunReport | Mapping[str, Any], **options: Any) -> Path:
-    """Writes `folder/README.md` from a report (the quickstart's `report.json`) and returns its path.
+    """Writes a model card to `folder/README.md`.
 
-    `options` are those of `CardOptions`; `plot`, a PNG, is copied into `folder` so that the link also holds on the Hub.
+    Args:
+        folder: Folder of the model. It is created if it does not exist.
+        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        report: What was measured, as a `RunReport` or as a mapping with the content of `report.json`.
+        **options: Options of the card, such as `base_model`, `repo_id` or `limits`, see
+            `hf_rlhf_ext.hub.report.CardOptions`. The PNG given as `plot` is copied into `folder`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        UserError: The kind is unknown, or a measured number is not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +74,7 @@ def write_card(folder: str | Path, kind: str, report: RunReport | Mapping[str, A
         # Copying a file onto itself is an error.
         if Path(plot).resolve() != target.resolve():
             shutil.copyfile(plot, target)
-    # What the caller says of the base's precision counts more than what the folder has recorded.
+    # The caller's options for the precision of the base override those recorded in the folder.
     options = recorded_precision(folder, options.get("relation", "adapter")) | options
     path = folder / "README.md"
     ModelCard(render_card(kind, report, **options)).save(path)
@@ -71,9 +82,14 @@ def write_card(folder: str | Path, kind: str, report: RunReport | Mapping[str, A
 
 
 def card_from_report(report: RunReport | Mapping[str, Any], **changes: Any) -> str | None:
-    """The card of a report that says under `card` what its card needs, as the recipes' do; None of another report.
+    """Renders the card of a report that has card options (`report.card`), as reports of recipes do.
 
-    `changes` are options of `CardOptions` that replace the report's.
+    Args:
+        report: A `RunReport`, or a mapping with the content of `report.json`.
+        **changes: Options of `CardOptions` that override those in the report.
+
+    Returns:
+        The text of the card, or None if the report has no card options.
     """
     report = as_report(report)
     if report.card is None:
@@ -82,17 +98,19 @@ def card_from_report(report: RunReport | Mapping[str, Any], **changes: Any) -> s
 
 
 def render_card(kind: str, report: RunReport | Mapping[str, Any], **options: Any) -> str:
-    """A model card's text.
+    """Renders a model card, without network access.
 
     Args:
-        kind: "policy", "reward_model" or "sft".
-        report: what was measured, with `command`, `versions`, `hardware`, `seconds` (by stage), `license` where known.
-        options: see `CardOptions`.
+        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        report: What was measured, as a `RunReport` or as a mapping with the content of `report.json`. `command`,
+            `versions`, `hardware`, `seconds` (by stage) and `license` are shown if they are known.
+        **options: Options of the card, see `hf_rlhf_ext.hub.report.CardOptions`.
 
-    Asks no network.
+    Returns:
+        The text of the card, with its YAML header.
 
     Raises:
-        UserError: an unknown kind, or a number that is not finite.
+        UserError: The kind is unknown, or a measured number is not finite.
     """
     return _render(CardOptions(kind, **options), as_report(report))
 
@@ -112,14 +130,14 @@ def card_data(
     library: str = "peft",
     license: str | None = None,
 ) -> ModelCardData:
-    """The YAML header: what it is to `base_model`, found by its tags, with the results as a model index."""
+    """Builds the YAML header: relation to `base_model`, tags, license, datasets, and the results as a model index."""
     spec = KINDS[kind]
     evaluations = [_model_index_entry(result, spec, datasets, revision) for result in results]
     tags = ["trl", "rlhf", "hf_rlhf_ext", *spec.tags]
     if relation == "adapter":
         tags.append("lora")
     language = None
-    if base_model in EMBEDDED_BASES.values():  # of other bases their own, which a derivative inherits
+    if base_model in EMBEDDED_BASES.values():  # for other bases, the report has the license of the base
         license = license or "apache-2.0"
         language = "en"
     return ModelCardData(
@@ -132,7 +150,7 @@ def card_data(
         language=language,
         datasets=list(datasets) or None,
         model_name=model_name if evaluations else None,
-        eval_results=evaluations or None,  # an empty model index is not a valid one
+        eval_results=evaluations or None,  # an empty model index is not valid
     )
 
 
@@ -150,7 +168,7 @@ def _model_index_entry(result: Result, spec: Kind, datasets: Sequence[str], revi
 
 
 def _count_and_interval(result: Result) -> str:
-    """They stand in the metric's name, as huggingface_hub makes one data set of those that differ in the name only."""
+    """Formats n and the interval for the metric's name, since the model index has no other field for them."""
     parts = []
     if result.n:
         parts.append(f"n = {result.n}")
@@ -165,7 +183,7 @@ def _count_and_interval(result: Result) -> str:
 def _render(options: CardOptions, report: RunReport) -> str:
     if options.kind not in KINDS:
         raise UserError(f"write_card: kind {options.kind!r} does not exist; choose one of {', '.join(KINDS)}.")
-    # The Hub knows embedded models by another name.
+    # Embedded models have a different name on the Hub.
     base_model = EMBEDDED_BASES.get(options.base_model, options.base_model)
     results = collect_results(options.kind, report)
     model_name = strip_local_paths(options.model_name or _usual_name(base_model, options.kind))
@@ -194,7 +212,7 @@ def _render(options: CardOptions, report: RunReport) -> str:
 
 
 def _usual_name(base_model: str, kind: str) -> str:
-    """`SmolLM2-135M-Instruct-reward-model`, of base and kind."""
+    """Returns the default name, made from base and kind, such as `SmolLM2-135M-Instruct-reward-model`."""
     base = base_model.rsplit("/", 1)[-1]
     suffix = kind.replace("_", "-")
     return f"{base}-{suffix}"
@@ -208,17 +226,16 @@ def _title(kind: str, model_name: str, report: RunReport) -> str:
 
 
 def _library(options: CardOptions, report: RunReport) -> str:
-    """What loads it."""
-    if report.reward_model.members:  # several adapters and how to combine them: nobody else reads that
+    """Returns the name of the library that loads the model."""
+    if report.reward_model.members:  # only this library loads ensembles
         return "hf_rlhf_ext"
     return "peft" if options.relation == "adapter" else "transformers"
 
 
 def _shown_options(options: CardOptions, report: RunReport) -> dict[str, Any]:
-    """What templates show of the card's options.
+    """Returns the card options that the templates use.
 
-    What varies from machine to machine goes through `strip_local_paths` here and in `_provenance`; the templates' own
-    prose does not need to.
+    Values that may contain local paths or names are cleaned by `strip_local_paths` here and in `_provenance`.
     """
     return {
         "kind": options.kind,
@@ -239,7 +256,7 @@ def _shown_options(options: CardOptions, report: RunReport) -> dict[str, Any]:
 
 
 def _provenance(options: CardOptions, report: RunReport) -> dict[str, Any]:
-    """How the model was made: from what, by which command, with which versions, on what machine."""
+    """Returns how the model was made: lineage, command, versions, configuration, hardware and time."""
     return {
         "lineage": _stripped(options.lineage or {}),
         "versions": _stripped(report.versions),
@@ -252,12 +269,12 @@ def _provenance(options: CardOptions, report: RunReport) -> dict[str, Any]:
 
 
 def _stripped(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as text without what only this machine knows."""
+    """Converts values to text without local paths and names."""
     return {name: strip_local_paths(str(value)) for name, value in values.items()}
 
 
 def _config_text(options: CardOptions) -> str:
-    """The options of the run as YAML."""
+    """Returns the options of the run as YAML."""
     if isinstance(options.config, str):
         return options.config
     if not options.config:
@@ -266,7 +283,7 @@ def _config_text(options: CardOptions) -> str:
 
 
 def _stage_seconds(seconds: Mapping[str, float], stages: Sequence[str]) -> float | None:
-    """How long the stage took that made this model; older reports have other names for stages."""
+    """Returns the duration of the stage that made this model. Older reports have other names for stages."""
     for name, value in seconds.items():
         if name in stages:
             return value
@@ -274,9 +291,9 @@ def _stage_seconds(seconds: Mapping[str, float], stages: Sequence[str]) -> float
 
 
 def _base_options(options: CardOptions) -> str:
-    """Arguments of `from_pretrained`, as source, that load an adapter's base as it was in training.
+    """Returns arguments of `from_pretrained`, as source code, that load the base as it was in training.
 
-    By itself Transformers loads it in the dtype in which it is stored, in which scores are off by a percent.
+    By default, Transformers loads the base in its stored dtype, and scores then differ by about a percent.
     """
     arguments = ""
     if options.base_dtype is not None:
@@ -287,14 +304,14 @@ def _base_options(options: CardOptions) -> str:
 
 
 def _is_4bit(options: CardOptions) -> bool:
-    """Whether the base was in 4 bits in training; cards of older reports have that in their configuration only."""
+    """True if the base was in 4 bits in training. Older reports have this only in their configuration."""
     if options.load_in_4bit:
         return True
     return _LOAD_IN_4BIT.search(_config_text(options)) is not None
 
 
 def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
-    """What to cite: the method always, VADER where it was the gold reward, QLoRA where the base was in 4 bits."""
+    """Returns what to cite: the method, VADER if it was the gold reward, and QLoRA if the base was in 4 bits."""
     papers = list(KINDS[options.kind].citations)
     if report.gold_reward == "vader":
         papers.append("vader")
@@ -304,7 +321,7 @@ def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
 
 
 def main(folders: Sequence[str]) -> None:
-    """`python -m hf_rlhf_ext.hub.card FOLDER …` writes each folder's card again from the `report.json` beside it."""
+    """Runs `python -m hf_rlhf_ext.hub.card FOLDER …`, which rewrites the card in each folder from its `report.json`."""
     for folder in folders:
         report = RunReport.load(folder)
         card = card_from_report(report)

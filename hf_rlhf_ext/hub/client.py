@@ -1,4 +1,4 @@
-"""Talks to the Hub: who may write there, and one scanned commit a push, tried again where the Hub fails for a while."""
+"""Access to the Hub: checks permissions, and pushes files in a single scanned commit, with retries."""
 
 import contextlib
 import json
@@ -22,22 +22,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MANIFEST = ".hf_rlhf_ext.json"
-"""What a push leaves in the repository: the names of its files; the next push removes those that it does not have."""
+"""File in the repository that lists the files of the last push. The next push deletes those that it does not have."""
 ATTEMPTS = 4
-_LONGEST_WAIT = 300  # seconds; a Hub that asks for more is for later: a rented machine would wait
+_LONGEST_WAIT = 300  # seconds; if the Hub asks for a longer wait, the push fails, since a rented machine would idle
 _WORTH_ANOTHER_TRY = (408, 409, 412, 429)
-"""Client errors that pass: time-out, conflict, another commit came between, too many requests."""
+"""Client errors to retry: timeout, conflict, a concurrent commit, too many requests."""
 _NAMES_REPOSITORIES = ("report.json", "adapter_config.json", "training_config.yaml")
-"""Endings of files whose values may be ids on the Hub."""
+"""Suffixes of files whose values may be ids on the Hub."""
 
 
 class PushError(UserError):
-    """The Hub did not take it: nothing has changed there, everything is still here."""
+    """Raised when the Hub did not accept a push. The repository is unchanged, and all files are still local."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes. `private` is that of a repository that is made now; `revision` a branch, None: `main`."""
+    """Destination of a push.
+
+    Attributes:
+        repo_id: Full id, `owner/name`.
+        repo_type: `"model"` or `"dataset"`.
+        private: Whether the repository is private if it is created now.
+        revision: Branch; None means `main`.
+    """
 
     repo_id: str
     repo_type: str = "model"
@@ -46,25 +53,32 @@ class Target:
 
     @property
     def repository(self) -> dict[str, str]:
-        """As the client's methods take it."""
+        """Arguments for the methods of `HfApi`."""
         return {"repo_id": self.repo_id, "repo_type": self.repo_type}
 
 
-# Who may write
+# Permissions
 
 
 def check_access(repo_id: str, token: str | None = None) -> str:
-    """The full id, if this token may write there; a network that is down is no reason to stop: then as given.
+    """Checks that the token can write to a repository.
+
+    Args:
+        repo_id: `owner/name`, or only a name in your own namespace.
+        token: Access token; the default is `HF_TOKEN` or the token stored by `hf auth login`.
+
+    Returns:
+        The full id `owner/name`. If the Hub cannot be reached, a warning is logged and `repo_id` is returned unchanged.
 
     Raises:
-        UserError: no token, a wrong or read-only one, or somebody else's namespace.
+        UserError: There is no token, the token is invalid or read-only, or the namespace belongs to somebody else.
     """
     try:
         account = HfApi(token=token).whoami()
     except LocalTokenNotFoundError:
         raise UserError("push_to_hub: no token: run `hf auth login`, or set HF_TOKEN.") from None
     except OfflineModeIsEnabled:
-        raise UserError("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it.") from None
+        raise UserError("push_to_hub: HF_HUB_OFFLINE is set, so pushing is not possible: unset it.") from None
     except Exception as error:
         if _status(error) in (401, 403):
             raise UserError("push_to_hub: the Hub does not know this token: run `hf auth login --force`.") from None
@@ -72,24 +86,28 @@ def check_access(repo_id: str, token: str | None = None) -> str:
         return repo_id
     access_token = account.get("auth", {}).get("accessToken", {})
     if access_token.get("role") == "read":
-        raise UserError("push_to_hub: this token may only read: make one with the right to write.")
-    owner, _, name = repo_id.rpartition("/")  # no owner: one's own namespace
+        raise UserError("push_to_hub: this token is read-only: create a token with write access.")
+    owner, _, name = repo_id.rpartition("/")  # without an owner, the user's own namespace
     user = account["name"]
     organizations = [known["name"] for known in account.get("orgs", ())]
     if owner and owner != user and owner not in organizations:
         raise UserError(
-            f"push_to_hub: {repo_id} is not yours to write: you are {user}, in {organizations or 'no one'}."
+            f"push_to_hub: {repo_id} is not yours: you are {user}, a member of {organizations or 'no organization'}: "
+            "use one of these namespaces."
         )
     return f"{owner or user}/{name}"
 
 
 def create_private_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Makes the repository unless it exists, private unless `private` is False; returns its full id.
+    """Creates the repository unless it exists. It is private unless `private` is False.
 
-    A Hub that is down is no reason to stop: the push at the end makes it.
+    If the Hub cannot be reached, a warning is logged, and the push at the end creates the repository.
+
+    Returns:
+        The full id of the repository.
 
     Raises:
-        UserError: as `check_access`, or the Hub refuses to make it.
+        UserError: The token cannot write there (see `check_access`), or the Hub refuses to create the repository.
     """
     repo_id = check_access(repo_id, token)
     api = HfApi(token=token)
@@ -98,12 +116,12 @@ def create_private_repo(repo_id: str, *, token: str | None = None, private: bool
         return _create(api, target).repo_id
     except Exception as error:
         if _status(error) in (401, 402, 403):
-            raise UserError(f"push_to_hub: {repo_id} cannot be made: {first_line(error)}") from error
-        logger.warning("push_to_hub: %s cannot be made now (%s).", repo_id, first_line(error))
+            raise UserError(f"push_to_hub: cannot create {repo_id}: {first_line(error)}") from error
+        logger.warning("push_to_hub: cannot create %s now (%s).", repo_id, first_line(error))
         return repo_id
 
 
-# One commit a push
+# One commit per push
 
 
 def push_files(
@@ -118,17 +136,28 @@ def push_files(
     message: str = "Upload",
     repo_type: str = "model",
 ) -> CommitInfo:
-    """Scans `files` (name in the repository: content, or where it is) and pushes them to `owner/name` in one commit.
+    """Scans files and pushes them in one commit.
 
-    What an earlier push left there and this one lacks is removed in it. `public` are names that may be published
-    (`hub_owners`), beside the owners of `repo_id` and of what a run says that it was made from.
+    Files of an earlier push by this library that are not in `files` are deleted in the same commit.
+
+    Args:
+        files: Name in the repository -> content, or path of the file.
+        repo_id: Full id, `owner/name`.
+        private: Whether the repository is private if it is created now.
+        token: Access token; the default is `HF_TOKEN` or the token stored by `hf auth login`.
+        revision: Branch, which is created if it does not exist; None means `main`.
+        allow: Findings of the leak scanner to accept, such as `email:README.md:12`.
+        public: Names that may be published even if the user or host has the same name (see `hub_owners`). The owners
+            of `repo_id` and of the ids in the report and options are always included.
+        message: Commit message.
+        repo_type: `"model"` or `"dataset"`.
 
     Raises:
-        UserError: the scanner found something.
-        PushError: the Hub failed, after retries.
+        UserError: The leak scanner found something.
+        PushError: The Hub failed, even after retries.
     """
     if "/" not in repo_id:
-        raise PushError(f"not pushed: the Hub cannot be reached, so it is not known whose {repo_id} would be.")
+        raise PushError(f"not pushed: the Hub cannot be reached, so the owner of {repo_id} is not known.")
     manifest = json.dumps({"files": sorted(files)}, indent=2) + "\n"
     files = {**files, MANIFEST: manifest.encode()}
     owners = hub_owners(repo_id, *_values_in(files))
@@ -137,12 +166,12 @@ def push_files(
     target = Target(repo_id, repo_type, private, revision)
     try:
         return _retried(lambda: _commit(api, target, files, message))
-    except Exception as error:  # whatever huggingface_hub and its HTTP client make of a failure
+    except Exception as error:  # huggingface_hub and its HTTP client raise many kinds of errors
         raise PushError(f"not pushed to {repo_id}: {first_line(error)}.") from error
 
 
 def _commit(api: HfApi, target: Target, files: Files, message: str) -> CommitInfo:
-    """Makes repository and branch where they do not exist, and one commit of `files`."""
+    """Creates repository and branch if they do not exist, and makes one commit of `files`."""
     _create(api, target)
     if target.revision is not None:
         api.create_branch(**target.repository, branch=target.revision, exist_ok=True)
@@ -150,14 +179,14 @@ def _commit(api: HfApi, target: Target, files: Files, message: str) -> CommitInf
     stored = {file.rfilename for file in head.siblings}
     ours = _pushed_earlier(api, target, head.sha, stored)
     stale = ours - files.keys()
-    # Made anew for every attempt: they ask again what has arrived, also of a commit whose answer was lost.
+    # New operations for every attempt: they check again which files have arrived.
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for name, content in sorted(files.items()):
         operations.append(CommitOperationAdd(name, content))
     for name in sorted(stale):
         operations.append(CommitOperationDelete(name))
-    # Not upload_folder: with hf_xet it splits what is large into several commits. Where another push came between, the
-    # Hub refuses this one (412, by `parent_commit`), and it is made again.
+    # Not `upload_folder`: with hf_xet it splits large uploads into several commits. If another push came in between,
+    # the Hub rejects this commit (412, because of `parent_commit`), and it is tried again.
     return api.create_commit(
         **target.repository,
         operations=operations,
@@ -168,7 +197,7 @@ def _commit(api: HfApi, target: Target, files: Files, message: str) -> CommitInf
 
 
 def _pushed_earlier(api: HfApi, target: Target, commit: str, stored: set[str]) -> set[str]:
-    """Files in the repository that an earlier push of ours left there; others are left alone."""
+    """Returns the files in the repository that an earlier push by this library created. Other files are kept."""
     if MANIFEST not in stored:
         return set()
     path = api.hf_hub_download(**target.repository, filename=MANIFEST, revision=commit)
@@ -179,23 +208,23 @@ def _pushed_earlier(api: HfApi, target: Target, commit: str, stored: set[str]) -
 def _create(api: HfApi, target: Target) -> RepoUrl:
     url = api.create_repo(**target.repository, private=target.private, exist_ok=True)
     if target.private and not api.repo_info(**target.repository).private:
-        logger.warning("%s exists and is public: so is what is pushed to it.", url.repo_id)
+        logger.warning("%s exists and is public, so everything pushed to it is public.", url.repo_id)
     return url
 
 
 def _values_in(files: Files) -> Iterator[str]:
-    """All values of a run's report, options and adapter configurations: ids on the Hub among them."""
+    """Yields all values in the report, options and adapter configurations of a run, which may be ids on the Hub."""
     for name, content in files.items():
         if not name.endswith(_NAMES_REPOSITORIES):
             continue
         encoded = content if isinstance(content, bytes) else content.read_bytes()
         parse = json.loads if name.endswith(".json") else yaml.safe_load
-        with contextlib.suppress(ValueError, yaml.YAMLError):  # then it names nothing
+        with contextlib.suppress(ValueError, yaml.YAMLError):  # a file that cannot be parsed has no ids
             yield from _strings_in(parse(encoded))
 
 
 def _strings_in(value: Any) -> Iterator[str]:
-    """All strings of a JSON or YAML value, keys left out."""
+    """Yields all strings in a JSON or YAML value, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -206,11 +235,11 @@ def _strings_in(value: Any) -> Iterator[str]:
             yield from _strings_in(part)
 
 
-# When the Hub fails
+# Retries
 
 
 def _retried(call: Callable[[], T]) -> T:
-    """`call()`, again after a failure that may pass."""
+    """Runs `call()`, and repeats it after temporary failures."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call()
@@ -218,9 +247,9 @@ def _retried(call: Callable[[], T]) -> T:
             seconds = _wait(error, attempt)
             if _is_permanent(error) or seconds > _LONGEST_WAIT:
                 raise
-            logger.warning("push: %s; again in %d s (%d of %d).", first_line(error), seconds, attempt, ATTEMPTS - 1)
+            logger.warning("push: %s; retry in %d s (%d of %d).", first_line(error), seconds, attempt, ATTEMPTS - 1)
             time.sleep(seconds)
-    return call()  # the last attempt: its error is the caller's
+    return call()  # last attempt: the caller handles its error
 
 
 def _is_permanent(error: BaseException) -> bool:
@@ -231,7 +260,7 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def _wait(error: BaseException | None, attempt: int) -> int:
-    """Seconds until the next attempt: what the Hub asks for, else twice as long each time."""
+    """Returns the seconds until the next attempt: what the Hub asks for, else twice as long each time."""
     headers = getattr(_response(error), "headers", {})
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
@@ -243,8 +272,8 @@ def _wait(error: BaseException | None, attempt: int) -> int:
 
 
 def _response(error: BaseException | None) -> Any:
-    """The HTTP response at the bottom of an error, None where the connection broke."""
-    # The client wraps what its HTTP library raised, sometimes twice.
+    """Returns the HTTP response that caused an error. None if there is no response."""
+    # The client wraps errors of its HTTP library, sometimes twice.
     while error is not None:
         if getattr(error, "response", None) is not None:
             return error.response
@@ -257,7 +286,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
+    """Returns the first line of an error message that is not empty."""
     for line in str(error).splitlines():
         if line.strip():
             return line.strip().rstrip(".")

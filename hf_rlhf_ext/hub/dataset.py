@@ -1,4 +1,4 @@
-"""Comparisons as a data set on the Hub, with a card: schema, counts, agreement, and the licenses of the sources."""
+"""Pushes comparisons to the Hub as a dataset with a card (schema, counts, agreement, licenses of the sources)."""
 
 import json
 import logging
@@ -22,24 +22,24 @@ from .scan import Finding, refuse_findings, scan_text
 logger = logging.getLogger(__name__)
 
 Licenses = Mapping[str, str]
-"""License by name of the source."""
+"""Name of the source -> license."""
 
 MEANINGS = {
-    "prompt": "text or messages",
+    "prompt": "text, or a list of messages",
     "completions": "K ≥ 2 different completions",
-    "pairs": "[i, j]: completion i was judged against completion j",
-    "targets": "P(i is better): 1.0 a plain win, 0.5 a tie, in between for split votes",
-    "weights": "weight of the pair in the loss; 1 / number of the prompt's pairs unless it says otherwise",
-    "margins": "how much better, signed, i minus j",
-    "votes": "who judged what; annotators are numbered",
-    "flags": "kept rows worth knowing",
+    "pairs": "list of [i, j]: completion i was compared to completion j",
+    "targets": "P(i is better) for each pair: 1.0 means i is better, 0.0 means j is better, 0.5 is a tie",
+    "weights": "weight of each pair in the loss; the default is 1 / number of pairs of the prompt",
+    "margins": "how much better i is than j, for each pair",
+    "votes": "judgments of single annotators, who are numbered",
+    "flags": "properties of the row, such as an empty completion",
     "category": "use case",
-    "source": "data set that the row is from",
-    "row": "its number there",
+    "source": "dataset that the row comes from",
+    "row": "row number in the source",
 }
-"""What each column of comparisons means."""
+"""Meaning of each column of comparison rows."""
 _JUDGED = {"completions", "pairs", "targets"}
-"""Columns that comparison rows have at least; others are read as preference rows."""
+"""Columns of comparison rows. Rows without them are read as preference rows."""
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -58,28 +58,34 @@ def push_comparisons(
     allow: Iterable[str] = (),
     licences: Licenses | None = None,
 ) -> str:
-    """Pushes comparisons (`load_comparisons`, or any rows that it takes) with a card, as one commit.
+    """Pushes comparisons to the Hub as a dataset with a card, in one commit.
 
     Args:
-        dataset: one split ("train"), or several.
-        repo_id: `owner/name`, or a name of your own.
-        licenses: of each source, by its name: `{"Anthropic/hh-rlhf": "mit", "our annotators": "cc-by-4.0"}`. Required.
-        report: what was read and dropped, for the card.
-        quality: agreement and other metrics, for the card (`quality_report`).
-        keep_annotators: publish their names; otherwise they are numbered.
-        private, token, revision: as in `push_run`.
-        allow: findings of the leak scanner to let pass (`email:train:12` is row 12 of the split).
-        licences: older name of `licenses`.
+        dataset: Comparison rows, or rows in any format of `load_comparisons`: one split (`train`), or several.
+        repo_id: `owner/name`, or only a name in your own namespace.
+        licenses: License of each source by its name, such as
+            `{"Anthropic/hh-rlhf": "mit", "our annotators": "cc-by-4.0"}`. Required.
+        report: Report of `load_comparisons`, for the counts in the card.
+        quality: Report of `quality_report`, for agreement and other metrics in the card.
+        title: Title of the card; the default is the name of the repository.
+        keep_annotators: Whether to publish the names of annotators. By default they are numbered.
+        private: Whether the repository is private if it is created now. An existing one is not changed.
+        token: Access token; the default is `HF_TOKEN` or the token stored by `hf auth login`.
+        revision: Branch, which is created if it does not exist; None means `main`.
+        allow: Findings of the leak scanner to accept. `email:train:12` is an e-mail address in row 12 of `train`,
+            counted from 1.
+        licences: Deprecated name of `licenses`.
 
     Returns:
-        The commit's URL.
+        URL of the commit.
 
     Raises:
-        UserError: no licenses, a leak in a row, or no right to write there.
+        UserError: There are no licenses, the leak scanner found something, or the token has no write access.
+        PushError: The Hub failed, even after retries.
     """
     licenses = _licenses("push_comparisons", licenses, licences)
     if not licenses:
-        raise UserError("push_comparisons: licenses is empty: say under which license each source was published.")
+        raise UserError("push_comparisons: licenses is empty: give the license of each source by its name.")
     repo_id = check_access(repo_id, token)
     public = hub_owners(repo_id, *licenses)
     splits = _public_splits(dataset, keep_annotators)
@@ -97,7 +103,7 @@ def push_comparisons(
     with tempfile.TemporaryDirectory() as scratch:
         files = _write_parquet(splits, Path(scratch))
         for name in files:
-            allowed.add(f"binary:{name}")  # its rows were looked at
+            allowed.add(f"binary:{name}")  # its rows were scanned above
         files["README.md"] = card.encode()
         commit = push_files(
             files,
@@ -124,9 +130,10 @@ def dataset_card(
     keep_annotators: bool = False,
     licences: Licenses | None = None,
 ) -> str:
-    """The card's text; its license is that of the sources where they agree, else `other`.
+    """Renders the card of a dataset of comparisons.
 
-    Arguments are those of `push_comparisons`, after the rows are as they will be published.
+    The license of the dataset is that of the sources if they all have the same, else `other`. The arguments are those
+    of `push_comparisons`, except that `splits` holds the comparison rows as they are published.
     """
     licenses = _licenses("dataset_card", licenses, licences)
     title = title or repo_id.rsplit("/", 1)[-1]
@@ -148,19 +155,19 @@ def dataset_card(
 
 
 def _licenses(caller: str, licenses: Licenses | None, licences: Licenses | None) -> Licenses:
-    """The licenses, whichever name they came under."""
+    """Returns the licenses, given under the current or the deprecated name."""
     if licences is not None:
-        logger.warning("%s: the argument licences is now called licenses.", caller)
+        logger.warning("%s: the argument licences is deprecated: use licenses.", caller)
         licenses = licenses or licences
     return licenses or {}
 
 
 def _public_splits(dataset: Dataset | DatasetDict, keep_annotators: bool) -> dict[str, Dataset]:
-    """The splits as comparison rows, annotators numbered unless their names are kept."""
+    """Converts the splits to comparison rows. Annotators are numbered unless their names are kept."""
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
     numbers: dict[str, str] = {}  # one numbering over all splits
     for name, rows in splits.items():
-        if not _JUDGED <= set(rows.column_names):  # TRL's or another public format
+        if not _JUDGED <= set(rows.column_names):  # TRL's format or another public format
             rows, _ = to_comparisons(rows, source=name)
         if "votes" in rows.column_names and not keep_annotators:
             rows = _numbered(rows, numbers)
@@ -169,7 +176,7 @@ def _public_splits(dataset: Dataset | DatasetDict, keep_annotators: bool) -> dic
 
 
 def _numbered(rows: Dataset, numbers: dict[str, str]) -> Dataset:
-    """Votes without names: annotator 1, 2, … in the order in which they appear; `numbers` has those known by now."""
+    """Replaces annotator names by 1, 2, … in the order in which they appear. `numbers` holds those assigned so far."""
 
     def number(row: dict[str, Any]) -> dict[str, Any]:
         votes = []
@@ -184,19 +191,19 @@ def _numbered(rows: Dataset, numbers: dict[str, str]) -> Dataset:
 
 
 def _refuse_leaks(splits: Mapping[str, Dataset], allowed: set[str], public: set[str]) -> None:
-    """Raises `UserError` for what must not be published; parquet cannot be scanned once it is written."""
+    """Raises `UserError` if rows contain leaks. Parquet files cannot be scanned after they are written."""
     findings: list[Finding] = []
     for name, rows in splits.items():
         lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         for finding in scan_text(lines, f"{name}.jsonl", public=public):
-            finding = finding._replace(file=name)  # its line is the row of the split
+            finding = finding._replace(file=name)  # line n is row n of the split, counted from 1
             if not finding.allowed(allowed):
                 findings.append(finding)
     refuse_findings(findings)
 
 
 def _write_parquet(splits: Mapping[str, Dataset], folder: Path) -> dict[str, Path | bytes]:
-    """Writes each split; returns the files by their names in the repository, which `load_dataset` finds splits by."""
+    """Writes each split. Returns the files by their names in the repository, which tell `load_dataset` the splits."""
     files: dict[str, Path | bytes] = {}
     for name, rows in splits.items():
         path = folder / f"{name}.parquet"
@@ -206,9 +213,9 @@ def _write_parquet(splits: Mapping[str, Dataset], folder: Path) -> dict[str, Pat
 
 
 def _card_data(splits: Mapping[str, Dataset], licenses: Licenses, title: str) -> DatasetCardData:
-    """The YAML header."""
+    """Builds the YAML header."""
     n_rows = sum(len(rows) for rows in splits.values())
-    distinct = set(licenses.values())  # the card has room for one
+    distinct = set(licenses.values())  # the header has a single license
     on_the_hub = [name for name in licenses if name.count("/") == 1 and " " not in name]
     return DatasetCardData(
         license=distinct.pop() if len(distinct) == 1 else "other",
@@ -232,12 +239,12 @@ def _n_pairs(rows: Dataset) -> int:
 
 
 def _shown_metrics(quality: QualityReport | None, keep_annotators: bool) -> list[tuple[str, str]]:
-    """Name and value of the quality report's rows that a card shows."""
+    """Returns the metrics of the quality report that the card shows, as (name, value)."""
     if quality is None:
         return []
     metrics = []
     for name, value, _ in quality.rows():
-        if not value or (name == "annotators" and not keep_annotators):  # each annotator's, by name
+        if not value or (name == "annotators" and not keep_annotators):  # this metric shows annotator names
             continue
         metrics.append((name, value))
     return metrics

@@ -1,4 +1,4 @@
-"""Markdown that model text and names cannot break, and the templates that cards are made of."""
+"""Safe Markdown for cards: escapes model text and names, and loads the card templates."""
 
 import json
 import re
@@ -10,17 +10,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def escape_markdown(text: str) -> str:
-    """Model text that shows as it is: no markup, HTML, link, table cell or header of its own, on one line."""
+    """Escapes a text so that it is shown literally, on one line, without markup, HTML, links, cells or headings."""
     text = text.replace("&", "&amp;")
     text = text.replace("<", "&lt;")
     text = text.replace(">", "&gt;")
-    # "+" and "-" only where they could begin a list; inside words they are hyphens.
+    # "+" and "-" only need escapes where they could begin a list, not inside words.
     text = re.sub(r"[\\`*_{}\[\]()#!|~$]|(?<!\w)[+-]", r"\\\g<0>", text)
     return re.sub(r"\s*[\r\n\x0b\x0c\x85\u2028\u2029]+\s*", " ⏎ ", text.strip())
 
 
 def linked(source: str) -> str:
-    """An id on the Hub (`owner/name`, `datasets/owner/name`, with `@revision`) as a link; other text escaped."""
+    """Formats an id on the Hub (`owner/name`, `datasets/owner/name`, `…@revision`) as a link. Escapes other text."""
     match = re.fullmatch(r"((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
     if not match or source.startswith("<"):
         return escape_markdown(source)
@@ -32,7 +32,7 @@ def linked(source: str) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A block of code, with a fence longer than any inside."""
+    """Formats a code block, with a fence longer than any fence inside."""
     runs = re.findall("`+", text)
     longest = max(map(len, runs), default=0)
     fence = "`" * max(3, longest + 1)
@@ -41,22 +41,22 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def format_interval(ci95: Sequence[float]) -> str:
-    """A confidence interval (low, high) as text."""
+    """Formats a confidence interval (low, high)."""
     low, high = ci95
     return f"{low:.3f} to {high:.3f}"
 
 
 def python_literal(value: Any) -> str:
-    """A string as Python source; JSON's form of it is one."""
+    """Formats a string as a Python literal. JSON strings are valid Python."""
     return json.dumps(value, ensure_ascii=False)
 
 
 @cache
 def template_environment() -> Environment:
-    """The templates of all cards."""
-    environment = Environment(  # markdown, not HTML: values are escaped by the `md` filter where a model wrote them
+    """Returns the environment with the templates of all cards."""
+    environment = Environment(  # Markdown, not HTML: the filter `md` escapes values that are not trusted
         loader=PackageLoader("hf_rlhf_ext.hub"),
-        undefined=StrictUndefined,  # a misspelled name is an error, not an empty place
+        undefined=StrictUndefined,  # a misspelled name is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

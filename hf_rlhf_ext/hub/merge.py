@@ -1,6 +1,6 @@
-"""A run's adapter merged into its base: one plain model, for people and engines without PEFT (llama.cpp among them).
+"""Merges the adapter of a run into its base, which gives a plain model for use without PEFT (for example in llama.cpp).
 
-hf-rlhf merge runs/ppo runs/ppo-merged
+Command line: `hf-rlhf merge runs/ppo runs/ppo-merged`.
 """
 
 import argparse
@@ -18,32 +18,35 @@ from .report import REPORT_FILE, MergeRecord, RunReport
 def merge_run(
     folder: str | Path, output_dir: str | Path, *, dtype: str = "bfloat16", base_model: str | None = None
 ) -> Path:
-    """Writes the merged model, its tokenizer and its report (with a card that says so) to `output_dir`.
+    """Merges the adapter of a policy or reward model into its base.
 
-    The base is loaded again, unquantized: merging into 4-bit weights would round the update away. `push_run` pushes
-    `output_dir` as it is.
+    Writes the merged model, its tokenizer and its report to `output_dir`, which `push_run` can push. The base is loaded
+    again without quantization, since merging into 4-bit weights would lose most of the update to rounding.
 
     Args:
-        folder: of a policy's or a reward model's adapter, as a recipe or `trainer.save_model` left it.
-        output_dir: folder to write.
-        dtype: of the merged weights: "bfloat16", "float16" or "float32".
-        base_model: the base, where the adapter's own name for it does not serve.
+        folder: Folder of the adapter, written by a recipe or by `trainer.save_model`.
+        output_dir: Folder to write.
+        dtype: Data type of the merged weights: `"bfloat16"`, `"float16"` or `"float32"`.
+        base_model: Path or Hub id of the base; the default is the base recorded in the adapter.
+
+    Returns:
+        `output_dir`.
 
     Raises:
-        UserError: no adapter in `folder`, or a base that is itself quantized.
+        UserError: `folder` has no adapter, or the base is quantized.
     """
     folder = Path(folder)
     output_dir = Path(output_dir)
     revision = None
     base_id = base_model
-    if base_id is None:  # by the adapter's own record, which may name a revision
+    if base_id is None:  # recorded in the adapter, perhaps with a revision
         base_id, revision = base_and_revision(str(folder))
     if base_id is None:
         raise UserError(f"merge: {folder} holds no adapter: there is nothing to merge.")
     if output_dir.resolve() == folder.resolve():
         raise UserError(f"merge: {output_dir} is the adapter's own folder: give another one for the merged model.")
     difference = None
-    if (folder / NORMALIZATION_FILE).is_file():  # a reward model: its head is merged too
+    if (folder / NORMALIZATION_FILE).is_file():  # a reward model, whose head is merged too
         difference = export_merged(folder, output_dir, dtype=dtype, base=base_model)
     else:
         _merge_policy(folder, output_dir, base_id, revision, dtype)
@@ -56,14 +59,14 @@ def merge_run(
 def _merge_policy(folder: Path, output_dir: Path, base_id: str, revision: str | None, dtype: str) -> None:
     base = load_base_model(base_id, dtype=dtype, load_in_4bit=False, revision=revision)
     if getattr(base, "is_quantized", False):
-        raise UserError(f"merge: {base_id} is itself quantized: give the full weights' id with base_model.")
+        raise UserError(f"merge: {base_id} is itself quantized: give the unquantized model as base_model.")
     merged = attach_adapter(base, folder).merge_and_unload()  # the same weights, changed in place
     merged.save_pretrained(output_dir)
     load_tokenizer(str(folder)).save_pretrained(output_dir)
 
 
 def _public_name(base_id: str, revision: str | None) -> str:
-    """What was merged into, which may be other weights than those that the card's `base_model` names: a GGUF file's."""
+    """Returns the name of the merged base for the report. It may differ from `base_model` in the card (a GGUF file)."""
     local = Path(base_id).expanduser()
     if local.exists():
         return local.name
@@ -71,15 +74,17 @@ def _public_name(base_id: str, revision: str | None) -> str:
 
 
 def _write_report(folder: Path, output_dir: Path, merge: MergeRecord, base_model: str | None) -> None:
-    """The adapter's report, whose card says that this is a merge, and the plot that the card shows."""
+    """Writes the report of the adapter with card options for a merged model, and copies the plot of the card."""
     try:
         report = RunReport.load(folder)
-    except (ValueError, TypeError, AttributeError) as error:  # of another version, or one that somebody wrote
-        raise UserError(f"merge: {folder / REPORT_FILE} is no report of this library ({error}): remove it.") from error
+    except (ValueError, TypeError, AttributeError) as error:  # from another version, or edited by hand
+        raise UserError(
+            f"merge: {folder / REPORT_FILE} is not a report of this library ({error}): remove it."
+        ) from error
     report.merge = merge
     if report.card is not None:
         report.card.relation = "merge"
-        # An id on the Hub that was merged into is the base from now on; a local path is nobody else's.
+        # The card names the base that was merged, if it is on the Hub. A local path is of no use to others.
         if base_model is not None and not Path(base_model).expanduser().exists():
             report.card.base_model = base_model
         plot = report.card.plot
@@ -88,11 +93,11 @@ def _write_report(folder: Path, output_dir: Path, merge: MergeRecord, base_model
     report.save(output_dir)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`hf-rlhf merge`; `argv` are the words after it."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `hf-rlhf merge`."""
     parser = argparse.ArgumentParser(
         prog="hf-rlhf merge",
-        description="Merges a run's adapter into its base: one plain model to push or convert.",
+        description="Merges the adapter of a run into its base, which gives a plain model to push or convert.",
     )
     parser.add_argument("folder", help="output_dir of the run")
     parser.add_argument("output_dir", help="folder to write the merged model to")
@@ -100,10 +105,15 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
-        help="of the merged weights (default: bfloat16)",
+        help="data type of the merged weights (default: bfloat16)",
     )
-    parser.add_argument("--base_model", help="the base, where the adapter's own name for it does not serve")
-    args = parser.parse_args(argv)
+    parser.add_argument("--base_model", help="path or Hub id of the base (default: the base recorded in the adapter)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`hf-rlhf merge`; `argv` are the words after it."""
+    args = make_parser().parse_args(argv)
     try:
         merged = merge_run(args.folder, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except UserError as error:

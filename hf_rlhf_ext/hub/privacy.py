@@ -1,4 +1,4 @@
-"""Removes from a text what only the machine it was written on should know."""
+"""Removes local paths, user and host names, and access tokens from text."""
 
 import getpass
 import os
@@ -8,28 +8,28 @@ import tempfile
 from pathlib import Path
 
 _URL = r"[a-zA-Z][\w+.-]*://"
-# An absolute path (POSIX, ~, drive letter or UNC) or one that climbs out of the working folder; not the slash of
-# "reward/nat" nor those of a URL.
+# An absolute path (POSIX, ~, drive letter or UNC), or a path that leaves the working folder ("../"), but not the slash
+# in "reward/nat" or the slashes of a URL.
 _PATH = re.compile(
     rf"(?P<url>(?<!\w)(?!file:){_URL}\S*)"
     r"|(?:\bfile:/+|(?<![\w.:/\\<>~-])(?:~\w*/|/|(?:\.\./)+)(?=[\w.~])|(?<!\w)[A-Za-z]:[\\/]|(?<!\\)\\\\(?=\w))"
     r"(?P<path>[^\s'\",;:|)\]}<>]*)"
 )
-_MARKED_PATH = re.compile(r"<path>([^\s'\",;:|)\]}<>]*)")  # a known folder, already replaced, and what follows it
+_MARKED_PATH = re.compile(r"<path>([^\s'\",;:|)\]}<>]*)")  # a known folder, already replaced, and the rest of the path
 _ID = r"(?<![\w./~-])(?:datasets/)?{name}/[\w.-]+(?![\w.-]*/)"  # owner/name on the Hub; a path has more parts
 _HUB_ID = re.compile(r"(?:datasets/)?([\w.-]+)/[\w.-]+(?:@.*)?")
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|hf_oauth_\S+|[sg]h[ps]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,})")
 
 COMMON_NAMES = frozenset("root user users admin ubuntu runner model base data test main host app".split())
-"""Names of users and hosts that tell nothing, and that ordinary text and options hold."""
+"""User and host names that reveal nothing, and that also occur in ordinary text and options."""
 
 
 def strip_local_paths(text: str) -> str:
-    """Returns `text` without local paths, user name, host name or access tokens.
+    """Returns `text` without local paths, user name, host name and access tokens.
 
-    Paths under the working folder become relative; of others the last component stays (`<path>/data.jsonl`), so that a
-    command still reads as one. URLs stay, but for what they may carry of the rest; so do ids on the Hub, whose owner
-    may be called as the user is.
+    Paths inside the working folder become relative. Of other paths, only the last component is kept
+    (`<path>/data.jsonl`), so that commands stay readable. URLs are kept, except for names and tokens in them. Ids on
+    the Hub are kept, even if their owner has the same name as the user.
     """
     text = _without_tokens(text)
     text = _shorten_known_folders(text)
@@ -40,7 +40,7 @@ def strip_local_paths(text: str) -> str:
 
 
 def hub_owners(*ids: str | None) -> set[str]:
-    """Owners of those that are ids on the Hub (`owner/name`, `datasets/owner/name@revision`), in lower case."""
+    """Returns the owners, in lower case, of those `ids` that are ids on the Hub (`owner/name`, also `@revision`)."""
     owners = set()
     for name in ids:
         match = _HUB_ID.fullmatch(name or "")
@@ -50,7 +50,7 @@ def hub_owners(*ids: str | None) -> set[str]:
 
 
 def machine_names() -> list[str]:
-    """Host and user names of this machine that tell something; the long form of a host name first."""
+    """Returns the host names (longest first) and the user name of this machine, without common names."""
     host = socket.gethostname()
     short_host = host.split(".")[0]
     hosts = sorted({host, short_host, _node()}, key=len, reverse=True)
@@ -64,7 +64,7 @@ def _tells_something(name: str) -> bool:
 
 
 def user_name() -> str:
-    """The user's name; empty where there is none, as for a container's bare user id."""
+    """Returns the user name. It is empty if there is none, for example in a container with only a user id."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -72,7 +72,7 @@ def user_name() -> str:
 
 
 def _node() -> str:
-    """The host name as the kernel knows it, which a resolver may not."""
+    """Returns the host name known to the kernel, which may differ from that of the resolver."""
     return os.uname().nodename if hasattr(os, "uname") else ""
 
 
@@ -80,13 +80,13 @@ def _without_tokens(text: str) -> str:
     text = _TOKEN.sub("<token>", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         secret = os.environ.get(name, "")
-        if len(secret) >= 8:  # a shorter one may stand in any text
+        if len(secret) >= 8:  # a shorter value may occur in ordinary text
             text = text.replace(secret, "<token>")
     return text
 
 
 def _shorten_known_folders(text: str) -> str:
-    """Replaces the folders whose names are known: they may hold spaces, where the pattern for paths would stop."""
+    """Replaces the working, home and temporary folders. Unlike the pattern for paths, this also handles spaces."""
     working_folder = str(Path.cwd())
     hidden = {str(Path.home()), tempfile.gettempdir()}
     for folder in sorted(
@@ -96,7 +96,7 @@ def _shorten_known_folders(text: str) -> str:
             continue
         begin = rf"(?<![\w.]){re.escape(folder)}"
         placeholder = "<path>"
-        if folder not in hidden:  # the working folder: what is below it becomes relative
+        if folder not in hidden:  # the working folder: paths inside it become relative
             text = re.sub(rf"{begin}[\\/](?=\w)", "", text)
             placeholder = "."
         text = re.sub(rf"{begin}(?![\w.-])", placeholder, text)
@@ -104,21 +104,21 @@ def _shorten_known_folders(text: str) -> str:
 
 
 def _shorten(match: re.Match) -> str:
-    """Replacement for a match of `_PATH`: a URL stays."""
+    """Returns the replacement for a match of `_PATH`. URLs are kept."""
     if match["url"]:
         return match[0]
     return _placeholder(match["path"])
 
 
 def _placeholder(path: str) -> str:
-    """`<path>/` and the last component."""
+    """Returns `<path>/` and the last component."""
     components = re.split(r"[\\/]", path.rstrip("\\/"))
     last = components[-1]
     return f"<path>/{last}" if last else "<path>"
 
 
 def _without_name(text: str, name: str) -> str:
-    """`text` without a user or host name, but where it is the owner of an id on the Hub."""
+    """Removes a user or host name from `text`, except if it is the owner of an id on the Hub."""
     placeholder = "<user>" if name == user_name() else "<host>"
     escaped = re.escape(name)
     hub_id = _ID.format(name=escaped)
@@ -133,5 +133,5 @@ def _without_name(text: str, name: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether `owner/name` is an id on the Hub: a file or folder of that name is here otherwise."""
+    """True if `owner/name` is an id on the Hub, not a local file or folder."""
     return not Path(name.removeprefix("datasets/")).exists()

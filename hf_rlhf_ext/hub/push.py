@@ -1,6 +1,6 @@
-"""Pushes a finished run: what others need, in one commit, and nothing that runs code or names this machine.
+"""Pushes a finished run to the Hub in one commit, without files that run code and without local names.
 
-hf-rlhf push runs/ppo --repo alice/polite-policy
+Command line: `hf-rlhf push runs/ppo --repo alice/polite-policy`.
 """
 
 import argparse
@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+NO_CARD = "the recipes write a report and a card; in Python, call hf_rlhf_ext.write_card(folder, …) before the push."
+
+
 def push_run(
     folder: str | Path,
     repo_id: str | None = None,
@@ -43,28 +46,30 @@ def push_run(
     license: str | None = None,
     message: str = "Upload of a finished run",
 ) -> str:
-    """Pushes the folder of a run (adapters, heads, normalization, tokenizer, options, report, plots, card).
+    """Pushes the folder of a run: adapters, heads, normalization, tokenizer, options, report, plots and card.
 
-    One commit, so that nobody ever sees half a model; what an interrupted push has uploaded is not sent again.
+    All files are pushed in one commit, so that the repository never has an incomplete model. Files that an interrupted
+    push has uploaded are not uploaded again. A leak scanner checks all files first; checkpoints, optimizer states and
+    other pickles are never pushed.
 
     Args:
-        folder: what a recipe left, `trainer.save_model` with a card beside it, or what `merge_run` wrote.
-        repo_id: `owner/name`, or a name of your own; default is the folder's name.
-        private: of a repository that is made now; one that exists stays as it is.
-        token: default is `HF_TOKEN`, or what `hf auth login` stored.
-        revision: branch, made where it does not exist.
-        allow: findings of the leak scanner to let pass, each as it was reported (`email:README.md:12`).
-        merge: not supported any more: `merge_run` writes the merged model, which is then pushed.
-        base_model: Hub id of the base, where the run had it in a local folder.
-        license: of the model (`apache-2.0`); default is what the base's card on the Hub says.
-        message: of the commit.
+        folder: Folder of the run, written by a recipe, by `trainer.save_model` or by `merge_run`.
+        repo_id: `owner/name`, or only a name in your own namespace; the default is the name of the folder.
+        private: Whether the repository is private if it is created now. An existing one is not changed.
+        token: Access token; the default is `HF_TOKEN` or the token stored by `hf auth login`.
+        revision: Branch, which is created if it does not exist; None means `main`.
+        allow: Findings of the leak scanner to accept, as they were reported, such as `email:README.md:12`.
+        merge: No longer supported: use `merge_run`, and push the merged model.
+        base_model: Hub id of the base, if the run used a local folder.
+        license: License of the model, such as `apache-2.0`; the default is the license in the base's card on the Hub.
+        message: Commit message.
 
     Returns:
-        The commit's URL.
+        URL of the commit.
 
     Raises:
-        UserError: a leak, no right to write there, a base that nobody else has, in one line.
-        PushError: the Hub failed, after retries; the line has the command that pushes later.
+        UserError: The leak scanner found something, the token has no write access, or the base is only local.
+        PushError: The Hub failed, even after retries. The message has the command to push later.
     """
     folder = Path(folder)
     allow = list(allow)
@@ -77,22 +82,24 @@ def push_run(
     target: dict[str, Any] = {"private": private, "revision": revision, "allow": allow}
     later = later_command(folder, repo_id, **target, **about)
     repo_id = check_access(repo_id, token)
-    digest = content_digest(folder)  # before the push: of what is sent
-    files = run_files(folder, repo_id, **about, token=token)  # the card names the full id
+    digest = content_digest(folder)  # before the push, so that it is the digest of what is sent
+    files = run_files(folder, repo_id, **about, token=token)  # the card has the full id
     try:
         commit = push_files(files, repo_id, token=token, message=message, **target)
     except PushError as error:
-        raise PushError(f"{error} It is kept in {folder}; later: {later}") from error
+        raise PushError(f"{error} The run is kept in {folder}; later: {later}") from error
+    if "README.md" not in files:
+        print(f"note: {folder} has no report.json, so the repository has no model card: {NO_CARD}", file=sys.stderr)
     pushed = {"repo_id": commit.repo_url.repo_id, "commit": commit.oid, "weights": digest}
     (folder / PUSHED_FILE).write_text(json.dumps(pushed) + "\n", encoding="utf-8")
     return commit.commit_url
 
 
 def try_push(folder: str | Path, repo_id: str | None = None, **options: Any) -> str | None:
-    """`push_run` for the end of a run, which no failure may spoil: prints one line, returns the URL or None."""
+    """Runs `push_run` at the end of a run, without raising. Prints one line, and returns the URL or None."""
     try:
         url = push_run(folder, repo_id, **options)
-    except PushError as error:  # has the command already
+    except PushError as error:  # its message has the command to push later
         print(f"warning: {error}", file=sys.stderr)
         return None
     except Exception as error:
@@ -101,7 +108,7 @@ def try_push(folder: str | Path, repo_id: str | None = None, **options: Any) -> 
         else:
             reason = f"not pushed ({type(error).__name__}: {first_line(error)})."
         asked = dict(options)
-        for name in ("token", "message", "merge"):  # not for a command that is printed
+        for name in ("token", "message", "merge"):  # not part of the printed command
             asked.pop(name, None)
         later = later_command(folder, repo_id, **asked)
         print(f"warning: {reason} The run is kept in {folder}; later: {later}", file=sys.stderr)
@@ -120,7 +127,7 @@ def later_command(
     license: str | None = None,
     allow: Iterable[str] = (),
 ) -> str:
-    """The command that pushes a folder with these arguments of `push_run`."""
+    """Returns the command that pushes a folder with these arguments of `push_run`."""
     words = ["hf-rlhf", "push", str(folder)]
     if not private:
         words.append("--public")
@@ -134,25 +141,32 @@ def later_command(
 
 
 def _merge_first(folder: Path, dtype: str) -> str:
-    """What to do instead of `merge`, in one line."""
+    """Returns the message that names the commands to use instead of `merge`."""
     merged = folder.with_name(f"{folder.name}-merged")
     merge = shlex.join(["hf-rlhf", "merge", str(folder), str(merged), "--dtype", dtype])
     push = shlex.join(["hf-rlhf", "push", str(merged)])
     return f"push: merge is a command of its own: first `{merge}`, then `{push}`."
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `hf-rlhf push`."""
+    parser = argparse.ArgumentParser(prog="hf-rlhf push", description="Pushes a finished run to the Hub.")
+    parser.add_argument("folder", help="output_dir of the run or of a merge")
+    parser.add_argument("--repo", help="owner/name, or a name in your own namespace (default: the name of the folder)")
+    parser.add_argument("--public", action="store_true", help="create a public repository (default: private)")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument("--base_model", help="Hub id of the base, if the run used a local folder")
+    parser.add_argument("--license", help="license of the model (default: the license in the card of the base)")
+    parser.add_argument("--merge", help=argparse.SUPPRESS)  # accepted only to print the command that merges
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="KIND:FILE:LINE", help="accept a finding of the leak scanner"
+    )
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
     """`hf-rlhf push`; `argv` are the words after it."""
-    parser = argparse.ArgumentParser(prog="hf-rlhf push", description="Pushes a finished run.")
-    parser.add_argument("folder", help="output_dir of the run, or of a merge")
-    parser.add_argument("--repo", help="owner/name, or a name of your own; default is the folder's name")
-    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
-    parser.add_argument("--revision", help="branch to push to, made where it does not exist")
-    parser.add_argument("--base_model", help="Hub id of the base, where the run had it in a local folder")
-    parser.add_argument("--license", help="license of the model; default is the base's, as its card says")
-    parser.add_argument("--merge", help=argparse.SUPPRESS)  # only to name the command that merges
-    parser.add_argument("--allow", action="append", default=[], metavar="KIND:FILE:LINE", help="let a finding pass")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         url = push_run(
             args.folder,

@@ -1,4 +1,4 @@
-"""`report.json`: what a run measured and how it was made, as dataclasses; all that a card needs."""
+"""Dataclasses for `report.json`: what a run measured and how it was made, which is all that a card needs."""
 
 import json
 import os
@@ -13,34 +13,35 @@ from ..compat import versions
 
 REPORT_FILE = "report.json"
 FROM_PYTHON = "# started from Python, not by a recipe"
-"""The `command` of a run without a recipe: such a report is written anew at every push."""
+"""The `command` of a run without a recipe. Its report is rewritten at every push."""
 
-_NORMALIZATION_FILE = "reward_normalization.json"  # of `reward.normalization`, which loads torch: a card does not
+_NORMALIZATION_FILE = "reward_normalization.json"  # not imported from `reward.normalization`, which imports torch
 
 
 Groups = dict[str, dict[str, dict[str, float]]]
-"""Held-out metrics by grouping and group: `{"length_gap": {"0 to 2": {"accuracy": 0.7, "n": 21}}}`."""
+"""Held-out metrics by type of group and group, such as `{"length_gap": {"0 to 2": {"accuracy": 0.7, "n": 21}}}`."""
 
 
-# The sections: what each stage measured
+# Sections: what each stage measured
 
 
 @dataclass
 class Section:
     """What one stage measured.
 
-    `metrics` holds numbers by name; beside some, `NAME_ci95` ([low, high], a 95 % confidence interval) and `NAME_n`
-    (of how many).
+    Attributes:
+        metrics: Numbers by name. For some of them, `NAME_ci95` is a 95 % confidence interval ([low, high]) and `NAME_n`
+            is the number of samples.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> Self:
-        """The section of a `report.json`, where structure and numbers stand side by side."""
+        """Reads a section of `report.json`, which has structure and numbers in one mapping."""
         structure = {}
         metrics = {}
-        # Names of rewards are part of keys (`judge_before`), so that only the structure has a fixed list of names.
+        # Keys of numbers may contain names of rewards (`judge_before`), so only the structure has fixed names.
         for name, value in section.items():
             if name in cls.structure_names():
                 structure[name] = value
@@ -49,7 +50,7 @@ class Section:
         return cls(metrics=metrics, **structure)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in `report.json`; what is not known is left out."""
+        """Returns the section as in `report.json`, without unknown values."""
         section = dict(self.metrics)
         for name in self.structure_names():
             value = getattr(self, name)
@@ -59,23 +60,29 @@ class Section:
 
     @classmethod
     def structure_names(cls) -> list[str]:
-        """Fields beside the numbers."""
+        """Returns the names of all fields other than `metrics`."""
         return [spec.name for spec in fields(cls) if spec.name != "metrics"]
 
 
 @dataclass
 class SFTSection(Section):
-    """Metrics: `eval_loss`, `eval_mean_token_accuracy`, `heldout_rows`, and what the trainer logs."""
+    """Section for SFT.
+
+    Its metrics are `eval_loss`, `eval_mean_token_accuracy`, `heldout_rows` and what the trainer logs.
+    """
 
 
 @dataclass
 class RewardModelSection(Section):
-    """Metrics: `pairs` (trained on), `heldout_pairs`, `decided_pairs` (no ties), `accuracy`, `nll`, `gain`, ….
+    """Section for a reward model.
+
+    Its metrics are `pairs` (in training), `heldout_pairs`, `decided_pairs` (without ties), `accuracy`, `nll`, `gain`
+    and others.
 
     Attributes:
-        groups: held-out accuracy by group.
-        members: of an ensemble, the metrics of each one.
-        combine: how an ensemble's scores become one.
+        groups: Held-out accuracy by group.
+        members: Metrics of each member of an ensemble.
+        combine: How the scores of an ensemble are combined.
     """
 
     groups: Groups | None = None
@@ -85,15 +92,16 @@ class RewardModelSection(Section):
 
 @dataclass
 class PPOSection(Section):
-    """Metrics: `kl` (nats per completion), `kl_coef`, `updates`, and `REWARD_before`, `REWARD_after`, `REWARD_gain`.
+    """Section for PPO.
 
-    REWARD is `proxy` (what PPO maximized), `gold`, or one of `eval_rewards`.
+    Its metrics are `kl` (nats per completion), `kl_coef`, `updates`, `REWARD_before`, `REWARD_after` and `REWARD_gain`,
+    where `REWARD` is `proxy` (what PPO maximized), `gold`, or one of `eval_rewards`.
 
     Attributes:
-        start: what PPO started from ("the SFT policy").
-        rewards: names of the rewards that PPO maximized.
-        eval_rewards: names of rewards that it did not see.
-        stop_reason: why a guard stopped the run; None where none did.
+        start: What PPO started from, such as "the SFT policy".
+        rewards: Names of the rewards that PPO maximized.
+        eval_rewards: Names of rewards that were only used for evaluation.
+        stop_reason: Why a guard stopped the run. None if no guard did.
     """
 
     start: str | None = None
@@ -109,34 +117,34 @@ class PPOSection(Section):
         return super().from_dict(section)
 
 
-# What is known beside the numbers
+# Other information
 
 
 @dataclass
 class CardOptions:
-    """What a card says beside what was measured.
+    """Options of a model card, in addition to the measured numbers.
 
     Args:
-        kind: "policy", "reward_model" or "sft".
-        base_model: id on the Hub of the base, or the embedded model's name, which is translated.
-        model_name: title of the card; default is made of base and kind.
-        repo_id: where the adapter lives, on the Hub or, with two or more slashes, in a folder that is not published;
-            the snippet shows a placeholder when it is None.
-        config: options of the run, as a mapping or as YAML.
-        datasets: ids on the Hub only; local data belong into `lineage`.
-        dataset_revision: commit of the first of `datasets`.
-        samples: rows of `prompt`, `before`, `after`; their markdown is escaped.
-        plot: a PNG in the card's folder.
-        caption: what it shows, where that is not what plots of this kind show.
-        limits: further sentences beside those that are derived from the report.
-        lineage: what this model was made from (`{"reward model": "alice/reward"}`); ids on the Hub become links.
-        relation: to the base: "adapter", "merge" (the adapter is merged into it), or "finetune" (all weights).
-        notes: how it was measured, in sentences.
-        system_prompt: with which it was trained, for the snippet.
-        chat: whether its tokenizer has a chat template; the snippet asks in plain text where it has none.
-        base_dtype: of the base's weights in training ("bfloat16"), for the snippet; None where it is not known.
-        load_in_4bit: whether the base was in 4 bits in training.
-        autocast: dtype that a reward model computes its scores in, None for that of the weights.
+        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        base_model: Hub id of the base, or the name of an embedded model.
+        model_name: Title of the card; the default is made from base and kind.
+        repo_id: Hub id of the model, for the code snippet. An id with two or more slashes is a folder that is not
+            published. If None, the snippet has a placeholder.
+        config: Options of the run, as a mapping or as YAML.
+        datasets: Hub ids of the training data. Local data belong in `lineage`.
+        dataset_revision: Commit of the first of `datasets`.
+        samples: Rows with `prompt`, `before` and `after`. Markdown in them is escaped.
+        plot: A PNG in the folder of the card.
+        caption: Caption of the plot; the default describes the usual plot of this kind of model.
+        limits: Additional sentences for the section "Limits".
+        lineage: What the model was made from, such as `{"reward model": "alice/reward"}`. Hub ids become links.
+        relation: Relation to the base: `"adapter"`, `"merge"` (a merged adapter) or `"finetune"` (all weights).
+        notes: Sentences on how the model was measured.
+        system_prompt: System message that the model was trained with, for the code snippet.
+        chat: Whether the tokenizer has a chat template. If not, the code snippet uses plain text.
+        base_dtype: Data type of the base in training, such as `"bfloat16"`, for the code snippet. None if not known.
+        load_in_4bit: Whether the base was in 4 bits in training.
+        autocast: Data type in which a reward model computes its scores. None means the data type of the weights.
     """
 
     kind: str
@@ -160,7 +168,7 @@ class CardOptions:
     autocast: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in `report.json`: the options that were given, and those that others look up there."""
+        """Returns the options as in `report.json`: those that are not the default, and some that are always there."""
         options = {}
         for spec in fields(self):
             value = getattr(self, spec.name)
@@ -171,7 +179,13 @@ class CardOptions:
 
 @dataclass
 class MergeRecord:
-    """How an adapter was merged: `dtype` of the weights, into which `base`, how far a reward model's scores moved."""
+    """How an adapter was merged.
+
+    Attributes:
+        dtype: Data type of the merged weights.
+        base: The base that the adapter was merged into.
+        max_score_difference: Largest change of the scores of a reward model. None for other models.
+    """
 
     dtype: str
     base: str
@@ -180,16 +194,23 @@ class MergeRecord:
 
 @dataclass
 class RunReport:
-    """`report.json`. Reads those of earlier versions, which lack much.
+    """Content of `report.json`. Reports of earlier versions, with fewer fields, can be read too.
 
     Attributes:
-        seconds: that each stage took.
-        hardware: that it ran on, without the machine's name.
-        license: of the model; None: the base's.
-        gold_reward: "vader" where the simulated annotator judged by that.
-        categories: by use case: `n` held-out prompts, `gold_before`, `gold_after`.
-        card: what the card says; None: there is no card.
-        other: whatever else the file holds.
+        seed: Seed of the run.
+        command: Command that started the run.
+        seconds: Duration by stage, in seconds.
+        hardware: Hardware of the run, without the name of the machine.
+        versions: Versions of the libraries.
+        license: License of the model. None means the license of the base.
+        gold_reward: `"vader"` if the simulated annotator used VADER.
+        reward_model: What the reward model stage measured.
+        sft: What the SFT stage measured.
+        ppo: What the PPO stage measured.
+        categories: By use case: `n` held-out prompts, `gold_before` and `gold_after`.
+        card: Options of the card. None means that there is no card.
+        merge: How an adapter was merged. None for models that are not merged.
+        other: All other content of the file.
     """
 
     seed: int | str | None = None
@@ -212,7 +233,7 @@ class RunReport:
         known = {spec.name for spec in fields(cls)} - {"other"}
         values: dict[str, Any] = {"other": {}}
         for name, value in report.items():
-            if name not in known:  # the quickstart's, or a later version's: kept, so that a merge does not lose it
+            if name not in known:  # from the quickstart or a later version; kept, so that a merge does not lose it
                 values["other"][name] = value
             elif name in _SECTIONS:
                 values[name] = _SECTIONS[name].from_dict(value)
@@ -223,7 +244,7 @@ class RunReport:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in `report.json`; what is not known is left out."""
+        """Returns the report as in `report.json`, without unknown values."""
         report: dict[str, Any] = {}
         for spec in fields(self):
             value = getattr(self, spec.name)
@@ -231,13 +252,13 @@ class RunReport:
                 value = value.to_dict()
             elif isinstance(value, MergeRecord):
                 value = asdict(value)
-            if spec.name != "other" and value not in (None, {}):  # a seed of 0 is known
+            if spec.name != "other" and value not in (None, {}):  # a seed of 0 is a known value
                 report[spec.name] = value
         return report | self.other
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The `report.json` of a run's folder, its card with what the folder knows of the base's precision."""
+        """Loads `report.json` from the folder of a run, and adds the precision of the base to the card options."""
         folder = Path(folder)
         text = (folder / REPORT_FILE).read_text(encoding="utf-8")
         report = cls.from_dict(json.loads(text))
@@ -262,38 +283,38 @@ _RECORDS = {"card": CardOptions, "merge": MergeRecord}
 
 
 def as_report(report: RunReport | Mapping[str, Any]) -> RunReport:
-    """The report itself, or what a mapping like `report.json` says."""
+    """Converts a mapping like `report.json` to a report. A `RunReport` is returned unchanged."""
     if isinstance(report, RunReport):
         return report
     return RunReport.from_dict(report)
 
 
-# What is known of the base and the machine
+# Base and hardware
 
 
 def base_precision(model: Any) -> dict[str, Any]:
-    """`base_dtype` and `load_in_4bit` of a loaded model's base, for its card."""
-    from ..reward.normalization import dtype_name, is_4bit  # loads torch, which the model did already
+    """Returns `base_dtype` and `load_in_4bit` of a loaded model, for its card."""
+    from ..reward.normalization import dtype_name, is_4bit  # imports torch, which a loaded model needs anyway
 
     return {"base_dtype": dtype_name(model), "load_in_4bit": is_4bit(model)}
 
 
 def recorded_precision(folder: Path, relation: str) -> dict[str, Any]:
-    """`base_dtype`, `load_in_4bit` and `autocast` as a reward adapter's `reward_normalization.json` has them."""
+    """Returns `base_dtype`, `load_in_4bit` and `autocast` from `reward_normalization.json` of a reward adapter."""
     path = folder / _NORMALIZATION_FILE
     if relation != "adapter" or not path.is_file():
         return {}
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded.get("base_dtype", "auto") == "auto":  # of a model that this library did not train
+    if recorded.get("base_dtype", "auto") == "auto":  # a model that was not trained with this library
         return {}
     names = ("base_dtype", "load_in_4bit", "autocast")
     return {name: recorded[name] for name in names if name in recorded}
 
 
 def hardware() -> str:
-    """What the run had to compute with, without the machine's name."""
+    """Returns the hardware of this machine, without its name."""
     description = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    torch = sys.modules.get("torch")  # never imported for the sake of a card
+    torch = sys.modules.get("torch")  # not imported only for a card
     if torch is not None and torch.cuda.is_available():
         description += f", {torch.cuda.get_device_name()}"
     return description
@@ -320,7 +341,7 @@ _LOGGED: dict[str, dict[str, str]] = {
     },
     "sft": {"loss": "eval_loss", "mean_token_accuracy": "eval_mean_token_accuracy"},
 }
-"""By kind: what an evaluation logs (without `eval_`), and what it is called in the report."""
+"""Kind of model -> logged name of each evaluation metric (without `eval_`) -> name in the report."""
 
 _CARD_CONFIG = (
     "learning_rate",
@@ -334,7 +355,7 @@ _CARD_CONFIG = (
 
 
 def trainer_report(trainer: Any) -> RunReport:
-    """The report of a run without a recipe: what the trainer's last evaluation logged, and what its card needs."""
+    """Makes the report of a run without a recipe from the last evaluation that the trainer logged."""
     kind = getattr(trainer, "card_kind", "sft")
     name = _SECTION_OF[kind]
     metrics = _last_evaluation(trainer.state.log_history, kind)
@@ -357,9 +378,9 @@ def trainer_report(trainer: Any) -> RunReport:
 
 
 def _last_evaluation(log_history: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
-    """Metrics of the newest evaluation under the report's names, with their intervals; empty where there was none."""
+    """Returns the metrics of the last evaluation, under their names in the report and with intervals."""
     logged: dict[str, Any] = {}
-    for log in log_history:  # oldest first: the last one stays
+    for log in log_history:  # from oldest to newest, so the last one is kept
         evaluated = {name: value for name, value in log.items() if name.startswith("eval_")}
         if evaluated:
             logged = evaluated
@@ -376,21 +397,21 @@ def _last_evaluation(log_history: Sequence[Mapping[str, Any]], kind: str) -> dic
 
 
 def _add_judged(section: RewardModelSection, judged: Any) -> None:
-    """What the last evaluation's pairs (`JudgedPairs`) say beside the logged metrics."""
+    """Adds the number of decided pairs and the groups of the last evaluation (`JudgedPairs`)."""
     if judged is None:
         return
-    # A tie has no winner to find, so that accuracy counts the others only.
+    # Ties have no winner, so accuracy only counts the other pairs.
     section.metrics["decided_pairs"] = int((judged.targets != 0.5).sum())
     section.groups = judged.groups()
 
 
 def _add_count(section: Section, eval_dataset: Any, name: str) -> None:
-    if hasattr(eval_dataset, "column_names"):  # one data set, not several by name
+    if hasattr(eval_dataset, "column_names"):  # a single dataset, not a dict of datasets
         section.metrics[name] = len(eval_dataset)
 
 
 def _add_ppo_state(section: PPOSection, trainer: Any) -> None:
-    """How far PPO came, and why a guard stopped it."""
+    """Adds the number of updates, the KL coefficient, and why a guard stopped the run."""
     for name in ("kl_coef", "updates"):
         value = getattr(trainer, name, None)
         if value is not None:
@@ -401,16 +422,16 @@ def _add_ppo_state(section: PPOSection, trainer: Any) -> None:
 def _trainer_card(trainer: Any, kind: str) -> CardOptions:
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # The same object where there is no adapter: then all weights were trained.
+    # Without an adapter, all weights were trained, and base and model are the same object.
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     config = {}
-    for name in _CARD_CONFIG:  # each kind of trainer has some of them
+    for name in _CARD_CONFIG:  # each trainer has some of these options
         if hasattr(args, name):
             config[name] = getattr(args, name)
     base_model = base.config.name_or_path
     if Path(base_model).exists():
-        base_model = Path(base_model).resolve().name  # of a local folder only its own name
-    normalization = getattr(trainer, "normalization", None)  # a reward model's
+        base_model = Path(base_model).resolve().name  # only the name of a local folder, not its path
+    normalization = getattr(trainer, "normalization", None)  # only for reward models
     return CardOptions(
         kind=kind,
         config=config,

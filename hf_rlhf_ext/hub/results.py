@@ -1,4 +1,4 @@
-"""The measured numbers of a report, each with its name for people and what it was measured on."""
+"""The measured numbers of a report for its card, with readable names and the number of samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,16 @@ from .report import PPOSection, RunReport
 
 
 class Result(NamedTuple):
-    """One measured number: a markdown row and an entry of the model index. `n` of what is named by `of`."""
+    """One measured number, for the table and the model index of the card.
+
+    Attributes:
+        key: Name in the report.
+        name: Readable name.
+        value: Measured value.
+        n: Number of samples; None if it is not known.
+        of: What the samples are, such as "held-out pairs".
+        ci95: 95 % confidence interval (low, high).
+    """
 
     key: str
     name: str
@@ -20,7 +29,7 @@ class Result(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A number that a report may hold: its key, its name for people, and the key of what it was measured on."""
+    """A number that a report may have: its key, its readable name, and the key of its number of samples."""
 
     key: str
     name: str
@@ -32,9 +41,9 @@ _REWARD_MODEL = (
     Measure("nll", "Negative log-likelihood, nats per pair", "heldout_pairs"),
     Measure("brier", "Brier score (0.25 is chance)", "heldout_pairs"),
     Measure("ece", "Expected calibration error", "heldout_pairs"),
-    Measure("longer_wins_baseline", 'Accuracy of "the longer one is better"', "decided_pairs"),
-    Measure("gain", "Gain in accuracy over it", "decided_pairs"),
-    Measure("annotator_ceiling", "Expected accuracy of the annotator's order without noise", "decided_pairs"),
+    Measure("longer_wins_baseline", "Accuracy of always preferring the longer completion", "decided_pairs"),
+    Measure("gain", "Gain in accuracy over preferring the longer completion", "decided_pairs"),
+    Measure("annotator_ceiling", "Highest expected accuracy, given the noise of the annotator", "decided_pairs"),
     Measure("disagreement", "Disagreement of the members, standard deviation of their rewards", ""),
 )
 _SFT = (
@@ -42,18 +51,18 @@ _SFT = (
     Measure("eval_mean_token_accuracy", "Accuracy of the next token", "heldout_rows"),
 )
 _COUNTED = {"n": "held-out prompts", "heldout_rows": "held-out demonstrations"}
-"""What a count counts, where that is not held-out pairs."""
+"""Key of a count -> what it counts, if not held-out pairs."""
 
 
 def collect_results(kind: str, report: RunReport) -> list[Result]:
-    """The numbers of a kind that were measured; `UserError` for one that is not finite."""
+    """Returns the measured numbers for a card of this kind. Raises `UserError` if one is not finite."""
     if kind == "reward_model":
         return _results_of("reward_model", _REWARD_MODEL, report.reward_model.metrics, kind)
     results = []
     if kind == "sft":
         results += _results_of("sft", _SFT, report.sft.metrics, kind)
     metrics = dict(report.ppo.metrics)
-    if report.categories:  # older reports have the number of prompts by category only
+    if report.categories:  # older reports only have the number of prompts by category
         prompts = sum(row["n"] for row in report.categories.values())
         metrics.setdefault("n", prompts or None)
     measures = _ppo_measures(kind, report.ppo)
@@ -69,7 +78,7 @@ def _results_of(
 ) -> list[Result]:
     results = []
     for measure in measures:
-        if measure.key not in metrics:  # not measured: left out, never made up
+        if measure.key not in metrics:  # not measured
             continue
         value = metrics[measure.key]
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -79,7 +88,7 @@ def _results_of(
         n = metrics.get(measure.count)
         reward, _, _ = measure.key.rpartition("_")
         own_count = f"{reward}_n"
-        if own_count in metrics:  # this reward does not score every prompt
+        if own_count in metrics:  # a reward that does not score every prompt
             n = metrics[own_count]
         interval = metrics.get(f"{measure.key}_ci95")
         result = Result(
@@ -95,14 +104,14 @@ def _results_of(
 
 
 def _ppo_measures(kind: str, ppo: PPOSection) -> list[Measure]:
-    """What PPO's report may hold about its start (kind "sft") or its end."""
+    """Returns the numbers that a PPO report may have about the start (kind "sft") or the end of PPO."""
     rewards = {}
     for reward in ppo.eval_rewards or ():
         rewards[reward] = f"Reward {reward}, unseen by PPO"
     if "gold_before" in ppo.metrics:
         rewards["gold"] = "Gold reward"
-    rewards["proxy"] = "Proxy reward"  # what PPO maximized, below what it did not see
-    when = "before" if kind == "sft" else "after"  # the SFT policy is what PPO started from
+    rewards["proxy"] = "Proxy reward"  # the reward that PPO maximized, listed after the others
+    when = "before" if kind == "sft" else "after"  # PPO started from the SFT policy
     measures = []
     for reward, name in rewards.items():
         measures.append(Measure(f"{reward}_{when}", name, "n"))
@@ -110,6 +119,6 @@ def _ppo_measures(kind: str, ppo: PPOSection) -> list[Measure]:
         for reward, name in rewards.items():
             within_sentence = name[0].lower() + name[1:]
             measures.append(Measure(f"{reward}_gain", f"Gain in {within_sentence}", "n"))
-        measures.append(Measure("kl", "KL to the policy it started from, nats per completion", "n"))
+        measures.append(Measure("kl", "KL to the initial policy, nats per completion", "n"))
     measures.append(Measure(f"mean_length_{when}", "Mean length, tokens", "n"))
     return measures

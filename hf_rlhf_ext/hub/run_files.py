@@ -1,4 +1,4 @@
-"""What is pushed of a run's folder: neither pickles nor what only a resumed run needs, nor marks of this machine."""
+"""Selects the files of a run to push, without pickles, files that only a resumed run needs, and local names."""
 
 import hashlib
 import json
@@ -17,28 +17,28 @@ from .scan import PICKLES
 LEFT_OUT = (
     *PICKLES,
     "checkpoint-*",
-    "events.out.tfevents*",  # names the host
+    "events.out.tfevents*",  # contains the host name
     "runs",
     "wandb",
     "trackio",
     "merged",
-    "ref",  # PPO's reference: a copy of the adapter that it started from
+    "ref",  # reference model of PPO: a copy of the initial adapter
     "ppo_*",
 )
-"""Names of files and folders that are never pushed: pickles and what only a resumed run needs."""
+"""Names of files and folders that are never pushed: pickles, and files that only a resumed run needs."""
 PUSHED_FILE = "pushed.json"
-"""What `push_run` leaves in the folder: where it went, for the cards of what is made from it."""
-_OF_THIS_MACHINE = (".*", "_*", "*.tmp", "*.lock", "hf_rlhf_ext.json", "trainer_state.json", PUSHED_FILE)
-"""Names of what is of no use elsewhere."""
+"""File that `push_run` writes in the folder. It names the repository, for the cards of models made from this one."""
+_OF_THIS_MACHINE = (".*", "_*", "*.tmp", "*.lock", "hf_rlhf_ext.json", "log.jsonl", "trainer_state.json", PUSHED_FILE)
+"""Names of files and folders that are of no use on other machines."""
 
 _CONFIGS = ("config.json", "reward_normalization.json")
-"""Endings of files that name the base and may carry marks of this machine."""
+"""Suffixes of files that name the base and may contain local paths."""
 _LOCAL_MARKS = ("is_local", "local_files_only", "_commit_hash")
 _BASE_KEYS = ("base_model_name_or_path", "base_model", "name_or_path", "_name_or_path")
 _WEIGHTS = (".safetensors", "ensemble.json")
-"""Endings of what makes a folder a run's: weights, or the file that names an ensemble's members."""
+"""Suffixes of files that every run has: weights, or the file that lists the members of an ensemble."""
 _EMPTY_CARD = "<!-- Provide"
-"""In PEFT's card, an empty form that names local folders."""
+"""Text in PEFT's default card, which has no content and names local folders."""
 
 
 def run_files(
@@ -48,15 +48,20 @@ def run_files(
     license: str | None = None,
     token: str | None = None,
 ) -> dict[str, Path | bytes]:
-    """What is pushed of a run's folder: name in the repository, and content where it differs from the file's.
+    """Selects the files of a run to push.
 
     Args:
-        repo_id: for the card's snippet.
-        base_model: Hub id of the base, where the run had it in a local folder.
-        license: of the model; default is what the base's card on the Hub says.
+        folder: Folder of the run.
+        repo_id: Hub id of the repository, for the code snippet in the card.
+        base_model: Hub id of the base, if the run used a local folder.
+        license: License of the model; the default is the license in the base's card on the Hub.
+        token: Access token to read the base's card.
+
+    Returns:
+        Name in the repository -> path of the file, or its content if that is changed.
 
     Raises:
-        UserError: no weights, a base that nobody else has, a broken JSON file, a report that gives no card.
+        UserError: There are no weights, the base is only local, a JSON file is broken, or the card cannot be made.
     """
     files: dict[str, Path | bytes] = {}
     for path in sorted(folder.rglob("*")):
@@ -72,7 +77,7 @@ def run_files(
     readme = folder / "README.md"
     if readme.is_file() and _EMPTY_CARD in readme.read_text(encoding="utf-8"):
         files.pop("README.md", None)
-    # The card is made anew: only now is it known what the repository is called and what the base's license is.
+    # Render the card again, since the id of the repository and the license of the base are only known now.
     if REPORT_FILE in files:
         card = _card(folder, repo_id, base_model, license, token)
         if card is not None:
@@ -81,7 +86,7 @@ def run_files(
 
 
 def content_digest(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> str:
-    """Beginning of a sha256 over a file, or over a folder's files of such names, but for checkpoints."""
+    """Returns 16 digits of a SHA-256 over a file, or over a folder's files with these suffixes, except checkpoints."""
     digest = hashlib.sha256()
     if path.is_file():
         digest.update(path.read_bytes())
@@ -91,18 +96,18 @@ def content_digest(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) ->
             continue
         if _is_of_a_checkpoint(part.relative_to(path)):
             continue
-        with part.open("rb") as file:  # weights may be larger than the memory
+        with part.open("rb") as file:  # weights may not fit into memory
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
 def _is_of_a_checkpoint(name: Path) -> bool:
-    """Whether a file is in a checkpoint or a hidden folder, which training may still change."""
+    """True for a file in a checkpoint or a hidden folder, which training may still change."""
     return any(part.startswith(("checkpoint-", ".")) for part in name.parts)
 
 
 def _is_left_out(name: Path) -> bool:
-    """Whether a file, or a folder that it is in, is one that stays here."""
+    """True if a file, or a folder that contains it, is not pushed."""
     for part in name.parts:
         for pattern in LEFT_OUT + _OF_THIS_MACHINE:
             if fnmatch(part, pattern):
@@ -117,9 +122,9 @@ def _card(
     license: str | None,
     token: str | None,
 ) -> str | None:
-    """The card that the folder's report gives, with the options of this push; None where the report has none."""
+    """Renders the card from the report in the folder, with the options of this push. None if the report has no card."""
     path = folder / REPORT_FILE
-    _read_object(path)  # refuses what is no report at all
+    _read_object(path)  # raises if the file is not a JSON object
     changes: dict[str, Any] = {"repo_id": repo_id}
     if base_model is not None:
         changes["base_model"] = base_model
@@ -131,12 +136,12 @@ def _card(
             license = _license_of(base_model or report.card.base_model, token)
         report.license = license
         return card_from_report(report, **changes)
-    except Exception as error:  # a report of another version, or one that somebody wrote
-        raise UserError(f"push: no card can be made of {path}: {first_line(error)}.") from error
+    except Exception as error:  # a report from another version, or edited by hand
+        raise UserError(f"push: cannot make a card from {path}: {first_line(error)}: fix or remove it.") from error
 
 
 def _public_config(path: Path, base_model: str | None) -> bytes:
-    """A configuration without marks of the machine it was saved on, its base under the name that others know."""
+    """Returns the content of a configuration without local paths, and with the Hub id of the base."""
     config = _read_object(path)
     for mark in _LOCAL_MARKS:
         config.pop(mark, None)
@@ -144,20 +149,20 @@ def _public_config(path: Path, base_model: str | None) -> bytes:
         name = config.get(key)
         if not isinstance(name, str):
             continue
-        if name in EMBEDDED_BASES:  # a name that only this library knows
+        if name in EMBEDDED_BASES:  # only this library knows this name
             config[key] = EMBEDDED_BASES[name]
         elif _is_local(name):
             if base_model is None and key == "base_model_name_or_path":  # without it nobody can load the adapter
                 raise UserError(
-                    f"push: {path.name} names a local base, {name}, which nobody else has: push that first, then give "
-                    "its Hub id with --base_model (base_model= in Python)."
+                    f"push: {path.name} names a local base, {name}, which others do not have: push the base first, "
+                    "then give its Hub id with --base_model (base_model= in Python)."
                 )
             config[key] = base_model
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _is_local(name: str) -> bool:
-    """Whether a base's name is a path, even one that is not here now, as no id on the Hub is."""
+    """True if the name of a base is a path, even if the path does not exist now."""
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         return True
     return Path(name).expanduser().exists()
@@ -174,7 +179,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _license_of(base_model: str, token: str | None) -> str | None:
-    """What the card of the base says, which a derivative inherits; None where there is no such card to be read."""
+    """Returns the license in the card of the base, which the model inherits. None if the card cannot be read."""
     if base_model in EMBEDDED_BASES or base_model in EMBEDDED_BASES.values():
         return "apache-2.0"
     try:

@@ -1,4 +1,4 @@
-"""Finds what must not be published: secrets, traces of the machine, e-mail addresses, and files that run code."""
+"""Leak scanner: finds secrets, local paths and names, e-mail addresses, and files that run code, before a push."""
 
 import io
 import json
@@ -26,14 +26,14 @@ PICKLES = (
     "*.npy",  # arrays of objects are pickles
     "*.npz",
 )
-"""Endings of files that may run code when they are loaded, optimizer states and training arguments among them."""
+"""Patterns of files that may run code when they are loaded, such as optimizer states and training arguments."""
 
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # they spell everything by chance
-# What may be bytes, not text: images, and vocabularies of sentencepiece.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # may match most patterns by chance
+# Files that may be binary: images, and vocabularies of sentencepiece.
 _BINARIES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".model")
-_RUNS_CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # opcodes of pickles
+_RUNS_CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # pickle opcodes that run code
 
-# Kind of finding: what it looks like in one line of text.
+# Patterns of the findings in one line of text, by kind.
 _TOKENS = (
     r"\bhf_[A-Za-z0-9]{16,}|\bhf_oauth_\S{8,}|\bapi_org_\w{20,}|\bsk-[\w-]{20,}|\bgh[oprsu]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}"
@@ -44,7 +44,7 @@ _CREDENTIALS = (
     r"|(?:aws_secret_access_key|api_?key|\bsecret|passw(?:or)?d|(?:access|auth|hub|hf|push_to_hub)_?token)"
     r"[\"']?\s*[:=]\s*[\"']?(?!null|none|true|false|<|\$|\{)[^\s\"',}{]{8,}"
 )
-_PATHS = (  # of two parts or more, or a home, a drive, a share; never a URL's rest, a closing tag, Reddit's /r/
+_PATHS = (  # two or more parts, a home, a drive or a share; not the rest of a URL, a closing tag or Reddit's /r/
     r"(?<![\w.:/\\<>~-])(?!/[ru]/)(?:/[\w.@-]+){2,}|(?<![\w.:/\\<>~-])/(?:root|home|tmp|mnt|data|scratch)\b"
     r"|(?<!\w)~\w*/\w|\bfile:/+\w|(?<!\w)[A-Za-z]:\\{1,2}(?:Users|Windows|home|(?![nrt])\w{2,}\\{1,2}\w)|(?<!\\)\\\\\w[\w.-]+\\\w"
 )
@@ -61,14 +61,21 @@ _KINDS = {
 }
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 _SECRET_KINDS = ("token", "private-key", "credential")
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # in a string of JSON
-_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")  # PROTO, which protocols from 2 on begin with
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # escapes in JSON strings
+_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")  # opcode PROTO, at the start of pickles with protocol 2 to 5
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_SHORTEST_SECRET = 12  # characters; a shorter value of the environment may stand in any text
+_SHORTEST_SECRET = 12  # characters; a shorter environment variable may occur in ordinary text
 
 
 class Finding(NamedTuple):
-    """Something that must not be published; `line` counts from 1, and is 0 for a file as a whole."""
+    """A finding of the leak scanner.
+
+    Attributes:
+        kind: Kind of finding, such as `token`, `path` or `binary`.
+        file: Name of the file in the repository.
+        line: Line number, from 1. It is 0 for findings on a whole file.
+        text: The text that was found; only the first characters of a secret.
+    """
 
     kind: str
     file: str
@@ -79,18 +86,18 @@ class Finding(NamedTuple):
         return f"{self.kind}:{self.file}:{self.line} ({self.text})"
 
     def allowed(self, allow: Collection[str]) -> bool:
-        """Whether `kind:file:line`, or `kind:file` for all of a file, is in `allow`."""
+        """True if `allow` contains `kind:file:line`, or `kind:file` for the whole file."""
         of_file = f"{self.kind}:{self.file}"
         of_line = f"{of_file}:{self.line}"
         return of_file in allow or of_line in allow
 
 
 Pattern = tuple[str, re.Pattern]
-"""Kind of finding, and what it looks like."""
+"""Kind of finding, and its pattern."""
 
 
 class Match(NamedTuple):
-    """Where in a line something of a kind was found."""
+    """Position of a finding in a line."""
 
     kind: str
     start: int
@@ -98,7 +105,7 @@ class Match(NamedTuple):
 
 
 Files = Mapping[str, Path | bytes]
-"""Name in the repository: content, or where it is."""
+"""Name in the repository -> content, or path of the file."""
 
 
 def scan(
@@ -106,9 +113,17 @@ def scan(
     allow: Iterable[str] = (),
     public: Collection[str] = (),
 ) -> list[Finding]:
-    """All findings in `files`, but for those in `allow`.
+    """Scans files for leaks.
 
-    `public` are names, in lower case, that may be published though user or host are called so: `hub_owners`.
+    Any file that is not text, safetensors or an image is reported as `binary`.
+
+    Args:
+        files: Name in the repository -> content, or path of the file.
+        allow: Findings to accept, as `kind:file:line`, or `kind:file` for a whole file.
+        public: Names, in lower case, that may be published even if the user or host has the same name.
+
+    Returns:
+        All findings, except those in `allow`.
     """
     allowed = set(allow)
     findings = []
@@ -120,7 +135,7 @@ def scan(
 
 
 def scan_folder(folder: str | Path, allow: Iterable[str] = ()) -> list[Finding]:
-    """`scan` over every file of a folder."""
+    """Scans every file of a folder, see `scan`."""
     folder = Path(folder)
     files: dict[str, Path | bytes] = {}
     for path in folder.rglob("*"):
@@ -130,7 +145,7 @@ def scan_folder(folder: str | Path, allow: Iterable[str] = ()) -> list[Finding]:
 
 
 def refuse_findings(findings: list[Finding]) -> None:
-    """Raises `UserError`, in one line, if there is any finding."""
+    """Raises `UserError` with a one-line message if there are findings."""
     if not findings:
         return
     listed = "; ".join(map(str, findings[:5]))
@@ -139,7 +154,7 @@ def refuse_findings(findings: list[Finding]) -> None:
         listed += f"; and {more} more"
     first = findings[0]
     raise UserError(
-        f"not pushed, this must not be published: {listed}. Remove it, or let one pass with "
+        f"not pushed, this must not be published: {listed}. Remove it, or accept a finding with "
         f"--allow {first.kind}:{first.file}:{first.line} (allow= in Python)."
     )
 
@@ -148,13 +163,13 @@ def refuse_findings(findings: list[Finding]) -> None:
 
 
 def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Collection[str] = ()) -> Iterator[Finding]:
-    """Findings in text, line by line; in a vocabulary only what nobody would have there by chance."""
+    """Yields findings in text, line by line. In a vocabulary, only tokens and local folders are reported."""
     patterns = list(_machine_patterns(names=not vocabulary, public=public))
     for kind, pattern in _PATTERNS.items():
         if kind == "token" or not vocabulary:
             patterns.append((kind, pattern))
     is_json = file.endswith((".json", ".jsonl"))
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a row of JSON may hold U+2028
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a row of JSON may contain U+2028
         if is_json:
             line = _ESCAPE.sub(_unescaped, line)
         for match in _matches(line, patterns):
@@ -164,7 +179,7 @@ def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Collect
 
 
 def _matches(line: str, patterns: Iterable[Pattern]) -> Iterator[Match]:
-    """What the patterns find, one finding per place: that of the first pattern, as a home is a path too."""
+    """Yields matches of the patterns. If several match at one place (a home is also a path), the first one counts."""
     taken: list[Match] = []
     for kind, pattern in patterns:
         for match in pattern.finditer(line):
@@ -179,7 +194,7 @@ def _overlap(a: Match, b: Match) -> bool:
 
 
 def _unescaped(match: re.Match) -> str:
-    """What an escape of JSON stands for; white space as a blank."""
+    """Returns the character of a JSON escape. White space becomes a blank."""
     code, character = match[1], match[2]
     if code:
         return chr(int(code, 16))
@@ -187,10 +202,10 @@ def _unescaped(match: re.Match) -> str:
 
 
 def _machine_patterns(*, names: bool, public: Collection[str] = ()) -> Iterator[Pattern]:
-    """What only this machine can know: folders and secrets of the environment; user and host names with `names`."""
+    """Yields patterns for this machine: folders, secrets in environment variables and, with `names`, user and host."""
     for folder in {Path.home(), Path.cwd()}:
         name = str(folder)
-        if name.count(os.sep) > 1:  # not "/root" or "/", which other words contain
+        if name.count(os.sep) > 1:  # not "/root" or "/", which are part of other paths
             yield "home", re.compile(re.escape(name))
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
@@ -206,7 +221,7 @@ def _machine_patterns(*, names: bool, public: Collection[str] = ()) -> Iterator[
 
 
 def _excerpt(kind: str, text: str) -> str:
-    """The finding itself; of a secret only how it begins."""
+    """Returns the text of a finding. Of a secret, only the first characters."""
     if kind in _SECRET_KINDS:
         return f"{text[:6]}…"
     return text[:60]
@@ -217,14 +232,14 @@ def _excerpt(kind: str, text: str) -> str:
 
 def _scan_file(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
     if isinstance(content, Path) and content.is_symlink():
-        yield Finding("link", name, 0, "a link: what it points to may be anything")
+        yield Finding("link", name, 0, "a symbolic link: its target is not checked")
         return
-    for finding in scan_text(name, name, public=public):  # a file's name can tell as much as its content
+    for finding in scan_text(name, name, public=public):  # file names can contain leaks too
         yield finding._replace(line=0)
     if name.endswith((".py", ".so", ".sh")):
-        yield Finding("code", name, 0, "runs where it is trusted")
+        yield Finding("code", name, 0, "code that others may run")
     if Path(name).match("events.out.tfevents*"):
-        yield Finding("event-file", name, 0, "names the host it was written on")
+        yield Finding("event-file", name, 0, "contains the name of the host")
     elif name.endswith(".safetensors"):
         yield from _scan_safetensors(name, content, public)
     elif _has_ending(name, PICKLES):
@@ -238,7 +253,7 @@ def _has_ending(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _scan_content(name: str, content: bytes, public: Collection[str]) -> Iterator[Finding]:
-    """Findings in a file of which only the content says what it is."""
+    """Yields findings in a file whose type is determined by its content."""
     if _is_pickle(content):
         yield Finding("pickle", name, 0, "may run code when it is loaded")
         return
@@ -247,30 +262,30 @@ def _scan_content(name: str, content: bytes, public: Collection[str]) -> Iterato
         vocabulary = Path(name).name in _VOCABULARIES
         yield from scan_text(text, name, vocabulary=vocabulary, public=public)
     elif name.lower().endswith(_BINARIES):
-        text = content.decode("latin-1")  # every byte is a character there, so that names in metadata show
+        text = content.decode("latin-1")  # maps every byte to a character, so that metadata can be searched
         for kind, pattern in _machine_patterns(names=False):
             if pattern.search(text):
                 yield Finding(kind, name, 0, pattern.pattern)
     else:
-        yield Finding("binary", name, 0, "not UTF-8 text, safetensors or an image: what is in it cannot be seen")
+        yield Finding("binary", name, 0, "not UTF-8 text, safetensors or an image, so it cannot be checked")
 
 
 def _scan_safetensors(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
-    """Findings in the metadata; tensors are numbers."""
+    """Yields findings in the metadata. The tensors are numbers, which need no scan."""
     try:
         (size,) = struct.unpack("<Q", _read_bytes(content, 8))
         beginning = _read_bytes(content, 8 + size)
         header = json.loads(beginning[8:])
         metadata = header.get("__metadata__", {})
     except (ValueError, struct.error, AttributeError):
-        yield Finding("binary", name, 0, "no safetensors header that can be read")
+        yield Finding("binary", name, 0, "has no valid safetensors header")
     else:
         text = json.dumps(metadata, ensure_ascii=False)
         yield from scan_text(text, name, public=public)
 
 
 def _read_bytes(content: Path | bytes, size: int = -1) -> bytes:
-    """The first `size` bytes; all with -1."""
+    """Returns the first `size` bytes. -1 means all."""
     if isinstance(content, bytes):
         return content if size < 0 else content[:size]
     with content.open("rb") as file:
@@ -278,7 +293,7 @@ def _read_bytes(content: Path | bytes, size: int = -1) -> bytes:
 
 
 def _decoded(content: bytes) -> str | None:
-    """UTF-8 text, None where it is none."""
+    """Decodes UTF-8 text. Returns None if the content is not UTF-8 text."""
     if b"\0" in content:
         return None
     try:
@@ -288,7 +303,7 @@ def _decoded(content: bytes) -> str | None:
 
 
 def _is_pickle(content: bytes) -> bool:
-    """Whether it is a pickle that runs code, of any protocol, or an archive that holds one (torch.save's)."""
+    """True for a pickle that runs code, with any protocol, or an archive that contains one (written by torch.save)."""
     if _PICKLE_HEADER.match(content):
         return True
     try:
@@ -297,17 +312,17 @@ def _is_pickle(content: bytes) -> bool:
             names = zipfile.ZipFile(stream).namelist()
             return any(name.endswith(".pkl") for name in names)
         return _runs_code(content)
-    except Exception:  # whatever zipfile and pickletools make of what is neither
+    except Exception:  # zipfile and pickletools raise many kinds of errors for other content
         return False
 
 
 def _runs_code(content: bytes) -> bool:
-    """Whether all of it is a pickle (of protocol 0 or 1, which has no header) with an opcode that calls something."""
+    """True if the whole content is a pickle (with protocol 0 or 1, which has no header) that calls something."""
     names = set()
     end = None
     for opcode, _, position in pickletools.genops(content):
         names.add(opcode.name)
         end = position
-    # Words may be opcodes by chance, up to a full stop, which ends a pickle.
+    # Text may look like opcodes by chance, up to a period, which ends a pickle.
     last = len(content.rstrip()) - 1
     return end == last and not _RUNS_CODE.isdisjoint(names)

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer with this library's pushes."""
+"""TRL's SFT trainer with the safe `push_to_hub` of this library."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from ..publishing import new_publisher, require_publisher
 
 
 class PublishingSFTTrainer(SFTTrainer):
-    """TRL's `SFTTrainer`, whose pushes leave pickles and local names at home and carry a card.
+    """TRL's `SFTTrainer` that pushes a model card, and neither pickles nor local names.
 
-    It takes all that `SFTTrainer` takes; `push_to_hub`, `hub_model_id`, `hub_strategy` (`end` or `every_save`) and the
-    other options of Trainer say what is pushed, and where.
+    It has the arguments of `SFTTrainer`. What is pushed, and where, is set by `push_to_hub`, `hub_model_id`,
+    `hub_strategy` (`end` or `every_save`) and the other options of `Trainer`.
     """
 
     card_kind = "sft"
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # Before Trainer's own `__init__`, which makes the repository where `push_to_hub` asks for it.
+        # Before `Trainer.__init__`, which creates the repository if `push_to_hub` is set.
         self.publisher = new_publisher()
         super().__init__(*args, **kwargs)
 

@@ -1,15 +1,15 @@
-"""What the metric modules have in common; a function, as `evaluate.load` takes the first class that it finds."""
+"""Description shared by the metric modules, as a function, since `evaluate.load` uses the first class of a module."""
 
 import datasets
 import evaluate
 
-_INPUTS = """predictions: r_i - r_j of each pair, in reward.
-references: P(i over j) in [0, 1]; 0.5 is a tie.
+_INPUTS = """predictions: reward difference r_i - r_j of each pair.
+references: P(i over j) of each pair, in [0, 1]; 0.5 is a tie.
 """
 
 
 def preference_info(description: str, more_inputs: str) -> evaluate.MetricInfo:
-    """The description of a metric of score gaps against judgements; `more_inputs` describes its further arguments."""
+    """Describes a metric that compares reward differences to judgments. `more_inputs` describes further arguments."""
     value = datasets.Value("float64")
     return evaluate.MetricInfo(
         description=description,

@@ -1,4 +1,4 @@
-"""Plots of a run, drawn without pyplot: no global state, no display, the same picture on every machine."""
+"""Plots of a run. They are drawn without pyplot, so they have no global state and need no display."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..reward.preference_metrics import JudgedPairs, longer_wins_baseline, reliability_bins
 
-# Okabe & Ito's palette: told apart with any common color blindness; the markers differ too, for gray print.
+# Okabe & Ito's palette, which is safe for color blindness. The markers differ too, for grayscale print.
 GOLD_COLOR = "#D55E00"
 PROXY_COLOR = "#0072B2"
 INK = "#333333"
@@ -21,21 +21,26 @@ LABEL_SIZE = 11
 TICK_SIZE = 9.5
 MAX_GROUPS = 20  # bars that one panel can hold
 
-_NO_SOFTWARE_TAG = {"Software": None}  # matplotlib's version would change the bytes of the same picture
+_NO_SOFTWARE_TAG = {"Software": None}  # with matplotlib's version in it, equal plots would have different bytes
 
 
 def plot_frontier(points: Sequence[Mapping[str, float]], path: str | Path, *, title: str = "Reward against KL") -> Path:
-    """Draws gold and proxy reward against KL, one point per update in the order of updates, and writes a PNG.
+    """Draws gold and proxy reward against KL as a PNG, with one point per evaluated update.
 
-    Two panels over one KL axis, since the rewards' units differ: a proxy that still rises where gold no longer does is
-    over-optimized (Gao et al. 2022, arXiv:2210.10760).
+    Both rewards have their own panel, since their units differ. If the proxy reward still rises while the gold reward
+    does not, the proxy is over-optimized (Gao et al. 2022, arXiv:2210.10760).
 
     Args:
-        points: dicts of `update`, `kl` (nats per completion), `gold`, `proxy`, and optionally `gold_ci`: the half-width
-            of gold's interval, or its (low, high).
+        points: Dicts with `update`, `kl` (nats per completion), `gold`, `proxy` and optionally `gold_ci`, which is the
+            half-width of the interval of the gold reward or its (low, high).
+        path: File to write. Missing folders are created.
+        title: Title of the plot.
+
+    Returns:
+        The path of the plot.
 
     Raises:
-        ValueError: no points, a missing key or a number that is not finite.
+        ValueError: There are no points, a key is missing, or a number is not finite.
     """
     points = sorted(points, key=lambda point: point.get("update", 0))
     _check_points(points)
@@ -53,7 +58,7 @@ def plot_frontier(points: Sequence[Mapping[str, float]], path: str | Path, *, ti
 
 
 def _new_figure(width: float, height: float, *, dpi: int) -> Figure:
-    """A figure of so many inches, with a canvas of its own instead of pyplot's."""
+    """Returns a figure, with its size in inches, that has its own canvas instead of pyplot's."""
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -73,7 +78,7 @@ def _plain_axes(axes: Axes) -> None:
 
 def _check_points(points: Sequence[Mapping[str, float]]) -> None:
     if not points:
-        raise ValueError("plot_frontier: no points to draw; pass at least the start of the run.")
+        raise ValueError("plot_frontier: no points to draw: pass at least the start of the run.")
     for position, point in enumerate(points):
         numbers = {}
         for key in ("update", "kl", "gold", "proxy"):
@@ -87,7 +92,7 @@ def _check_points(points: Sequence[Mapping[str, float]]) -> None:
 
 
 def _gold_bounds(point: Mapping) -> tuple[float, float]:
-    """Gold's interval as (low, high); without one, gold itself twice."""
+    """Returns the interval of the gold reward as (low, high). Without an interval, both are the gold reward."""
     ci = point.get("gold_ci")
     if ci is None:
         return point["gold"], point["gold"]
@@ -151,7 +156,7 @@ def _label_end(
 
 
 def _draw_gold_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> None:
-    """Error bars, not a band: updates need not come in the order of their KL."""
+    """Draws error bars. A band would not work, since KL need not increase with the updates."""
     kl = []
     gold = []
     below = []
@@ -162,7 +167,7 @@ def _draw_gold_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> N
         low, high = _gold_bounds(point)
         kl.append(point["kl"])
         gold.append(point["gold"])
-        # Matplotlib takes distances from the point, and none below zero.
+        # Matplotlib expects distances from the point, which must not be negative.
         below.append(max(0.0, point["gold"] - low))
         above.append(max(0.0, high - point["gold"]))
     if not kl:
@@ -188,13 +193,13 @@ def _draw_gold_intervals(axes: Axes, points: Sequence[Mapping[str, float]]) -> N
 
 
 def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]]) -> None:
-    """Room for the labels of both ends, and no axis that blows a rounding error up to full height."""
+    """Makes room for the labels at both ends, and avoids an axis that magnifies rounding errors."""
     kl = [point["kl"] for point in points]
     width = max(max(kl) - min(kl), 0.1)
     margin = 0.27 * width
     right = max(kl) + margin
     lower.set_xlim(min(kl) - margin, right)
-    # KL is not negative: no ticks in the margin on the left.
+    # KL is not negative, so there are no ticks in the left margin.
     first_tick = min(kl) - 0.05 * width
     lower.set_xticks([tick for tick in lower.get_xticks() if first_tick <= tick <= right])
     for axes in (upper, lower):
@@ -205,24 +210,31 @@ def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]])
 
 
 _PPO_PANELS = {
-    "reward of a completion": ("objective/scores", "objective/rlhf_reward", "eval_objective/scores"),
+    "reward per completion": ("objective/scores", "objective/rlhf_reward", "eval_objective/scores"),
     "KL to the reference, nats per completion": ("objective/kl", "eval_objective/kl", "eval_objective/kl_exact"),
     "entropy, nats per completion": ("objective/entropy",),
     "tokens per completion": ("completions/mean_length", "eval_completions/mean_length"),
     "explained variance of values; clipped tokens": ("val/explained_variance", "policy/clipfrac_avg"),
     "β, reward per nat": ("objective/kl_coef",),
 }
-"""Title of a panel -> the metrics in it."""
+"""Title of each panel -> metrics in the panel."""
 
 _PPO_STYLES = ((PROXY_COLOR, ""), (INK, ""), (GOLD_COLOR, "o"))
-"""Color and marker of the first, second and third metric of a panel."""
+"""Color and marker of the first, second and third metric in a panel."""
 
 
 def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
-    """Draws a `PPOTrainer`'s `state.log_history` over optimizer steps as a PNG: rewards, KL, entropy, critic, β.
+    """Draws the logged metrics of a PPO run over optimizer steps as a PNG: rewards, KL, entropy, critic and β.
+
+    Args:
+        log_history: `trainer.state.log_history` of a `PPOTrainer`.
+        path: File to write.
+
+    Returns:
+        The path of the plot.
 
     Raises:
-        ValueError: a history without any of these metrics.
+        ValueError: The history contains none of these metrics.
     """
     if not _has_ppo_metrics(log_history):
         raise ValueError("log_history has no metrics of a PPO run.")
@@ -256,7 +268,7 @@ def _draw_logged(
     color: str,
     marker: str,
 ) -> None:
-    """One metric over the optimizer steps at which it was logged."""
+    """Draws one metric over the optimizer steps at which it was logged."""
     steps = []
     values = []
     for row in log_history:
@@ -266,7 +278,7 @@ def _draw_logged(
     if not steps:
         return
     if len(steps) == 1:
-        marker = "o"  # a line through one point would show nothing
+        marker = "o"  # a line through a single point is not visible
     axes.plot(
         steps,
         values,
@@ -279,7 +291,7 @@ def _draw_logged(
 
 
 def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) -> bytes:
-    """A small histogram as the bytes of a PNG: `counts` (N) of the bins between `edges` (N + 1)."""
+    """Draws a small histogram of `counts` (N) between `edges` (N + 1), and returns the bytes of a PNG."""
     figure = _new_figure(5, 2.6, dpi=110)
     axes = figure.subplots()
     axes.stairs(counts, edges, fill=True, color=PROXY_COLOR)
@@ -299,10 +311,17 @@ def plot_judged(
     bins: Sequence[Mapping[str, float]] | None = None,
     xlabel: str = "raw score",
 ) -> Path:
-    """A PNG of an evaluation: reliability, scores of chosen and rejected sides, and accuracy by group.
+    """Draws an evaluation of a reward model as a PNG: reliability, scores of both sides, and accuracy by group.
 
-    `bins` are those of `reliability_bins` where the scores of `judged` are no log-odds (an ensemble's rewards, which
-    `xlabel` then names).
+    Args:
+        judged: The scored pairs.
+        path: File to write. Missing folders are created.
+        bins: Result of `reliability_bins`. Needed if the scores in `judged` are not log-odds, such as the rewards of an
+            ensemble. The default computes the bins from `judged`.
+        xlabel: Name of the scores in `judged`.
+
+    Returns:
+        The path of the plot.
     """
     if bins is None:
         bins = reliability_bins(judged.deltas, judged.targets)
@@ -318,7 +337,7 @@ def plot_judged(
 
 
 def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
-    """A calibrated model is on the diagonal: as often right as it says."""
+    """Draws confidence and accuracy. The points of a calibrated model are on the diagonal."""
     axes.plot([0.5, 1], [0.5, 1], color=GRID, linewidth=2)
     confidences = [entry["confidence"] for entry in bins]
     accuracies = [entry["accuracy"] for entry in bins]
@@ -332,14 +351,14 @@ def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
             fontsize=TICK_SIZE - 1,
         )
     axes.set_xlabel("confidence, σ(|Δ|)", fontsize=LABEL_SIZE, color=INK)
-    axes.set_ylabel("share of wins of the higher score", fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel("accuracy (higher score wins)", fontsize=LABEL_SIZE, color=INK)
 
 
 def _draw_scores(axes: Axes, judged: JudgedPairs, xlabel: str) -> None:
     finite_scores = {}
     for side, scores in judged.sides.items():
-        finite_scores[side] = scores[np.isfinite(scores)]  # a diverged model has others too
-    # The same bins for both sides, so that their heights compare.
+        finite_scores[side] = scores[np.isfinite(scores)]  # a diverged model has non-finite scores
+    # Both sides have the same bins, so that their heights are comparable.
     edges = np.histogram_bin_edges(np.concatenate(list(finite_scores.values())), bins=24)
     for side, color in (("rejected", GOLD_COLOR), ("chosen", PROXY_COLOR)):
         axes.hist(
@@ -356,7 +375,7 @@ def _draw_scores(axes: Axes, judged: JudgedPairs, xlabel: str) -> None:
 
 
 def _draw_groups(axes: Axes, judged: JudgedPairs, titles: Sequence[str]) -> None:
-    """Bars of the accuracy in the groups of these titles, beside that of "the longer one wins"."""
+    """Draws bars of the accuracy in each group, and a line for the accuracy of always preferring the longer one."""
     groups = judged.groups()
     labels = []
     accuracies = []
@@ -368,10 +387,10 @@ def _draw_groups(axes: Axes, judged: JudgedPairs, titles: Sequence[str]) -> None
     if not labels:
         axes.axis("off")
         return
-    # Bars are drawn from below: the first group belongs on top.
+    # Bars are drawn from the bottom up, and the first group belongs at the top.
     axes.barh(labels[:MAX_GROUPS][::-1], accuracies[:MAX_GROUPS][::-1], color=PROXY_COLOR)
     longer = longer_wins_baseline(judged.length_deltas, judged.targets)
     axes.axvline(longer, color=GOLD_COLOR, linewidth=1.5, label=f"longer wins, {longer:.2f}")
     axes.set_xlim(0, 1)
     axes.legend(frameon=False, fontsize=TICK_SIZE, loc="lower right")
-    axes.set_xlabel("accuracy (pairs in brackets)", fontsize=LABEL_SIZE, color=INK)
+    axes.set_xlabel("accuracy (number of pairs in parentheses)", fontsize=LABEL_SIZE, color=INK)

@@ -1,1 +1,1 @@
-"""Loading base models, scalar heads and adapters."""
+"""Loading of base models, scalar heads, adapters and log-probabilities."""

@@ -1,7 +1,7 @@
-"""Adapters of one shared base as roles: switch, copy, save and load them without losing a flag or a bit.
+"""Switching, copying, saving and loading of adapters that share one base.
 
-PEFT's `set_adapter` and `disable_adapter` leave `requires_grad` on for the active adapter only, and PyTorch silently
-drops the gradients of leaves whose flag is off when the backward pass arrives; so every switch here restores all flags.
+PEFT's `set_adapter` and `disable_adapter` keep `requires_grad` for the active adapter only, and PyTorch silently drops
+the gradients of parameters whose flag is off in the backward pass. Every function here therefore restores all flags.
 """
 
 import copy
@@ -22,16 +22,20 @@ from ..errors import UserError
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The Transformers model under DDP and PEFT wrappers."""
+    """Returns the Transformers model inside DDP and PEFT wrappers."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str | None):
-    """Computes with adapter `name` (None: the bare base) inside; restores what was active after.
+    """Inside the context, the model computes with adapter `name`; afterward the previous adapter is active again.
 
-    Every `requires_grad` flag stays as it was, inside too, so that a role can be trained there.
+    All `requires_grad` flags stay the same, also inside the context, so that a role can be trained there.
+
+    Args:
+        model: model with adapters.
+        name: name of the adapter; `None` means the base without an adapter.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
@@ -48,12 +52,17 @@ def active_adapter(model: PeftModel, name: str | None):
 
 
 def copy_adapter(model: PeftModel, source: str, target: str) -> None:
-    """Adds adapter `target`, a frozen copy of `source`, of whatever PEFT type; the active adapter stays the same.
+    """Adds a frozen copy of an adapter. The active adapter stays the same.
+
+    Args:
+        model: model with adapters.
+        source: name of the adapter to copy, of any PEFT type.
+        target: name of the copy.
 
     Raises:
-        UserError: a PEFT type of which one model can hold only one adapter.
+        UserError: if PEFT supports only one adapter of this type per model.
     """
-    # `add_adapter` and `set_adapter` change flags of other adapters: they are put back at the end.
+    # `add_adapter` and `set_adapter` change the flags of other adapters. They are restored at the end.
     flags_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = model.active_adapter
     try:
@@ -61,8 +70,8 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     except (ValueError, TypeError) as error:
         kind = model.peft_config[source].peft_type.value
         raise UserError(
-            f"peft type {kind} cannot be held twice on one base, so there is no room for the frozen reference: merge "
-            f"the adapter into the base, or use LoRA ({str(error).splitlines()[0]})"
+            f"PEFT does not support two adapters of type {kind} on one base, so the frozen reference cannot be added: "
+            f"merge the adapter into the base, or use LoRA ({str(error).splitlines()[0]})"
         ) from error
     state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
     copied_weights = {key: value.clone() for key, value in state.items()}
@@ -73,29 +82,44 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
 
 
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
-    """Writes one adapter as an ordinary PEFT folder, safetensors only, which `PeftModel.from_pretrained` loads."""
+    """Writes one adapter as an ordinary PEFT folder with safetensors, which `PeftModel.from_pretrained` can load.
+
+    Args:
+        model: model with adapters.
+        name: name of the adapter.
+        folder: folder to write; it is created if missing.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {}
     for key, value in state.items():
-        # A clone: tied tensors share storage, which safetensors refuses.
+        # Cloned, as safetensors does not accept tied tensors, which share storage.
         tensors[key] = value.detach().cpu().clone().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    # What is loaded from a folder starts frozen; the adapter in memory goes on as it was.
+    # An adapter that is loaded from the folder starts frozen. The adapter in memory does not change.
     config = model.peft_config[name]
     was_inference = config.inference_mode
     config.inference_mode = True
-    # An adapter made in memory may not name its base yet.
+    # An adapter that was created in memory may not name its base yet.
     config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
     config.save_pretrained(str(folder))
     config.inference_mode = was_inference
 
 
 def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
-    """Reads an adapter folder into the existing adapter `name`; raises `UserError` where keys or shapes do not fit."""
-    # On the CPU first: it is copied into weights that are on their device already.
+    """Reads an adapter folder into an existing adapter, in place.
+
+    Args:
+        model: model with adapters.
+        name: name of the existing adapter.
+        folder: folder of the saved adapter.
+
+    Raises:
+        UserError: if names or shapes of the weights do not match.
+    """
+    # Loaded on the CPU, and then copied into the existing weights on their device.
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -105,7 +129,7 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> Non
         ) from error
     if result.unexpected_keys:
         raise UserError(f"{folder}: the adapter has weights that the model lacks, first {result.unexpected_keys[0]!r}.")
-    # PEFT says nothing about weights that the file lacks.
+    # PEFT does not report weights that are missing in the file.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     missing = state.keys() - weights.keys()
     if missing:
@@ -114,7 +138,7 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> Non
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Puts the model in eval mode inside and back in the mode it had after."""
+    """Inside the context, the model is in eval mode; afterward the previous mode is restored."""
     was_training = model.training
     model.eval()
     try:
@@ -125,17 +149,17 @@ def evaluating(model: nn.Module):
 
 @contextmanager
 def adapters_in_autocast_dtype(model: nn.Module, *, enabled: bool = True):
-    """Lets autocast compute fp32 master adapters in its dtype, instead of PEFT casting activations up to fp32.
+    """Inside the context, autocast computes fp32 adapters in its dtype, and PEFT does not cast activations to fp32.
 
-    No fp32 activations, and no update is lost. Enter it around the backward pass too: checkpointing computes the
-    adapters again there.
+    This saves the memory of fp32 activations, while the fp32 weights keep small updates. The backward pass must be
+    inside the context too, as gradient checkpointing computes the adapters again there.
     """
     with disable_input_dtype_casting(model, active=enabled):
         yield
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """What `bf16` and `fp16` ask for, as `mixed_precision` takes it."""
+    """The dtype of the options `bf16` and `fp16`, for `mixed_precision`; `None` if both are off."""
     if args.bf16:
         return torch.bfloat16
     if args.fp16:
@@ -145,10 +169,14 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 @contextmanager
 def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
-    """Autocast to `dtype` with the adapters computed in it; None changes nothing.
+    """Inside the context, the model computes with autocast to `dtype`, and so do its adapters.
 
-    Never around an optimizer step: autocast keeps its casts of fp32 weights until the outermost context ends, so every
-    later forward inside would see the old weights.
+    Do not use it around an optimizer step: autocast keeps its casts of fp32 weights until the outermost context ends,
+    so that later forward passes would use the old weights.
+
+    Args:
+        model: the model.
+        dtype: dtype of autocast; `None` changes nothing.
     """
     device = next(model.parameters()).device.type
     active = dtype is not None
@@ -158,10 +186,15 @@ def mixed_precision(model: nn.Module, dtype: torch.dtype | None):
 
 @contextmanager
 def merged_adapter(model: nn.Module, *, enabled: bool):
-    """Merges the active adapter into its base inside (faster generation); restores the base to the bit after.
+    """Inside the context, the active adapter is merged into its base, which makes generation faster.
 
-    Subtracting the update again would leave rounding errors in bf16, so the touched weights are kept as copies. Does
-    nothing for models without a mergeable adapter, and on quantized bases, where merging would re-quantize the weights.
+    Afterward the base is restored exactly, from copies of the changed weights, as subtracting the update would leave
+    rounding errors in bf16. Nothing is merged if the model has no adapter that can be merged, or if the base is
+    quantized, as merging would quantize it again.
+
+    Args:
+        model: the model.
+        enabled: `False` merges nothing.
     """
     layers = []
     if enabled:
@@ -188,7 +221,7 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
 
 
 def _mergeable_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    # Prompt learning changes the input, not the weights.
+    # Prompt learning changes the input instead of the weights.
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return []
     if getattr(model.get_base_model(), "is_quantized", False):

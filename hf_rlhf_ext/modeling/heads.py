@@ -1,4 +1,4 @@
-"""Scalar heads for rewards and values: always fp32, whatever the trunk computes in."""
+"""Scalar heads for rewards and values. They are always fp32, also if the model computes in another dtype."""
 
 from typing import Self
 
@@ -8,28 +8,42 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-"""Names of tables of learned positions, in encoders, OPT and GPT-2."""
+"""Names of embeddings of learned positions, in encoders, OPT and GPT-2."""
 
 
 class ScalarHead(nn.Linear):
-    """Linear map of hidden states (..., H) of any floating dtype to fp32 scores (..., 1).
+    """Linear layer from hidden states (..., H) of any floating dtype to fp32 scores (..., 1).
 
-    Weights are fp32 and autocast is off inside, so a saved head gives the same scores to the bit when it is loaded
-    again; a head rounded to bf16 moves them by about 1e-3. State-dict keys are those of `nn.Linear`.
+    Its weights are fp32 and autocast is off inside, so that a saved head gives exactly the same scores when it is
+    loaded again. A head that is rounded to bf16 changes scores by about 1e-3. The keys of its state dict are those of
+    `nn.Linear`.
+
+    Args:
+        in_features: H, size of the hidden states.
+        bias: whether the head has a bias.
+        device: device of the weights.
+        dtype: dtype of the weights, fp32 by default.
     """
 
     def __init__(
         self,
         in_features: int,
         bias: bool = False,
-        device=None,
-        dtype=torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(in_features, 1, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """An fp32 copy of a one-output linear layer; `UserError` for another."""
+        """Returns an fp32 copy of a linear layer with one output.
+
+        Args:
+            linear: the layer.
+
+        Raises:
+            UserError: if the layer has more than one output.
+        """
         if linear.out_features != 1:
             raise UserError(f"model: its score head has {linear.out_features} outputs: load it with num_labels=1.")
         head = cls(linear.in_features, bias=linear.bias is not None, device=linear.weight.device)
@@ -40,14 +54,20 @@ class ScalarHead(nn.Linear):
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Scores (..., 1) fp32 of hidden states (..., H)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.to(self.weight.dtype))
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Dotted name of the linear layer that ends a sequence-classification model with one label; None without one.
+    """Finds the last linear layer of a sequence-classification model with one label.
 
-    `score` in decoders; in encoders `classifier`, or the last layer inside it.
+    Args:
+        model: the model, without wrappers.
+
+    Returns:
+        Its dotted name: `score` in decoders, `classifier` or the last layer inside it in encoders. `None` if there is
+        no such layer.
     """
     if isinstance(getattr(model, "score", None), nn.Linear):
         return "score"
@@ -57,26 +77,26 @@ def head_name(model: nn.Module) -> str | None:
     name_of_last = None
     for name, module in layers.named_modules():
         if isinstance(module, nn.Linear) and module.out_features == 1:
-            # The classifier itself, where it is one linear layer, has the empty name.
+            # If the classifier is itself a linear layer, its name here is empty.
             name_of_last = f"classifier.{name}" if name else "classifier"
     return name_of_last
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """True for sequence classification on an encoder (BERT, DeBERTa, MiniLM …): one score per row, of `classifier`."""
+    """Whether a sequence-classification model is an encoder (BERT, DeBERTa, …), which has a `classifier` head."""
     if hasattr(model, "score"):
         return False
     return isinstance(getattr(model, "classifier", None), nn.Module)
 
 
 def untrained_layers(model: nn.Module) -> list[str]:
-    """Names of an encoder's layers that a checkpoint may lack: an adapter must carry them (`modules_to_save`)."""
+    """Names of layers of an encoder that a checkpoint may lack. An adapter must save them (`modules_to_save`)."""
     names = set()
     for name, module in model.named_children():
         has_parameters = next(module.parameters(), None) is not None
         if has_parameters and name != model.base_model_prefix:
             names.add(name)
-    # A pooler sits inside the backbone, yet pretraining without next-sentence prediction leaves it out.
+    # A pooler is part of the backbone, but models pretrained without next-sentence prediction have no weights for it.
     for name, _ in model.named_modules():
         if name.endswith(".pooler"):
             names.add("pooler")
@@ -84,28 +104,37 @@ def untrained_layers(model: nn.Module) -> list[str]:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens that a model with learned positions takes (RoBERTa's begin after the pad id); None for rotary ones."""
+    """Maximum number of tokens of a model with learned positions; `None` for rotary positions."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or name.rsplit(".", 1)[-1] not in _POSITIONS:
             continue
         limit = model.config.get_text_config().max_position_embeddings
         if name.endswith("position_embeddings") and module.padding_idx is not None:
-            limit -= module.padding_idx + 1  # RoBERTa counts positions from behind the pad id
+            limit -= module.padding_idx + 1  # the positions of RoBERTa start after the pad id
         return limit
     return None
 
 
 def install_fp32_score(model: nn.Module) -> nn.Module:
-    """Makes the last layer of a sequence-classification model with one label a `ScalarHead`; returns the model.
+    """Replaces the last layer of a sequence-classification model with one label by a `ScalarHead`, in place.
 
-    Call it before PEFT attaches: `modules_to_save` copies the head as it is then. An encoder becomes fp32 throughout,
-    as layers beside the last one are new too.
+    Call it before attaching PEFT, as `modules_to_save` copies the head at that time. An encoder becomes fp32 as a
+    whole, as it has other new layers too.
+
+    Args:
+        model: the model, without wrappers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: if the model has no linear head with one output.
     """
     name = head_name(model)
     if name is None:
         raise UserError(
             f"{type(model).__name__} has no linear `score` or `classifier` head with one output: load it with "
-            "num_labels=1, and take a decoder (Llama, Qwen, Gemma, …) or an encoder (BERT, DeBERTa, …)."
+            "num_labels=1, and choose a decoder (Llama, Qwen, Gemma, …) or an encoder (BERT, DeBERTa, …)."
         )
     if is_encoder(model):
         model.float()

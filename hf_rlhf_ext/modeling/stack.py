@@ -1,4 +1,4 @@
-"""One base, many roles: policy, reference, value and reward as adapters that share its weights."""
+"""`AdapterStack`: policy, reference, value and reward as adapters that share one base model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +16,21 @@ from .heads import ScalarHead
 from .logprobs import completion_hidden_states
 
 ADAPTER_NAMES = {"reference": "ref"}
-"""Names of adapters that are not called like their role."""
+"""Names of adapters that differ from the name of their role."""
 
-_BARE_BASE = "__base__"  # PEFT's name for "no adapter" in a batch that mixes adapters
-_HEAD_MODULES = {"score", "classifier"}  # what a reward model's folder calls its head
+_BARE_BASE = "__base__"  # PEFT's name for "no adapter" in a batch with several adapters
+_HEAD_MODULES = {"score", "classifier"}  # names of the head in the folder of a reward model
 
 
 @dataclass
 class Role:
-    """What computes a role: an adapter on the shared base (None: the bare base) or a model of its own, and its head."""
+    """What computes a role.
+
+    Attributes:
+        adapter: name of its adapter on the shared base; `None` means the base without an adapter.
+        model: a separate model; `None` if the role uses the shared base.
+        head: its scalar head; `None` without one.
+    """
 
     adapter: str | None = None
     model: nn.Module | None = None
@@ -32,18 +38,26 @@ class Role:
 
 
 class AdapterStack:
-    """Roles on one base model, which is loaded once.
+    """Several roles on one base model, which is loaded once.
 
     Args:
-        model: a `PeftModel`, whose active adapter becomes the role "policy"; or a model without adapters, which is the
-            policy itself and shares its base with no other role.
+        model: a `PeftModel`, whose active adapter becomes the role `policy`; or a model without adapters, which becomes
+            the policy and does not share its weights with other roles.
+
+    Attributes:
+        model: the same model.
+        roles: the `Role` of each name.
 
     Example:
+        ```python
         stack = AdapterStack(load_policy("runs/sft", is_trainable=True)[0])
-        stack.attach("reference", "policy")      # a frozen copy of the SFT adapter; without a source: the bare base
-        stack.attach("reward", "runs/reward")    # adapter and score head of a reward model on the same base
+        # A frozen copy of the SFT adapter. Without a source, the base would be the reference.
+        stack.attach("reference", "policy")
+        # The adapter and the score head of a reward model on the same base.
+        stack.attach("reward", "runs/reward")
         with stack.activate("reward") as model:
             ...
+        ```
     """
 
     def __init__(self, model: nn.Module):
@@ -51,7 +65,7 @@ class AdapterStack:
         adapter = None
         if isinstance(model, PeftModel):
             adapter = model.active_adapter
-            model.set_adapter(adapter)  # an adapter loaded for inference comes frozen
+            model.set_adapter(adapter)  # an adapter that was loaded for inference is frozen
         self.roles = {"policy": Role(adapter)}
 
     def attach(
@@ -62,20 +76,24 @@ class AdapterStack:
         head: ScalarHead | None = None,
         trainable: bool = False,
     ) -> Role:
-        """Adds a role; the active adapter stays active.
+        """Adds a role. The active adapter stays active.
 
         Args:
+            role: name of the role.
             source: another role, whose adapter is copied; the folder of an adapter, with its score head if it has one;
-                a PEFT configuration for a new adapter; a model of its own; None for the bare base.
-            head: scalar head of the role, fp32; it becomes a module of the base, `<role>_head`. The head in an
-                adapter's folder takes precedence.
-            trainable: whether the role's weights get gradients.
+                a PEFT configuration for a new adapter; a separate model; or `None` for the base without an adapter.
+            head: fp32 scalar head of the role. It becomes the module `<role>_head` of the base. A head in the folder of
+                an adapter takes precedence.
+            trainable: whether the weights of the role get gradients.
+
+        Returns:
+            The role.
 
         Raises:
-            UserError: an adapter that does not fit the base, or one that cannot be held beside the others.
+            UserError: if an adapter does not fit the base, or if PEFT does not support it beside the others.
         """
         if source is None:
-            attached = Role()  # the bare base
+            attached = Role()  # the base without an adapter
         elif isinstance(source, nn.Module):
             attached = self._attach_own_model(role, source, trainable)
         else:
@@ -94,17 +112,20 @@ class AdapterStack:
     def _attach_own_model(self, role: str, model: nn.Module, trainable: bool) -> Role:
         model.requires_grad_(trainable)
         if trainable:
-            # A module of the base, so that optimizers and devices see it.
+            # As a module of the base, it is included in optimizers and device moves.
             self.model.add_module(f"{role}_model", model)
-            # Trainer does not move a model whose base is in 4 bits, so its device is set here.
+            # `Trainer` does not move a model whose base is in 4 bits, so the device is set here.
             model.to(next(self.model.parameters()).device)
         return Role(model=model)
 
     def _attach_adapter(self, role: str, source: str | Path | PeftConfig, trainable: bool) -> Role:
         if not isinstance(self.model, PeftModel):
-            raise UserError(f"role {role!r}: a model without adapters shares its base with no other role.")
+            raise UserError(
+                f"role {role!r}: a model without adapters does not share its base: pass a PeftModel, or a separate "
+                "model."
+            )
         adapter = ADAPTER_NAMES.get(role, role)
-        # PEFT switches flags of other adapters while it adds one: they are put back below.
+        # PEFT changes the flags of other adapters when it adds one. They are restored below.
         flags_before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
 
         head = None
@@ -123,21 +144,21 @@ class AdapterStack:
         return Role(adapter=adapter, head=head)
 
     def _copy_adapter_of(self, role: str, adapter: str) -> None:
-        """Adds `adapter` as a copy of another role's; one that is there already is kept as it is."""
+        """Adds `adapter` as a copy of the adapter of another role. An existing adapter is kept."""
         copied = self.roles[role].adapter
         if copied is None:
-            raise UserError(f"role {role!r} is no adapter: it cannot be copied.")
+            raise UserError(f"role {role!r} has no adapter to copy: choose another role, or leave source out.")
         if adapter not in self.model.peft_config:
             copy_adapter(self.model, copied, adapter)
 
     def _load_adapter(self, adapter: str, folder: str | Path) -> ScalarHead | None:
-        """Adds `adapter` from a folder; returns the score head that the folder holds, None without one."""
+        """Adds `adapter` from a folder; returns the score head in the folder, or `None`."""
         config = PeftConfig.from_pretrained(str(folder))
-        # PEFT would look for these modules in the base, which has none: the head is ours.
+        # PEFT would look for these modules in the base, which does not have them: the head is loaded separately.
         modules_to_save = set(config.modules_to_save or ()) - _HEAD_MODULES
         config.modules_to_save = sorted(modules_to_save) or None
 
-        # The score head lies among the adapter's weights, under a key that the base does not have.
+        # The weights of the score head are among those of the adapter, under a key that the base does not have.
         adapter_weights = load_peft_weights(str(folder), device="cpu")
         head_weights = {}
         for key in list(adapter_weights):
@@ -150,7 +171,9 @@ class AdapterStack:
         try:
             result = set_peft_model_state_dict(self.model, adapter_weights, adapter_name=adapter)
         except RuntimeError as error:
-            raise UserError(f"{folder}: does not fit the base: {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(
+                f"{folder}: the adapter does not fit the base: {str(error).splitlines()[-1].strip()}"
+            ) from error
         if result.unexpected_keys:
             first = result.unexpected_keys[0]
             raise UserError(f"{folder}: the adapter has weights that the base lacks, first {first!r}.")
@@ -158,9 +181,16 @@ class AdapterStack:
 
     @contextmanager
     def activate(self, role: str) -> Iterator[nn.Module]:
-        """Yields the model that computes the role; restores what was active, and leaves every flag as it was.
+        """Inside the context, the model computes with the adapter of the role.
 
-        A role's backward pass belongs inside too: with gradient checkpointing it computes the adapter again.
+        Afterward the previous adapter is active again. All `requires_grad` flags stay the same. The backward pass must
+        be inside the context too, as gradient checkpointing computes the adapter again.
+
+        Args:
+            role: name of the role.
+
+        Yields:
+            The model that computes the role.
         """
         active_role = self.roles[role]
         if active_role.model is not None:
@@ -173,10 +203,7 @@ class AdapterStack:
 
     @property
     def can_score_jointly(self) -> bool:
-        """Whether `hidden_states` can compute several roles in one pass.
-
-        PEFT's batches of several adapters take plain LoRA only.
-        """
+        """Whether `hidden_states` can compute several roles in one forward pass, which PEFT supports for LoRA only."""
         if not isinstance(self.model, PeftModel):
             return False
         for config in self.model.peft_config.values():
@@ -196,14 +223,20 @@ class AdapterStack:
         *,
         joint: bool = True,
     ) -> dict[str, Tensor]:
-        """What `completion_hidden_states` returns, (N, H), by role.
+        """Computes the hidden states from which the emitted tokens are predicted, for several roles.
 
-        The model must be in eval mode. Roles that compute the same (a value head on the policy) share their states.
+        The model must be in eval mode. Roles that compute the same, such as a value head on the policy, share the
+        hidden states.
 
         Args:
-            roles: the roles to compute.
-            input_ids, prompt_lengths, mask: (B, L), (B,) and (B, T), as in `completion_hidden_states`.
-            joint: one forward pass for all roles on the shared base where `can_score_jointly`, else one for each.
+            roles: names of the roles.
+            input_ids: (B, L) int64, prompt and completion, padded on the right.
+            prompt_lengths: (B,) int64, number of tokens of each prompt.
+            mask: (B, T) bool, True for emitted tokens.
+            joint: whether to use one forward pass for all roles on the shared base, if `can_score_jointly`.
+
+        Returns:
+            (N, H) hidden states of each role, see `completion_hidden_states`.
         """
         # Roles with the same adapter and model are computed once.
         same_computation: dict[tuple[str | None, int], list[str]] = {}
@@ -232,8 +265,8 @@ class AdapterStack:
         prompt_lengths: Tensor,
         mask: Tensor,
     ) -> dict[str, Tensor]:
-        """One pass over the batch repeated for each group, whose rows PEFT computes with that group's adapter."""
-        # PEFT's mixed batches: every row names its adapter.
+        """One forward pass over a batch that contains the rows once for each group, with the adapter of the group."""
+        # In such a batch, PEFT needs the name of the adapter of every row.
         row_adapters = []
         for group in groups:
             adapter = self.roles[group[0]].adapter or _BARE_BASE
@@ -254,9 +287,9 @@ class AdapterStack:
         return states
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The trainable parameters of a role: those of its adapter or model, and its head's."""
+        """The trainable parameters of a role: those of its adapter or model, and of its head."""
         wanted = self.roles[role]
-        # In the order in which they are registered: saved optimizer states depend on it.
+        # In the order in which they are registered, as saved optimizer states depend on it.
         if wanted.model is not None:
             parameters = list(wanted.model.parameters())
         elif not isinstance(self.model, PeftModel):
@@ -271,7 +304,7 @@ class AdapterStack:
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _base_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of base and adapters by name, without the heads and models that `attach` hung on the base."""
+        """The parameters of base and adapters by name, without the heads and models that `attach` added to the base."""
         attached = []
         for role in self.roles:
             attached.append(f"{role}_head.")
@@ -283,7 +316,12 @@ class AdapterStack:
         return parameters
 
     def save(self, role: str, folder: str | Path) -> None:
-        """Writes a role as an ordinary PEFT (or model) folder, and its head as `<role>_head.safetensors` beside it."""
+        """Writes a role as an ordinary PEFT or model folder, and its head as `<role>_head.safetensors`.
+
+        Args:
+            role: name of the role.
+            folder: folder to write; it is created if missing.
+        """
         saved = self.roles[role]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +334,15 @@ class AdapterStack:
 
     @torch.no_grad()
     def load(self, role: str, folder: str | Path) -> None:
-        """Reads what `save` wrote into the weights that the role has now, which optimizers may hold."""
+        """Reads a role that `save` wrote, into its existing weights.
+
+        Args:
+            role: name of the role.
+            folder: folder that `save` wrote.
+
+        Raises:
+            UserError: if names or shapes of the weights of an adapter do not match.
+        """
         loaded = self.roles[role]
         folder = Path(folder)
         if loaded.model is not None:

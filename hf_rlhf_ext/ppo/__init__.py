@@ -1,1 +1,1 @@
-"""PPO with a KL penalty: pure mathematics in `losses`, `advantages` and `kl`; `trainer` alone changes state."""
+"""PPO with a KL penalty. `losses`, `advantages` and `kl` are pure functions; only `trainer` changes state."""

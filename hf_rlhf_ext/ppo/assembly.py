@@ -1,4 +1,4 @@
-"""How a PPO run comes together: checked inputs, then policy and reference, shared rewards, and the critic."""
+"""Sets up a PPO run: checks the inputs, then builds policy, reference, reward models and critic."""
 
 import copy
 import sys
@@ -38,9 +38,15 @@ from .roles import Roles
 
 @dataclass
 class Inputs:
-    """What `PPOTrainer` was given, loaded and checked.
+    """The arguments of `PPOTrainer`, loaded and checked.
 
-    `args` is a copy with `max_steps`; `max_positions` is the number of tokens that the policy has positions for.
+    Attributes:
+        model: the policy.
+        tokenizer: its tokenizer.
+        args: a copy of the options, with `max_steps` set.
+        prompts: the prompts of the training data.
+        ptx_texts: the texts of PPO-ptx.
+        max_positions: maximum number of tokens of a sequence that the policy supports.
     """
 
     model: PreTrainedModel | PeftModel
@@ -61,15 +67,16 @@ def prepare_inputs(
     peft_config: PeftConfig | None,
     ptx_dataset: Dataset | None,
 ) -> Inputs:
-    """Loads what was given by its name, and refuses what cannot work before anything is trained.
+    """Loads models and tokenizers that are given by name, and refuses inputs that are not supported.
 
-    Arguments are those of `PPOTrainer`; `tokenizer` is its `processing_class`.
+    The arguments are those of `PPOTrainer`; `tokenizer` is its `processing_class`.
 
     Raises:
-        UserError: unusable data, a model whose logits PPO cannot repeat, or options that contradict each other.
+        UserError: if the data are not usable, if PPO does not support the output head of the model, or if options
+            contradict each other.
     """
     if train_dataset is None:
-        raise UserError("train_dataset is required: rows with a column 'prompt'.")
+        raise UserError("train_dataset is required: pass a dataset with a column 'prompt'.")
     check_setup(args)
     warn_of_emulated_bf16(args)
     model, tokenizer = _load(model, tokenizer, peft_config, args)
@@ -95,7 +102,7 @@ def _load(
     peft_config: PeftConfig | None,
     args: PPOConfig,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, loaded where they were given by their names."""
+    """Returns model and tokenizer, and loads them if they are given by name or left out."""
     if isinstance(model, str):
         model, loaded = load_trainable(model, peft_config, trust_remote_code=args.trust_remote_code)
         return model, loaded if tokenizer is None else tokenizer
@@ -105,7 +112,7 @@ def _load(
 
 
 def _position_limit(model: PreTrainedModel | PeftModel) -> int:
-    """Tokens that the model has positions for."""
+    """Maximum number of tokens of a sequence that the model supports."""
     text_config = model.config.get_text_config()
     return getattr(text_config, "max_position_embeddings", None) or sys.maxsize
 
@@ -120,9 +127,12 @@ def assemble_roles(
     peft_config: PeftConfig | None = None,
     value_model: str | PreTrainedModel | None = None,
 ) -> tuple[Roles, RewardFunctions, RewardFunctions | None]:
-    """The roles, the rewards of training and those of evaluation (None without any); arguments of `PPOTrainer`.
+    """Builds policy, reference, reward models and critic. The arguments are those of `PPOTrainer`.
 
-    The order matters: the critic may start from a reward of training, and never from one of evaluation.
+    The order matters: the critic may start from a reward model of training, but never from one of evaluation.
+
+    Returns:
+        The roles, the reward functions of training, and those of evaluation (`None` without any).
     """
     stack = build_stack(model, peft_config)
     loading = {
@@ -151,22 +161,25 @@ def assemble_roles(
 def load_trainable(
     name: str, peft_config: PeftConfig | None, **options
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """`load_policy` for training: fp32 where the whole model is trained, the machine's dtype under an adapter."""
+    """Loads a policy for training: in fp32 if the whole model is trained, else in the dtype that suits the machine."""
     if peft_config is None and adapter_base(name) is None:
         options["dtype"] = "float32"
     return load_policy(name, is_trainable=True, **options)
 
 
 def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> AdapterStack:
-    """The policy, ready to be trained, and its reference.
+    """Builds the stack with policy and reference.
 
-    A `PeftModel` is trained further, with a frozen copy of its active adapter as the reference (the SFT policy). A
-    base model with `peft_config` gets a new adapter, and the reference is the bare base. A base model alone is trained
-    whole, with a frozen copy as the reference.
+    A `PeftModel` is trained further, and its reference is a frozen copy of its active adapter (the SFT policy). A base
+    model with `peft_config` gets a new adapter, and its reference is the base model. A base model without `peft_config`
+    is trained as a whole, and its reference is a frozen copy.
+
+    Raises:
+        UserError: if `peft_config` is given for a model that already has an adapter.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
-            raise UserError("peft_config was given, but the model has an adapter already: leave one of them out.")
+            raise UserError("peft_config was given, but the model already has an adapter: leave one of them out.")
         stack = AdapterStack(model)
         stack.attach("reference", "policy")
     elif peft_config is not None:
@@ -180,24 +193,35 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
 
 def load_value_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that `critic="model"` starts from, in fp32 as it is trained whole: a causal LM or a reward model."""
+    """Loads the model that `critic="model"` starts from: a causal LM or a reward model, in fp32."""
     task = "reward" if (Path(name) / NORMALIZATION_FILE).is_file() else "causal_lm"
     return load_base_model(name, task=task, dtype="float32", trust_remote_code=trust_remote_code)
 
 
 def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
-    """Adds the role "value" with an fp32 head and returns the kind of critic: adapter, head or model.
+    """Adds the role `value`, the critic, with an fp32 head.
 
-    The critic starts as the reward model where that is an adapter on the same base (InstructGPT, sec. 3.5), its head
-    scaled to normalized rewards (`scale_critic`); else from the policy, with a head of zeros: the right first guess
-    where rewards have mean zero.
+    If the reward model is an adapter on the same base, the critic starts from it (InstructGPT, sec. 3.5), and
+    `scale_critic` then scales its head to normalized rewards. Otherwise it starts from the policy with a head of zeros,
+    which is right on average if rewards have mean zero.
+
+    Args:
+        stack: stack with policy and reference, and with reward models that share the base.
+        kind: kind of critic, `adapter`, `head` or `model`; `None` chooses one, see `PPOConfig.critic`.
+        value_model: the model for `model`; `None` means a copy of the policy.
+
+    Returns:
+        The kind of critic.
+
+    Raises:
+        UserError: if the policy or `value_model` does not fit the kind.
     """
     has_adapter = isinstance(stack.model, PeftModel)
     if kind is None:
         kind = _default_critic(has_adapter, value_model)
     if kind == "adapter" and not has_adapter:
         raise UserError(
-            "critic='adapter' needs a policy that is an adapter: pass peft_config, or choose head or model."
+            "critic='adapter' needs a policy that is an adapter: pass peft_config, or choose critic='head' or 'model'."
         )
     if value_model is not None and kind != "model":
         raise UserError(f"value_model was given, but critic={kind!r}: choose critic='model', or leave it out.")
@@ -219,16 +243,16 @@ def _default_critic(has_adapter: bool, value_model: nn.Module | None) -> str:
 def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None) -> None:
     if value_model is None:
         if isinstance(stack.model, PeftModel):
-            raise UserError("critic='model' needs value_model=: with an adapter as the policy there is none to copy.")
+            raise UserError("critic='model' needs value_model if the policy is an adapter: pass value_model.")
         value_model = copy.deepcopy(stack.model)
     elif getattr(value_model, "is_quantized", False):
-        raise UserError("value_model is trained whole, which quantized weights cannot be: load it in fp32.")
+        raise UserError("value_model: training of a quantized value model is not supported: load it in fp32.")
     else:
         warn_of_rounded_updates("value_model", value_model)
     config = value_model.config.get_text_config()
     if config.pad_token_id is None:
-        config.pad_token_id = 0  # sequence classification refuses batches without; its own pooling is not read
-    # A copy of the policy has copies of what hangs on the policy: they are no part of the critic.
+        config.pad_token_id = 0  # sequence classification needs one for batches; its own pooling is not used
+    # A copy of the policy also has copies of the heads and models attached to it, which do not belong to the critic.
     children = dict(value_model.named_children())
     for role in stack.roles:
         for name in (f"{role}_head", f"{role}_model"):
@@ -243,11 +267,11 @@ def _attach_adapter_critic(stack: AdapterStack) -> None:
     reward = stack.roles.get("reward")
     if reward is not None:
         source = "reward"
-        # A reward head may lack the bias that a critic's has.
+        # A reward head may have no bias, but a critic's head has one.
         if reward.head is not None:
             head.load_state_dict({"bias": torch.zeros(1), **reward.head.state_dict()})
     stack.attach("value", source, head=head, trainable=True)
-    # An adapter on the output embedding came along with the copy. A critic has no use for it.
+    # The copy may include an adapter on the output embedding, which a critic does not use.
     for name, parameter in stack.model.get_output_embeddings().named_parameters():
         if ".value." in f".{name}.":
             parameter.requires_grad_(False)
@@ -260,7 +284,7 @@ def _attach_head_critic(stack: AdapterStack) -> None:
 
 
 def _head_for(model: nn.Module) -> ScalarHead:
-    """A head of zeros for the model's hidden states; of the score head's weights where the model has one."""
+    """A value head for the hidden states of the model: with the weights of its score head if it has one, else zeros."""
     head = ScalarHead(model.config.get_text_config().hidden_size, bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -268,15 +292,16 @@ def _head_for(model: nn.Module) -> ScalarHead:
     if name is not None:
         scores = model.get_submodule(name).state_dict()
         if len(scores["weight"]) != 1:
-            raise UserError(f"value_model has {len(scores['weight'])} labels: load it with num_labels=1.")
+            raise UserError(f"value_model has {len(scores['weight'])} labels instead of 1: load it with num_labels=1.")
         head.load_state_dict({"bias": torch.zeros(1), **scores})
     return head
 
 
 def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: float) -> None:
-    """Scales a value head that was copied from a reward head to what PPO sees: weight·(score − mean)/std.
+    """Scales a value head that was copied from a reward head, so that it predicts rewards as PPO uses them.
 
-    Does nothing for a critic that did not start from a reward adapter.
+    PPO uses weight · `reward_scale` · (score − mean) / std. A critic that did not start from a reward adapter is not
+    changed.
     """
     if "reward" not in stack.roles:
         return
@@ -292,19 +317,19 @@ def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: fl
 
 
 def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
-    """Turns gradient checkpointing on in a critic of its own: beside an adapter, Trainer reaches the base only."""
+    """Turns on gradient checkpointing for a critic that is a separate model, which `Trainer` may not reach."""
     critic = stack.roles["value"].model
     if critic is None or not args.gradient_checkpointing:
         return
     options = dict(args.gradient_checkpointing_kwargs or {})
-    # Transformers takes these two as arguments of their own.
+    # Transformers takes these two as separate arguments.
     which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     enable = getattr(critic, "activation_checkpointing_enable", None) or critic.gradient_checkpointing_enable
     enable(options or None, **which)
 
 
 def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScorer | None:
-    """The reward adapter in that folder as a role on the policy's base; None where it needs a base of its own."""
+    """Adds a reward adapter to the policy's base; returns `None` if it needs another base."""
     if not isinstance(stack.model, PeftModel):
         return None
     folder = local_folder(folder_or_repo, None)
@@ -314,7 +339,9 @@ def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScor
     role = "reward" if "reward" not in stack.roles else f"reward_{len(stack.roles)}"
     attached = stack.attach(role, folder)
     if attached.head is None:
-        raise UserError(f"{folder_or_repo}: the adapter has no score head: train it with BradleyTerryTrainer.")
+        raise UserError(
+            f"{folder_or_repo}: the adapter has no score head: use a reward model trained with BradleyTerryTrainer."
+        )
     return RewardScorer(
         stack.model,
         load_tokenizer(str(folder)),

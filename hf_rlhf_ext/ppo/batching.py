@@ -1,4 +1,4 @@
-"""Which sequences go through the model together, and the rows of several processes as one batch."""
+"""Splits sequences into batches, and concatenates the batches of several processes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,16 +7,25 @@ from torch import Tensor
 
 
 def budget_chunks(lengths: Sequence[int], *, max_rows: int, max_tokens: int | None) -> list[list[int]]:
-    """Indices of `lengths` in chunks of at most `max_rows`, and of at most `max_tokens` with their padding.
+    """Splits sequences into chunks that fit a budget of rows and tokens.
 
-    With `max_tokens`, sequences of similar length go together, longest first (out of memory shows at once); without it
-    they stay in their order. A sequence longer than `max_tokens` is a chunk of its own.
+    With `max_tokens`, sequences of similar length are put together, and the longest come first, so that a run that
+    lacks memory fails early. Otherwise the order is kept.
+
+    Args:
+        lengths: number of tokens of each sequence.
+        max_rows: maximum number of sequences per chunk.
+        max_tokens: maximum number of tokens per chunk, including padding; `None` means no limit. A sequence that is
+            longer is a chunk by itself.
+
+    Returns:
+        For each chunk, the indices of its sequences in `lengths`.
     """
     if max_tokens is None:
         starts = range(0, len(lengths), max_rows)
         return [list(range(start, min(start + max_rows, len(lengths)))) for start in starts]
     chunks: list[list[int]] = []
-    # Longest first: every chunk is as wide as its first sequence, and the widest one comes first.
+    # Longest first: each chunk is as wide as its first sequence.
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for index in longest_first:
         if chunks and _has_room(chunks[-1], lengths, max_rows, max_tokens):
@@ -27,15 +36,20 @@ def budget_chunks(lengths: Sequence[int], *, max_rows: int, max_tokens: int | No
 
 
 def _has_room(chunk: list[int], lengths: Sequence[int], max_rows: int, max_tokens: int) -> bool:
-    """Whether one sequence more fits: all are padded to the first one, which is the longest."""
+    """Whether one more sequence fits. All are padded to the length of the first one, which is the longest."""
     width = lengths[chunk[0]]
     return len(chunk) < max_rows and (len(chunk) + 1) * width <= max_tokens
 
 
 def concat_rows(parts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Batches with the same keys as one, row after row: (B, …) tensors, those of (B, T) padded right to the widest.
+    """Concatenates batches with the same keys along their rows.
 
-    Padding is `pad_token_id` in `input_ids`, zero elsewhere.
+    Args:
+        parts: batches of tensors (B, …). Tensors (B, T) are padded on the right to the largest T.
+        pad_token_id: padding of `input_ids`; all other tensors are padded with zero.
+
+    Returns:
+        One batch.
     """
     merged = {}
     for name in parts[0]:

@@ -1,6 +1,7 @@
-"""Callbacks of PPO: warnings about a run's health, tables of completions, and a save at SIGTERM.
+"""Callbacks of PPO: health warnings, tables of completions, and a checkpoint at SIGTERM.
 
-They hold no reference to the trainer, as Transformers replaces restored callbacks: what they need comes with an event.
+They hold no reference to the trainer, as Transformers replaces callbacks when a run resumes. What they need is passed
+with each event.
 """
 
 import logging
@@ -22,13 +23,13 @@ from .rollout import CompletionTable
 
 logger = logging.getLogger(__name__)
 
-FIRST, LAST = 5, 50  # rollouts of the history that diagnostics may read
+FIRST, LAST = 5, 50  # number of first and of last rollouts that the history keeps for the diagnostics
 
 
 class PPOCallback(TrainerCallback):
-    """A callback that also hears of rollouts and of completions sampled for evaluation.
+    """A `TrainerCallback` with two more events: after a rollout, and after an evaluation has sampled completions.
 
-    Subclass it and pass it in `callbacks` as any other.
+    Subclass it and pass an instance in `callbacks` of `PPOTrainer`.
     """
 
     def on_rollout(
@@ -44,14 +45,18 @@ class PPOCallback(TrainerCallback):
         callbacks: Sequence[TrainerCallback],
         **kwargs: Any,
     ) -> None:
-        """After a rollout was made, before anything is trained on it.
+        """Called after each rollout, before training on it.
 
         Args:
-            metrics: of the rollout.
-            rollout_index: its number.
-            previous: metrics of the one before that are known only now that it is used up.
-            completions: of this process.
-            callbacks: all callbacks of the trainer, trackers among them.
+            args: options of the run.
+            state: state of the trainer.
+            control: flags that a callback may set, such as `should_training_stop`.
+            metrics: metrics of the rollout, by name.
+            rollout_index: number of the rollout, from 0.
+            previous: metrics of the previous rollout that are known only after training on it.
+            completions: the completions of this process, as text.
+            callbacks: all callbacks of the trainer, including trackers.
+            kwargs: reserved for later versions.
         """
 
     def on_eval_completions(
@@ -65,16 +70,29 @@ class PPOCallback(TrainerCallback):
         callbacks: Sequence[TrainerCallback],
         **kwargs: Any,
     ) -> None:
-        """After an evaluation sampled and judged these completions."""
+        """Called after an evaluation has sampled and scored completions.
+
+        Args:
+            args: options of the run.
+            state: state of the trainer.
+            control: flags that a callback may set.
+            rows: the completions with their rewards.
+            title: name of the table for trackers, such as `eval_completions`.
+            callbacks: all callbacks of the trainer, including trackers.
+            kwargs: reserved for later versions.
+        """
 
 
 class HealthWarnings(PPOCallback, ExportableState):
-    """Warns, in one line with cause and remedy, of what the metrics of a run tell (`diagnostics`).
+    """Logs a health warning, one line with cause and remedy, when the metrics of a run show a problem.
+
+    `diagnostics` has the rules.
 
     Attributes:
-        eval_completions: completions of one evaluation, of the smallest set where there are several; None before one.
-        history: metrics by rollout, oldest first: the first few, the last few, and those that an evaluation followed.
-        last_said: number of the rollout in which a warning was last given, by its name.
+        eval_completions: number of completions per evaluation, of the smallest set if there are several; `None` before
+            the first evaluation.
+        history: metrics of rollouts, oldest first: the first 5, the last 50, and those followed by an evaluation.
+        last_said: for each warning, number of the rollout in which it was last logged.
     """
 
     def __init__(self):
@@ -83,7 +101,7 @@ class HealthWarnings(PPOCallback, ExportableState):
         self.last_said: dict[str, int] = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as Transformers restores callbacks from it."""
+        """The state that a checkpoint stores and Transformers restores."""
         return {
             "args": {},
             "attributes": {
@@ -94,7 +112,7 @@ class HealthWarnings(PPOCallback, ExportableState):
         }
 
     def take_over(self, saved: dict[str, Any]) -> None:
-        """Takes the memory from a checkpoint of version 0.1.0, which kept it beside the guards' in `ppo_state.json`."""
+        """Restores the state from a checkpoint of version 0.1.0, which stored it in `ppo_state.json`."""
         self.history = saved.get("history", [])
         self.last_said = saved.get("last_said", {})
 
@@ -122,14 +140,14 @@ class HealthWarnings(PPOCallback, ExportableState):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self.history:
-            self.history.append({})  # before the first rollout: what over-optimization is measured from
+            self.history.append({})  # before the first rollout: the baseline of the over-optimization warning
         for name, value in (metrics or {}).items():
             if isinstance(value, float):
                 self.history[-1][name] = value
 
 
 def _kept(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The rows that diagnostics may read."""
+    """The part of the history that the diagnostics may read."""
     recent = len(history) - LAST
     kept = []
     for i, row in enumerate(history):
@@ -140,18 +158,19 @@ def _kept(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 class CompletionTables(PPOCallback):
-    """Shows completions: some on the screen with `log_completions`, all as tables of the trackers in `report_to`."""
+    """Prints some completions if `log_completions` is set, and sends all as tables to the trackers in `report_to`."""
 
     def __init__(self):
         self._latest: CompletionTable | None = None
-        self._trackers: Sequence[TrainerCallback] = ()  # of the latest rollout: `on_log` is not told of the callbacks
+        # From the latest rollout, as `on_log` does not get the callbacks.
+        self._trackers: Sequence[TrainerCallback] = ()
 
     def on_rollout(self, args, state, control, *, completions, callbacks, **kwargs):
         self._latest = completions
         self._trackers = callbacks
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Shows the latest rollout's completions once, with the first training log after it."""
+        """Shows the completions of the latest rollout once, at the first training log after it."""
         is_training_log = logs is not None and "loss" in logs
         if not (is_training_log and args.log_completions and state.is_world_process_zero and self._latest is not None):
             return
@@ -170,7 +189,7 @@ class CompletionTables(PPOCallback):
         send_table("completions", columns, state.global_step, self._trackers, args.report_to)
 
     def on_eval_completions(self, args, state, control, *, rows, title, callbacks, **kwargs):
-        """Prints the first completions, the same prompts each time, and sends all as a table."""
+        """Prints the first completions (the prompts are the same each time) and sends all of them as a table."""
         if not state.is_world_process_zero:
             return
         prompts = [row.prompt for row in rows]
@@ -210,7 +229,15 @@ def send_table(
     callbacks: Sequence[TrainerCallback],
     report_to: Sequence[str],
 ) -> None:
-    """Sends a table to the trackers in use: as a table to Weights & Biases and trackio, as text to TensorBoard."""
+    """Sends a table to the trackers in use: as a table to Weights & Biases and trackio, as text to TensorBoard.
+
+    Args:
+        title: name of the table.
+        columns: columns by name, all of the same length.
+        step: optimizer step.
+        callbacks: all callbacks of the trainer; the TensorBoard callback among them has the writer.
+        report_to: names of the trackers, as in `TrainingArguments`.
+    """
     import pandas as pd
 
     table = pd.DataFrame(columns)
@@ -226,9 +253,13 @@ def send_table(
 
 
 class SaveOnSignal(TrainerCallback):
-    """At SIGTERM, saves at the end of the optimizer step and ends training: so batch systems take a machine back.
+    """At SIGTERM, which batch systems send before they end a job, saves a checkpoint and stops training.
 
-    `received` is set by the signal, on this process; `agreed` by the trainer, at the same step on all of them.
+    Both happen at the end of the current optimizer step.
+
+    Attributes:
+        received: whether this process has received the signal.
+        agreed: whether any process has received it. The trainer sets it at the same step on all processes.
     """
 
     def __init__(self):
@@ -236,12 +267,15 @@ class SaveOnSignal(TrainerCallback):
         self.agreed = False
 
     def agree(self, agreed: bool) -> None:
-        """Whether some process has received the signal, as all of them know now."""
+        """Sets whether any process has received the signal. All processes call it with the same value."""
         self.agreed = agreed
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM while training runs, in the main thread only; the process then exits with 128 + 15."""
+        """Handles SIGTERM inside the context, in the main thread only.
+
+        If training was stopped by the signal, the process exits with status 128 + 15 at the end of the context.
+        """
         self.received = False
         self.agreed = False
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -254,7 +288,7 @@ class SaveOnSignal(TrainerCallback):
                 signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         if self.agreed:
             raise SystemExit(128 + signal.SIGTERM)
-        if self.received:  # after the last step: as if it came now
+        if self.received:  # it came after the last step: the previous handler gets it now
             signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, number, frame):
@@ -267,4 +301,6 @@ class SaveOnSignal(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.agreed:
-            logger.warning("SIGTERM: saved at step %d; go on with resume_from_checkpoint=True.", state.global_step)
+            logger.warning(
+                "SIGTERM: saved a checkpoint at step %d: resume with resume_from_checkpoint=True.", state.global_step
+            )

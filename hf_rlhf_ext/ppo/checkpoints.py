@@ -1,4 +1,4 @@
-"""Which checkpoints of a PPO run stay on disk."""
+"""Checkpoints of a PPO run on disk: which are complete, and which are kept."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,12 +12,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
+    """Name of the checkpoint folder of a step."""
     return f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def mark_incomplete(folder: Path) -> None:
-    """Makes a checkpoint that is about to be written again count as incomplete: its last file goes first."""
+    """Marks a checkpoint that is about to be overwritten as incomplete, by removing the file that is written last."""
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
@@ -28,7 +28,7 @@ def is_usable(folder: Path) -> bool:
 
 @contextmanager
 def without_rotation(args: TrainingArguments) -> Iterator[None]:
-    """Trainer removes no old checkpoint inside: it does not know which one a guard may go back to."""
+    """Inside the context, `Trainer` removes no old checkpoint, as it does not know which one a guard may need."""
     limit = args.save_total_limit
     args.save_total_limit = None
     try:
@@ -38,7 +38,7 @@ def without_rotation(args: TrainingArguments) -> Iterator[None]:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
-    """Removes the oldest checkpoints until `limit` are left, but none whose name is in `keep`."""
+    """Removes the oldest checkpoints until `limit` are left, except those whose names are in `keep`."""
     if limit is None or limit <= 0:
         return
     folders = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
@@ -49,9 +49,9 @@ def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
 
 
 def register_callbacks(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> None:
-    """Makes room in a resumed state for callbacks that the checkpoint did not have.
+    """Adds callbacks to a resumed state that were not in its checkpoint.
 
-    Trainer (5.23) looks each one up when it saves, and fails where a callback was added after the checkpoint.
+    Transformers 5.23 raises a `KeyError` at the next save if a callback with a state was added after the checkpoint.
     """
     for callback in callbacks:
         if isinstance(callback, ExportableState):

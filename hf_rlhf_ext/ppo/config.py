@@ -13,7 +13,7 @@ CHOICES = {
     "max_kl_action": ("stop", "raise_kl_coef", "rollback"),
 }
 
-# Ranges of the options, by what is wrong outside of them.
+# The valid range of each option.
 AT_LEAST_1 = (
     "max_completion_length",
     "num_ppo_epochs",
@@ -36,246 +36,344 @@ NOT_NEGATIVE = (
     "missing_eos_penalty",
 )
 FRACTIONS = ("gamma", "gae_lambda", "top_p")
-_NO_LIMIT = ", got {}: leave it out for no limit."
+_NO_LIMIT = ", got {}: set it to None for no limit."
 POSITIVE = {
     "clip_range": ", got {}.",
     "top_p": ", got {}.",
-    "temperature": ", got {}: PPO needs sampled completions.",
-    "kl_target": " nats, got {}. For a fixed kl_coef, leave it out.",
+    "temperature": ", got {}: PPO needs sampled completions, so greedy decoding is not supported.",
+    "kl_target": " nats, got {}: leave it out for a fixed kl_coef.",
     "max_kl": _NO_LIMIT,
     "early_stop_kl": _NO_LIMIT,
-    "importance_sampling_cap": _NO_LIMIT,
+    "importance_sampling_cap": ", got {}: choose a large number for no limit.",
     "reward_clip": _NO_LIMIT,
     "value_clip_range": _NO_LIMIT,
 }
-"""Option -> how the message goes on after "must be positive", with the value."""
+"""Option -> the end of the message after "must be positive"; `{}` stands for the value."""
 
 OWN_SAMPLING_OPTIONS = {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"}
-"""What `generation_kwargs` must not hold."""
+"""Keys that `generation_kwargs` must not contain, as each has an option of its own."""
 
 RENAMED_OPTIONS = {"target_kl": "early_stop_kl", "mixed_pass": "joint_scoring"}
-"""Options of version 0.1.0 under other names; using one says the new name."""
+"""Options of version 0.1.0 that have a new name: old -> new. Using an old name is an error that states the new one."""
 
 
 @renamed_options(RENAMED_OPTIONS)
 @dataclass
 class PPOConfig(BaseConfig):
-    """Options of [`PPOTrainer`], beside those of `transformers.TrainingArguments`.
+    """Options of `PPOTrainer`, in addition to those of `transformers.TrainingArguments`.
 
-    One *rollout* is `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` completions a
-    process. Each of its `num_ppo_epochs` passes takes `num_mini_batches` optimizer steps; `max_steps`, `save_steps`,
-    `eval_steps` and `logging_steps` count optimizer steps. Without `max_steps`, `num_train_epochs` counts passes over
-    the prompts.
+    One *rollout* has `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` completions per
+    process. PPO makes `num_ppo_epochs` passes over each rollout and takes `num_mini_batches` optimizer steps in each
+    pass. `max_steps`, `save_steps`, `eval_steps` and `logging_steps` count optimizer steps. If `max_steps` is not set,
+    `num_train_epochs` counts passes over the prompts.
 
-    Defaults that differ from `TrainingArguments`: those of TRL's trainers (bf16, gradient checkpointing on, logs every
-    10 steps) and `learning_rate` 1e-5.
+    The defaults that differ from `TrainingArguments` are those of TRL's trainers (bf16, gradient checkpointing, a log
+    every 10 steps) and `learning_rate` = 1e-5. Each option is described in its field's `help`, which
+    `hf-rlhf ppo --help` prints.
+
+    Raises:
+        UserError: if an option is outside of its range, if options contradict each other, or if an option has an old
+            name.
     """
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW for the policy."})
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Initial learning rate of the optimizer (AdamW by default) for the policy."}
+    )
     critic: str | None = field(
         default=None,
         metadata={
-            "help": "What estimates values: `adapter` (its own on the policy's base, which starts from the reward "
-            "adapter where there is one), `head` (a scalar head on the policy: one forward pass less), or `model` "
-            "(`value_model`, or a copy of a policy that is trained whole). If `None`, `adapter` where the policy is an "
-            "adapter, else `head`."
+            "choices": list(CHOICES["critic"]),
+            "help": "Kind of critic, which estimates values. `adapter`: a separate adapter on the policy's base model; "
+            "it starts from the reward adapter if there is one. `head`: a scalar head on the policy, which saves a "
+            "forward pass. `model`: a separate model, `value_model` or a copy of a fully trained policy. If `None`: "
+            "`model` if `value_model` is given, `adapter` if the policy is an adapter, and `head` otherwise.",
         },
     )
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic. If `None`, `learning_rate`."}
+        default=None, metadata={"help": "Initial learning rate of the critic. If `None`, `learning_rate` is used."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Turn dropout off, so that the first ratio of an update is exactly 1."}
+        default=True,
+        metadata={
+            "help": "Turn dropout off, so that the probability ratio of policy and old policy is exactly 1 at the "
+            "first optimizer step on a rollout."
+        },
     )
 
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code from the repository of a model, as in Transformers."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={"help": "Early stopping and the memory of health warnings go on where the checkpoint was saved."},
+        metadata={
+            "help": "When a run resumes, restore the state of its callbacks, such as early stopping and the health "
+            "warnings, from the checkpoint."
+        },
     )
 
     # Rollouts
     max_completion_length: int = field(
-        default=256, metadata={"help": "Most new tokens of a completion, the stop token included."}
+        default=256, metadata={"help": "Maximum length of a completion in tokens, including the stop token."}
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a prompt; a longer one is an error that names its row. If `None`, no limit "
-                          "but the model's positions."},
-    )  # fmt: skip
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature; log-probabilities are taken after it, as in GRPO."}
+        metadata={
+            "help": "Maximum length of a prompt in tokens. A longer prompt is an error that names its row. If `None`, "
+            "only the number of positions of the model limits it."
+        },
     )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1.0 considers every token."})
-    top_k: int = field(default=0, metadata={"help": "Tokens considered at each step; 0 considers every token."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Sampling temperature. Log-probabilities are computed at this temperature too, as in GRPO."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Nucleus sampling: sample from the most probable tokens whose total probability reaches this "
+            "value. 1.0 samples from all tokens."
+        },
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Number of most probable tokens to sample from. 0 samples from all tokens."}
+    )
     generation_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further fields of `GenerationConfig` for rollouts."}
+        default=None,
+        metadata={
+            "help": "Further fields of `GenerationConfig` for sampling, as a dict. If `None`, no further fields."
+        },
     )
     stop_token_ids: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Ids that end a completion. If `None`, the tokenizer's eos and the model's generation config's."
+            "help": "Token ids that end a completion. If `None`, the end-of-sequence tokens of the tokenizer and of "
+            "the model's generation config."
         },
     )
     generation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts that generate at one time, of similar length. If `None`, the whole rollout, in its order."
+            "help": "Number of prompts per generation batch; prompts of similar length are batched together. If "
+            "`None`, all prompts of a rollout are one batch."
         },
     )
     merge_for_generation: bool = field(
         default=True,
         metadata={
-            "help": "Generate from weights with the adapter merged in (faster); they are restored to the bit after. "
-            "Never done on a quantized base, where merging would re-quantize it."
+            "help": "Merge the adapter into the base during generation, which is faster. The base is restored exactly "
+            "afterward. Ignored on a quantized base, which merging would quantize again."
         },
     )
 
     # Rewards
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function in the sum. If `None`, 1 each."}
+        default=None,
+        metadata={
+            "help": "Weight of each reward function in the sum of rewards, in their order. If `None`, each weight is 1."
+        },
     )
-    reward_scale: float = field(default=1.0, metadata={"help": "Factor on every score and token reward."})
+    reward_scale: float = field(
+        default=1.0, metadata={"help": "Factor by which every score and every token reward is multiplied."}
+    )
     normalize_rewards: bool = field(
         default=False,
         metadata={
-            "help": "Shift and scale scores by the mean and deviation of all rollouts so far, this one included."
+            "help": "Normalize scores with the running mean and standard deviation of all rollouts so far, including "
+            "the current one."
         },
     )
     reward_clip: float | None = field(
         default=None,
-        metadata={"help": "Scores are clipped to ± this, after scaling and normalization. If `None`, not clipped."},
+        metadata={
+            "help": "Clip scores to the range from -`reward_clip` to `reward_clip`, after scaling and normalization. "
+            "If `None`, scores are not clipped."
+        },
     )
     missing_eos_penalty: float | None = field(
         default=None,
-        metadata={"help": "Taken off the score of a completion that has no stop token. If `None`, nothing."},
+        metadata={
+            "help": "Reward subtracted from the score of a completion without a stop token. If `None`, nothing is "
+            "subtracted."
+        },
     )
 
     length_penalty: float = field(
-        default=0.0, metadata={"help": "Taken off the score for every token of a completion beyond `length_target`."}
+        default=0.0,
+        metadata={"help": "Reward subtracted from the score for each token of a completion beyond `length_target`."},
     )
-    length_target: int = field(default=0, metadata={"help": "Tokens of a completion that cost nothing."})
+    length_target: int = field(
+        default=0, metadata={"help": "Length of a completion in tokens up to which `length_penalty` does not apply."}
+    )
 
     # KL penalty
     kl_coef: float = field(
-        default=0.05, metadata={"help": "β: reward per nat of KL(policy || reference); the start value if it adapts."}
+        default=0.05,
+        metadata={
+            "help": "β, the coefficient of the KL penalty: reward per nat of KL(policy || reference). With "
+            "`kl_target`, the initial value."
+        },
     )
     kl_placement: str = field(
         default="reward",
-        metadata={"help": "`reward`: −β·KL is a reward of each token (InstructGPT); `loss`: β·KL is part of the loss."},
+        metadata={
+            "choices": list(CHOICES["kl_placement"]),
+            "help": "Where the KL penalty enters. `reward`: -β·KL is added to the reward of each token, as in "
+            "InstructGPT. `loss`: β·KL is added to the loss.",
+        },
     )
     kl_estimator: str | None = field(
         default=None,
         metadata={
-            "help": "Per-token estimator of that KL: k1, k2 or k3 (Schulman 2020). If `None`, k1 in the reward, k2 in "
-            "the loss."
+            "choices": list(CHOICES["kl_estimator"]),
+            "help": "Estimator of the KL penalty per token: `k1`, `k2` or `k3` (Schulman 2020). If `None`, `k1` with "
+            "`kl_placement='reward'` and `k2` with `kl_placement='loss'`.",
         },
     )
     kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "Target KL(policy || reference) per completion, in nats: the mean over completions of the sum over "
-            "tokens. `kl_coef` adapts towards it (Ziegler et al. 2019, arXiv:1909.08593). If `None`, it is fixed."
+            "help": "Target of KL(policy || reference) in nats per completion: the sum over the tokens of a "
+            "completion, averaged over completions. `kl_coef` is adapted to reach it (Ziegler et al. 2019, "
+            "arXiv:1909.08593). If `None`, `kl_coef` is fixed."
         },
     )
     kl_horizon: int | None = field(
         default=None,
         metadata={
-            "help": "Completions over which an error of ±0.2, the clip, moves `kl_coef` by a factor e^±0.2. If `None`, "
-            "those of ten rollouts: Ziegler et al. took 10000 for runs of millions of completions."
+            "help": "How slowly `kl_coef` adapts to `kl_target`: number of completions after which `kl_coef` has "
+            "changed by a factor of about e^0.2, if the KL is 20 percent or more off its target. If `None`, the "
+            "completions of ten rollouts. Ziegler et al. used 10000 for runs of millions of completions."
         },
     )
 
     max_kl: float | None = field(
         default=100.0,
         metadata={
-            "help": "Hard ceiling on KL(policy || reference) of a rollout, nats per completion; `None`: no ceiling."
+            "help": "Limit on the mean KL(policy || reference) of a rollout, in nats per completion. `max_kl_action` "
+            "is taken above it. If `None`, there is no limit."
         },
     )
     max_kl_action: str = field(
         default="stop",
         metadata={
-            "help": "Above `max_kl`: `stop` training, `raise_kl_coef` (double it), or `rollback` to the last "
-            "checkpoint below it, and double `kl_coef`."
+            "choices": list(CHOICES["max_kl_action"]),
+            "help": "What to do when the KL of a rollout exceeds `max_kl`. `stop`: restore the last checkpoint below "
+            "`max_kl`, if there is one, and stop training. `raise_kl_coef`: double `kl_coef` and continue. `rollback`: "
+            "restore that checkpoint, double `kl_coef` and continue, at most 3 times.",
         },
     )
     exact_kl_rows: int = field(
         default=4,
-        metadata={"help": "Completions of an evaluation whose KL is also computed over the whole vocabulary."},
+        metadata={
+            "help": "Number of completions per evaluation whose KL is also computed exactly, over the whole "
+            "vocabulary. 0 turns this off."
+        },
     )
 
     # PPO
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a rollout."})
-    clip_range: float = field(default=0.2, metadata={"help": "ε of the clipped surrogate."})
-    value_clip_range: float | None = field(
-        default=0.2, metadata={"help": "How far values may move from the rollout's; `None` turns the clip off."}
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Number of passes over each rollout."})
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Number of mini-batches per pass over a rollout, each of them one optimizer step."}
     )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation."})
+    clip_range: float = field(
+        default=0.2,
+        metadata={
+            "help": "ε of PPO's clipped loss: the probability ratio is clipped to the range from 1 - ε to 1 + ε."
+        },
+    )
+    value_clip_range: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "How far a value may move from its value in the rollout, in units of reward, before the value loss "
+            "is clipped. If `None`, it is not clipped."
+        },
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss in the total loss."})
+    entropy_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the entropy bonus (nats per token) in the total loss."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor γ per token, from 0 to 1."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation, from 0 to 1."})
     whiten_advantages: bool = field(
-        default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the whole rollout."}
+        default=True, metadata={"help": "Normalize advantages to mean 0 and variance 1 over the whole rollout."}
     )
     early_stop_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Leave a rollout for the next one after an optimizer step whose KL from the policy that made it is "
-            "larger, in nats per token (k3). If `None`, all inner epochs are run."
+            "help": "Skip the remaining optimizer steps on a rollout as soon as KL(rollout policy || policy) of a step "
+            "exceeds this, in nats per token (k3). If `None`, all steps are taken."
         },
     )
     ptx_coef: float = field(
         default=0.0,
-        metadata={"help": "γ of PPO-ptx (InstructGPT): weight of the language-model loss on `ptx_dataset`."},
+        metadata={
+            "help": "γ of PPO-ptx (InstructGPT): weight of the language-model loss on `ptx_dataset`. 0 turns PPO-ptx "
+            "off."
+        },
     )
     ptx_batch_size: int | None = field(
-        default=None, metadata={"help": "Its rows in each optimizer step. If `None`, as many as completions."}
+        default=None,
+        metadata={
+            "help": "Rows of `ptx_dataset` per optimizer step and process. If `None`, the number of completions per "
+            "optimizer step."
+        },
     )
     importance_sampling_correction: bool = field(
         default=False,
         metadata={
-            "help": "Weight each token's loss by its probability under the policy over the sampler's: for "
-            "top-k, top-p, or an engine whose numbers differ."
+            "help": "Multiply the loss of each token by its probability under the policy divided by its probability "
+            "under the sampler. Use it with `top_k`, `top_p` or an engine whose log-probabilities differ from those of "
+            "training."
         },
     )
-    importance_sampling_cap: float = field(default=2.0, metadata={"help": "Largest such weight."})
+    importance_sampling_cap: float = field(
+        default=2.0, metadata={"help": "Maximum of the weights of `importance_sampling_correction`."}
+    )
 
     # Memory and guards
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens, padding included, of a forward pass in scoring and training; batches are split, and "
-            "their gradients stay the same. If `None`, `per_device_train_batch_size` alone decides."
+            "help": "Maximum number of tokens per forward pass in scoring and training, including padding. Larger "
+            "batches are split; gradients stay the same. If `None`, only `per_device_train_batch_size` limits a pass."
         },
     )
     joint_scoring: bool | None = field(
         default=None,
         metadata={
-            "help": "Score policy, reference and value in one pass where adapters are LoRA. If `None`, on a GPU only: "
-            "a CPU gains nothing."
+            "help": "Score policy, reference and critic in one forward pass if all of them are LoRA adapters. If "
+            "`None`, only on a GPU, as it is not faster on a CPU."
         },
     )
     max_skipped_steps: int = field(
         default=5,
-        metadata={"help": "Optimizer steps with gradients that are not finite, in a row, before training ends."},
+        metadata={
+            "help": "Number of consecutive optimizer steps with non-finite gradients after which training stops. Each "
+            "such step is skipped."
+        },
     )
     warn_every: int = field(
-        default=20, metadata={"help": "Rollouts between two warnings of the same kind about how training goes."}
+        default=20,
+        metadata={"help": "Minimum number of rollouts between two health warnings of the same kind."},
     )
     logprobs_chunk_size: int = field(
-        default=128, metadata={"help": "Completion tokens whose logits exist at one time; lower it to save memory."}
+        default=128,
+        metadata={
+            "help": "Number of completion tokens whose logits are in memory at one time. A smaller number needs less "
+            "memory."
+        },
     )
 
     # Logging
     log_completions: bool = field(default=False, metadata={"help": "Print a sample of completions at each log."})
-    num_completions_to_print: int = field(default=4, metadata={"help": "Completions in that sample."})
+    num_completions_to_print: int = field(
+        default=4, metadata={"help": "Number of completions that `log_completions` prints."}
+    )
 
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = "objective/scores"  # Transformers' own choice is a loss
+            self.metric_for_best_model = "objective/scores"  # Transformers would take a loss
         if self.greater_is_better is None and "objective/kl" in (self.metric_for_best_model or ""):
             self.greater_is_better = False
         super().__post_init__()
@@ -309,12 +407,14 @@ class PPOConfig(BaseConfig):
         clashes = OWN_SAMPLING_OPTIONS & set(self.generation_kwargs or ())
         if clashes:
             raise UserError(
-                f"generation_kwargs: {sorted(clashes)[0]} has an option of its own in PPOConfig: set that one."
+                f"generation_kwargs: {sorted(clashes)[0]} has an option of its own in PPOConfig: set that option."
             )
         if self.kl_target is not None and self.kl_coef <= 0:
-            raise UserError("kl_coef must be positive when kl_target is set: the controller multiplies it.")
+            raise UserError(
+                "kl_coef must be positive when kl_target is set, as it is adapted by multiplication: set kl_coef."
+            )
         if self.max_kl is not None and self.max_kl_action == "raise_kl_coef" and self.kl_coef <= 0:
-            raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set it, or choose stop.")
+            raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set kl_coef, or choose stop.")
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
 
@@ -322,29 +422,29 @@ class PPOConfig(BaseConfig):
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) == "epoch":
                 steps = name.replace("strategy", "steps")
-                raise UserError(f"{name}='epoch': PPO is one epoch of rollouts: set {name}='steps' and {steps}.")
+                raise UserError(f"{name}='epoch' is not supported by PPO: set {name}='steps' and {steps}.")
         if self.metric_for_best_model in ("loss", "eval_loss"):
             raise UserError(
-                f"metric_for_best_model={self.metric_for_best_model!r}: PPO's evaluation has no loss: take "
+                f"metric_for_best_model={self.metric_for_best_model!r}: PPO's evaluation has no loss: choose "
                 "objective/scores, or rewards/NAME/mean of a reward function."
             )
 
     @property
     def estimator(self) -> str:
-        """The name of the KL estimator in use."""
+        """Name of the KL estimator in use: `k1`, `k2` or `k3`."""
         return self.kl_estimator or ("k1" if self.kl_placement == "reward" else "k2")
 
     @property
     def minibatch_size(self) -> int:
-        """Completions of one optimizer step on this process."""
+        """Completions per optimizer step on this process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def rollout_size(self) -> int:
-        """Completions of one rollout on this process."""
+        """Completions per rollout on this process."""
         return self.minibatch_size * self.num_mini_batches
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps taken on one rollout."""
+        """Optimizer steps per rollout."""
         return self.num_ppo_epochs * self.num_mini_batches

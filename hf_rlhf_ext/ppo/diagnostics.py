@@ -1,19 +1,19 @@
-"""What a PPO run's own metrics say about its health: one line each, with the cause and the option to change."""
+"""Health warnings from the metrics of a PPO run: one line each, with the cause and the option to change."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
-RECENT, SHORT = 5, 3  # rollouts that "now" is the mean of; fewer for what harms at once
-WARM_UP = 10  # rollouts that a critic gets before it is judged
+RECENT, SHORT = 5, 3  # number of rollouts to average over; SHORT for problems that need a quick reaction
+WARM_UP = 10  # number of rollouts before the critic is checked
 
-ENTROPY_FLOOR = 0.2  # of the first rollouts' entropy a token
-LENGTH_RANGE = (0.5, 2.0)  # times the first rollouts' length
+ENTROPY_FLOOR = 0.2  # as a fraction of the entropy per token in the first rollouts
+LENGTH_RANGE = (0.5, 2.0)  # as a multiple of the length in the first rollouts
 CLIP_FRACTION_CEILING = 0.4
-SPREAD_FLOOR = 0.1  # of the first rollouts' deviation of scores
+SPREAD_FLOOR = 0.1  # as a fraction of the standard deviation of scores in the first rollouts
 CLIPPED_SCORES_CEILING = 0.9
-KL_TOLERANCE = 0.1  # nats per completion that a k1 estimate may lie below zero
+KL_TOLERANCE = 0.1  # nats per completion by which a k1 estimate may be negative
 
 History = Sequence[Mapping[str, float]]
 
@@ -26,17 +26,23 @@ def diagnose(
     top_p: float = 1.0,
     eval_completions: int | None = None,
 ) -> dict[str, str]:
-    """The warnings that hold after the last rollout, by short name: one line each, with cause and remedy.
+    """Finds the problems that the metrics show after the last rollout.
 
-    Metrics that are missing or not finite are left out, and a check that lacks its metrics says nothing.
+    Metrics that are missing or not finite are ignored, and a check without its metrics gives no warning.
 
     Args:
-        history: logged metrics of each rollout, oldest first (`metrics.names` has their units), `eval_…` metrics in
-            the rollout that an evaluation followed (`eval_<set>_…` where there are several sets), those before the
-            first one in a row of their own. Only the first five, the last five and the evaluations are read.
-        temperature, top_k, top_p: those of the run, to explain a negative KL.
-        eval_completions: completions of one evaluation. With it and `eval_rewards/<name>/std`, a fall of an eval
-            reward counts only above two standard errors.
+        history: metrics of each rollout, oldest first; `metrics.names` has their units. The metrics of an evaluation
+            (`eval_…`, or `eval_<set>_…` with several sets) belong to the rollout before it; those of an evaluation
+            before the first rollout are an entry by themselves. Only the first five entries, the last five and those
+            with an evaluation are read.
+        temperature: sampling temperature of the run, used to explain a negative KL.
+        top_k: `top_k` of the run, for the same purpose.
+        top_p: `top_p` of the run, for the same purpose.
+        eval_completions: number of completions per evaluation. With it and `eval_rewards/<name>/std`, a drop of an
+            evaluation reward counts only if it exceeds two standard errors.
+
+    Returns:
+        The warnings by a short name. Each is one line with cause and remedy.
     """
     warnings = {
         "entropy_collapse": _entropy_collapse(history),
@@ -52,7 +58,17 @@ def diagnose(
 
 
 def due(warnings: Mapping[str, str], last_said: dict[str, int], rollout: int, every: int) -> list[str]:
-    """The lines not said within the last `every` rollouts; `last_said` (name → rollout) is brought up to date."""
+    """The warnings that were not logged within the last `every` rollouts.
+
+    Args:
+        warnings: warnings by name.
+        last_said: for each warning, number of the rollout in which it was last logged. It is updated in place.
+        rollout: number of the current rollout.
+        every: minimum number of rollouts between two warnings of the same name.
+
+    Returns:
+        The lines to log.
+    """
     lines = []
     for name, line in warnings.items():
         if name not in last_said or rollout - last_said[name] >= every:
@@ -66,12 +82,12 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 
 def _values(history: History, name: str) -> list[float]:
-    """A metric in the rollouts that have it."""
+    """The finite values of a metric, in the rollouts that have it."""
     return _finite(metrics.get(name, math.nan) for metrics in history)
 
 
 def _mean(history: History, name: str, least: int) -> float | None:
-    """Mean of a metric over `history`, None where fewer than `least` of its rollouts have it."""
+    """Mean of a metric over `history`; `None` if fewer than `least` rollouts have it."""
     values = _values(history, name)
     if len(values) < least:
         return None
@@ -79,7 +95,7 @@ def _mean(history: History, name: str, least: int) -> float | None:
 
 
 def _then_and_now(history: History, name: str, window: int) -> tuple[float, float] | None:
-    """Means over the first and the last `window` rollouts; None while they overlap."""
+    """Means over the first and over the last `window` rollouts; `None` while they overlap."""
     if len(history) < 2 * window:
         return None
     then = _mean(history[:window], name, window - 1)
@@ -90,7 +106,7 @@ def _then_and_now(history: History, name: str, window: int) -> tuple[float, floa
 
 
 def _entropy_collapse(history: History) -> str | None:
-    # Per token, so that shorter completions are no collapse.
+    # Per token, so that shorter completions do not count as a collapse.
     per_token = []
     for metrics in history:
         length = metrics.get("completions/mean_length")
@@ -103,8 +119,8 @@ def _entropy_collapse(history: History) -> str | None:
     if not now < ENTROPY_FLOOR * then:
         return None
     return (
-        f"entropy fell from {then:.3g} to {now:.3g} nats per token: the policy says one thing for every prompt "
-        "and no longer explores. Raise kl_coef or entropy_coef, or lower learning_rate or num_ppo_epochs"
+        f"entropy fell from {then:.3g} to {now:.3g} nats per token: the policy is nearly deterministic and no longer "
+        "explores. Raise kl_coef or entropy_coef, or lower learning_rate or num_ppo_epochs"
     )
 
 
@@ -118,10 +134,16 @@ def _length_drift(history: History) -> str | None:
     change = f"completions went from {then:.3g} to {now:.3g} tokens"
     stopped = _mean(history[-RECENT:], "completions/stopped_frac", 1)
     if stopped is not None:
-        change += f" ({stopped:.0%} of them stopped by themselves)"
+        change += f" ({stopped:.0%} of them ended with a stop token)"
     if now > then:
-        return f"{change}: the reward pays for length. Set length_penalty and length_target, or missing_eos_penalty"
-    return f"{change}: the reward pays for brevity. Raise kl_coef, or lower length_penalty or missing_eos_penalty"
+        return (
+            f"{change}: the reward seems to favor long completions. Set length_penalty and length_target, or "
+            "missing_eos_penalty"
+        )
+    return (
+        f"{change}: the reward seems to favor short completions. Raise kl_coef, or lower length_penalty or "
+        "missing_eos_penalty"
+    )
 
 
 def _blind_critic(history: History) -> str | None:
@@ -131,19 +153,20 @@ def _blind_critic(history: History) -> str | None:
     if mean is None or mean > 0:
         return None
     return (
-        f"value explained variance is {mean:.2f} over the last {RECENT} rollouts, no better than a constant's: "
-        "advantages are noise. Raise value_learning_rate or vf_coef, or set normalize_rewards where returns are large"
+        f"value explained variance is {mean:.2f} over the last {RECENT} rollouts: the critic predicts no better than a "
+        "constant, so advantages are noise. Raise value_learning_rate or vf_coef, or set normalize_rewards if returns "
+        "are large"
     )
 
 
 def _clipped_updates(history: History) -> str | None:
-    # One row more than asked for: the last rollout may be unused yet, and then lacks the metric.
+    # One more rollout than needed: the last one may not have been trained on yet, and then lacks the metric.
     values = _values(history[-SHORT - 1 :], "policy/clipfrac_avg")[-SHORT:]
     if len(values) < SHORT or fmean(values) <= CLIP_FRACTION_CEILING:
         return None
     return (
         f"{fmean(values):.0%} of tokens were clipped (clip_range) in the last {SHORT} rollouts: updates are too large. "
-        "Lower learning_rate or num_ppo_epochs, or set early_stop_kl to end them early"
+        "Lower learning_rate or num_ppo_epochs, or set early_stop_kl"
     )
 
 
@@ -155,8 +178,8 @@ def _flat_scores(history: History) -> str | None:
     if not now < SPREAD_FLOOR * then:
         return None
     return (
-        f"scores hardly differ any more (deviation {now:.2g}, {then:.2g} at the start): the reward is "
-        "saturated and teaches nothing. Stop, raise kl_coef if completions look alike, or add a reward or prompts"
+        f"scores are now almost equal (standard deviation {now:.2g}, {then:.2g} at the start): the reward is saturated "
+        "and gives no training signal. Stop, raise kl_coef if completions look alike, or add a reward or prompts"
     )
 
 
@@ -165,16 +188,17 @@ def _clipped_scores(history: History) -> str | None:
     if mean is None or mean < CLIPPED_SCORES_CEILING:
         return None
     return (
-        f"{mean:.0%} of scores were clipped by reward_clip in the last {SHORT} rollouts, which makes them all alike. "
-        "Raise reward_clip, or set normalize_rewards"
+        f"{mean:.0%} of scores were clipped by reward_clip in the last {SHORT} rollouts, which makes most scores "
+        "equal. Raise reward_clip, or set normalize_rewards"
     )
 
 
 def _overoptimization(history: History, eval_completions: int | None) -> str | None:
-    """An eval-only reward below its best in both of the last two evaluations, with the training reward above then.
+    """Over-optimization of the training reward (Gao et al. 2022, arXiv:2210.10760, fig. 1).
 
-    The first sign of over-optimization (Gao et al. 2022, arXiv:2210.10760, fig. 1). A change counts where it exceeds
-    two standard errors of a difference of two means, 2·√(2/n)·std; every change does where n or std is unknown.
+    The sign: a reward that only evaluation uses is below its best in both of the last two evaluations, while the
+    training reward is higher than it was at that best. A change counts if it exceeds two standard errors of the
+    difference of two means, 2·√(2/n)·std; if n or std is unknown, every change counts.
     """
     for prefix, reward in _eval_only_rewards(history):
         proxy = f"{prefix}objective/scores"
@@ -194,8 +218,8 @@ def _overoptimization(history: History, eval_completions: int | None) -> str | N
                 where += f" on {prefix.removeprefix('eval_').removesuffix('_')}"
             return (
                 f"{reward} fell from its best {best[gold]:.3g} to {last[gold]:.3g} in {where} while the training "
-                f"reward rose from {best[proxy]:.3g} to {last[proxy]:.3g}: the policy games the reward. Keep the best "
-                "checkpoint, and raise kl_coef, or lower kl_target or max_kl"
+                f"reward rose from {best[proxy]:.3g} to {last[proxy]:.3g}: the policy over-optimizes the training "
+                "reward. Keep the best checkpoint, and raise kl_coef, or lower kl_target or max_kl"
             )
     return None
 
@@ -205,7 +229,7 @@ def _has(metrics: Mapping[str, float], name: str) -> bool:
 
 
 def _eval_only_rewards(history: History) -> list[tuple[str, str]]:
-    """Rewards that evaluation logs and training does not: the prefix of each set's metrics, and the reward's name."""
+    """Rewards that only evaluation logs: pairs of the prefix of an evaluation set's metrics and the reward's name."""
     names = sorted({name for metrics in history for name in metrics})
     rewards = []
     for name in names:
@@ -216,7 +240,7 @@ def _eval_only_rewards(history: History) -> list[tuple[str, str]]:
 
 
 def _noise(metrics: Mapping[str, float], std_name: str, n: int | None) -> float:
-    """Two standard errors of a difference of two means of `n`; 0 where that is unknown."""
+    """Two standard errors of the difference of two means of `n` values; 0 if `n` or the deviation is unknown."""
     if not n or not _has(metrics, std_name):
         return 0.0
     return 2 * math.sqrt(2 / n) * metrics[std_name]
@@ -230,8 +254,8 @@ def _negative_kl(history: History, temperature: float, top_k: int, top_p: float)
     if fmean(kl) + tolerance >= 0:
         return None
     line = (
-        f"objective/kl is {fmean(kl):.2f} nats per completion, and no KL is negative: tokens are not sampled from the "
-        f"distribution that is scored (temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}"
+        f"objective/kl is {fmean(kl):.2f} nats per completion, but a KL is never negative: tokens are not sampled from "
+        f"the distribution that is scored (temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}"
     )
     mismatch = _mean(history[-RECENT:], "sampling/logprob_mismatch", 1)
     if mismatch is not None:
@@ -239,4 +263,4 @@ def _negative_kl(history: History, temperature: float, top_k: int, top_p: float)
     line += ")"
     if top_k or top_p < 1:
         return f"{line}. Set top_k=0 and top_p=1.0, or importance_sampling_correction"
-    return f"{line} by rounding or generation_kwargs. Set importance_sampling_correction, or bf16=False"
+    return f"{line} because of rounding or generation_kwargs. Set importance_sampling_correction, or bf16=False"

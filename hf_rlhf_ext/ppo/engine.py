@@ -1,6 +1,6 @@
-"""Rollout engines: where completions come from. An engine needs a policy and token ids, and nothing else of PPO.
+"""Rollout engines, which sample completions. The default engine uses `generate` of Transformers.
 
-So PPO, best-of-n and sampling for people share one. The engine here is Transformers' `generate`.
+An engine depends only on a policy and token ids, so that PPO, best-of-n sampling and other code can use the same one.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,13 @@ from .config import PPOConfig
 
 
 class Samples(NamedTuple):
-    """Completions as token ids, each with its stop token if it has one, and what each token's draw was worth.
+    """Sampled completions.
 
-    `logprobs` are log-probabilities, in nats, under which the tokens were really drawn: after temperature, top-k and
-    top-p, in the arithmetic of the engine. None where an engine does not tell.
+    Attributes:
+        ids: token ids of each completion, including its stop token if it has one.
+        logprobs: log-probability of each of these tokens in nats, under the distribution that it was sampled from:
+            after temperature, top-k and top-p, and in the precision of the engine. `None` if the engine does not return
+            them.
     """
 
     ids: list[list[int]]
@@ -31,15 +34,17 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Options of sampling. The defaults of `temperature`, `top_p` and `top_k` sample from the policy itself.
 
     Attributes:
-        max_new_tokens: most tokens of a completion, the stop token included.
-        stop_ids: ids that end a completion.
-        pad_token_id: what pads prompts on the left; it may be a stop token, as stops are found by position.
-        temperature, top_p, top_k: as in Transformers; 1.0, 1.0 and 0 draw from the policy itself.
-        batch_size: prompts that generate at one time, of similar length; None: all of them, in their order.
-        further: other fields of `GenerationConfig`.
+        max_new_tokens: maximum number of tokens of a completion, including the stop token.
+        stop_ids: token ids that end a completion.
+        pad_token_id: id that pads prompts on the left. It may be a stop token.
+        temperature: sampling temperature, as in Transformers.
+        top_p: nucleus sampling, as in Transformers; 1.0 samples from all tokens.
+        top_k: number of most probable tokens to sample from, as in Transformers; 0 samples from all tokens.
+        batch_size: number of prompts per generation batch, which are of similar length; `None` means one batch.
+        further: further fields of `GenerationConfig`.
     """
 
     max_new_tokens: int
@@ -53,7 +58,13 @@ class Sampling:
 
 
 def sampling_of(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Sampling:
-    """How a PPO run draws completions, by its options."""
+    """Builds the sampling options of a PPO run.
+
+    Args:
+        args: options of the run.
+        tokenizer: tokenizer of the policy.
+        model: the policy, whose generation config may name more stop tokens.
+    """
     return Sampling(
         max_new_tokens=args.max_completion_length,
         stop_ids=stop_token_ids(tokenizer, model, args.stop_token_ids),
@@ -67,24 +78,37 @@ def sampling_of(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreT
 
 
 class RolloutEngine(Protocol):
-    """What samples completions for `PPOTrainer`. It owns its own resources only: a server, a cache, a copy."""
+    """Protocol of an object that samples completions for `PPOTrainer`.
+
+    An engine must not change the policy. It may hold its own resources, such as a server, a cache or a copy of the
+    weights.
+    """
 
     def sync(self, policy: nn.Module) -> None:
-        """Samples from this policy, with the weights that it has now, from here on."""
+        """Updates the engine to the current weights of `policy`. Later calls of `generate` sample from them."""
         ...
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Samples:
-        """`n` completions of every prompt, those of a prompt next to each other."""
+        """Samples `n` completions per prompt.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+            sampling: options of sampling.
+            n: number of completions per prompt.
+
+        Returns:
+            The completions; those of one prompt are next to each other.
+        """
         ...
 
 
 class TransformersEngine:
-    """`generate` of the policy itself.
+    """The default engine: samples with `generate` of the policy itself.
 
     Args:
-        merge: generate from weights with the adapter merged in, which is faster; the base is restored to the bit. Never
-            done on a quantized base, where merging would re-quantize it.
-        autocast: dtype to compute in; None is that of the weights.
+        merge: whether to merge the adapter into the base during generation, which is faster. The base is restored
+            exactly afterward. Ignored on a quantized base, which merging would quantize again.
+        autocast: dtype to compute in; `None` means that of the weights.
     """
 
     def __init__(self, *, merge: bool = True, autocast: torch.dtype | None = None):
@@ -93,13 +117,17 @@ class TransformersEngine:
         self.policy: nn.Module | None = None
 
     def sync(self, policy: nn.Module) -> None:
-        """Keeps a reference: the weights are the policy's own, so there is nothing to copy."""
+        """Keeps a reference to the policy. No weights are copied."""
         self.policy = policy
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Samples:
-        """`n` completions of every prompt (token ids), those of a prompt next to each other."""
+        """Samples `n` completions per prompt; see `RolloutEngine.generate`.
+
+        Raises:
+            UserError: if `sync` was not called before, or if an option of `sampling.further` is not supported.
+        """
         if self.policy is None:
-            raise UserError("TransformersEngine.generate: no policy yet: call sync(policy) first.")
+            raise UserError("TransformersEngine.generate: there is no policy: call sync(policy) first.")
         prompts = [ids for ids in prompt_ids for _ in range(n)]
         config = sampling_config(
             max_new_tokens=sampling.max_new_tokens,
@@ -113,12 +141,12 @@ class TransformersEngine:
         batch_size = sampling.batch_size or len(prompts)
         order = list(range(len(prompts)))
         if batch_size < len(prompts):
-            order.sort(key=lambda row: -len(prompts[row]))  # similar lengths go together: less padding
+            order.sort(key=lambda row: -len(prompts[row]))  # prompts of similar length per batch: less padding
 
         ids: list[list[int]] = [[]] * len(prompts)
         logprobs: list[list[float]] = [[]] * len(prompts)
         with (
-            evaluating(self.policy),  # eval mode: gradient checkpointing and dropout are off, the cache works
+            evaluating(self.policy),  # eval mode: no gradient checkpointing, no dropout, and the KV cache works
             merged_adapter(self.policy, enabled=self.merge),
             mixed_precision(self.policy, self.autocast),
         ):
@@ -136,9 +164,16 @@ class TransformersEngine:
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, override: list[int] | None = None
 ) -> list[int]:
-    """Ids that end a completion: `override`, or the tokenizer's eos and every eos of the model's generation config.
+    """Token ids that end a completion.
 
-    Both matter: some models stop on a token that the tokenizer does not call eos.
+    Args:
+        tokenizer: its end-of-sequence token is one of them.
+        model: the end-of-sequence tokens of its generation config are included, as some models stop at a token that is
+            not the tokenizer's end-of-sequence token.
+        override: use exactly these ids instead; `None` means those of tokenizer and model.
+
+    Returns:
+        The ids, sorted.
     """
     if override is not None:
         return sorted(set(override))
@@ -149,7 +184,7 @@ def stop_token_ids(
     return sorted(known - {None})
 
 
-# Every field that would otherwise be filled from the model's own generation config, at the value where it does nothing.
+# Fields that `generate` would otherwise fill from the model's generation config, at values that have no effect.
 _NEUTRAL = {
     "repetition_penalty": 1.0,
     "typical_p": 1.0,
@@ -175,7 +210,20 @@ def sampling_config(
     pad_token_id: int,
     **further: Any,
 ) -> GenerationConfig:
-    """A complete sampling configuration: no field is left for the model's own generation config to fill in."""
+    """Builds a complete `GenerationConfig`, so that `generate` fills no field from the model's generation config.
+
+    Args:
+        max_new_tokens: maximum number of tokens of a completion.
+        temperature: sampling temperature.
+        top_p: nucleus sampling; 1.0 samples from all tokens.
+        top_k: number of most probable tokens to sample from; 0 samples from all tokens.
+        stop_ids: token ids that end a completion.
+        pad_token_id: id used for padding.
+        further: further fields of `GenerationConfig`.
+
+    Raises:
+        UserError: if `further` asks for greedy decoding, beams or several sequences per prompt.
+    """
     for name in ("do_sample", "num_beams", "num_return_sequences"):
         if further.get(name, _NEUTRAL[name]) != _NEUTRAL[name]:
             raise UserError(
@@ -194,7 +242,7 @@ def sampling_config(
 
 @contextmanager
 def generation_config_of(model, config: GenerationConfig):
-    """Puts `config` in the place of the model's own inside: `generate` fills unset fields from there."""
+    """Inside the context, `config` replaces the model's generation config, from which `generate` fills unset fields."""
     owners = [model]
     if hasattr(model, "get_base_model"):
         owners = [model.get_base_model(), model]
@@ -212,9 +260,10 @@ def generation_config_of(model, config: GenerationConfig):
 
 
 class SampledLogprobs(LogitsProcessor):
-    """Notes the log-probability under which each token is drawn. It must come last, after temperature and top-k/top-p.
+    """Logits processor that records the log-probability of each sampled token.
 
-    Of the scores (B, V), only those of the last step are kept: the token that they led to shows at the next call.
+    It must be the last processor, after temperature, top-k and top-p. It keeps the scores (B, V) of the last step only:
+    at the next call, `input_ids` contains the token that was sampled from them.
     """
 
     def __init__(self):
@@ -232,36 +281,53 @@ class SampledLogprobs(LogitsProcessor):
         self._columns.append(logprobs)
 
     def logprobs(self, completions: Tensor) -> Tensor:
-        """(B, T) fp32, nats, of the tokens that `generate` returned; what stands after a stop means nothing."""
+        """Log-probabilities of the tokens that `generate` returned.
+
+        Args:
+            completions: (B, T) int64, the new tokens.
+
+        Returns:
+            (B, T) fp32, in nats. Values after the stop token have no meaning.
+        """
         self._take(completions[:, -1:])
-        return torch.cat(self._columns[: completions.shape[1]], dim=1)  # `generate` may take its last step back
+        return torch.cat(self._columns[: completions.shape[1]], dim=1)  # `generate` may drop its last step
 
 
 @torch.no_grad()
 def generate_completions(
-    model, prompt_ids: list[list[int]], config: GenerationConfig, device: torch.device
+    model: PreTrainedModel, prompt_ids: list[list[int]], config: GenerationConfig, device: torch.device
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Samples one completion per prompt; each ends with its first stop token, or at `max_new_tokens`.
+    """Samples one completion per prompt with `model.generate`.
 
-    Prompts are padded left. Stops are found by position, never by looking for the pad id, so pad == eos is safe.
-    Returns the completions, and for each of their tokens the log-probability (nats) under which it was really drawn:
-    after temperature, top-k and top-p, in the arithmetic of generation.
+    A completion ends with its first stop token or at `max_new_tokens`. The pad id is not used to find its end, so the
+    pad token may be a stop token.
+
+    Args:
+        model: the policy.
+        prompt_ids: token ids of each prompt. They are padded on the left.
+        config: a complete generation config, see `sampling_config`.
+        device: where to generate.
+
+    Returns:
+        The token ids of each completion, and the log-probability of each of these tokens in nats, under the
+        distribution that it was sampled from: after temperature, top-k and top-p.
     """
     width = max(len(ids) for ids in prompt_ids)
     input_ids = torch.full((len(prompt_ids), width), config.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    # Padded on the left: the last token of every prompt is where generation goes on.
+    # Padded on the left, so that every prompt ends in the last column, where generation continues.
     for row, ids in enumerate(prompt_ids):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
     recorder = SampledLogprobs()
 
     def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        # Processors given to `generate` run before top-k and top-p: here, where its list is complete, ours is the last.
+        # A processor passed to `generate` would run before top-k and top-p. Here the list is complete, so ours runs
+        # last.
         logits_processor.append(recorder)
         return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
-    # A generation config that is passed does not win by itself: unset fields are filled from the model's own.
+    # `generate` fills the unset fields of the config that it gets from the model's generation config.
     with generation_config_of(model, config), contiguous_head_inputs(model):
         output = model.generate(
             input_ids=input_ids.to(device),
@@ -277,7 +343,7 @@ def generate_completions(
 
 
 def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """`ids` up to and with the first stop token; all of them where there is none."""
+    """Cuts `ids` after the first stop token; returns all ids if there is none."""
     for position, token in enumerate(ids):
         if token in stops:
             return ids[: position + 1]

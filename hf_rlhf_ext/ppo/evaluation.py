@@ -1,4 +1,4 @@
-"""Evaluation during and after PPO: completions of a fixed set of prompts, sampled with a fixed seed."""
+"""Evaluation during and after PPO: completions for a fixed set of prompts, sampled with a fixed seed."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,10 +17,21 @@ from .rewards import RewardFunctions, extra_columns, score_completions
 
 @dataclass
 class EvaluatedCompletion:
-    """One sampled completion: its text, each reward, and what it cost in KL.
+    """One completion that an evaluation sampled, with its rewards and its KL.
 
-    `score` is the weighted sum of the training rewards; `kl` and `kl_k3` are summed over its tokens, in nats. `logged`
-    and `extra` are what reward functions gave to `log_metric` (for the batch it was in) and to `log_extra`.
+    Attributes:
+        prompt: the prompt, as text or as messages.
+        completion: the completion, as text.
+        score: weighted sum of the training rewards.
+        rewards: score of each reward function by its name, including those of evaluation only.
+        kl: k1 estimate of KL(policy ‖ reference), in nats, summed over the tokens.
+        kl_k3: k3 estimate of the same.
+        n_tokens: number of tokens, including the stop token.
+        stopped: whether the completion ends with a stop token.
+        completion_ids: token ids of the completion.
+        logged: what reward functions passed to `log_metric`, averaged over the batch of this completion.
+        extra: what reward functions passed to `log_extra`.
+        prompt_ids: token ids of the prompt.
     """
 
     prompt: str | list
@@ -39,7 +50,7 @@ class EvaluatedCompletion:
 
 @dataclass
 class _Judged:
-    """What reward functions say of a batch of completions: weighted sums, each function's scores, and what they log."""
+    """Scores of a batch of completions: weighted sums, the scores of each function, and what functions logged."""
 
     scores: list[float] = field(default_factory=list)
     by_function: dict[str, list[float]] = field(default_factory=dict)
@@ -48,12 +59,12 @@ class _Judged:
 
 
 class Evaluator:
-    """Samples and judges completions of the policy as it is now.
+    """Samples completions from the current policy and scores them.
 
     Args:
-        tools: as in training.
-        rewards: as in training.
-        eval_rewards: rewards that only evaluation asks, None without any.
+        tools: the objects that sample and score completions, the same as in training.
+        rewards: the reward functions of training.
+        eval_rewards: reward functions that only evaluation uses; `None` for none.
     """
 
     def __init__(self, tools: SamplingTools, rewards: RewardFunctions, eval_rewards: RewardFunctions | None):
@@ -66,10 +77,16 @@ class Evaluator:
     def sample_and_score(
         self, prompts: Prompts, trainer_state: TrainerState, *, seed: int | None = None
     ) -> list[EvaluatedCompletion]:
-        """One completion of each prompt, those of all processes, in the order of the prompts.
+        """Samples one completion per prompt and scores it. The random state of training does not change.
 
-        The random state of training is untouched. `seed` is that of the sampling; `args.seed` if None, so that two
-        policies are compared on common random numbers.
+        Args:
+            prompts: the prompts of the evaluation set.
+            trainer_state: state of the trainer, which reward functions get.
+            seed: seed of the sampling. `None` means `args.seed`, so that two policies are compared with the same random
+                numbers.
+
+        Returns:
+            The completions of all processes, in the order of the prompts.
         """
         device = self.ranks.device
         rows: list[EvaluatedCompletion] = []
@@ -90,7 +107,7 @@ class Evaluator:
         judged = self._judge(examples, completion_ids, trainer_state)
 
         scored = self.tools.roles.score(self.tools.pack(prompt_ids, completion_ids), reference=True)
-        # Both log-probabilities are zero in the padding, and so are the estimates.
+        # Both log-probabilities are zero in the padding, so the estimates are zero there too.
         kl = kl_k1(scored.logprobs, scored.ref_logprobs).sum(1).tolist()
         k3 = kl_k3(scored.logprobs, scored.ref_logprobs).sum(1).tolist()
 
@@ -116,7 +133,7 @@ class Evaluator:
     def _judge(
         self, examples: list[dict[str, Any]], completion_ids: list[list[int]], trainer_state: TrainerState
     ) -> _Judged:
-        """What the rewards of training and of evaluation say of a batch."""
+        """Scores a batch with the reward functions of training and of evaluation."""
         logged: dict[str, list[float]] = defaultdict(list)
         further, log_extra = extra_columns(len(examples))
         judged = _Judged(further=further)
@@ -140,9 +157,14 @@ class Evaluator:
         return judged
 
     def exact_kl(self, rows: list[EvaluatedCompletion]) -> float | None:
-        """KL over the whole vocabulary at every token of the first `exact_kl_rows` completions, nats per completion.
+        """Exact KL(policy ‖ reference) of the first `exact_kl_rows` completions, to check the estimates.
 
-        A check of the estimates. None where no row is asked for.
+        Args:
+            rows: completions that were evaluated.
+
+        Returns:
+            The mean in nats per completion, computed over the whole vocabulary at every token; `None` if
+            `exact_kl_rows` is 0 or there are no completions.
         """
         checked = rows[: self.args.exact_kl_rows]
         if not checked:
@@ -152,7 +174,11 @@ class Evaluator:
 
 
 def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:
-    """Means over completions, under the names that training logs use."""
+    """Means and standard deviations over completions, under the names that training logs.
+
+    Args:
+        rows: completions that were evaluated, at least one.
+    """
     means = {
         "objective/scores": fmean(row.score for row in rows),
         "objective/kl": fmean(row.kl for row in rows),

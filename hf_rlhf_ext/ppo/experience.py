@@ -1,4 +1,4 @@
-"""Experience: completions are sampled, judged, scored by every role, and made into advantages."""
+"""Makes rollouts: samples completions, scores them, and computes advantages."""
 
 from dataclasses import dataclass, field
 
@@ -22,11 +22,12 @@ from .shaping import RunningMoments, ShapedScores, shape_scores
 
 @dataclass
 class _Sampled:
-    """B completions as tensors, of one process or of all.
+    """B completions as tensors, of one process or of all processes.
 
-    Names and shapes are those of `Rollout`; beside these `mask` (B, T) bool, `entropies` and `sampled_logprobs` (B, T)
-    fp32, `stopped` (B,) bool, `per_func` (B, F) scores of each reward function, `scores` (B,) their weighted sum,
-    `sequence_scores` (B,) that of the functions that score whole completions, and `dense` (B, T) token rewards.
+    Names and shapes are those of `Rollout`. In addition: `mask` (B, T) bool; `entropies` and `sampled_logprobs` (B, T)
+    fp32, in nats; `stopped` (B,) bool; `per_func` (B, F) scores of each reward function; `scores` (B,) their weighted
+    sum; `sequence_scores` (B,) the weighted sum over functions that score whole completions; `dense` (B, T) token
+    rewards.
     """
 
     input_ids: Tensor
@@ -45,17 +46,17 @@ class _Sampled:
     dense: Tensor | None = None
 
     def over_all(self, ranks: Ranks, pad_token_id: int) -> "_Sampled":
-        """The completions of all processes, in the order of their numbers."""
+        """The completions of all processes, in the order of the processes."""
         if ranks.alone:
             return self
-        # All processes have the same ones: what is optional depends on the options, not on the completions.
+        # Which tensors are present depends on the options only, so it is the same on all processes.
         present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return _Sampled(**ranks.gather_rows(present, pad_token_id))
 
 
 @dataclass
 class _Judged:
-    """What reward functions made of this process's completions beside numbers: a table, and what they logged."""
+    """The completions of this process as a table, and what reward functions passed to `log_metric`."""
 
     table: CompletionTable
     logged: list[tuple[str, float]] = field(default_factory=list)
@@ -63,9 +64,15 @@ class _Judged:
 
 @dataclass(frozen=True)
 class SamplingTools:
-    """What sampling and scoring completions takes, in training and in evaluation alike.
+    """The objects that sample and score completions, in training and in evaluation.
 
-    `tokenizer` is the policy's, `sampling` says how completions are drawn, `args` are the options of the run.
+    Attributes:
+        roles: policy, reference and critic.
+        engine: samples completions.
+        tokenizer: tokenizer of the policy.
+        sampling: options of sampling.
+        args: options of the run.
+        ranks: the processes of the run.
     """
 
     roles: Roles
@@ -76,29 +83,29 @@ class SamplingTools:
     ranks: Ranks
 
     def sync(self) -> None:
-        """Lets the engine sample from the policy as it is now; once before a batch of `sample`, as it may cost."""
+        """Updates the engine to the current policy. Call it once before several `sample` calls, as it may be slow."""
         self.engine.sync(self.roles.policy)
 
     def sample(self, prompt_ids: list[list[int]]) -> Samples:
-        """One completion of each prompt, from the policy as it was at the last `sync`."""
+        """Samples one completion per prompt from the policy at the last `sync`."""
         return self.engine.generate(prompt_ids, self.sampling)
 
     def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Sequences:
-        """Prompts and completions as one batch on this process's device."""
+        """Prompts and completions as one batch on the device of this process."""
         return pack_sequences(prompt_ids, completion_ids, self.tokenizer.pad_token_id, self.ranks.device)
 
     def is_stopped(self, completion_ids: list[int]) -> bool:
-        """Whether a completion ends by itself, and not because it was cut."""
+        """Whether a completion ends with a stop token, rather than at the maximum length."""
         return completion_ids[-1] in self.sampling.stop_ids
 
 
 class ExperienceMaker:
-    """Makes rollouts. It has no state of its own: what a rollout depends on comes in, what it tells goes out with it.
+    """Makes rollouts. It has no state: a rollout depends on the arguments of `make` only.
 
     Args:
-        tools: who samples and who scores tokens.
-        rewards: who judges.
-        prompts: of the training data.
+        tools: the objects that sample and score completions.
+        rewards: the reward functions.
+        prompts: the prompts of the training data.
     """
 
     def __init__(self, tools: SamplingTools, rewards: RewardFunctions, prompts: Prompts):
@@ -110,30 +117,36 @@ class ExperienceMaker:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether anything of a rollout depends on the reference."""
+        """Whether rollouts need the log-probabilities of the reference."""
         return self.args.kl_coef > 0 or self.args.max_kl is not None
 
     @torch.no_grad()
     def make(self, index: int, kl_coef: float, moments: RunningMoments, trainer_state: TrainerState) -> Rollout:
-        """Samples completions, scores them, and computes everything that the inner epochs need.
+        """Samples completions, scores them, and computes everything that the passes over the rollout need.
 
-        With several processes each samples its share, and all hold the whole rollout: whitening and mini-batches are
-        those of one process with as many completions.
+        With several processes, each process samples its share and all processes then hold the whole rollout. Whitening
+        and mini-batches are therefore the same as on one process with the same number of completions.
 
         Args:
-            index: number of the rollout, which decides its prompts.
-            kl_coef: β in force, reward per nat.
-            moments: of the scores of earlier rollouts.
-            trainer_state: for reward functions that look at it.
+            index: number of the rollout, which determines its prompts.
+            kl_coef: current KL coefficient β, reward per nat.
+            moments: running moments of the scores of earlier rollouts.
+            trainer_state: state of the trainer, which reward functions get.
+
+        Returns:
+            The rollout.
+
+        Raises:
+            UserError: see `RewardFunctions.score`.
         """
         args = self.args
-        # 0. This process's share of the completions, then those of all.
+        # 0. Sample this process's share of the completions, then gather those of all processes.
         own, judged = self._sample(index, trainer_state)
         sampled = own.over_all(self.ranks, self.tools.tokenizer.pad_token_id)
         mask = sampled.mask
         lengths = sampled.completion_lengths
 
-        # 1. Scores become rewards of tokens, less β·KL where the KL is part of the reward.
+        # 1. Turn scores into rewards per token, minus β·KL if the KL penalty is part of the reward.
         ref_logprobs = sampled.logprobs if sampled.ref_logprobs is None else sampled.ref_logprobs
         kl = KL_ESTIMATORS[args.estimator](sampled.logprobs, ref_logprobs)
         shaped = self._shaped(sampled, moments)
@@ -141,7 +154,7 @@ class ExperienceMaker:
         kl_coef_in_reward = kl_coef if args.kl_placement == "reward" else 0.0
         rewards = token_rewards(shaped.scores, kl, lengths, kl_coef=kl_coef_in_reward, dense=dense)
 
-        # 2. Rewards become advantages, whitened over the completions of all processes.
+        # 2. Turn rewards into advantages, whitened over the completions of all processes.
         advantages, returns = generalized_advantages(
             rewards, sampled.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
         )
@@ -171,7 +184,7 @@ class ExperienceMaker:
         )
 
     def _sample(self, index: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
-        """This process's completions: ids, scores, and what every role makes of their tokens."""
+        """The completions of this process, with their scores and what each role computes for their tokens."""
         ranks = self.ranks
         size = self.args.rollout_size * ranks.count
         rows = prompt_indices(index, size, len(self.prompts), self.args.seed)
@@ -225,7 +238,7 @@ class ExperienceMaker:
 
     @staticmethod
     def _drawn_logprobs(rows: list[list[float]] | None, mask: Tensor, rescored: Tensor) -> Tensor:
-        """The engine's log-probabilities as (B, T), zero in the padding; the rescored ones where it gave none."""
+        """The engine's log-probabilities as (B, T), zero in the padding; `rescored` if the engine returned none."""
         if rows is None:
             return rescored
         flat = torch.tensor([value for row in rows for value in row], device=mask.device)
@@ -247,10 +260,10 @@ class ExperienceMaker:
         )
 
     def _orders(self, size: int) -> Tensor:
-        """(epochs, size) permutations of the inner epochs, the same on every process.
+        """(epochs, size) int64: the order of the rows in each pass over the rollout, the same on every process.
 
-        They come from PyTorch's global random state, which a checkpoint keeps; those of a rollout in use are saved
-        with it.
+        The orders are drawn from PyTorch's global random state, which a checkpoint stores. Those of the current rollout
+        are saved with it.
         """
         orders = torch.stack([torch.randperm(size) for _ in range(self.args.num_ppo_epochs)])
         return self.ranks.gather(orders)[0]
@@ -258,12 +271,12 @@ class ExperienceMaker:
     def _metrics(
         self, index: int, kl_coef: float, sampled: _Sampled, shaped: ShapedScores, kl: Tensor, returns: Tensor
     ) -> dict[str, float | Tensor]:
-        """What a rollout tells, under the names of TRL's last PPO trainer (`metrics.names` has units and meanings)."""
+        """The metrics of a rollout. Names are those of TRL's last PPO trainer; `metrics.names` has their units."""
         mask = sampled.mask
         lengths = sampled.completion_lengths
         scores = sampled.scores
         n = len(lengths)
-        # Sums over tokens divided by completions: per completion, as the KL target is.
+        # Sums over tokens, divided by the number of completions: per completion, like the KL target.
         non_score_reward = -kl_coef * masked_mean(kl, mask, n)
         metrics = {
             "objective/kl_coef": kl_coef,
@@ -286,7 +299,7 @@ class ExperienceMaker:
             metrics["rewards/clipped_frac"] = shaped.clipped.float().mean()
         for i, name in enumerate(self.rewards.names):
             column = sampled.per_func[:, i]
-            scored = column[~column.isnan()]  # a function may leave completions to the others
+            scored = column[~column.isnan()]  # a function may return None if another one scores the completion
             if len(scored):
                 metrics[f"rewards/{name}/mean"] = scored.mean()
                 metrics[f"rewards/{name}/std"] = scored.std(correction=0)

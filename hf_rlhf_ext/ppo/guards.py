@@ -1,4 +1,4 @@
-"""What keeps a PPO run from ruining itself. Guards judge and return a verdict; the trainer acts on it."""
+"""Guards, which stop a PPO run before it diverges. A guard returns a verdict, and the trainer acts on it."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -17,13 +17,13 @@ MAX_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done with a rollout.
+    """What to do with a rollout.
 
     Attributes:
-        action: `train` on it, `resample` (with other prompts) after going back, or `stop` training.
-        kl_coef: β from here on.
-        restore: checkpoint whose weights are to be loaded first, None for none.
-        message: one line that says why, with the remedy; empty where nothing is wrong.
+        action: `train` on it, `resample` other prompts after restoring a checkpoint, or `stop` training.
+        kl_coef: KL coefficient from now on, reward per nat.
+        restore: checkpoint whose weights are loaded first; `None` for none.
+        message: one line with cause and remedy; empty if nothing is wrong.
     """
 
     action: Literal["train", "resample", "stop"]
@@ -33,17 +33,21 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong with the rollout. One above the ceiling may be trained on too, with a larger β."""
+        """Whether nothing is wrong with the rollout.
+
+        It may be `False` although the rollout is trained on: with `raise_kl_coef`, a rollout above the limit is.
+        """
         return self.action == "train" and not self.message
 
 
 @dataclass(frozen=True)
 class KLGuard:
-    """A ceiling on KL(policy ‖ reference) of a rollout.
+    """A limit on KL(policy ‖ reference) of a rollout.
 
     Attributes:
-        ceiling: nats per completion; None: no ceiling.
-        when_exceeded: what to do above it: `stop`, `raise_kl_coef` (double β), or `rollback` (and double β).
+        ceiling: the limit in nats per completion; `None` means no limit.
+        when_exceeded: what to do above it: `stop`, `raise_kl_coef` (double the KL coefficient), or `rollback` (restore
+            a checkpoint and double the KL coefficient).
     """
 
     ceiling: float | None
@@ -52,35 +56,41 @@ class KLGuard:
     def judge(
         self, metrics: Mapping[str, float], *, kl_coef: float, rollbacks: int, checkpoint: Path | None
     ) -> Verdict:
-        """The verdict on a rollout with these metrics.
+        """Judges a rollout by its metrics.
 
         Args:
-            metrics: of the rollout; without `objective/kl` there is nothing to judge.
-            kl_coef: β in force.
-            rollbacks: how often the run went back already.
-            checkpoint: the one to go back to, None where there is none below the ceiling.
+            metrics: metrics of the rollout. Without `objective/kl` every rollout is good.
+            kl_coef: current KL coefficient, reward per nat.
+            rollbacks: number of earlier rollbacks in this run.
+            checkpoint: the last checkpoint below the limit; `None` if there is none.
+
+        Returns:
+            What to do with the rollout.
         """
         kl = metrics.get("objective/kl")
         if self.ceiling is None or kl is None or kl <= self.ceiling:
             return Verdict("train", kl_coef)
-        problem = f"KL is {kl:.1f} nats a completion, above max_kl = {self.ceiling:g}"
+        problem = f"KL is {kl:.1f} nats per completion, above max_kl = {self.ceiling:g}"
         remedy = "raise kl_coef, set kl_target, or lower learning_rate"
 
-        # A larger penalty pulls the policy back while it trains on.
+        # Training continues with a larger penalty.
         if self.when_exceeded == "raise_kl_coef":
             return Verdict("train", 2 * kl_coef, message=f"{problem}: kl_coef is now {2 * kl_coef:g}")
         if checkpoint is None:
             problem += ", and there is no checkpoint below it to go back to"
             return Verdict("stop", kl_coef, message=f"{problem}: {remedy}")
-        # A few times only: a run that comes back again and again has another problem.
+        # Only a few times: if rollbacks do not help, the run has another problem.
         if self.when_exceeded == "rollback" and rollbacks < MAX_ROLLBACKS:
-            message = f"{problem}: back to {checkpoint.name} (no. {rollbacks + 1}), with kl_coef {2 * kl_coef:g}"
+            message = (
+                f"{problem}: went back to {checkpoint.name} (rollback {rollbacks + 1} of {MAX_ROLLBACKS}), with "
+                f"kl_coef {2 * kl_coef:g}"
+            )
             return Verdict("resample", 2 * kl_coef, restore=checkpoint, message=message)
-        problem += f", the weights are those of {checkpoint.name} (to go on, resume from that one)"
+        problem += f", the weights are those of {checkpoint.name} (to continue, resume from it)"
         return Verdict("stop", kl_coef, restore=checkpoint, message=f"{problem}: {remedy}")
 
     def is_exceeded(self, kl: float) -> bool:
-        """Whether a KL is above the ceiling, or no number."""
+        """Whether a KL (nats per completion) is above the limit, or is NaN."""
         if self.ceiling is None:
             return not kl <= float("inf")
         return not kl <= self.ceiling
@@ -88,13 +98,13 @@ class KLGuard:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What is to be done with the gradients of an optimizer step.
+    """What to do with the gradients of an optimizer step.
 
     Attributes:
-        skip: the step must change nothing.
-        in_a_row: steps skipped since the last one with finite gradients, this one included where it counts.
-        warning: one line to say; empty for none.
-        stop_reason: why training ends; None where it goes on.
+        skip: whether to skip the step, so that it changes nothing.
+        in_a_row: number of consecutive skipped steps that count, including this one.
+        warning: one line to log; empty for none.
+        stop_reason: why training stops; `None` if it continues.
     """
 
     skip: bool
@@ -105,28 +115,31 @@ class StepVerdict:
 
 @dataclass(frozen=True)
 class GradientGuard:
-    """Steps whose gradients are not finite are skipped; after `max_skipped` in a row training ends."""
+    """Skips steps with non-finite gradients, and stops training after `max_skipped` of them in a row."""
 
     max_skipped: int
 
     def judge(self, finite: bool, *, in_a_row: int, loss_scale: float | None) -> StepVerdict:
-        """The verdict on a step.
+        """Judges the gradients of a step.
 
         Args:
-            finite: whether all gradients are numbers, on all processes.
-            in_a_row: steps skipped since the last one with finite gradients.
-            loss_scale: of the fp16 gradient scaler, None without one. Above 1 an overflow may be the scale's and no
-                fault of the run, so it does not count.
+            finite: whether all gradients are finite, on all processes.
+            in_a_row: number of steps skipped since the last one with finite gradients.
+            loss_scale: loss scale of the fp16 gradient scaler; `None` without one. If it is above 1, the scale may have
+                caused the overflow, so the skipped step does not count.
+
+        Returns:
+            What to do with the step.
         """
         if finite:
             return StepVerdict(skip=False, in_a_row=0)
-        # The scaler starts high and looks for the largest scale that works: its first overflows are part of that.
+        # The scaler starts with a large scale and lowers it at each overflow: the first overflows are expected.
         if loss_scale is not None and loss_scale > 1:
             warning = f"gradients overflow at a loss scale of {loss_scale:g}: this step is skipped and the scale halved"
             return StepVerdict(skip=True, in_a_row=in_a_row, warning=warning)
         in_a_row += 1
         if in_a_row < self.max_skipped:
-            warning = "gradients are not finite: this step is skipped and the learning-rate schedule goes on"
+            warning = "gradients are not finite: this step is skipped and the learning-rate schedule continues"
             return StepVerdict(skip=True, in_a_row=in_a_row, warning=warning)
         reason = (
             f"{in_a_row} optimizer steps in a row had gradients that are not finite: lower learning_rate or clip "
@@ -136,26 +149,36 @@ class GradientGuard:
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of all tensors are finite."""
+    """Whether all values of all tensors are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _is_sharded(args: PPOConfig) -> bool:
-    """Whether DeepSpeed or FSDP is on: by an option, or by `accelerate`, which says so in environment variables."""
+    """Whether DeepSpeed or FSDP is on: by an option, or by an environment variable that `accelerate launch` sets."""
     by_option = args.deepspeed or args.fsdp or getattr(args, "deepspeed_plugin", None)
     by_accelerate = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("DEEPSPEED", "FSDP")]
     return bool(by_option) or "true" in [value.lower() for value in by_accelerate]
 
 
 def check_setup(args: PPOConfig) -> None:
-    """Raises `UserError` for set-ups that PPO's own gradient reduction, or its KL controller, does not cover."""
+    """Refuses setups that PPO does not support.
+
+    Args:
+        args: options of the run.
+
+    Raises:
+        UserError: for several devices in one process, for DeepSpeed and FSDP, and for a `kl_horizon` that is too small
+            for the size of a rollout.
+    """
     if args.n_gpu > 1:
         raise UserError(
-            "PPOTrainer uses one device per process: start it with `accelerate launch`, or hide all but one."
+            "PPOTrainer uses one device per process: start it with `accelerate launch`, or hide all but one with "
+            "CUDA_VISIBLE_DEVICES."
         )
     if _is_sharded(args):
         raise UserError(
-            "PPOTrainer runs with plain data parallelism: leave deepspeed and fsdp out (--accelerate_config multi_gpu)."
+            "PPOTrainer supports plain data parallelism only: leave deepspeed and fsdp out (--accelerate_config "
+            "multi_gpu)."
         )
     if args.kl_target is None or args.kl_horizon is None:
         return

@@ -1,7 +1,7 @@
-"""PPO's losses as pure functions of tensors.
+"""The losses of PPO as pure functions of tensors.
 
-Shapes: B sequences of T completion tokens. `mask` is bool, True where the policy emitted the token; whatever stands in
-the padding never reaches a result or a gradient. Log-probabilities are in nats.
+Shapes: B sequences of T completion tokens. `mask` is bool, True for tokens that the policy emitted and False in the
+padding. Values in the padding affect neither results nor gradients. Log-probabilities are in nats.
 """
 
 import torch
@@ -9,11 +9,16 @@ from torch import Tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Mean of `x` (B, T) over `mask` (B, T), as a scalar.
+    """Mean of `x` over the tokens where `mask` is True.
 
     Args:
-        denominator: what to divide the masked sum by instead of the number of True entries: the token count of the
-            whole mini-batch, when `x` is one of its micro-batches. An all-False mask gives 0.
+        x: (B, T) floats.
+        mask: (B, T) bool.
+        denominator: number to divide the masked sum by; `None` means the number of True entries. For a micro-batch it
+            is the token count of the whole mini-batch.
+
+    Returns:
+        The mean, a scalar with the dtype of `x`; 0 if `mask` is False everywhere.
     """
     total = x.masked_fill(~mask, 0.0).sum()
     if denominator is None:
@@ -33,16 +38,27 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    All tensors are (B, T); `weights` (None is 1) multiply the loss of each token, and not the metrics. Returns the
-    scalar to minimise, and detached scalars divided like it: `clipfrac` (fraction of tokens whose surrogate was
-    clipped), `approxkl` (k3 of rollout policy against policy, nats per token), `ratio`.
+    Args:
+        logprobs: (B, T) log-probabilities under the policy, in nats, with gradient.
+        old_logprobs: (B, T) log-probabilities under the policy that made the rollout, in nats.
+        advantages: (B, T) advantages.
+        mask: (B, T) bool, True for emitted tokens.
+        clip_range: ε; the probability ratio is clipped to [1 − ε, 1 + ε].
+        denominator: see `masked_mean`.
+        weights: (B, T) factor on the loss of each token, such as `importance_weights`; `None` means 1. The metrics are
+            not weighted.
+
+    Returns:
+        The loss, a scalar, and a dict of metrics without gradient, divided by the same denominator: `clipfrac`
+        (fraction of tokens where the clip is active), `approxkl` (k3 estimate of KL(old policy ‖ policy), nats per
+        token) and `ratio` (mean probability ratio).
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
     ratio = log_ratio.exp()  # (B, T)
     advantages = advantages.masked_fill(~mask, 0.0)
     surrogate = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
-    # The smaller one: a step that has gone too far in the right direction gains nothing more.
+    # The minimum: once the ratio has moved beyond the clip in the direction of the advantage, the gradient is zero.
     objective = torch.minimum(surrogate, clipped)
     if weights is not None:
         objective = weights.detach() * objective
@@ -57,17 +73,19 @@ def policy_loss(
 
 
 def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights min(π_old/q, `cap`) of tokens that were drawn from q rather than from π_old.
+    """Truncated importance weights min(π_old/q, `cap`) for tokens that were sampled from q instead of π_old.
 
-    Ionides 2008 ("Truncated importance sampling", J. Comput. Graph. Stat. 17(2)); ρ of IMPALA (Espeholt et al. 2018,
-    arXiv:1802.01561, sec. 4.1). They cannot bring back tokens that top-k or top-p gave probability zero.
+    See Ionides 2008 ("Truncated importance sampling", J. Comput. Graph. Stat. 17(2)), and ρ of IMPALA (Espeholt et al.
+    2018, arXiv:1802.01561, sec. 4.1). The weights do not correct for tokens that top-k or top-p gave probability zero.
 
     Args:
-        old_logprobs: (B, T) under the policy that made the rollout, as training computes them, nats.
-        sampled_logprobs: (B, T) under which generation really drew the tokens, nats.
+        old_logprobs: (B, T) log-probabilities under π_old as training computes them, in nats.
+        sampled_logprobs: (B, T) log-probabilities under which the engine sampled the tokens, in nats.
+        mask: (B, T) bool, True for emitted tokens.
+        cap: maximum of a weight.
 
     Returns:
-        (B, T) without gradient, 1 in the padding.
+        (B, T) weights without gradient, 1 in the padding.
     """
     log_ratio = (old_logprobs - sampled_logprobs).detach().masked_fill(~mask, 0.0)
     return log_ratio.exp().clamp(max=cap).masked_fill(~mask, 1.0)
@@ -82,16 +100,26 @@ def value_loss(
     clip_range: float | None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the value head, the worse of the clipped and unclipped one.
+    """Clipped value loss: half the larger of the clipped and the unclipped squared error.
 
-    As in OpenAI's baselines and Huang et al. 2022 ("The 37 implementation details of PPO", no. 9): the new value may
-    move by at most `clip_range` from the rollout's; `None` turns the clip off. All tensors are (B, T), in units of
-    reward. Returns the scalar loss (reward²) and the fraction of tokens where the clip bound.
+    As in OpenAI's baselines and in Huang et al. 2022 ("The 37 implementation details of PPO", no. 9).
+
+    Args:
+        values: (B, T) values of the critic, in units of reward, with gradient.
+        old_values: (B, T) values in the rollout.
+        returns: (B, T) returns, the target of the critic.
+        mask: (B, T) bool, True for emitted tokens.
+        clip_range: how far a value may move from its value in the rollout, in units of reward; `None` turns the clip
+            off.
+        denominator: see `masked_mean`.
+
+    Returns:
+        The loss, a scalar in reward², and the fraction of tokens where the clip is active, a scalar without gradient.
     """
     error = (values - returns).masked_fill(~mask, 0.0).square()
     if clip_range is None:
         return 0.5 * masked_mean(error, mask, denominator), torch.zeros_like(error[0, 0])
-    # The worse of both errors: a value that has moved too far gains nothing by moving on.
+    # The maximum: once a value has moved beyond the clip, its gradient is zero.
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     clipped_error = (clipped - returns).masked_fill(~mask, 0.0).square()
     with torch.no_grad():

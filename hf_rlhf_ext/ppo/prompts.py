@@ -1,4 +1,4 @@
-"""PPO's prompts: checked and encoded once, and which of them a rollout gets."""
+"""The prompts of PPO: checks and tokenizes them once, and selects the prompts of each rollout."""
 
 import copy
 import logging
@@ -36,14 +36,21 @@ SAMPLING_OPTIONS = {
     "exponential_decay_length_penalty": None,
     "watermarking_config": None,
 }
-"""Fields of `GenerationConfig` that change the distribution of tokens, and the value at which each does nothing."""
+"""Fields of `GenerationConfig` that change the distribution of tokens, each with the value that has no effect."""
 
 
 class Prompts:
-    """Rows of a data set with the token ids of their prompts.
+    """The rows of a dataset with the token ids of their prompts.
+
+    Args:
+        dataset: dataset with a column `prompt`.
+        tokenizer: tokenizer of the policy.
+        args: options of the run.
+        split: `train` or `eval`, for error messages.
+        max_positions: maximum number of tokens of a sequence that the policy supports.
 
     Raises:
-        UserError: a data set without usable prompts; the message names split and row.
+        UserError: if a prompt is not usable; the message names split and row.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Prompts:
         return self._encoded[0]
 
     def rows(self, indices: list[int] | range) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        """Rows of the data set, and their prompts as token ids."""
+        """The rows with these indices, and the token ids of their prompts."""
         examples = [self._dataset[index] for index in indices]
         prompt_ids = [self._encoded[index] for index in indices]
         return examples, prompt_ids
@@ -76,7 +83,7 @@ class Prompts:
 def encode_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
 ) -> list[list[int]]:
-    """Token ids of every prompt, after checking the data set; raises `UserError` with split and row."""
+    """Checks the dataset and tokenizes its prompts; raises `UserError` with split and row. See `Prompts`."""
     _check_dataset(dataset, split)
     check_tokenizer(tokenizer, needs_chat_template=is_messages(dataset[0]["prompt"]))
     room = max_positions - args.max_completion_length
@@ -87,7 +94,7 @@ def encode_prompts(
     for row, prompt in enumerate(dataset["prompt"]):
         where = f"{split}_dataset row {row}"
         if not isinstance(prompt, str) and not is_messages(prompt):
-            raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages.")
+            raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages: fix or drop the row.")
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise UserError(f"{where}: `prompt` has no tokens: remove the row or add a begin token.")
@@ -105,7 +112,7 @@ def encode_prompts(
 
 def _check_dataset(dataset: Dataset, split: str) -> None:
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"{split}_dataset is streamed: PPO needs to draw prompts by row, pass a `datasets.Dataset`.")
+        raise UserError(f"{split}_dataset is streamed, which PPO does not support: pass a `datasets.Dataset`.")
     if "prompt" not in dataset.column_names:
         raise UserError(
             f"{split}_dataset has no column 'prompt', only {dataset.column_names}: rename yours to 'prompt'."
@@ -115,9 +122,19 @@ def _check_dataset(dataset: Dataset, split: str) -> None:
 
 
 def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[int]:
-    """Rows of the prompts of one rollout: a function of its number and the seed alone, so that resuming is exact.
+    """Rows of the prompts of one rollout.
 
-    Every pass over the `n_prompts` rows has its own permutation; a data set smaller than a rollout wraps around.
+    They depend only on the number of the rollout and the seed, so that a resumed run gets the same prompts. Each pass
+    over the prompts has its own permutation. If there are fewer prompts than completions in a rollout, prompts repeat.
+
+    Args:
+        rollout: number of the rollout, from 0.
+        size: number of completions per rollout, over all processes.
+        n_prompts: number of prompts in the dataset.
+        seed: seed of the permutations.
+
+    Returns:
+        `size` indices of rows.
     """
     rows = []
     permutations: dict[int, list[int]] = {}
@@ -131,7 +148,7 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[i
 
 
 def warn_of_other_sampling(args: PPOConfig) -> None:
-    """One line where completions are drawn from a distribution other than the one whose probabilities PPO uses."""
+    """Logs a warning if completions are not sampled from the distribution whose log-probabilities PPO uses."""
     if args.importance_sampling_correction:
         return
     changed = []
@@ -146,25 +163,27 @@ def warn_of_other_sampling(args: PPOConfig) -> None:
             changed.append(f"{name}={value}")
     if changed:
         logger.warning(
-            "%s: tokens are drawn from another distribution than the one that is scored (sampling/logprob_mismatch "
-            "shows by how much): leave it out, or set importance_sampling_correction.",
+            "%s: tokens are sampled from another distribution than the one that is scored (the metric "
+            "sampling/logprob_mismatch shows the difference): leave it out, or set importance_sampling_correction.",
             ", ".join(changed),
         )
 
 
 def check_best_metric(args: PPOConfig, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Refuses a `metric_for_best_model` that names none of several evaluation sets, before anything is sampled."""
+    """Raises `UserError` if there are several evaluation sets and `metric_for_best_model` names none of them."""
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
     if not chosen or not isinstance(eval_dataset, dict):
         return
     prefixes = tuple(f"{name}_" for name in eval_dataset)
     if not chosen.startswith(prefixes):
         first = next(iter(eval_dataset))
-        raise UserError(f"metric_for_best_model: eval_dataset has several sets: say which, as in {first}_{chosen}.")
+        raise UserError(
+            f"metric_for_best_model: eval_dataset has several sets: add the name of one, as in {first}_{chosen}."
+        )
 
 
 def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfig:
-    """A copy of `args` whose `max_steps` is set: `num_train_epochs` passes over the prompts, in whole rollouts."""
+    """Returns a copy of `args` with `max_steps`. If it is not set, it is computed from `num_train_epochs`."""
     args = copy.copy(args)
     if args.max_steps <= 0:
         rollouts = max(1, math.ceil(args.num_train_epochs * n_prompts / (args.rollout_size * world_size)))
@@ -173,10 +192,10 @@ def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfi
 
 
 def tick_dataloader(args: PPOConfig, world_size: int) -> DataLoader:
-    """One batch per micro-step that holds nothing but its number.
+    """A data loader with one batch per micro-step, which contains only the number of the step.
 
-    The prompts of a rollout are a function of its number and the seed, so the data loader only has to count: resuming
-    and inner epochs that stop early cannot shift any data.
+    The prompts of a rollout depend only on its number and the seed. The data loader only counts, so that neither
+    resuming nor an early stop of a rollout shifts the data.
     """
     ticks = range(args.max_steps * args.gradient_accumulation_steps * world_size)
     return DataLoader(ticks, batch_size=1, shuffle=False, collate_fn=lambda batch: {"tick": torch.tensor(batch)})

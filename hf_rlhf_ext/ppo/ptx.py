@@ -1,4 +1,4 @@
-"""PPO-ptx: text whose language-model loss is mixed into the update, so that PPO forgets less of it."""
+"""PPO-ptx (InstructGPT): adds the language-model loss of texts to the update, so that the policy forgets less."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,12 @@ from .rollout import Sequences, pack_sequences
 
 @dataclass
 class TextBatch:
-    """Texts that go through the model together.
+    """Texts that pass through the model together.
 
-    `sequences`: contexts as prompts, targets as completions. `n_tokens`: targets of the whole step on all processes, by
-    which the loss is divided. `share`: weight of this part in the step's mean.
+    Attributes:
+        sequences: contexts as prompts, targets as completions.
+        n_tokens: number of target tokens of the whole optimizer step on all processes. The loss is divided by it.
+        share: weight of this batch in the mean of a metric over the optimizer step.
     """
 
     sequences: Sequences
@@ -29,29 +31,34 @@ class TextBatch:
 
 
 class PTXTexts:
-    """The texts of PPO-ptx, encoded once.
+    """The texts of PPO-ptx, tokenized once.
 
     Args:
-        dataset: rows of `text`, of `prompt` and `completion`, or of `messages`; None: there is no text.
-        max_positions: longer texts are cut at so many tokens.
+        dataset: rows with `text`, with `prompt` and `completion`, or with `messages`; `None` means no texts.
+        tokenizer: tokenizer of the policy.
+        args: options of the run.
+        max_positions: longer texts are cut to this number of tokens.
+
+    Raises:
+        UserError: if only one of `ptx_dataset` and `ptx_coef` is given, or if a row is not usable.
     """
 
     def __init__(
         self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, *, max_positions: int
     ):
         if (dataset is None) != (args.ptx_coef == 0):
-            raise UserError("PPO-ptx needs both ptx_dataset and a ptx_coef above 0: give the other one, or neither.")
+            raise UserError("PPO-ptx needs both ptx_dataset and ptx_coef above 0: set both, or neither.")
         self._pad_token_id = tokenizer.pad_token_id
         self._texts: list[tuple[list[int], list[int]]] = []
         if dataset is not None:
             self._texts = encode_texts(dataset, tokenizer, max_positions)
 
     def batches(self, step: int, args: PPOConfig, ranks: Ranks) -> list[TextBatch]:
-        """This process's texts of an optimizer step: a function of the step and the seed alone."""
+        """The texts of this process for an optimizer step. They depend only on the step and the seed."""
         if not self._texts:
             return []
         size = (args.ptx_batch_size or args.minibatch_size) * ranks.count
-        # Drawn as prompts are, so that a resumed run sees the texts of an uninterrupted one.
+        # Selected like prompts, so that a resumed run gets the same texts as an uninterrupted one.
         texts = [self._texts[row] for row in prompt_indices(step, size, len(self._texts), args.seed)]
         n_tokens = sum(len(targets) for _, targets in texts)
         own = ranks.share(texts)
@@ -70,29 +77,50 @@ class PTXTexts:
 
 
 def text_loss(logprobs: Tensor, n_tokens: int) -> Tensor:
-    """This part's share of the mean cross-entropy: −Σ log π / `n_tokens`, a scalar in nats per token."""
+    """Share of a batch in the mean cross-entropy: −Σ log π / `n_tokens`.
+
+    Args:
+        logprobs: (N,) log-probabilities of the target tokens of the batch, in nats.
+        n_tokens: number of target tokens of the whole optimizer step.
+
+    Returns:
+        A scalar, in nats per token.
+    """
     return -logprobs.sum() / n_tokens
 
 
 def encode_texts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_positions: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(context ids, target ids) of every row; longer ones are cut at `max_positions` tokens.
+    """Tokenizes texts.
 
-    Rows have `text` (all of it is learned, except the first token), `prompt` and `completion`, or `messages` that end
-    with an answer (only the answer is learned). Raises `UserError` with the row.
+    Args:
+        dataset: rows with `text` (all tokens except the first are targets), with `prompt` and `completion`, or with
+            `messages` that end with a message of the assistant (the tokens of the completion are targets).
+        tokenizer: tokenizer of the policy.
+        max_positions: longer texts are cut to this number of tokens.
+
+    Returns:
+        The context ids and target ids of each row.
+
+    Raises:
+        UserError: if the columns are missing or a row has no targets; the message names the row.
     """
     columns = set(dataset.column_names)
     if not ({"text"} <= columns or {"prompt", "completion"} <= columns or {"messages"} <= columns):
         raise UserError(
-            f"ptx_dataset has no 'text', no 'prompt' with 'completion', and no 'messages', only {sorted(columns)}."
+            f"ptx_dataset has only the columns {sorted(columns)}: rename yours to 'text', to 'prompt' and "
+            "'completion', or to 'messages'."
         )
     encoded = []
     for row, example in enumerate(dataset):
         context, targets = _encode_row(example, row, tokenizer)
         targets = targets[: max(0, max_positions - len(context))]
         if not context or not targets:
-            raise UserError(f"ptx_dataset row {row}: nothing to learn in {max_positions} tokens: drop or shorten it.")
+            raise UserError(
+                f"ptx_dataset row {row}: there is nothing to learn within {max_positions} tokens: drop or shorten the "
+                "row."
+            )
         encoded.append((context, targets))
     if not encoded:
         raise UserError("ptx_dataset is empty: give it rows, or leave it out.")
@@ -102,11 +130,13 @@ def encode_texts(
 def _encode_row(example: dict, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if "text" in example:
         ids = tokenizer(example["text"] or "")["input_ids"]
-        return ids[:1], ids[1:]  # the first token has nothing before it to be predicted from
+        return ids[:1], ids[1:]  # the first token has no context to be predicted from
     if "messages" in example:
         messages = example["messages"]
         if not is_messages(messages) or messages[-1]["role"] != "assistant":
-            raise UserError(f"ptx_dataset row {row}: `messages` must end with one of the assistant.")
+            raise UserError(
+                f"ptx_dataset row {row}: `messages` must end with a message of the assistant: fix or drop the row."
+            )
         prompt = messages[:-1]
         completion = messages[-1:]
     else:

@@ -1,6 +1,6 @@
-"""The processes of a run: which rows each one has, and sums over all of them.
+"""The processes of a run: which rows each process has, and sums over all processes.
 
-The same arithmetic would otherwise stand wherever a rollout is shared out. With one process everything here is a no-op.
+With one process, everything here does nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from .batching import concat_rows
 
 
 class Ranks:
-    """What processes of a run do together.
+    """The processes of a run, and the operations over all of them.
 
     Args:
-        accelerator: Trainer's, which has started the processes.
+        accelerator: the accelerator of the trainer.
 
     Attributes:
         count: number of processes.
-        index: number of this one, from 0.
-        device: where this process computes.
+        index: number of this process, from 0.
+        device: device of this process.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -33,34 +33,34 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is one process only."""
+        """Whether there is only one process."""
         return self.count == 1
 
     def share(self, rows: Sequence | Tensor) -> Sequence | Tensor:
-        """This process's rows of a mini-batch that all hold: every `count`-th one."""
+        """The rows of this process in a mini-batch that all processes hold: every `count`-th row."""
         return rows[self.index :: self.count]
 
     def block(self, n: int) -> range:
-        """This process's numbers of 0 … n - 1, next to each other; the last processes may have fewer."""
+        """The contiguous block of 0 … n - 1 that belongs to this process; the last processes may have fewer."""
         size = -(-n // self.count)  # rounded up
         start = min(self.index * size, n)
         end = min((self.index + 1) * size, n)
         return range(start, end)
 
     def gather(self, value: object) -> list:
-        """`value` of every process, in the order of their numbers."""
+        """The values of all processes, in the order of the processes."""
         if self.alone:
             return [value]
         return gather_object([value])
 
     def concatenate(self, values: list) -> list:
-        """The lists of all processes as one."""
+        """The lists of all processes, concatenated in the order of the processes."""
         if self.alone:
             return values
         return gather_object(values)
 
     def gather_rows(self, rows: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-        """Batches (B, …) of all processes as one, on this device; `batching.concat_rows` says how they are padded."""
+        """Concatenates the batches (B, …) of all processes on this device, see `batching.concat_rows`."""
         if self.alone:
             return rows
         parts: list[Mapping[str, Tensor]] = self.gather({name: tensor.cpu() for name, tensor in rows.items()})
@@ -68,7 +68,7 @@ class Ranks:
         return {name: tensor.to(self.device) for name, tensor in merged.items()}
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sums tensors over processes, in place, in one message."""
+        """Sums tensors over processes, in place and in one message."""
         if self.alone or not tensors:
             return
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
@@ -78,11 +78,11 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def sum_of(self, *numbers: float | Tensor) -> list[float]:
-        """Each number summed over processes."""
+        """Sums each number over processes."""
         totals = torch.tensor([float(number) for number in numbers], device=self.device)
         self.sum_([totals])
         return totals.tolist()
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Waits for all processes."""
         self._accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Reward functions as TRL's GRPOTrainer takes them, with every wrong answer named."""
+"""Reward functions with the interface of TRL's `GRPOTrainer`. What they return is checked."""
 
 import asyncio
 import math
@@ -23,11 +23,14 @@ RewardFunc = str | nn.Module | Callable[..., list[float | None] | list[list[floa
 
 
 class Scores(NamedTuple):
-    """What F reward functions say of B completions, fp32.
+    """Scores of B completions from F reward functions, all fp32.
 
-    `per_func` (B, F): each one's score, NaN where it returned None; that of token rewards is their sum. `sequence`
-    (B,): weighted sum of the functions that score whole completions. `dense` (B, T): weighted sum of the others'
-    token rewards, zero in the padding; T is the longest completion. None where no function returned token rewards.
+    Attributes:
+        per_func: (B, F) score of each function, NaN where it returned `None`. The score of a function that returns
+            token rewards is their sum.
+        sequence: (B,) weighted sum over the functions that score whole completions.
+        dense: (B, T) weighted sum over the functions that return token rewards, zero in the padding; T is the length of
+            the longest completion. `None` if no function returned token rewards.
     """
 
     per_func: Tensor
@@ -35,22 +38,29 @@ class Scores(NamedTuple):
     dense: Tensor | None = None
 
     def to(self, device: torch.device) -> "Scores":
+        """The same scores on `device`."""
         return Scores(*(None if tensor is None else tensor.to(device) for tensor in self))
 
 
 class RewardFunctions:
-    """One or several reward functions, called with `prompts, completions, completion_ids, **columns` as in TRL.
+    """One or more reward functions, called as in TRL: `func(prompts, completions, completion_ids, **columns)`.
 
-    A function returns a number for each completion or, for each, a list of rewards, one per completion token.
+    A function returns one number per completion, or one list per completion with a reward for each of its tokens.
 
     Args:
-        reward_funcs: a callable (plain or async), a sequence-classification model, the path or Hub id of one or of a
-            reward adapter, or a list of these.
-        reward_weights: weight of each in the sum; None is 1 each.
-        processing_classes: tokenizer of each reward model (None for callables); loaded by the model's name if left out.
-        share: takes a path or Hub id and returns a scorer on weights that are loaded already, or None to load it.
-        trust_remote_code: for reward models and tokenizers that are loaded, as in Transformers.
-        option: name of the argument, for error messages.
+        reward_funcs: a function (plain or async), a sequence-classification model, the path or Hub id of such a model,
+            of a reward adapter or of an ensemble, or a list of these.
+        reward_weights: weight of each function in the sum; `None` means 1 each.
+        processing_classes: tokenizer of each reward model, `None` for functions. If left out, the tokenizer is loaded
+            with the model.
+        share: takes a path or Hub id and returns a scorer that uses weights already in memory, or `None` if the model
+            must be loaded. If left out, every reward model is loaded.
+        trust_remote_code: whether to run Python code from the repository of a reward model, as in Transformers.
+        option: name of the argument in error messages.
+
+    Raises:
+        UserError: if there is no reward function, if an entry is not a reward function, or if the numbers of functions,
+            weights and tokenizers differ.
     """
 
     def __init__(
@@ -81,11 +91,11 @@ class RewardFunctions:
         self.weights = torch.tensor(reward_weights or [1.0] * len(funcs), dtype=torch.float32)
 
     def weighted(self) -> Iterator[tuple[Callable, float]]:
-        """Each function with its weight."""
+        """Pairs of a function and its weight."""
         return zip(self.funcs, self.weights.tolist(), strict=True)
 
     def to(self, device: torch.device) -> Self:
-        """Moves reward models there, those in 4 or 8 bits excepted."""
+        """Moves the reward models to `device`, except quantized ones; returns itself."""
         for func in self.funcs:
             scorers = func.members if isinstance(func, RewardEnsemble) else [func]
             for scorer in scorers:
@@ -96,17 +106,26 @@ class RewardFunctions:
     def score(
         self, prompts: list, completions: list, *, completion_ids: list[list[int]] | None = None, **columns: Any
     ) -> Scores:
-        """What every function says; functions get `columns` and, where given, `completion_ids`.
+        """Calls every function and combines what they return.
+
+        Args:
+            prompts: B prompts, as text or as messages.
+            completions: B completions, as text or as messages.
+            completion_ids: token ids of each completion. Token rewards need them.
+            columns: further arguments of the functions, such as columns of the dataset with B entries each.
+
+        Returns:
+            The scores.
 
         Raises:
-            UserError: a wrong number of scores or token rewards, one that is not finite, or a row that no function
-                scored.
+            UserError: if a function returned a wrong number of scores or token rewards, or one that is not finite, or
+                if no function scored a completion.
         """
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
         outputs = self._outputs(prompts, completions, columns)
         answers = [_checked(output, len(prompts), name) for output, name in zip(outputs, self.names, strict=True)]
-        # A function that gives a list for some completion gives token rewards; the others score whole completions.
+        # A function that returns a list for any completion returns token rewards; the others score whole completions.
         dense = [i for i, answer in enumerate(answers) if any(isinstance(row, list) for row in answer)]
         for i in dense:
             answers[i] = _checked_tokens(answers[i], completion_ids, self.names[i])
@@ -133,16 +152,23 @@ class RewardFunctions:
             )
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Tensor:
-        """Scores of each function, (B, F) fp32; NaN where a function returned None for a row (as in TRL)."""
+        """Scores of each function, (B, F) fp32; NaN where a function returned `None`, as in TRL. See `score`."""
         return self.score(prompts, completions, **columns).per_func
 
     def combine(self, scores: Tensor) -> Tensor:
-        """Weighted sum over functions of (B, F) scores, leaving out the ones that returned None: (B,)."""
+        """Weighted sum of the scores of each completion.
+
+        Args:
+            scores: (B, F) scores of the functions; NaN where a function returned `None`.
+
+        Returns:
+            (B,) sums, in which NaN counts as 0.
+        """
         return (scores * self.weights.to(scores.device)).nansum(dim=1)
 
     def _outputs(self, prompts: list, completions: list, columns: dict[str, Any]) -> list[Any]:
-        """What each function returned; async ones run at the same time."""
-        # An async function returns a coroutine here, which runs below.
+        """What each function returned. Async functions run at the same time."""
+        # An async function returns a coroutine here, which is run below.
         outputs = [func(prompts=prompts, completions=completions, **columns) for func in self.funcs]
         pending = [i for i, func in enumerate(self.funcs) if is_async_callable(func)]
         for i, output in zip(pending, _run_all([outputs[i] for i in pending]), strict=True):
@@ -157,12 +183,20 @@ def score_completions(
     completion_ids: list[list[int]],
     **hooks: Any,
 ) -> Scores:
-    """What the reward functions say of completions, as text, or as messages where prompts are messages.
+    """Decodes completions and scores them. The functions get text, or messages if the prompt is a list of messages.
 
     Args:
-        examples: rows of the data set; their columns beside `prompt` go to the functions.
-        completion_ids: token ids of a completion for each.
-        hooks: further arguments of the functions: `trainer_state`, `log_metric`, `log_extra`, as in TRL.
+        rewards: the reward functions.
+        tokenizer: tokenizer of the policy.
+        examples: B rows of the dataset. Their columns other than `prompt` are passed to the functions.
+        completion_ids: token ids of the completion of each row.
+        hooks: further arguments of the functions: `trainer_state`, `log_metric` and `log_extra`, as in TRL.
+
+    Returns:
+        The scores.
+
+    Raises:
+        UserError: see `RewardFunctions.score`.
     """
     prompts = [example["prompt"] for example in examples]
     completions: list[Any] = []
@@ -171,14 +205,21 @@ def score_completions(
         if not isinstance(prompt, str):
             completion = [{"role": "assistant", "content": completion}]
         completions.append(completion)
-    # A column of these names would take the place of what is scored.
+    # Columns with these names would replace the arguments of the same name.
     taken = ("prompt", "completion", "completion_ids")
     columns = {name: [example[name] for example in examples] for name in examples[0] if name not in taken}
     return rewards.score(prompts, completions, completion_ids=completion_ids, **columns, **hooks)
 
 
 def extra_columns(n: int) -> tuple[dict[str, list], Callable[[str, list], None]]:
-    """Columns of a table of `n` completions, and the `log_extra(column, values)` by which reward functions fill it."""
+    """Makes an empty table and the `log_extra(column, values)` with which reward functions add columns to it.
+
+    Args:
+        n: number of completions, which is the length of each column.
+
+    Returns:
+        The columns by name, and the function. The function raises `UserError` unless it gets `n` values.
+    """
     columns: dict[str, list] = {}
 
     def log_extra(column: str, values: list) -> None:
@@ -190,7 +231,7 @@ def extra_columns(n: int) -> tuple[dict[str, list], Callable[[str, list], None]]
 
 
 def _distinct_names(names: list[str]) -> list[str]:
-    """Names as they are, with their number where two are the same: logs tell them apart."""
+    """Appends its number to each name that occurs more than once, so that logs are unambiguous."""
     return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
@@ -202,7 +243,7 @@ def _as_callable(
     trust_remote_code: bool,
 ) -> Callable:
     if isinstance(func, str | Path):
-        # On the policy's base where it fits: the base is loaded once.
+        # If it fits the policy's base, that base is shared and need not be loaded again.
         shared = share(func) if share is not None else None
         func = shared if shared is not None else load_reward(func, trust_remote_code=trust_remote_code)
         if isinstance(func, RewardScorer):
@@ -211,7 +252,7 @@ def _as_callable(
         name = func.config.name_or_path
         func = RewardScorer(func, tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code))
     elif not callable(func):
-        raise UserError(f"{option}: {func!r} is neither callable, a model, nor a path.")
+        raise UserError(f"{option}: {func!r} is not a function, a model or a path.")
     return func
 
 
@@ -221,17 +262,17 @@ def _run_all(coroutines: list) -> list:
 
     if not coroutines:
         return []
-    with ThreadPoolExecutor(1) as pool:  # a thread of its own: a notebook's has an event loop running already
+    with ThreadPoolExecutor(1) as pool:  # a new thread, as the main thread of a notebook already runs an event loop
         return pool.submit(asyncio.run, gather()).result()
 
 
 def _checked(output: Any, expected: int, name: str) -> list:
-    """One function's answer: a float for each completion, or a list for each; None stays.
+    """Checks what one function returned: a number per completion, or a list per completion; `None` is kept.
 
-    Raises `UserError` for anything else; what the lists hold is left to `_checked_tokens`.
+    Raises `UserError` for anything else. `_checked_tokens` checks the lists.
     """
     rows = None
-    if isinstance(output, Iterable) and getattr(output, "ndim", 1):  # a tensor without axes is one number
+    if isinstance(output, Iterable) and getattr(output, "ndim", 1):  # a tensor with 0 dimensions is one number
         rows = list(output)
     if rows is None or len(rows) != expected:
         returned = repr(output) if rows is None else f"{len(rows)} scores"
@@ -245,21 +286,24 @@ def _checked(output: Any, expected: int, name: str) -> list:
         if row is not None and not is_list[i]:
             raise UserError(
                 f"reward function {name!r} returned {row!r} for completion {i} and a list for completion "
-                f"{is_list.index(True)}: return a number for every completion, or for each a list with one number per "
-                "token."
+                f"{is_list.index(True)}: return a number for every completion, or a list with one number per token for "
+                "every completion."
             )
     return [None if row is None else list(row) for row in rows]
 
 
 def _checked_tokens(rows: list[list | None], completion_ids: list[list[int]] | None, name: str) -> list:
-    """Rewards per token as floats; raises `UserError` where they are not one for each token of a completion."""
+    """Token rewards as floats; raises `UserError` unless there is one reward per token of each completion."""
     if completion_ids is None:
-        raise UserError(f"reward function {name!r} returned token rewards: they need completion_ids.")
+        raise UserError(
+            f"reward function {name!r} returned token rewards, which need completion_ids: pass them, or return one "
+            "score per completion."
+        )
     for i, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
         if row is not None and len(row) != len(ids):
             raise UserError(
                 f"reward function {name!r} returned {len(row)} token rewards for completion {i}, which has {len(ids)} "
-                "tokens: return one for each of completion_ids, the stop token included."
+                "tokens: return one for each of completion_ids, including the stop token."
             )
     checked: list[list[float] | None] = []
     for i, row in enumerate(rows):
@@ -281,7 +325,7 @@ def _number(value: Any, name: str, where: str) -> float:
 
 
 def _total(row: float | Sequence[float] | None) -> float:
-    """The score of one completion, NaN where there is none."""
+    """The score of one completion, NaN if there is none."""
     if row is None:
         return math.nan
     if isinstance(row, list):
@@ -290,7 +334,7 @@ def _total(row: float | Sequence[float] | None) -> float:
 
 
 def _padded(rows: list[list[float] | None], width: int) -> Tensor:
-    """Token rewards as (B, `width`) fp32, zero in the padding and where there are none."""
+    """Token rewards as (B, `width`) fp32, zero in the padding and for `None`."""
     padded = torch.zeros(len(rows), width, dtype=torch.float32)
     for i, row in enumerate(rows):
         if row:

@@ -1,4 +1,7 @@
-"""Who computes what in PPO: policy, reference, critic and reward, on one base wherever they can share it."""
+"""The roles of PPO: policy, reference, critic and reward, on one base model if they can share it.
+
+Shapes: B completions of at most T tokens; N emitted tokens; H units of the hidden states.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,10 +37,13 @@ REFERENCE_FOLDER = ADAPTER_NAMES["reference"]
 
 @dataclass
 class ScoredTokens:
-    """What the roles make of B completions of at most T tokens: (B, T) fp32 each, zero in the padding.
+    """What the roles compute for each token: (B, T) fp32 each, zero in the padding.
 
-    `logprobs` and `ref_logprobs` of the emitted tokens and `entropies` of the policy's distributions in nats; `values`
-    in reward. `ref_logprobs` is None where nobody asked the reference.
+    Attributes:
+        logprobs: log-probabilities under the policy, in nats.
+        entropies: entropies of the policy's distributions, in nats.
+        values: values of the critic, in units of reward.
+        ref_logprobs: log-probabilities under the reference, in nats; `None` if they were not requested.
     """
 
     logprobs: Tensor
@@ -47,58 +53,67 @@ class ScoredTokens:
 
 
 class Roles:
-    """Policy, reference and critic of a PPO run. It computes; the trainer decides what is trained.
+    """Policy, reference and critic of a PPO run. This class computes; the trainer decides what is trained.
 
     Args:
-        stack: with the roles policy, reference and value attached, and reward where it shares the base.
-        critic: kind of critic: adapter, head or model.
-        args: options of the run; `temperature`, `max_tokens_per_batch`, precision and the like are read from it.
+        stack: stack with the roles policy, reference and value, and with reward if it shares the base.
+        critic: kind of critic: `adapter`, `head` or `model`.
+        args: options of the run, such as temperature, precision and batch sizes.
     """
 
     def __init__(self, stack: AdapterStack, critic: str, args: PPOConfig):
         self.stack = stack
         self.critic = critic
         self.args = args
-        self.temperature = args.temperature  # that of sampling, which is fixed with the trainer too
+        self.temperature = args.temperature  # fixed here, as the temperature of sampling is
 
     @property
     def policy(self) -> PreTrainedModel | PeftModel:
-        """The model without wrappers. PPO's forwards go to it: the trainer sums gradients over processes itself."""
+        """The policy without wrappers such as DDP, as the trainer itself sums gradients over processes."""
         return self.stack.model
 
     @property
     def value_head(self) -> ScalarHead:
-        """The critic's fp32 head."""
+        """The fp32 head of the critic."""
         return self.stack.roles["value"].head
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Roles that have a forward and a backward pass of their own; a head critic goes along with the policy."""
+        """Roles with their own forward and backward pass. A head critic uses those of the policy."""
         return ("policy",) if self.critic == "head" else ("policy", "value")
 
     @contextmanager
     def activate(self, role: str) -> Iterator[nn.Module]:
-        """Yields the model that computes a role. Its backward pass belongs inside too."""
+        """Yields the model that computes a role. The backward pass must be inside the context too."""
         with self.stack.activate(role) as model:
             yield model
 
     def mixed_precision(self):
-        """Autocast as the options say, with the adapters computed in its dtype."""
+        """Autocast to the dtype of the options. Adapters compute in this dtype too."""
         return mixed_precision(self.policy, autocast_dtype(self.args))
 
     def parameters_of_critic(self) -> list[nn.Parameter]:
-        """The critic's trainable parameters that are none of the policy's."""
+        """The trainable parameters of the critic that do not belong to the policy."""
         policy = set(self.stack.parameters("policy"))
         return [parameter for parameter in self.stack.parameters("value") if parameter not in policy]
 
     def are_finite(self) -> bool:
-        """Whether all trained weights are numbers."""
+        """Whether all trained weights are finite."""
         return are_finite(parameter for parameter in self.policy.parameters() if parameter.requires_grad)
 
-    # ---- What a role makes of tokens ----
+    # ---- What a role computes for tokens ----
 
     def logprobs(self, role: str, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the `targets` (N,) and entropies, (N,) fp32, nats, from hidden states (N, H)."""
+        """Log-probabilities of tokens and entropies of their distributions under a role.
+
+        Args:
+            role: `policy` or `reference`.
+            hidden: (N, H) hidden states before each token.
+            targets: (N,) int64 ids of the tokens.
+
+        Returns:
+            Log-probabilities (N,) and entropies (N,), both fp32 in nats, at the sampling temperature.
+        """
         return chunked_logprobs(
             hidden,
             self.output_head(role),
@@ -110,7 +125,7 @@ class Roles:
         )
 
     def text_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities (N,) under the policy at temperature 1, for a language-model loss."""
+        """Log-probabilities (N,) fp32 under the policy in nats, at temperature 1, for a language-model loss."""
         model = self.policy
         logprobs, _ = chunked_logprobs(
             hidden,
@@ -122,15 +137,22 @@ class Roles:
         return logprobs
 
     def values(self, hidden: Tensor) -> Tensor:
-        """The critic's values (N,) fp32 of hidden states (N, H)."""
+        """Values (N,) fp32 of the critic, in units of reward, from hidden states (N, H)."""
         return self.value_head(hidden).squeeze(-1)
 
     @torch.no_grad()
     def score(self, sequences: Sequences, *, reference: bool) -> ScoredTokens:
-        """What every role makes of the completions, by the training forward.
+        """Scores the tokens of completions with the same forward pass as in training.
 
-        Never the log-probabilities of `generate`: in bf16 they differ by up to 0.3 nats per token, and the first ratio
-        of an update must be 1.
+        The log-probabilities of `generate` are not used: in bf16 they differ by up to 0.3 nats per token, but the ratio
+        must be 1 at the first optimizer step on a rollout.
+
+        Args:
+            sequences: prompts and completions.
+            reference: whether to compute the log-probabilities under the reference.
+
+        Returns:
+            Log-probabilities, entropies and values.
         """
         mask = sequences.mask
         scored = ScoredTokens(
@@ -142,7 +164,7 @@ class Roles:
         if reference:
             roles.append("reference")
             scored.ref_logprobs = torch.zeros(mask.shape, device=mask.device)
-        # In eval mode dropout and gradient checkpointing are off; autocast is that of training.
+        # Eval mode turns off dropout and gradient checkpointing. Autocast is the same as in training.
         with evaluating(self.policy), self.mixed_precision():
             for chunk in self._scoring_chunks(sequences, roles):
                 rows = torch.tensor(chunk, device=mask.device)
@@ -150,7 +172,7 @@ class Roles:
         return scored
 
     def _scoring_chunks(self, sequences: Sequences, roles: list[str]) -> list[list[int]]:
-        """Which completions are scored together: scoring jointly, each role needs rows of its own in the batch."""
+        """Splits completions into chunks. With joint scoring, every adapter needs a copy of the rows in the batch."""
         copies = 1
         if self.scores_jointly and self.stack.can_score_jointly:
             copies = len({self.stack.roles[role].adapter for role in roles})
@@ -164,7 +186,7 @@ class Roles:
         )
 
     def _score_rows(self, sequences: Sequences, rows: Tensor, roles: list[str], scored: ScoredTokens) -> None:
-        """Fills these rows of `scored`."""
+        """Computes these rows of `scored`."""
         part = sequences.select(rows)
         mask = part.mask
         width = mask.shape[1]
@@ -180,10 +202,10 @@ class Roles:
 
     @torch.no_grad()
     def exact_kl(self, sequences: Sequences) -> float:
-        """KL(policy ‖ reference) over the whole vocabulary, nats, summed over all tokens of all completions."""
+        """Exact KL(policy ‖ reference) over the whole vocabulary, summed over all tokens, in nats."""
         total = 0.0
         with evaluating(self.policy), self.mixed_precision():
-            for k in range(len(sequences.prompt_lengths)):  # one at a time: two roles' states of every token are kept
+            for k in range(len(sequences.prompt_lengths)):  # one at a time, to save memory
                 row = slice(k, k + 1)
                 mask = sequences.mask[row]
                 hidden = self.stack.hidden_states(
@@ -205,11 +227,11 @@ class Roles:
         return float(total)
 
     def output_head(self, role: str) -> Callable[[Tensor], Tensor]:
-        """Hidden states to logits of a role."""
+        """The function from hidden states (N, H) to logits (N, V) of a role."""
         plain = self._model_of(role).get_output_embeddings()
         has_adapter = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in plain.modules())
         if not has_adapter:
-            return plain  # the same for every role on this base
+            return plain  # without an adapter, it is the same for every role on this base
 
         def head(hidden: Tensor) -> Tensor:
             with self.activate(role) as model:
@@ -222,7 +244,7 @@ class Roles:
 
     @property
     def scores_jointly(self) -> bool:
-        """Whether roles are scored in one pass; by default on a GPU only, as a CPU gains nothing."""
+        """Whether roles are scored in one pass. By default only on a GPU, as it is not faster on a CPU."""
         if self.args.joint_scoring is not None:
             return self.args.joint_scoring
         return next(self.policy.parameters()).device.type == "cuda"
@@ -230,11 +252,11 @@ class Roles:
     # ---- Saving and loading ----
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes the policy (an ordinary adapter or model folder) and the critic beside it, or in `value/`."""
+        """Writes the policy as an ordinary adapter or model folder, and the critic into the same folder or `value/`."""
         if self.stack.roles["policy"].adapter is not None:
             self.stack.save("policy", folder)
         else:
-            # Heads and models of other roles hang on the policy's modules: they are no part of it.
+            # Heads and models of other roles are modules of the policy too. They are not saved with it.
             weights = state_dict or self.policy.state_dict()
             attached = tuple(f"{role}_{kind}." for role in self.stack.roles for kind in ("head", "model"))
             own = {name: value for name, value in weights.items() if not name.startswith(attached)}
@@ -245,7 +267,7 @@ class Roles:
             self.stack.save("value", folder / VALUE_FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Policy and critic as `save` wrote them, into the parameters that the optimizer already holds."""
+        """Reads policy and critic from a folder that `save` wrote, into the existing parameters."""
         if self.stack.roles["policy"].adapter is not None:
             self.stack.load("policy", folder)
         else:
@@ -256,8 +278,9 @@ class Roles:
             self.stack.load("value", folder / VALUE_FOLDER)
 
     def save_reference(self, folder: Path) -> None:
-        """Writes the reference, which a checkpoint needs and a finished run does not."""
+        """Writes the reference, which a checkpoint needs."""
         self.stack.save("reference", folder / REFERENCE_FOLDER)
 
     def load_reference(self, folder: Path) -> None:
+        """Reads the reference that `save_reference` wrote."""
         self.stack.load("reference", folder / REFERENCE_FOLDER)

@@ -1,4 +1,7 @@
-"""A rollout: completions with everything that PPO's update needs, and the micro-batches that are cut from it."""
+"""The rollout: completions with all tensors that PPO's update needs, and its micro-batches.
+
+Shapes: B sequences, T tokens of the longest completion, L tokens of the longest sequence (prompt and completion).
+"""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +18,12 @@ from .shaping import RunningMoments
 
 @dataclass
 class Sequences:
-    """B prompts with their completions, side by side.
+    """B prompts, each followed by its completion.
 
-    `input_ids` (B, L) int64, padded right; `prompt_lengths`, `completion_lengths` (B,) int64, tokens: the stop token
-    counts.
+    Attributes:
+        input_ids: (B, L) int64 token ids, padded on the right.
+        prompt_lengths: (B,) int64, number of tokens of each prompt.
+        completion_lengths: (B,) int64, number of tokens of each completion, including the stop token.
     """
 
     input_ids: Tensor
@@ -27,29 +32,43 @@ class Sequences:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens of prompt and completion together."""
+        """(B,) int64, number of tokens of prompt and completion together."""
         return self.prompt_lengths + self.completion_lengths
 
-    @cached_property  # the width is read off the device: once, not at every use
+    @cached_property  # cached, as reading the width from the device is slow
     def mask(self) -> Tensor:
-        """(B, T) bool, True on emitted tokens; T is the longest completion."""
+        """(B, T) bool, True for emitted tokens."""
         return completion_mask(self.completion_lengths, int(self.completion_lengths.max()))
 
     def select(self, rows: Tensor) -> "Sequences":
-        """Those rows, trimmed to their longest sequence."""
+        """The given rows, trimmed to the longest sequence among them.
+
+        Args:
+            rows: (b,) int64, indices of rows.
+        """
         length = int(self.lengths[rows].max())
         return Sequences(self.input_ids[rows, :length], self.prompt_lengths[rows], self.completion_lengths[rows])
 
     def targets(self) -> Tensor:
-        """(N,) ids of the emitted tokens, N = `mask.sum()`, row after row."""
-        rows, steps = self.mask.nonzero(as_tuple=True)  # (N,): which sequence, and which of its emitted tokens
+        """(N,) int64 ids of all emitted tokens, row after row, with N = `mask.sum()`."""
+        rows, steps = self.mask.nonzero(as_tuple=True)  # (N,) each: row, and position within the completion
         return self.input_ids[rows, self.prompt_lengths[rows] + steps]
 
 
 def pack_sequences(
     prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int, device: torch.device
 ) -> Sequences:
-    """Token ids of prompts and completions as one batch."""
+    """Builds one batch from the token ids of prompts and completions.
+
+    Args:
+        prompt_ids: token ids of B prompts.
+        completion_ids: token ids of B completions.
+        pad_token_id: id used for padding.
+        device: where the tensors are created.
+
+    Returns:
+        The batch.
+    """
     sequences = [torch.tensor(p + c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids])
@@ -59,12 +78,19 @@ def pack_sequences(
 
 @dataclass
 class MicroBatch:
-    """Rows of a rollout that go through the model together, trimmed to their own longest sequence and completion.
+    """Rows of a rollout that pass through the model together, trimmed to the longest sequence among them.
 
-    `sequences`: b of them. `mask` (b, t) bool, True on emitted tokens; `old_logprobs`, `ref_logprobs`, `values`,
-    `advantages`, `returns`, and `sampling_weights` unless None: (b, t) fp32. `minibatch_tokens`: emitted tokens of the
-    whole mini-batch on all processes, by which losses are divided. `share`: weight of this part in the means of an
-    optimizer step.
+    Attributes:
+        sequences: b sequences; their longest completion has t tokens.
+        mask: (b, t) bool, True for emitted tokens.
+        old_logprobs: (b, t) fp32, log-probabilities under the policy that made the rollout, in nats.
+        ref_logprobs: (b, t) fp32, log-probabilities under the reference, in nats.
+        values: (b, t) fp32, values of the critic in the rollout, in units of reward.
+        advantages: (b, t) fp32.
+        returns: (b, t) fp32, in units of reward.
+        sampling_weights: (b, t) fp32, factors on the loss of each token; `None` means 1.
+        minibatch_tokens: number of emitted tokens of the whole mini-batch on all processes. Losses are divided by it.
+        share: weight of this micro-batch in the mean of a metric over the optimizer step.
     """
 
     sequences: Sequences
@@ -81,9 +107,13 @@ class MicroBatch:
 
 @dataclass
 class CompletionTable:
-    """This process's completions of a rollout as people read them: for the screen and for trackers.
+    """The completions of this process in a rollout as text, for the terminal and for trackers.
 
-    `rewards` and `further` (from `log_extra`) have a value for each completion.
+    Attributes:
+        prompts: prompts, as text or as messages.
+        completions: completions, as text.
+        rewards: score of each completion, by the name of the reward function.
+        further: further columns, which reward functions added with `log_extra`.
     """
 
     prompts: list[str | list]
@@ -93,21 +123,31 @@ class CompletionTable:
 
 
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "sampling_weights")
-"""Fields of a rollout that are (B, T)."""
+"""Names of the fields of a rollout with shape (B, T)."""
 
 
 @dataclass
 class Rollout:
-    """B completions with everything that PPO's update needs; T and L are the longest completion and sequence.
+    """B completions with all tensors that PPO's update needs.
 
-    `input_ids` (B, L) int64: prompt and completion, padded right. `prompt_lengths`, `completion_lengths` (B,) int64:
-    the stop token counts. `old_logprobs`, `ref_logprobs`, `values`, `advantages`, `returns` (B, T) fp32, zero in the
-    padding. `order` (epochs, B) int64: the permutation of each inner epoch. `sampling_weights` (B, T) fp32: of the
-    tokens' losses, None for 1.
+    A saved rollout has the tensors only, not `metrics`, `moments`, `logged` and `completions`.
 
-    The rest is what the rollout tells, which a saved one no longer needs: `metrics` by name (numbers, or scalars on the
-    device), the same on every process; `moments` of scores, this rollout's included; `logged`, what reward functions
-    gave to `log_metric` here; and the `completions` of this process.
+    Attributes:
+        input_ids: (B, L) int64, prompt and completion, padded on the right.
+        prompt_lengths: (B,) int64, number of tokens of each prompt.
+        completion_lengths: (B,) int64, number of tokens of each completion, including the stop token.
+        old_logprobs: (B, T) fp32, log-probabilities under the policy that made the rollout, in nats, zero in the
+            padding.
+        ref_logprobs: (B, T) fp32, log-probabilities under the reference, in nats, zero in the padding.
+        values: (B, T) fp32, values of the critic, in units of reward, zero in the padding.
+        advantages: (B, T) fp32, zero in the padding.
+        returns: (B, T) fp32, in units of reward, zero in the padding.
+        order: (epochs, B) int64, the order of the rows in each pass over the rollout.
+        sampling_weights: (B, T) fp32, factors on the loss of each token; `None` means 1.
+        metrics: metrics by name, as numbers or as scalar tensors; the same on every process.
+        moments: running moments of the scores, including this rollout.
+        logged: names and values that reward functions passed to `log_metric` on this process.
+        completions: the completions of this process as text.
     """
 
     input_ids: Tensor
@@ -127,13 +167,20 @@ class Rollout:
 
     @property
     def sequences(self) -> Sequences:
+        """The token ids and lengths."""
         return Sequences(self.input_ids, self.prompt_lengths, self.completion_lengths)
 
     def select(self, rows: Tensor, *, minibatch_tokens: Tensor, share: float) -> MicroBatch:
-        """Those rows as a micro-batch."""
+        """The given rows as a micro-batch.
+
+        Args:
+            rows: (b,) int64, indices of rows.
+            minibatch_tokens: scalar, number of emitted tokens of the whole mini-batch on all processes.
+            share: weight of the micro-batch in the mean of a metric over the optimizer step.
+        """
         sequences = self.sequences.select(rows)
         mask = sequences.mask
-        # Trimmed: a short completion in a rollout with a long one would be mostly padding.
+        # Trimmed to the longest completion among these rows: less padding.
         per_token = {}
         for name in PER_TOKEN:
             tensor = getattr(self, name)
@@ -141,7 +188,7 @@ class Rollout:
         return MicroBatch(sequences, mask, **per_token, minibatch_tokens=minibatch_tokens, share=share)
 
     def save(self, path: str | Path) -> None:
-        """Writes the tensors as safetensors, so that a run can resume in the middle of its rollout."""
+        """Writes the tensors to a safetensors file, so that a run can resume in the middle of a rollout."""
         tensors = {}
         for name in ("input_ids", "prompt_lengths", "completion_lengths", "order", *PER_TOKEN):
             tensor = getattr(self, name)
@@ -151,5 +198,10 @@ class Rollout:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device) -> "Rollout":
-        """What `save` wrote; it has no metrics."""
+        """Reads a rollout that `save` wrote. It has no metrics.
+
+        Args:
+            path: the safetensors file.
+            device: where the tensors go.
+        """
         return cls(**{name: tensor.to(device) for name, tensor in load_file(path).items()})

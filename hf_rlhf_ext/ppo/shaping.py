@@ -1,4 +1,4 @@
-"""Shapes of the sequence reward: running normalization, a clip, and prices for length and for no stop token."""
+"""Shaping of scores: scale, running normalization, clip, and penalties for length and for a missing stop token."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
@@ -8,14 +8,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Mean and population variance of every score seen so far; `m2` is the sum of squared deviations."""
+    """Running mean and variance of all scores so far.
+
+    Attributes:
+        count: number of scores.
+        mean: their mean, in units of reward.
+        m2: sum of their squared deviations from the mean.
+    """
 
     count: int = 0
     mean: float = 0.0
     m2: float = 0.0
 
     def update(self, x: Tensor) -> Self:
-        """With the values of `x` (any shape) added; Chan, Golub and LeVeque 1979, "Updating formulae", eq. 2.1."""
+        """Returns new moments that include the values of `x`.
+
+        See Chan, Golub and LeVeque 1979 ("Updating formulae and a pairwise algorithm for computing sample variances"),
+        eq. 2.1.
+
+        Args:
+            x: scores, of any shape.
+        """
         values = x.double()
         count = values.numel()
         mean = values.mean().item()
@@ -30,26 +43,40 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Population standard deviation; 1 before anything was seen."""
+        """Standard deviation (population); 1 before the first score."""
         return (self.m2 / self.count) ** 0.5 if self.count else 1.0
 
     def to_dict(self) -> dict[str, Any]:
+        """The moments as a dict, which a checkpoint stores."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Self:
+        """The moments from the dict that `to_dict` returned."""
         return cls(**state)
 
 
 def length_penalty(lengths: Tensor, per_token: float, target: int) -> Tensor:
-    """Reward taken off completions of `lengths` (B,) tokens: `per_token` for every token beyond `target`, (B,) fp32."""
+    """Penalty for long completions: `per_token` for each token beyond `target`.
+
+    Args:
+        lengths: (B,) number of tokens of each completion.
+        per_token: reward per token.
+        target: number of tokens without a penalty.
+
+    Returns:
+        (B,) fp32, reward to subtract; 0 or more if `per_token` is not negative.
+    """
     return per_token * (lengths - target).clamp(min=0).float()
 
 
 class ShapedScores(NamedTuple):
-    """What `shape_scores` makes of B scores.
+    """Result of `shape_scores`.
 
-    `scores` (B,) fp32, in reward; `moments` with the new scores in; `clipped` (B,) bool, None without a clip.
+    Attributes:
+        scores: (B,) fp32, the shaped scores in units of reward.
+        moments: the running moments, updated with these scores if they are normalized.
+        clipped: (B,) bool, which scores were clipped; `None` without a clip.
     """
 
     scores: Tensor
@@ -70,18 +97,22 @@ def shape_scores(
     free_tokens: int = 0,
     missing_eos_penalty: float | None = None,
 ) -> ShapedScores:
-    """Scores after scale, normalization and clip, in this order, less the penalties.
+    """Scales, normalizes and clips scores, in this order, and then subtracts the penalties.
 
     Args:
-        scores: (B,) as the reward functions gave them.
-        lengths: (B,) tokens of the completions.
-        stopped: (B,) bool, whether a completion ends with a stop token.
-        moments: of all scores before these, after `scale`; these count too.
+        scores: (B,) fp32, the scores from the reward functions.
+        lengths: (B,) number of tokens of each completion.
+        stopped: (B,) bool, whether the completion ends with a stop token.
+        moments: running moments of all earlier scores, after `scale`.
         scale: factor on every score.
-        normalize: shift and scale by mean and deviation of `moments`.
-        clip: scores are clipped to ± this; None: no clip.
-        price_per_token, free_tokens: see `length_penalty`.
-        missing_eos_penalty: taken off where `stopped` is False.
+        normalize: whether to normalize with the running mean and standard deviation, which then include these scores.
+        clip: scores are clipped to [−`clip`, `clip`]; `None` means no clip.
+        price_per_token: reward subtracted for each token beyond `free_tokens`, see `length_penalty`.
+        free_tokens: number of tokens without a penalty.
+        missing_eos_penalty: reward subtracted where `stopped` is False; `None` means 0.
+
+    Returns:
+        The shaped scores, the updated moments and which scores were clipped.
     """
     scores = scores * scale
     if normalize:

@@ -1,4 +1,4 @@
-"""The state of a PPO run that Trainer does not carry: what changes while it trains, and what a resumed run needs."""
+"""The state of a PPO run that `Trainer` does not hold: what changes during training and what a resumed run needs."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,12 @@ ROLLOUT_FILE = "ppo_rollout.safetensors"
 
 
 class NextRows(NamedTuple):
-    """Rows of the rollout that this process trains on next, and the emitted tokens of their whole mini-batch."""
+    """The rows of the rollout that this process trains on next.
+
+    Attributes:
+        rows: (b,) int64, indices of rows.
+        minibatch_tokens: scalar, number of emitted tokens of their whole mini-batch, on all processes.
+    """
 
     rows: Tensor
     minibatch_tokens: Tensor
@@ -26,21 +31,23 @@ class NextRows(NamedTuple):
 
 @dataclass
 class PPOState:
-    """What changes while PPO trains. `PPOTrainer` alone changes it.
+    """Everything that changes while PPO trains. Only `PPOTrainer` changes it.
 
     Attributes:
-        kl_coef: β in force, reward per nat.
-        moments: of all scores so far.
-        rollout_index: number of the rollout in use, or of the next one.
-        step_in_rollout: micro-steps taken on it; `steps_in_all` of them use it up.
-        rollout: the one in use, None before the first.
-        approx_kl: sum over the mini-batch so far of the KL to the policy that made the rollout, nats per token.
-        clip_fraction, clip_weight: sums over the rollout in use of the clipped fraction of tokens and of its weight.
-        stop_reason: why a guard ended training, in one line; then no further step may change the weights.
-        skipped_in_a_row: optimizer steps without finite gradients since the last one that had them.
-        rollbacks: how often the run went back to a checkpoint.
-        good_checkpoint: name of the last one whose policy kept below the KL ceiling in the rollout that followed.
-        new_checkpoint: name of the newest one, which is good once a rollout of its weights is.
+        kl_coef: current KL coefficient β, reward per nat.
+        moments: running moments of all scores so far.
+        rollout_index: number of the current rollout, or of the next one.
+        step_in_rollout: number of micro-steps taken on it. After `steps_in_all` micro-steps it is used up.
+        rollout: the current rollout; `None` before the first.
+        approx_kl: KL(rollout policy ‖ policy) of the current mini-batch so far, in nats per token (k3).
+        clip_fraction: sum of the clipped fraction of tokens over the current rollout.
+        clip_weight: sum of the weights of these fractions.
+        stop_reason: why a guard stopped training, in one line; `None` if none did. Once it is set, no step changes the
+            weights.
+        skipped_in_a_row: number of consecutive optimizer steps with non-finite gradients.
+        rollbacks: number of rollbacks to a checkpoint.
+        good_checkpoint: name of the last good checkpoint, one whose next rollout was below `max_kl`.
+        new_checkpoint: name of the newest checkpoint. It becomes the good one if the next rollout is below `max_kl`.
     """
 
     kl_coef: float
@@ -59,17 +66,17 @@ class PPOState:
 
     @property
     def updates(self) -> int:
-        """Rollouts that the policy has been trained on, the one in use included."""
+        """Number of rollouts that the policy was trained on, including the current one."""
         return self.rollout_index + (self.step_in_rollout > 0)
 
     def leave_rollout(self, args: PPOConfig) -> None:
-        """The next micro-step takes a new rollout, whatever is left of this one."""
+        """Skips the rest of the current rollout: the next micro-step starts a new one."""
         self.step_in_rollout = steps_in_all(args)
 
     def next_micro_batch(self, args: PPOConfig, ranks: Ranks) -> NextRows:
-        """Counts a micro-step, and says which rows of the rollout it trains on.
+        """Counts a micro-step and returns the rows of the rollout that it trains on.
 
-        A mini-batch is drawn from the rollout of all processes; each takes its share of it.
+        A mini-batch is drawn from the rollout of all processes, and each process takes its share of it.
         """
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps  # micro-steps
         epoch, in_epoch = divmod(self.step_in_rollout, per_epoch)
@@ -84,8 +91,8 @@ class PPOState:
     # ---- In a checkpoint ----
 
     def save(self, folder: Path, args: PPOConfig, ranks: Ranks, *, critic: str) -> None:
-        """Writes counters and coefficients, and the rollout where one is in use."""
-        (folder / ROLLOUT_FILE).unlink(missing_ok=True)  # of a checkpoint that is written again
+        """Writes counters and coefficients, and the rollout if it is not used up."""
+        (folder / ROLLOUT_FILE).unlink(missing_ok=True)  # left over if the checkpoint is overwritten
         if self.step_in_rollout < steps_in_all(args):
             self.rollout.save(folder / ROLLOUT_FILE)
         guards = {
@@ -109,17 +116,20 @@ class PPOState:
 
     @classmethod
     def load(cls, folder: Path, args: PPOConfig, ranks: Ranks, *, critic: str) -> Self:
-        """What `save` wrote.
+        """Reads the state that `save` wrote.
 
         Raises:
-            UserError: a folder without state, of another kind of critic, or saved in the middle of a rollout of another
-                geometry.
+            UserError: if the folder has no state, if it was trained with another kind of critic, or if it was saved in
+                the middle of a rollout with other batch sizes.
         """
         content = read_state(folder)
         if content["critic"] != critic:
-            raise UserError(f"{folder} was trained with critic={content['critic']!r}: set it, it is {critic!r} now.")
+            raise UserError(
+                f"{folder} was trained with critic={content['critic']!r}, but critic is now {critic!r}: set "
+                f"critic={content['critic']!r}."
+            )
         in_use = (folder / ROLLOUT_FILE).is_file()
-        # Between two rollouts, sizes may change freely; in the middle of one, the micro-steps left would be others.
+        # Between two rollouts, batch sizes may change. In the middle of one, they determine the remaining micro-steps.
         if in_use:
             _check_geometry(folder, content["geometry"], geometry(args, ranks))
         guards = content["guards"]
@@ -127,7 +137,7 @@ class PPOState:
             kl_coef=content["kl_coef"],
             moments=RunningMoments.from_dict(content["reward_moments"]),
             rollout_index=content["rollouts"],
-            step_in_rollout=steps_in_all(args),  # used up: the next micro-step takes a new rollout
+            step_in_rollout=steps_in_all(args),  # used up: the next micro-step starts a new rollout
             clip_fraction=guards["clipped"][0],
             clip_weight=guards["clipped"][1],
             skipped_in_a_row=guards["skipped_in_a_row"],
@@ -142,12 +152,12 @@ class PPOState:
 
 
 def steps_in_all(args: PPOConfig) -> int:
-    """Micro-steps that use a rollout up."""
+    """Number of micro-steps after which a rollout is used up."""
     return args.steps_per_rollout * args.gradient_accumulation_steps
 
 
 def geometry(args: PPOConfig, ranks: Ranks) -> dict[str, int]:
-    """What the micro-steps of a rollout in use depend on."""
+    """The options that determine the micro-steps of a rollout."""
     return {
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -158,10 +168,13 @@ def geometry(args: PPOConfig, ranks: Ranks) -> dict[str, int]:
 
 
 def read_state(folder: Path) -> dict:
-    """The content of the state file; raises `UserError` where a checkpoint has none."""
+    """Reads the state file of a checkpoint; raises `UserError` if there is none."""
     path = folder / STATE_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {STATE_FILE}: it was saved with save_only_model=True or elsewhere.")
+        raise UserError(
+            f"{folder} has no {STATE_FILE}, so training cannot resume from it: it was saved with save_only_model=True, "
+            "or by another trainer. Start without resume_from_checkpoint."
+        )
     return json.loads(path.read_text())
 
 
@@ -169,6 +182,6 @@ def _check_geometry(folder: Path, saved: dict[str, int], now: dict[str, int]) ->
     for name, value in now.items():
         if saved[name] != value:
             raise UserError(
-                f"{folder} was saved in the middle of a rollout with {name}={saved[name]}, it is {value} now: set "
-                f"{saved[name]}, or resume from a checkpoint between two rollouts."
+                f"{folder} was saved in the middle of a rollout with {name}={saved[name]}, but it is now {value}: set "
+                f"{name}={saved[name]}, or resume from a checkpoint between two rollouts."
             )

@@ -1,9 +1,9 @@
-"""`PPOTrainer`: PPO with a KL penalty on `transformers.Trainer`'s own loop.
+"""`PPOTrainer`: PPO with a KL penalty, in the training loop of `transformers.Trainer`.
 
-The trainer is the only place that changes state and the only one that decides. Every other object computes and returns:
-`Roles` score tokens, a `RolloutEngine` samples, `RewardFunctions` judge, an `ExperienceMaker` makes a rollout of these,
-guards give verdicts. The loop, from top to bottom: `training_step` → `_prepare_inputs` → `_next_rollout`, then
-`compute_loss` for each role, then `_finish_step`.
+Only the trainer changes state. All other objects compute and return a result: `Roles` score tokens, a `RolloutEngine`
+samples completions, `RewardFunctions` score completions, an `ExperienceMaker` combines them into a rollout, and guards
+return verdicts. One step of the loop: `training_step` → `_prepare_inputs` → `_next_rollout`, then `compute_loss` for
+each role, then `_finish_step`.
 """
 
 import logging
@@ -59,29 +59,37 @@ logger = logging.getLogger(__name__)
 class PPOTrainer(BaseTrainer):
     """Proximal policy optimization with a KL penalty, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
 
-    Arguments are those of TRL's `GRPOTrainer` where both have them.
+    The arguments have the names of TRL's `GRPOTrainer` where both trainers have them.
 
     Args:
-        model: policy: a `PeftModel` or the path of an adapter (trained further; its frozen copy is the reference), or a
-            base model or its path (with `peft_config`: a new adapter, the reference is the bare base).
-        reward_funcs: a callable `f(prompts, completions, **columns) -> list[float]`, a reward model or its path, or a
-            list of these, weighted by `args.reward_weights`.
-        args: options; see `PPOConfig`.
-        train_dataset: rows with a column `prompt` (text or messages); other columns go to the reward functions.
-        eval_dataset: the same; completions are sampled for it with a fixed seed at every evaluation.
-        processing_class: the tokenizer; loaded by the model's name if left out.
-        reward_processing_classes: tokenizers of reward models.
-        eval_reward_funcs: further rewards that only appear in evaluation, e.g. a gold or second reward.
-        callbacks, optimizers: as in `transformers.Trainer`; a `PPOCallback` also hears of rollouts.
-        peft_config: any PEFT configuration (LoRA, DoRA, rsLoRA …) for a base model.
-        value_model: the critic for `critic="model"`: a causal LM, or a reward model whose score head it starts from.
-        ptx_dataset: text for PPO-ptx, with `ptx_coef`: rows of `text`, of `prompt` and `completion`, or of `messages`.
-        engine: what samples completions; `TransformersEngine` if left out.
+        model: the policy. A `PeftModel`, or the path of an adapter, is trained further, and a frozen copy of it is the
+            reference. A base model, or its path, gets a new adapter if `peft_config` is given, and the base is the
+            reference; without `peft_config`, the whole model is trained, and a frozen copy of it is the reference.
+        reward_funcs: a function `f(prompts, completions, **columns)` that returns a list with one number per
+            completion, a reward model or its path or Hub id, or a list of these, weighted by `args.reward_weights`.
+        args: options; `None` means `PPOConfig("ppo")`.
+        train_dataset: dataset with a column `prompt`, as text or as messages. Its other columns are passed to the
+            reward functions.
+        eval_dataset: a dataset of the same kind, or a dict of several. Every evaluation samples completions for it
+            with a fixed seed.
+        processing_class: the tokenizer; loaded with the model if left out.
+        reward_processing_classes: tokenizers of the reward models; loaded with them if left out.
+        eval_reward_funcs: further reward functions that only evaluation uses, such as a second reward model.
+        callbacks: callbacks as in `transformers.Trainer`. A `PPOCallback` also gets rollouts and evaluated completions.
+        optimizers: optimizer and learning-rate scheduler, as in `transformers.Trainer`.
+        peft_config: PEFT configuration (LoRA, DoRA, rsLoRA, …) of a new adapter on a base model.
+        value_model: the model that the critic starts from with `critic="model"`: a causal LM, or a reward model, whose
+            score head is used too.
+        ptx_dataset: texts for PPO-ptx, with `ptx_coef`: rows with `text`, with `prompt` and `completion`, or with
+            `messages`.
+        engine: samples completions; `None` means `TransformersEngine`.
 
     Attributes:
-        roles: policy, reference and critic; `stack` is its `AdapterStack`, with reward where it shares the base.
-        ppo: the run's `PPOState`; `kl_coef` (β as it is now), `updates` and `stop_reason` (why a guard ended the last
-            `train`, in one line; None where none did) are read from it.
+        roles: policy, reference and critic.
+        ppo: the state of the run.
+
+    Raises:
+        UserError: if an argument or an option is not usable; the message says how to fix it.
     """
 
     # `compute_loss` divides by the token count of the whole mini-batch itself.
@@ -109,7 +117,7 @@ class PPOTrainer(BaseTrainer):
     ):
         args = args if args is not None else PPOConfig("ppo")
 
-        # 1. Policy, tokenizer and data: what can be refused is refused before new weights are made.
+        # 1. Policy, tokenizer and data, with all checks that do not need new weights.
         inputs = prepare_inputs(
             model,
             args,
@@ -123,8 +131,8 @@ class PPOTrainer(BaseTrainer):
         self._max_positions = inputs.max_positions
         self._ptx = inputs.ptx_texts
 
-        # 2. Who computes what.
-        set_seed(args.seed)  # new adapters are drawn before Trainer does it
+        # 2. Policy, reference, reward models and critic.
+        set_seed(args.seed)  # new adapters are initialized before `Trainer` sets the seed
         self.roles, self.rewards, self.eval_rewards = assemble_roles(
             inputs.model,
             args,
@@ -135,7 +143,7 @@ class PPOTrainer(BaseTrainer):
             value_model=value_model,
         )
 
-        # 3. Trainer: loop, checkpoints, logs, callbacks.
+        # 3. `Trainer`: loop, checkpoints, logs, callbacks.
         self.publisher = new_publisher()
         self._signal = SaveOnSignal()
         own_callbacks = [HealthWarnings(), CompletionTables(), self._signal]
@@ -152,7 +160,7 @@ class PPOTrainer(BaseTrainer):
         self.ranks = Ranks(self.accelerator)
         self.meter = Meter(self.ranks)
 
-        # 4. What makes and judges rollouts.
+        # 4. The objects that make and judge rollouts.
         engine = engine or TransformersEngine(merge=args.merge_for_generation, autocast=autocast_dtype(args))
         sampling = sampling_of(args, inputs.tokenizer, self.policy)
         self.tools = SamplingTools(self.roles, engine, inputs.tokenizer, sampling, args, self.ranks)
@@ -165,12 +173,12 @@ class PPOTrainer(BaseTrainer):
         # 5. The state that only this class changes.
         self.ppo = PPOState(kl_coef=args.kl_coef)
         if not self.ranks.alone:
-            # Each process samples completions of its own; their weights were drawn from one seed above.
+            # From here on each process has its own seed, to sample other completions. New weights were drawn above.
             set_seed(args.seed + self.ranks.index)
         self._move_frozen_models()
 
     def _move_frozen_models(self) -> None:
-        """Moves what Trainer does not see: a reference and reward models of their own."""
+        """Moves separate reference and reward models to the device, which `Trainer` does not do."""
         reference = self.stack.roles["reference"].model
         if reference is not None:
             reference.to(self.ranks.device)
@@ -178,55 +186,68 @@ class PPOTrainer(BaseTrainer):
         if self.eval_rewards is not None:
             self.eval_rewards.to(self.ranks.device)
 
-    # ---- What others read ----
+    # ---- Properties ----
 
     @property
     def stack(self) -> AdapterStack:
-        """The `AdapterStack` with the roles policy, reference, value, and reward where it shares the base."""
+        """The `AdapterStack` with the roles policy, reference and value, and reward if it shares the base."""
         return self.roles.stack
 
     @property
     def policy(self) -> PreTrainedModel | PeftModel:
-        """The model without wrappers."""
+        """The policy without wrappers such as DDP."""
         return self.roles.policy
 
     @property
     def critic(self) -> str:
-        """Kind of critic: adapter, head or model."""
+        """Kind of critic: `adapter`, `head` or `model`."""
         return self.roles.critic
 
     @property
     def value_head(self) -> nn.Module:
-        """The critic's scalar head."""
+        """The scalar head of the critic."""
         return self.roles.value_head
 
     @property
     def kl_coef(self) -> float:
-        """β as it is now, reward per nat."""
+        """The current KL coefficient β, reward per nat."""
         return self.ppo.kl_coef
 
     @property
     def updates(self) -> int:
-        """Rollouts that the policy has been trained on, the one in use included."""
+        """Number of rollouts that the policy was trained on, including the current one."""
         return self.ppo.updates
 
     @property
     def stop_reason(self) -> str | None:
-        """Why a guard ended the last `train`, in one line; None where none did."""
+        """Why a guard stopped the last `train`, in one line; `None` if none did."""
         return self.ppo.stop_reason
 
     @property
     def stopped_by(self) -> str | None:
-        """The name of `stop_reason` in version 0.1.0."""
-        logger.warning("PPOTrainer.stopped_by is called stop_reason now.")
+        """Deprecated: `stop_reason` under its name in version 0.1.0."""
+        logger.warning("PPOTrainer.stopped_by is deprecated: use PPOTrainer.stop_reason.")
         return self.ppo.stop_reason
 
-    # ---- The loop: Trainer's, with a rollout in front of every `steps_per_rollout` optimizer steps ----
+    # ---- The loop of `Trainer`, with a new rollout before every `steps_per_rollout` optimizer steps ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """Trains; `resume_from_checkpoint=True` takes the last checkpoint that was written completely."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains the policy and the critic.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or `True` for the last complete checkpoint in `output_dir`.
+                `None` or `False` starts from the beginning.
+            kwargs: further arguments of `Trainer.train`.
+
+        Returns:
+            The result of `Trainer.train`.
+
+        Raises:
+            UserError: if the checkpoint is not usable, or if a reward function returns something wrong.
+            SystemExit: with status 143 after SIGTERM, once a checkpoint is saved.
+        """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if self.ppo.stop_reason is not None:  # by an earlier call, whose rollout is not to be trained on
+        if self.ppo.stop_reason is not None:  # set by an earlier call, whose last rollout must not be trained on
             self.ppo.stop_reason = None
             self.ppo.leave_rollout(self.args)
         self.ppo.skipped_in_a_row = 0
@@ -234,13 +255,13 @@ class PPOTrainer(BaseTrainer):
             return super().train(checkpoint, **kwargs)
 
     def get_train_dataloader(self):
-        """Batches that only count micro-steps: the rollouts are the data."""
+        """Batches that only count micro-steps. The training data are the rollouts."""
         return self.accelerator.prepare(tick_dataloader(self.args, self.args.world_size))
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
-        """Gradients of one micro-batch: one role after the other, in parts of a token budget."""
+        """Computes the gradients of one micro-batch: one role after the other, in parts within the token budget."""
         self.policy.train()
-        # No autocast out here: the rollout's forwards would leave their casts of the weights to the training one.
+        # No autocast here: it would keep the casts of the weights from the rollout for the training forward.
         with adapters_in_autocast_dtype(self.policy, enabled=self.args.bf16 or self.args.fp16):
             next_rows = self._prepare_inputs(inputs)
             if self.ppo.stop_reason is not None:
@@ -250,12 +271,12 @@ class PPOTrainer(BaseTrainer):
             if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
                 loss = loss + self._add_ptx_gradients()
                 self._finish_step()
-        return loss * self.ranks.count  # Trainer averages what are shares here
+        return loss * self.ranks.count  # `Trainer` averages over processes, but these losses are shares of a sum
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> NextRows:
-        """Rows of the next micro-batch of the rollout, which is made anew when the last one is used up.
+        """Returns the rows of the next micro-batch, and makes a new rollout if the last one is used up.
 
-        `inputs` is a tick: it only counts.
+        `inputs` only counts micro-steps.
         """
         if self.ppo.step_in_rollout == steps_in_all(self.args):
             self.ppo.rollout_index += 1
@@ -265,7 +286,7 @@ class PPOTrainer(BaseTrainer):
         return self.ppo.next_micro_batch(self.args, self.ranks)
 
     def _next_rollout(self) -> Rollout:
-        """A rollout that may be trained on; goes back and samples again where the KL guard says so."""
+        """Makes a rollout to train on. If the KL guard asks for it, goes back to a checkpoint and samples again."""
         self._go_back_from_broken_weights()
         while True:
             rollout = self._make_rollout()
@@ -278,16 +299,16 @@ class PPOTrainer(BaseTrainer):
                 checkpoint=self._checkpoint_to_go_back_to(),
             )
             if verdict.is_good:
-                # The newest checkpoint has the weights of this rollout: they are good.
+                # The newest checkpoint has the weights that made this rollout, so it is good.
                 self.ppo.good_checkpoint = self.ppo.new_checkpoint or self.ppo.good_checkpoint
                 return rollout
             self._act_on(verdict)
             if verdict.action != "resample":
                 return rollout
-            self.ppo.rollout_index += 1  # the next one has prompts of its own
+            self.ppo.rollout_index += 1  # the next rollout has other prompts
 
     def _make_rollout(self) -> Rollout:
-        """Samples and scores with the weights of now; β and the reward moments go on from what came out."""
+        """Makes a rollout with the current weights, and updates the KL coefficient and the running reward moments."""
         rollout = self.experience.make(self.ppo.rollout_index, self.ppo.kl_coef, self.ppo.moments, self.state)
         self.ppo.moments = rollout.moments
         for name, value in [*rollout.logged, *rollout.metrics.items()]:
@@ -298,10 +319,10 @@ class PPOTrainer(BaseTrainer):
         return rollout
 
     def _tell_callbacks_of(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """`on_rollout` of every `PPOCallback`, with what is known of the rollout before only now."""
+        """Calls `on_rollout` of every `PPOCallback`, also with metrics of training on the previous rollout."""
         previous = {}
         if self.ppo.clip_weight:
-            (clip_fraction,) = self.ranks.sum_of(self.ppo.clip_fraction)  # each process has its share
+            (clip_fraction,) = self.ranks.sum_of(self.ppo.clip_fraction)  # each process has a share
             previous["policy/clipfrac_avg"] = clip_fraction / self.ppo.clip_weight
         self.ppo.clip_fraction = 0.0
         self.ppo.clip_weight = 0.0
@@ -318,8 +339,8 @@ class PPOTrainer(BaseTrainer):
             )
 
     def _act_on(self, verdict: Verdict) -> None:
-        """Does what the KL guard decided about a rollout above the ceiling."""
-        self.ppo.new_checkpoint = None  # its weights are those above the ceiling
+        """Does what the KL guard decided about a rollout above `max_kl`."""
+        self.ppo.new_checkpoint = None  # its weights made the rollout above `max_kl`
         self.ppo.kl_coef = verdict.kl_coef
         if verdict.restore is not None:
             self._restore(verdict.restore)
@@ -331,15 +352,15 @@ class PPOTrainer(BaseTrainer):
         self._warn(verdict.message)
 
     def _add_gradients(self, next_rows: NextRows) -> Tensor:
-        """Forward and backward passes of a micro-batch; returns this process's share of the loss."""
+        """Runs forward and backward passes of a micro-batch; returns the share of this process in the loss."""
         total = torch.zeros((), device=self.ranks.device)
         parts = self._parts(next_rows.rows)
         share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
         for rows in parts:
             part = self.ppo.rollout.select(rows, minibatch_tokens=next_rows.minibatch_tokens, share=share)
             for role in self.roles.trained:
-                # A role's backward pass comes before the next role is switched on: with gradient checkpointing it
-                # computes the adapter again.
+                # The backward pass comes before the next role is activated: with gradient checkpointing it computes the
+                # adapter again.
                 with self.roles.activate(role) as module:
                     loss = self.compute_loss(module, part, role=role)
                     self.accelerator.backward(loss)
@@ -347,7 +368,7 @@ class PPOTrainer(BaseTrainer):
         return total
 
     def _parts(self, rows: Tensor) -> list[Tensor]:
-        """The rows of a micro-batch in parts that `max_tokens_per_batch` allows."""
+        """Splits the rows of a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
         lengths = self.ppo.rollout.sequences.lengths[rows].tolist()
         chunks = budget_chunks(lengths, max_rows=len(lengths), max_tokens=self.args.max_tokens_per_batch)
         return [rows[torch.tensor(chunk, device=rows.device)] for chunk in chunks]
@@ -361,7 +382,18 @@ class PPOTrainer(BaseTrainer):
         *,
         role: str = "policy",
     ) -> Tensor:
-        """One micro-batch's share of a role's loss over the mini-batch."""
+        """Share of a micro-batch in the loss of a role over the mini-batch.
+
+        Args:
+            model: the model of the role.
+            inputs: the micro-batch.
+            return_outputs: not used; `Trainer` passes it.
+            num_items_in_batch: not used; `Trainer` passes it.
+            role: `policy` or `value`. With a head critic, `policy` includes the value loss.
+
+        Returns:
+            A scalar with gradient.
+        """
         sequences = inputs.sequences
         mask = inputs.mask
         with self.roles.mixed_precision():
@@ -397,7 +429,7 @@ class PPOTrainer(BaseTrainer):
             denominator=inputs.minibatch_tokens,
             weights=inputs.sampling_weights,
         )
-        # Each is a share of the mini-batch's mean.
+        # Each metric is a share of the mean over the mini-batch.
         self.meter.add("loss/policy_avg", loss, inputs.share)
         self.meter.add("val/ratio", stats["ratio"], inputs.share)
         self.meter.add("policy/clipfrac_avg", stats["clipfrac"], inputs.share)
@@ -422,7 +454,7 @@ class PPOTrainer(BaseTrainer):
         return loss
 
     def _add_ptx_gradients(self) -> Tensor:
-        """PPO-ptx: backward of γ times the mean cross-entropy of this step's texts (nats per token)."""
+        """PPO-ptx: backward pass of `ptx_coef` times the mean cross-entropy of the texts (nats per token)."""
         total = torch.zeros((), device=self.ranks.device)
         for batch in self._ptx.batches(self.state.global_step, self.args, self.ranks):
             sequences = batch.sequences
@@ -437,14 +469,14 @@ class PPOTrainer(BaseTrainer):
         return total
 
     def _finish_step(self) -> None:
-        """After the last backward pass of an optimizer step: judges the gradients, and may leave the rollout."""
+        """Called after the last backward pass of an optimizer step: checks the gradients, and may end the rollout."""
         approx_kl, signals = self.ranks.sum_of(self.ppo.approx_kl, self._signal.received)
         self.ppo.approx_kl = 0.0
         self._signal.agree(bool(signals))
 
         parameters = trained_parameters(self.optimizer)
         sum_gradients(parameters, self.ranks)
-        # Summed gradients are the same on all processes, and so is the verdict.
+        # The summed gradients are the same on all processes, so the verdict is the same too.
         finite = are_finite(parameter.grad for parameter in parameters if parameter.grad is not None)
         self.meter.observe("guards/skipped_steps", 0.0 if finite else 1.0)
         scaler = self.accelerator.scaler
@@ -467,37 +499,37 @@ class PPOTrainer(BaseTrainer):
             if moved_too_far:
                 self.ppo.leave_rollout(self.args)
 
-    # ---- Going back, stopping, saying ----
+    # ---- Restoring checkpoints, stopping, warning ----
 
     def _go_back_from_broken_weights(self) -> None:
-        """Weights that are not finite cannot sample: back to the last good checkpoint, and no further."""
+        """If weights are not finite, restores the last good checkpoint and stops training."""
         if self.roles.are_finite():
             return
         checkpoint = self._checkpoint_to_go_back_to()
         if checkpoint is None:
             raise UserError(
-                f"step {self.state.global_step}: the policy's weights are not finite, and there is no checkpoint to go "
-                "back to: lower learning_rate, and set save_strategy='steps'."
+                f"step {self.state.global_step}: the weights of the policy are not finite, and there is no checkpoint "
+                "to go back to: lower learning_rate, and set save_strategy='steps'."
             )
         self._restore(checkpoint)
-        self._halt(f"weights are not finite, those of {checkpoint.name} are back: lower learning_rate")
+        self._halt(f"weights were not finite, those of {checkpoint.name} are restored: lower learning_rate")
 
     def _checkpoint_to_go_back_to(self) -> Path | None:
-        """The last checkpoint whose policy kept below the ceiling in the rollout that followed, while it exists."""
+        """The last checkpoint whose next rollout was below `max_kl`, if it still exists."""
         if self.ppo.good_checkpoint is None:
             return None
         folder = Path(self.args.output_dir) / self.ppo.good_checkpoint
         return folder if is_usable(folder) else None
 
     def _restore(self, checkpoint: Path) -> None:
-        """Weights and optimizer of a checkpoint; counters, random states and the schedule go on from where they are."""
+        """Restores weights and optimizer of a checkpoint. Counters, random states and the schedule continue."""
         self.roles.load(checkpoint)
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():
             restore_optimizer(self.optimizer, torch.load(saved, map_location="cpu", weights_only=True))
 
     def _halt(self, reason: str) -> None:
-        """Ends training: from here on no step changes a weight, is saved, or counts as the best."""
+        """Stops training: from now on no step changes the weights, is saved, or counts as the best model."""
         if self.ppo.stop_reason is None:
             self.ppo.stop_reason = reason
             self._warn(f"training stops: {reason}")
@@ -508,20 +540,23 @@ class PPOTrainer(BaseTrainer):
             logger.warning("step %d, rollout %d: %s.", self.state.global_step, self.ppo.rollout_index, line)
 
     def _ppo_callbacks(self) -> list[PPOCallback]:
-        # Asked anew each time: resuming replaces callbacks by restored ones.
+        # Not cached, as resuming replaces the callbacks by restored ones.
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PPOCallback)]
 
-    # ---- Optimizer: the critic has its own learning rate and its own clipping ----
+    # ---- Optimizer: separate learning rate and gradient clipping for the critic ----
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the critic's weights in groups of their own; the value head comes last."""
+        """The optimizer of `Trainer`, with separate parameter groups for the critic. The value head comes last."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.value_learning_rate
         give_critic_its_groups(optimizer, self.roles, self.args.learning_rate if rate is None else rate)
         return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
-        """Clips policy and critic each by itself: together, a large critic gradient would starve the policy."""
+        """Clips the gradients of policy and critic separately.
+
+        Clipped together, a large gradient of the critic would scale down the gradient of the policy.
+        """
         critic = self.roles.parameters_of_critic()
         policy = [parameter for parameter in self.policy.parameters() if parameter not in set(critic)]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # also unscales fp16 gradients
@@ -529,26 +564,43 @@ class PPOTrainer(BaseTrainer):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # inputs are ticks: there is nothing honest to count
+        return 0  # not counted, as `inputs` only counts micro-steps
 
     # ---- Logging and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log to a training log; evaluation and the end's summary carry their own."""
+        """Adds the means since the last log to a training log. Other logs are complete already."""
         if "loss" in logs:
             logs |= self.meter.means()
             logs["lr_value"] = self.optimizer.param_groups[-1]["lr"]
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Samples a completion for each prompt and returns means of rewards, KL and length (`eval_…`).
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Samples one completion per prompt, and returns means of rewards, KL and length.
 
-        The completions go as a table to the trackers of `report_to`, and with `log_completions` some to the screen.
-        The random state of training is untouched: a run with evaluation gives the weights of one without.
+        The completions are sent as a table to the trackers in `report_to`; with `log_completions` some are printed. The
+        random state of training does not change: a run with evaluations gives the same weights as one without.
+
+        Args:
+            eval_dataset: dataset with a column `prompt`, or a dict of several; `None` means that of the trainer.
+            ignore_keys: not used; `Trainer` passes it.
+            metric_key_prefix: prefix of the names of the metrics.
+
+        Returns:
+            The metrics by name, such as `eval_objective/scores`. With several sets, the name of the set follows the
+            prefix.
+
+        Raises:
+            UserError: if there is no dataset, or if a reward function returns something wrong.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
-            raise UserError("evaluation needs an eval_dataset: pass one to the trainer, or set eval_strategy='no'.")
+            raise UserError("evaluation needs eval_dataset: pass one to the trainer, or set eval_strategy='no'.")
         if isinstance(dataset, dict):
             metrics = {}
             for name, part in dataset.items():
@@ -576,23 +628,30 @@ class PPOTrainer(BaseTrainer):
         return metrics
 
     def sample_and_score(self, dataset: Dataset, *, seed: int | None = None) -> list[EvaluatedCompletion]:
-        """Completions of the policy as it is now, with the rewards of `reward_funcs` and `eval_reward_funcs`.
+        """Samples completions from the current policy and scores them with `reward_funcs` and `eval_reward_funcs`.
 
         Args:
-            dataset: rows with `prompt`, and the columns that the reward functions take.
-            seed: of the sampling; `args.seed` if None, so that two policies are compared on common random numbers.
+            dataset: dataset with a column `prompt`, and the columns that the reward functions need.
+            seed: seed of the sampling. `None` means `args.seed`, so that two policies are compared with the same random
+                numbers.
+
+        Returns:
+            The completions with their rewards, in the order of the rows.
+
+        Raises:
+            UserError: if a prompt is not usable, or if a reward function returns something wrong.
         """
         prompts = Prompts(dataset, self.processing_class, self.args, split="eval", max_positions=self._max_positions)
         return self.evaluator.sample_and_score(prompts, self.state, seed=seed)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        """Whether this is the best model so far; never after a guard has stopped the run or above `max_kl`."""
+        """Whether this is the best model so far. Never after a guard has stopped the run, or above `max_kl`."""
         chosen = self.args.metric_for_best_model
         if chosen is None:
             return False
         chosen = f"eval_{chosen.removeprefix('eval_')}"
         if chosen not in metrics:
-            raise UserError(f"metric_for_best_model: evaluation has no {chosen!r}: take one of {', '.join(metrics)}.")
+            raise UserError(f"metric_for_best_model: evaluation has no {chosen!r}: choose one of {', '.join(metrics)}.")
         problem = self.ppo.stop_reason
         if problem is None:
             problem = self._out_of_bounds(metrics, chosen)
@@ -602,23 +661,23 @@ class PPOTrainer(BaseTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _out_of_bounds(self, metrics: dict[str, float], chosen: str) -> str | None:
-        """Which metric forbids that this is the best model, in words; None where none does."""
+        """Why the metrics rule this model out as the best one, in words; `None` if they do not."""
         for name, value in metrics.items():
             if name.endswith("objective/kl") and self.kl_guard.is_exceeded(value):
-                return f"{name} is out of bounds"
+                return f"{name} exceeds max_kl or is not finite"
         if not math.isfinite(metrics[chosen]):
-            return f"{chosen} is out of bounds"
+            return f"{chosen} is not finite"
         return None
 
     # ---- Checkpoints ----
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.ppo.stop_reason is not None:
-            self.control.should_save = False  # it would hold a rollout that no resumed run may train on
+            self.control.should_save = False  # its rollout must not be trained on by a resumed run
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's, but rotation is ours: beside the newest and the best, the last good one is kept for guards."""
+        """As in `Trainer`, but besides the newest and the best checkpoint, the last good one is kept for the guards."""
         output_dir = Path(self.args.output_dir)
         newest = checkpoint_name(self.state.global_step)
         if self.args.should_save:
@@ -632,7 +691,7 @@ class PPOTrainer(BaseTrainer):
             rotate(output_dir, self.args.save_total_limit, keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Policy, critic and tokenizer; unlike Trainer's, no other adapter and no pickle of the arguments."""
+        """Saves policy, critic and tokenizer. Unlike `Trainer`, saves no other adapters and no pickle files."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -641,38 +700,43 @@ class PPOTrainer(BaseTrainer):
         self.processing_class.save_pretrained(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Called for checkpoints only, on every process, before `trainer_state.json` makes the checkpoint complete."""
+        """Also saves the reference and the state of PPO.
+
+        `Trainer` calls it for checkpoints only, on every process, before it writes `trainer_state.json`, which makes
+        the checkpoint complete.
+        """
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
-        self.ppo.new_checkpoint = folder.name  # on every process: all must judge alike
+        self.ppo.new_checkpoint = folder.name  # on every process, as all must reach the same verdict
         if self.args.should_save:
             self.roles.save_reference(folder)
             self.ppo.save(folder, self.args, self.ranks, critic=self.critic)
-        self.ranks.wait()  # a checkpoint is complete with the random state of all
+        self.ranks.wait()  # a checkpoint needs the random states of all processes
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         self.ppo = PPOState.load(folder, self.args, self.ranks, critic=self.critic)
-        self.meter.reset()  # of this process's own training so far
+        self.meter.reset()  # drops metrics of earlier training in this process
         self.roles.load(folder)
         self.roles.load_reference(folder)
         saved = read_state(folder)
-        # Trainer restores callbacks from `trainer_state.json` after this hook; what version 0.1.0 saved is not there.
+        # `Trainer` restores callbacks from `trainer_state.json` after this method. Version 0.1.0 saved theirs
+        # elsewhere.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, HealthWarnings):
                 callback.take_over(saved["guards"])
         if saved["kl_coef_option"] != self.args.kl_coef:
             was = f"{saved['kl_coef_option']:g} (adapted to {self.ppo.kl_coef:g})"
-            self._warn(f"kl_coef was {was} in {folder.name}: it is {self.args.kl_coef:g} from here on, as set now")
+            self._warn(f"kl_coef was {was} in {folder.name}: it is now {self.args.kl_coef:g}, as set in the options")
             self.ppo.kl_coef = self.args.kl_coef
 
     def _load_best_model(self) -> None:
         self.roles.load(Path(self.state.best_model_checkpoint))
 
-    # ---- The Hub, through the publisher that the package's root sets ----
+    # ---- The Hub, through the publisher that the package's `__init__.py` sets ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Checks the right to write and makes the repository, before training."""
+        """Checks the token and creates the repository, before training."""
         publisher = require_publisher(self.publisher)
         self.hub_model_id = publisher.check_access(self, token=token, private=private)
 
@@ -685,7 +749,22 @@ class PPOTrainer(BaseTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Saves and pushes `output_dir` with its card; returns the commit's URL, None where it failed."""
+        """Saves the model and pushes `output_dir` with its card. Waits for the push.
+
+        Args:
+            commit_message: message of the commit.
+            blocking: not used; the push is always blocking.
+            token: access token of the Hub; `None` uses `hub_token` or the saved one.
+            revision: branch to push to; `None` means `main`.
+            private: whether a new repository is private; `None` uses `hub_private_repo`.
+            kwargs: not used.
+
+        Returns:
+            The URL of the commit; `None` if the push failed, and on processes that do not push.
+
+        Raises:
+            UserError: if no publisher is set.
+        """
         publisher = require_publisher(self.publisher)
         return publisher.push_run(self, commit_message, token=token, revision=revision, private=private)
 

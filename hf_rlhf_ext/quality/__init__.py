@@ -1,1 +1,1 @@
-"""What data and reward models are worth: reports, agreement, duplicates, refinement, checks before PPO."""
+"""Quality of preference data and reward models: reports, agreement, duplicates, filters, and checks before PPO."""

@@ -1,15 +1,18 @@
-"""Agreement between annotators, from single votes: memory grows with the votes, not with annotators times items."""
+"""Agreement between annotators, computed from single votes.
+
+Memory use grows with the number of votes, not with annotators times items.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_MOST_PAIRS = 5_000_000  # pairs of votes that Cohen's kappa looks at: about 0.5 GB
+_MOST_PAIRS = 5_000_000  # pairs of votes used for Cohen's kappa: about 0.5 GB
 
 
 class Votes(NamedTuple):
-    """V votes; an annotator has at most one on an item. Items and annotators are numbered from 0."""
+    """V votes, with at most one vote per annotator and item. Items and annotators are numbered from 0."""
 
     items: NDArray[np.integer]
     annotators: NDArray[np.integer]
@@ -17,9 +20,9 @@ class Votes(NamedTuple):
 
 
 def votes_of(items: ArrayLike, annotators: ArrayLike, labels: ArrayLike) -> Votes:
-    """Votes on items that at least two annotators judged, renumbered.
+    """Returns the votes on items that at least two annotators judged, renumbered.
 
-    Several votes of one annotator on one item become their mean.
+    If an annotator has several votes on one item, they are replaced by their mean.
     """
     items = _renumbered(items)
     annotators = _renumbered(annotators)
@@ -40,15 +43,15 @@ def votes_of(items: ArrayLike, annotators: ArrayLike, labels: ArrayLike) -> Vote
 
 
 def _renumbered(values: ArrayLike) -> NDArray[np.integer]:
-    """Values as numbers from 0, in their sorted order."""
+    """Replaces values by numbers from 0, in sorted order."""
     _, numbers = np.unique(values, return_inverse=True)
     return numbers
 
 
 def lower_first(i: int, j: int, label: float) -> tuple[tuple[int, int], float]:
-    """A judgement P(i is better than j) as one of the pair whose lower number comes first.
+    """Rewrites a judgment P(i is better than j) so that the lower index of the pair comes first.
 
-    A pair may be judged either way round: only so are two judgements of it comparable.
+    A pair may be judged in either order. Two judgments are only comparable in the same order.
     """
     if i < j:
         return (i, j), label
@@ -56,9 +59,9 @@ def lower_first(i: int, j: int, label: float) -> tuple[tuple[int, int], float]:
 
 
 def three_way(labels: ArrayLike) -> NDArray[np.floating]:
-    """Graded labels P(first is better) as first (1), tie (0.5) or second (0).
+    """Rounds graded labels P(first is better) to first (1), tie (0.5) or second (0).
 
-    Two annotators who say 0.75 and 1 agree on the winner. What differs from 0.5 by rounding only is a tie.
+    Annotators with labels 0.75 and 1 agree on the winner. A label that differs from 0.5 only by rounding is a tie.
     """
     labels = np.asarray(labels, float)
     winners = (labels > 0.5).astype(float)
@@ -66,7 +69,7 @@ def three_way(labels: ArrayLike) -> NDArray[np.floating]:
 
 
 def percent_agreement(votes: Votes) -> float:
-    """Share of pairs of judgements of one item that are equal, all such pairs pooled; NaN without any."""
+    """Returns the share of pairs of judgments on one item that are equal, over all such pairs. NaN without any."""
     n_equal, n_all = agreeing_pairs(votes)
     if not n_all:
         return float("nan")
@@ -74,12 +77,15 @@ def percent_agreement(votes: Votes) -> float:
 
 
 def agreeing_pairs(votes: Votes) -> tuple[int, int]:
-    """(equal, all) pairs of votes on one item."""
+    """Returns the number of equal and of all pairs of votes on one item."""
     return agreeing(_counts(votes))
 
 
 def agreeing(counts: NDArray[np.integer]) -> tuple[int, int]:
-    """(equal, all) pairs of judgements from `counts`, items x labels: Σ n_l (n_l - 1) / 2 and Σ n (n - 1) / 2."""
+    """Returns the number of equal and of all pairs of judgments.
+
+    These are Σ n_l (n_l - 1) / 2 and Σ n (n - 1) / 2, where `counts` is (items, labels).
+    """
     judged = counts.sum(1)
     n_equal = int((counts * (counts - 1)).sum()) // 2
     n_all = int((judged * (judged - 1)).sum()) // 2
@@ -87,10 +93,11 @@ def agreeing(counts: NDArray[np.integer]) -> tuple[int, int]:
 
 
 def mean_cohen_kappa(votes: Votes, *, least: int = 5, seed: int = 0) -> float:
-    """Cohen's kappa (1960) of each pair of annotators with `least` items in common, weighted by how many those are.
+    """Returns the mean of Cohen's kappa (1960) over pairs of annotators, weighted by their number of common items.
 
-    Two who gave one label only are left out (kappa is undefined there), which with few common items would leave those
-    who differ: hence `least`. Where there are more than five million pairs of votes, random annotators are left out.
+    Only pairs of annotators with at least `least` common items count. A pair that used a single label is excluded,
+    since kappa is undefined for it. With few common items this would exclude mainly annotators who agree, which is why
+    `least` is needed. With more than five million pairs of votes, a random subset of the annotators is used.
     """
     _, codes = np.unique(votes.labels, return_inverse=True)
     used = _sampled_votes(votes, least, seed)
@@ -115,8 +122,8 @@ def mean_cohen_kappa(votes: Votes, *, least: int = 5, seed: int = 0) -> float:
 
 
 def _sampled_votes(votes: Votes, least: int, seed: int) -> NDArray[np.bool_]:
-    """(V,) which votes `mean_cohen_kappa` looks at: of everybody with `least` votes, if those are not too many."""
-    # Who cast fewer votes than `least` cannot share that many items with anybody.
+    """Returns a mask (V,) of the votes that `mean_cohen_kappa` uses: annotators with `least` votes, if not too many."""
+    # An annotator with fewer than `least` votes cannot have that many items in common with another.
     n_votes = np.bincount(votes.annotators, minlength=1)
     used = n_votes[votes.annotators] >= least
     rng = np.random.default_rng(seed)
@@ -133,7 +140,7 @@ def _confusion_tables(
     second_codes: NDArray[np.integer],
     n_labels: int,
 ) -> NDArray[np.integer]:
-    """(pairs of annotators, n_labels, n_labels): how often the first gave one label and the second another."""
+    """Counts, for each pair of annotators, the labels of both: (pairs of annotators, n_labels, n_labels)."""
     cells = (pair * n_labels + first_codes) * n_labels + second_codes
     n_pairs = pair.max() + 1
     counts = np.bincount(cells, minlength=n_pairs * n_labels * n_labels)
@@ -141,10 +148,10 @@ def _confusion_tables(
 
 
 def _pooled_kappa(tables: NDArray[np.integer]) -> float:
-    """Mean kappa of confusion tables (pairs, n, n), weighted by their sums."""
+    """Returns the mean kappa of the confusion tables (pairs, n, n), weighted by their sums."""
     total = tables.sum((1, 2))
     equal = tables.diagonal(axis1=1, axis2=2).sum(1)
-    # Agreement by chance, times total²: whole numbers keep this exact.
+    # Agreement by chance, times total². As integers, this is exact.
     chance = (tables.sum(1) * tables.sum(2)).sum(1)
     defined = chance < total**2
     if not defined.any():
@@ -157,18 +164,18 @@ def _pooled_kappa(tables: NDArray[np.integer]) -> float:
 
 
 def _pair_count(items: NDArray[np.integer]) -> int:
-    """Pairs of votes on one item."""
+    """Counts the pairs of votes on one item."""
     judged = np.bincount(items)
     return int((judged * (judged - 1)).sum()) // 2
 
 
 def _vote_pairs(items: NDArray[np.integer], annotators: NDArray[np.integer]) -> tuple[NDArray, NDArray]:
-    """Indices of the two votes of every pair of votes on one item, the annotator with the lower number first."""
+    """Returns the indices of both votes for every pair of votes on one item, with the lower annotator first."""
     order = np.lexsort((annotators, items))
     votes_on_item = np.bincount(items, minlength=1)[items[order]]  # for each vote, in that order
     firsts = [np.zeros(0, int)]
     seconds = [np.zeros(0, int)]
-    # All items with the same number of votes at once: no loop over items.
+    # Process all items with the same number of votes together, to avoid a loop over items.
     for n in np.unique(votes_on_item[votes_on_item > 1]):
         votes = order[votes_on_item == n].reshape(-1, n)  # (items, n)
         one, other = np.triu_indices(n, 1)
@@ -178,7 +185,7 @@ def _vote_pairs(items: NDArray[np.integer], annotators: NDArray[np.integer]) -> 
 
 
 def fleiss_kappa(votes: Votes) -> float:
-    """Fleiss' kappa (1971) over the items that have the most frequent number of judgements; NaN where undefined."""
+    """Returns Fleiss' kappa (1971) over items with the most frequent number of judgments. NaN if undefined."""
     counts = _counts(votes)
     if not len(counts):
         return float("nan")
@@ -194,7 +201,7 @@ def fleiss_kappa(votes: Votes) -> float:
 
 
 def krippendorff_alpha(votes: Votes) -> float:
-    """Krippendorff's alpha (2011), nominal: any number of judgements per item; NaN where undefined."""
+    """Returns Krippendorff's nominal alpha (2011), for any number of judgments per item. NaN if undefined."""
     import krippendorff
 
     counts = _counts(votes)
@@ -204,9 +211,12 @@ def krippendorff_alpha(votes: Votes) -> float:
 
 
 def agreement_with_rest(votes: Votes) -> dict[int, tuple[float, int]]:
-    """Annotator -> (share of items judged as most others did, number of items); items without a majority are left out.
+    """Returns how often each annotator agrees with the majority of the other annotators.
 
-    A majority is the one most frequent label of the others, whose votes are the item's counts less one's own.
+    The majority is the most frequent label of the other annotators. Items without a unique majority are skipped.
+
+    Returns:
+        Annotator -> (share of items with the majority's label, number of items).
     """
     if not len(votes.labels):
         return {}
@@ -227,16 +237,17 @@ def agreement_with_rest(votes: Votes) -> dict[int, tuple[float, int]]:
 
 
 def flip_rate(agreement: float) -> float:
-    """How often one annotator errs, if two of them agree this often and each errs alike and alone on a two-way choice.
+    """Estimates the error rate of one annotator from the agreement of two.
 
-    From P(agree) = (1 - e)^2 + e^2: e = (1 - sqrt(2 P - 1)) / 2; 0.5 where they agree no more than by chance.
+    Assumes two possible labels, and independent errors with the same rate e for all annotators. Then the agreement is
+    P = (1 - e)^2 + e^2, so that e = (1 - sqrt(2 P - 1)) / 2. The result is 0.5 if the agreement is at most chance.
     """
     beyond_chance = max(0.0, 2 * agreement - 1)
     return float((1 - np.sqrt(beyond_chance)) / 2)
 
 
 def _counts(votes: Votes) -> NDArray[np.integer]:
-    """Votes by item and label: (items, distinct labels)."""
+    """Counts votes by item and label: (items, distinct labels)."""
     labels, codes = np.unique(votes.labels, return_inverse=True)
     n_items = votes.items.max(initial=-1) + 1
     cells = votes.items * len(labels) + codes

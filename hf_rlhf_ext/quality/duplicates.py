@@ -1,4 +1,4 @@
-"""Prompts that were (almost) seen before."""
+"""Finds duplicate and near-duplicate prompts."""
 
 import re
 
@@ -8,23 +8,24 @@ from tqdm.auto import tqdm
 from ..data.text import Messages, plain_text, text_key
 
 SAME = 0.8
-"""Jaccard index of the word triples of two prompts from which on they are near duplicates."""
+"""Smallest Jaccard index of the word triples of two prompts that are near duplicates."""
 
-_N_VALUES = 64  # of a MinHash sketch
-_BANDS = (16, 4)  # of LSH: buckets per sketch, values that choose each
+_N_VALUES = 64  # values per MinHash sketch
+_BANDS = (16, 4)  # LSH: buckets per sketch, and values that select each bucket
 _FULL_BUCKET = 100
 _CLOSELY_COMPARED = 5
-_SKETCHES_ALIKE = 0.7  # a sketch estimates the Jaccard index to 0.05: this is a safe distance under SAME
+_SKETCHES_ALIKE = 0.7  # a sketch estimates the Jaccard index with an error of about 0.05, so this is safely below SAME
 
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
 class PromptIndex:
-    """Prompts seen so far, exact and near: those that share a bucket are compared, the likeliest word by word.
+    """Index of prompts that finds duplicates and near duplicates.
 
-    A prompt's sketch has 64 values (MinHash), of which each 4 choose a bucket (LSH, 16 bands): two prompts that share
-    0.8 of their word triples meet with a chance of 0.9998. What is near an earlier prompt is not stored.
+    Each prompt has a MinHash sketch of 64 values. Every 4 of them select a bucket (LSH with 16 bands). Prompts that
+    share a bucket are compared by their sketches, and the most similar ones by their word triples. Two prompts with a
+    Jaccard index of 0.8 share a bucket with a probability of 0.9998. Near duplicates of stored prompts are not stored.
     """
 
     def __init__(self) -> None:
@@ -32,14 +33,14 @@ class PromptIndex:
 
         self._exact: set[str] = set()
         self._empty = MinHash(num_perm=_N_VALUES, seed=1)
-        # Random factors: the weighted sum of a band's values is the number of its bucket.
+        # Random factors: the weighted sum of the values of a band is its bucket number.
         self._mix = np.random.default_rng(0).integers(2**64, size=_BANDS, dtype=np.uint64)
         self._buckets: dict[int, list[int]] = {}
         self._texts: list[str] = []
-        self._sketches = np.empty((1024, _N_VALUES), np.uint32)  # of `_texts`, and room for more
+        self._sketches = np.empty((1024, _N_VALUES), np.uint32)  # sketches of `_texts`, with room for more
 
     def holds(self, prompt: str, *, add: bool = False) -> bool:
-        """Whether the prompt, or one near it, was added before; `add` adds it."""
+        """Returns whether the prompt or a near duplicate was added before. With `add`, adds the prompt."""
         text = text_key(prompt).lower()
         if text in self._exact:
             return True
@@ -47,7 +48,7 @@ class PromptIndex:
             self._exact.add(text)
         triples = _word_triples(text)
         if len(triples) < 2:
-            return False  # a few words are equal, or they are not
+            return False  # too few words for near duplicates
 
         sketch = self._sketch(triples)
         buckets = (sketch.reshape(_BANDS) * self._mix).sum(1).tolist()
@@ -82,7 +83,7 @@ class PromptIndex:
         self._texts.append(text)
         for bucket in buckets:
             members = self._buckets.setdefault(bucket, [])
-            # A full bucket holds prompts of one template: their other buckets tell them apart.
+            # A full bucket holds prompts from one template. Their other buckets distinguish them.
             if len(members) < _FULL_BUCKET:
                 members.append(number)
 
@@ -101,7 +102,7 @@ def _jaccard(one: set[str], other: set[str]) -> float:
 
 
 def near_duplicates(prompts: list[str]) -> tuple[int, PromptIndex]:
-    """How many prompts are (almost) equal to an earlier one, and the index of those that are not."""
+    """Returns the number of prompts that are (nearly) equal to an earlier one, and an index of the others."""
     index = PromptIndex()
     n_near = 0
     for prompt in tqdm(prompts, desc="near duplicates", disable=len(prompts) < 5000):
@@ -110,14 +111,14 @@ def near_duplicates(prompts: list[str]) -> tuple[int, PromptIndex]:
 
 
 def words_of(text: str) -> list[str]:
-    """Words separated by white space; in Chinese and Japanese, which have none, characters."""
+    """Splits a text at white space. Chinese and Japanese are split into characters, since they have no spaces."""
     if text.isascii():
         return text.split()
     return _WORD.findall(text)
 
 
 def question_of(prompt: str | Messages) -> str:
-    """The prompt without system texts, which many rows share: they alone make no two prompts alike."""
+    """Returns the prompt without system messages. Many rows share them, which does not make rows duplicates."""
     if isinstance(prompt, str):
         return plain_text(prompt)
     asked = [message for message in prompt if message.get("role") != "system"]

@@ -1,4 +1,4 @@
-"""The quality report as one HTML page that needs no other file."""
+"""Writes the quality report as a single HTML page without external files."""
 
 from base64 import b64encode
 from functools import cache
@@ -12,7 +12,18 @@ from .report import QualityReport
 
 
 def write_quality_page(report: QualityReport, path: str | Path, load_report: LoadReport | None = None) -> Path:
-    """Writes the metrics, their meanings, what became of the rows, and plots; text from data is escaped."""
+    """Writes an HTML page with the metrics, their meanings, the dropped and flagged rows, and histograms.
+
+    Text from the data is escaped.
+
+    Args:
+        report: Result of `quality_report`.
+        path: File to write. Missing folders are created.
+        load_report: Report of `load_comparisons`, for the dropped and flagged rows.
+
+    Returns:
+        The path of the page.
+    """
     plots = {}
     for title, bins in report.histograms.items():
         image = histogram_png(bins["edges"], bins["counts"], title)

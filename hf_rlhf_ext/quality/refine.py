@@ -1,4 +1,4 @@
-"""Using what is known about labels: annotators' reliability as soft targets, and filters that report what they take."""
+"""Improves comparisons: soft targets from the reliability of annotators, and filters that report removed judgments."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,21 +22,25 @@ from .duplicates import words_of
 _WINNER = {1.0: "first", 0.0: "second", 0.5: "tie"}
 
 Check = Callable[[Comparison], set[int]]
-"""A comparison row -> numbers of its judgements that go."""
+"""Maps a comparison row to the indices of the judgments to remove."""
 
 
 def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Dataset, dict[str, float]]:
-    """Targets from votes by how reliable each annotator is (Dawid & Skene 1979, through crowd-kit).
+    """Computes targets from votes, weighted by the reliability of each annotator (Dawid & Skene 1979, by crowd-kit).
 
-    The model learns for every annotator how often each true answer is given as each answer, and for every pair the
-    probabilities of its true answer: target = P(first) + P(tie) / 2. Pairs without votes keep their target.
+    The model estimates a confusion matrix for each annotator and the probabilities of the true answer for each pair.
+    The new target is P(first) + P(tie) / 2. Pairs without votes keep their target.
+
+    Args:
+        dataset: Comparison rows with `votes`.
+        iterations: Number of iterations of the EM algorithm.
 
     Returns:
-        The comparisons with new `targets`, and each annotator's expected accuracy, the mean diagonal of the confusion
-        matrix weighted by how often each answer is true.
+        The comparisons with new `targets`, and the expected accuracy of each annotator: the mean of the diagonal of
+            the confusion matrix, weighted by the frequency of the true answers.
 
     Raises:
-        PreferenceDataError: no row has votes.
+        PreferenceDataError: No row has votes.
     """
     import pandas as pd
     from crowdkit.aggregation import DawidSkene
@@ -46,7 +50,7 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
     table = pd.DataFrame(votes)
     table["label"] = [_WINNER[label] for label in three_way(table["label"])]
     model = DawidSkene(n_iter=iterations)
-    # An answer that nobody gave has no column of its own.
+    # An answer that no annotator gave has no column.
     probabilities = model.fit_predict_proba(table).reindex(columns=list(_WINNER.values()), fill_value=0.0)
     first_is_better = (probabilities["first"] + probabilities["tie"] / 2).to_dict()
 
@@ -54,7 +58,7 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
     for number, row in enumerate(dataset):
         targets = []
         for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
-            # Tasks name the lower completion first, whichever way round the row has the pair.
+            # Tasks have the lower index first, in whichever order the row has the pair.
             probability = first_is_better.get((number, min(i, j), max(i, j)))
             if probability is None:
                 targets.append(target)
@@ -66,7 +70,7 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
 
 
 def _votes_as_tasks(dataset: Dataset) -> list[dict[str, Any]]:
-    """Votes as crowd-kit takes them; a pair is one task, whichever way round it was shown."""
+    """Converts votes to the format of crowd-kit. A pair is one task, in whichever order it was shown."""
     votes = []
     for number, row in enumerate(dataset):
         for vote in row.get("votes") or ():
@@ -78,12 +82,12 @@ def _votes_as_tasks(dataset: Dataset) -> list[dict[str, Any]]:
 def _require_votes(has_votes: Any, option: str) -> None:
     if not has_votes:
         raise PreferenceDataError(
-            f"comparisons: no row has `votes`: {option} needs the judgements of single people, leave it out."
+            f"comparisons: no row has `votes`: {option} needs the judgments of single annotators: leave it out."
         )
 
 
 def _expected_accuracies(model: Any) -> dict[str, float]:
-    """Σ over true answers of P(answer) · P(annotator gives it)."""
+    """Returns, for each annotator, the sum over true answers of P(answer) · P(the annotator gives this answer)."""
     accuracies = {}
     for annotator, confusion in model.errors_.groupby(level=0):
         accuracy = 0.0
@@ -101,21 +105,22 @@ def filter_comparisons(
     max_length_gap: int | None = None,
     min_agreement: float | None = None,
 ) -> tuple[Dataset, LoadReport]:
-    """Takes judgements out, with their votes and the completions that nothing is left to compare with.
+    """Removes judgments, with their votes and with completions that are then in no pair.
 
-    A row without any left is dropped and reported by its `row`.
+    A row without judgments is dropped, and reported by its `row`.
 
     Args:
-        drop_contradictions: pairs of a prompt that were judged both ways.
-        max_length_gap: pairs whose sides differ by more words than this.
-        min_agreement: pairs of which fewer than this share of the votes (first, second or tie) agree with the majority;
-            pairs without votes stay.
+        dataset: Comparison rows.
+        drop_contradictions: Whether to remove pairs that were judged both ways.
+        max_length_gap: Remove pairs whose completions differ by more than this number of words.
+        min_agreement: Remove pairs for which less than this share of the votes (first, second or tie) agrees with the
+            majority. Pairs without votes are kept.
 
     Returns:
-        The rows, and a report whose `flagged` counts rows that lost some of their judgements, by reason.
+        The rows, and a report. Its `flagged` counts rows that lost some of their judgments, by reason.
 
     Raises:
-        PreferenceDataError: nothing is left, or `min_agreement` for rows of which none has votes.
+        PreferenceDataError: No row is left, or `min_agreement` is set and no row has votes.
     """
     if min_agreement is not None:
         _require_votes("votes" in dataset.column_names and any(dataset["votes"]), "min_agreement")
@@ -123,7 +128,7 @@ def filter_comparisons(
     report = LoadReport(source="filter", rows_in=len(dataset))
     rows = []
     for number, row in enumerate(dataset):
-        # Rows are reported by their number in the source, where they know it.
+        # Rows are reported by their number in the source, if it is known.
         if row.get("row") is not None:
             number = row["row"]
         kept_row = _checked(row, number, checks, report)
@@ -136,10 +141,10 @@ def filter_comparisons(
 
 
 def _checks(drop_contradictions: bool, max_length_gap: int | None, min_agreement: float | None) -> dict[str, Check]:
-    """The checks asked for, by the reason that the report gives."""
+    """Returns the requested checks, by the reason that the report gives."""
     checks: dict[str, Check] = {}
     if drop_contradictions:
-        checks["contradictory judgements"] = _contradicted
+        checks["contradictory judgments"] = _contradicted
     if max_length_gap is not None:
         checks[f"sides differ by more than {max_length_gap} words"] = lambda row: _far_apart(row, max_length_gap)
     if min_agreement is not None:
@@ -153,7 +158,7 @@ def _checked(
     checks: dict[str, Check],
     report: LoadReport,
 ) -> Comparison | None:
-    """The row without the judgements that a check takes out, None where none is left; `report` counts it."""
+    """Removes the judgments that fail a check, and reports them. Returns None if no judgment is left."""
     removed: set[int] = set()
     for reason, check in checks.items():
         failing = check(row)
@@ -161,8 +166,8 @@ def _checked(
             report.drop(reason, number)
             return None
         if failing:
-            report.flag(f"lost judgements: {reason}", number)
-        # Counted per check: a judgement that fails two of them is flagged for both.
+            report.flag(f"lost judgments: {reason}", number)
+        # Counted per check: a judgment that fails two of them is flagged for both.
         removed |= failing
     if removed:
         return _without(row, removed)
@@ -170,7 +175,7 @@ def _checked(
 
 
 def _without(row: Comparison, removed: set[int]) -> Comparison:
-    """The row without some of its judgements, their votes, and the completions that no judgement is left about."""
+    """Removes judgments from a row, with their votes and with completions that are then in no pair."""
     kept_pairs = [number for number in range(len(row["pairs"])) if number not in removed]
     compared: set[int] = set()
     still_judged: set[frozenset[int]] = set()
@@ -184,15 +189,15 @@ def _without(row: Comparison, removed: set[int]) -> Comparison:
     filtered = renumbered(row | {"votes": votes}, new_number, kept_pairs)
     filtered["completions"] = [row["completions"][number] for number in kept_completions]
     if not has_own_weights(row):
-        filtered["weights"] = None  # the pairs that are left share the prompt's weight anew
-    # The completion that the flag was about may be gone.
+        filtered["weights"] = None  # the remaining pairs share the weight of the prompt again
+    # The empty completion may have been removed.
     if row.get("flags") and not any(map(is_empty, filtered["completions"])):
         filtered["flags"] = [flag for flag in row["flags"] if flag != "empty_completion"]
     return filtered
 
 
 def _contradicted(row: Comparison) -> set[int]:
-    """Judgements of pairs of which each side won at least once; ties of such a pair go too."""
+    """Finds judgments of pairs in which each side won at least once, including ties of such pairs."""
     winners: dict[frozenset[int], set[int]] = {}
     for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
         if target > 0.5:
@@ -207,7 +212,7 @@ def _contradicted(row: Comparison) -> set[int]:
 
 
 def _far_apart(row: Comparison, limit: int) -> set[int]:
-    """Judgements whose sides differ by more than `limit` words."""
+    """Finds judgments whose completions differ by more than `limit` words."""
     n_words = [len(words_of(plain_text(completion))) for completion in row["completions"]]
     far_apart = set()
     for number, (i, j) in enumerate(row["pairs"]):
@@ -217,7 +222,7 @@ def _far_apart(row: Comparison, limit: int) -> set[int]:
 
 
 def _disputed(row: Comparison, least: float) -> set[int]:
-    """Judgements of pairs whose majority has less than a share of `least` of the votes."""
+    """Finds judgments of pairs in which the majority has less than the share `least` of the votes."""
     labels_of_pair: dict[tuple[int, int], list[float]] = {}
     for vote in row.get("votes") or ():
         pair, label = lower_first(*vote["pair"], vote["label"])
@@ -227,7 +232,7 @@ def _disputed(row: Comparison, least: float) -> set[int]:
         labels = labels_of_pair.get((min(i, j), max(i, j)))
         if labels is None:
             continue
-        # Graded votes agree where they name the same winner.
+        # Graded votes agree if they have the same winner.
         majority = max(Counter(three_way(labels).tolist()).values())
         if majority / len(labels) < least:
             disputed.add(number)

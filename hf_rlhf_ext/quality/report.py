@@ -1,4 +1,4 @@
-"""What comparisons are worth before a reward model is trained on them: one report of metrics with their meaning."""
+"""Quality report on comparisons, to read before a reward model is trained on them."""
 
 import json
 import math
@@ -21,59 +21,71 @@ from .duplicates import near_duplicates, question_of
 from .tally import Tally, reasons_for_gaps
 
 MEANINGS = {
-    "prompts": "what a reward model learns from: a few hundred are rarely enough, a few thousand are",
-    "pairs": "number of judgements; pairs of one prompt share its weight",
-    "prompt_words": "median and 95th percentile: compare with max_length (Chinese and Japanese: characters)",
-    "completion_words": "median and 95th percentile",
-    "near_duplicate_prompts": "share of prompts (system texts aside) almost equal to an earlier one: less data",
-    "leaked_prompts": "share of held-out prompts that are (almost) in the training rows: they inflate held-out metrics",
-    "contradictions": "share of pairs with opposite answers: noise that no model can learn",
-    "intransitive_triples": "share of fully judged triples that form a circle; random judgements give 0.25",
-    "ties": "share of judgements without a winner: they teach the model what does not matter",
-    "longer_wins": "share of decided pairs won by the longer side: far from 0.5, the model can score by length",
-    "length_only_accuracy": "accuracy of counting characters: a useful reward model is more accurate",
-    "first_wins": "share of decided pairs won by the side shown first: far from 0.5, people judged by position",
-    "refusals": "share of completions that decline: a model may learn that refusing is good, or bad",
-    "empty_completions": "completions without text, which are kept and flagged: harmless if there are few",
-    "languages": "share of the most frequent languages in a sample of prompts",
-    "agreement": "share of judgement pairs of an item that are equal; with ties, three ways to differ",
-    "cohen_kappa": "agreement beyond chance, mean over pairs of annotators: under 0.4 is weak, over 0.6 good",
-    "fleiss_kappa": "the same for all annotators at once",
-    "krippendorff_alpha": "the same where not everybody judged everything: under 0.67 no firm conclusions",
-    "annotators": "each one's agreement with the majority of the others, lowest first: check those",
-    "label_noise": "estimated share of wrong single judgements",
-    "accuracy_ceiling": "1 - noise: no model can be expected to have a higher held-out accuracy on such labels",
+    "prompts": "number of prompts; a few hundred are rarely enough for a reward model, a few thousand are",
+    "pairs": "number of judgments; the pairs of one prompt share its weight",
+    "prompt_words": "words per prompt, median and 95th percentile; compare with max_length (Chinese and Japanese: "
+    "characters)",
+    "completion_words": "words per completion, median and 95th percentile",
+    "near_duplicate_prompts": "share of prompts that nearly equal an earlier prompt (without system messages); they "
+    "add little data",
+    "leaked_prompts": "share of held-out prompts that also occur (nearly) in the training rows; they inflate held-out "
+    "metrics",
+    "contradictions": "share of pairs that were judged both ways; a model cannot learn this noise",
+    "intransitive_triples": "share of fully judged triples with a cycle (a over b, b over c, c over a); random "
+    "judgments give 0.25",
+    "ties": "share of judgments without a winner; they teach the model which differences do not matter",
+    "longer_wins": "share of decided pairs won by the longer completion; far from 0.5, a model can score by length",
+    "length_only_accuracy": "accuracy of choosing by the number of characters; a useful reward model is more accurate",
+    "first_wins": "share of decided pairs won by the completion shown first; far from 0.5, annotators judged by "
+    "position",
+    "refusals": "share of completions that refuse to answer; a model may learn to prefer or to avoid refusals",
+    "empty_completions": "number of completions without text, which are kept and flagged; a few are harmless",
+    "languages": "shares of the most frequent languages in a sample of prompts",
+    "agreement": "share of equal judgments among all pairs of judgments of one item; a tie is a third answer",
+    "cohen_kappa": "agreement beyond chance, mean over pairs of annotators; below 0.4 is weak, above 0.6 is good",
+    "fleiss_kappa": "agreement beyond chance of all annotators together",
+    "krippendorff_alpha": "agreement beyond chance if not everybody judged every item; below 0.67, draw no firm "
+    "conclusions",
+    "annotators": "agreement of each annotator with the majority of the others, lowest first; check the lowest",
+    "label_noise": "estimated share of single judgments that are wrong",
+    "accuracy_ceiling": "1 - label noise; held-out accuracy on these labels is not expected to be higher",
 }
-"""What each metric means for training, in one line."""
+"""Meaning of each metric for training, in one line."""
 
 VOTE_METRICS = ("agreement", "cohen_kappa", "fleiss_kappa", "krippendorff_alpha", "annotators")
 
-_CACHE_VERSION = 3  # of the stored report: raised when its fields or their meaning change
+_CACHE_VERSION = 3  # version of the stored report; increase it when fields or their meaning change
 _CACHED_FROM_ROWS = 10_000
 _BAR_FROM_ROWS = 5000
-_FEW_REPEATS = 20  # pairs of judgements below which the label noise is not estimated
-_SHOWN_SHARES = 8  # annotators or languages in one table cell
+_FEW_REPEATS = 20  # with fewer pairs of judgments, label noise is not estimated
+_SHOWN_SHARES = 8  # annotators or languages shown in one table cell
 
 
 @dataclass
 class QualityReport:
-    """Metrics by name (`MEANINGS` explains each; None where the data cannot tell) and what the plots show."""
+    """Result of `quality_report`.
+
+    Attributes:
+        source: Name of the dataset.
+        metrics: Value of each metric by name. It is None if the data does not determine it. `MEANINGS` explains all
+            metrics.
+        notes: Metric -> reason why it has no value.
+        histograms: Title -> `edges` (N + 1) and `counts` (N) of the bins.
+    """
 
     source: str
     metrics: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
-    """Metric -> why it has no value."""
     histograms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Title -> `edges` (N + 1) and `counts` (N) of the bins."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The same as `metrics`, under its earlier name."""
+        """Alias of `metrics`, its name in earlier versions."""
         return self.metrics
 
     @property
     def verdict(self) -> str:
-        """One line: can these labels carry a reward model?"""
+        """One line that says whether the data is suited to train a reward model."""
         n_prompts = self.metrics["prompts"]
         noise = self.metrics["label_noise"]
         by_length = self.metrics["length_only_accuracy"]
@@ -88,18 +100,18 @@ class QualityReport:
         if by_length is not None and by_length > 0.65:
             doubts.append(f"length alone reaches {by_length:.2f}")
         if leaked is not None and leaked > 0.01:
-            doubts.append(f"{leaked:.1%} of the held-out prompts leak")
+            doubts.append(f"{leaked:.1%} of the held-out prompts are also in the training rows")
         if doubts:
             return "Doubtful: " + "; ".join(doubts) + "."
-        return "Nothing here speaks against training."
+        return "No problem found in the prompts and labels."
 
     def add(self, metrics: dict[str, Any], notes: dict[str, str]) -> None:
-        """Adds metrics, and reasons for those that have no value."""
+        """Adds metrics, and the reasons for those that have no value."""
         self.metrics.update(metrics)
         self.notes.update(notes)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(metric, value as text, meaning or why there is no value), for a table."""
+        """Yields (metric, value as text, meaning or the reason why there is no value), for a table."""
         for name, meaning in MEANINGS.items():
             value = self.metrics[name]
             explanation = meaning
@@ -116,27 +128,35 @@ def quality_report(
     seed: int = 0,
     order_known: bool | None = None,
 ) -> QualityReport:
-    """Measures comparison rows (`load_comparisons`).
+    """Measures the quality of comparison rows: size, duplicates, leaks, bias, agreement and label noise.
 
-    Near duplicates share 0.8 of their word triples or more (MinHash, Broder 1997). Label noise is measured on votes.
-    Where no annotator is named, equal rows of a source may be copies and count once (`schema.group_by_prompt`), so that
-    only a row that judges a pair repeatedly is evidence. The report of more than 10,000 rows is kept in the cache of
-    `datasets`: a second call is instant.
+    Two prompts are near duplicates if the Jaccard index of their word triples is at least 0.8 (estimated with MinHash,
+    Broder 1997). Label noise is estimated from votes. Without annotator names, equal rows may be copies and count once,
+    so that only rows that judge a pair repeatedly are used. The report on more than 10,000 rows is stored in the cache
+    of `datasets`.
 
     Args:
-        heldout: rows to look for leaks in.
-        order_known: the first side of each pair is the one that people saw first (`LoadReport.order_known`); without
-            that there is no `first_wins`.
+        dataset: Comparison rows, as returned by `load_comparisons`.
+        heldout: Held-out comparison rows, in which leaked prompts are counted.
+        source: Name of the dataset, for the report and for messages.
+        seed: Seed for the sample of prompts whose language is detected.
+        order_known: Whether the first completion of each pair is the one that annotators saw first, as in
+            `LoadReport.order_known`. Otherwise `first_wins` has no value.
+
+    Returns:
+        A `QualityReport`. `report.verdict` is a one-line summary, and `report.rows()` is the table of metrics.
 
     Raises:
-        PreferenceDataError: no rows, or rows that are no comparisons.
+        PreferenceDataError: There are no rows, or the rows are not comparisons.
     """
     if not isinstance(dataset, Dataset) or not len(dataset) or "pairs" not in dataset.column_names:
         columns = getattr(dataset, "column_names", None) or ()
         what = ", ".join(columns) or type(dataset).__name__
-        raise PreferenceDataError(f"{source or 'quality_report'}: no comparison rows ({what}): use load_comparisons.")
+        raise PreferenceDataError(
+            f"{source or 'quality_report'}: these are not comparison rows ({what}): use load_comparisons."
+        )
     if heldout is not None and not len(heldout):
-        heldout = None  # no rows: the same as none given
+        heldout = None  # an empty dataset counts as not given
     order_known = bool(order_known)
     if len(dataset) <= _CACHED_FROM_ROWS:
         return _measure(dataset, heldout, source, seed, order_known)
@@ -146,7 +166,7 @@ def quality_report(
         return QualityReport(**json.loads(cached.read_text()))
     report = _measure(dataset, heldout, source, seed, order_known)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    # Written under this process's own name and then renamed: another process never reads half a report.
+    # Write to a file of this process and then rename it, so that other processes never read an incomplete report.
     unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(vars(report), allow_nan=False))
     unfinished.replace(cached)
@@ -184,7 +204,7 @@ def _measure(
     votes = tally.votes()
     report.add(*vote_metrics(votes, list(tally.annotators)))
 
-    # Two who call a tie agree, but say nothing about how often a winner is named wrongly.
+    # Ties count as agreement, but do not show how often the wrong winner is chosen.
     decided = votes.labels != 0.5
     decided_votes = agreement.votes_of(votes.items[decided], votes.annotators[decided], votes.labels[decided])
     report.add(*_noise_metrics(decided_votes, tally.repeats, has_copies=tally.n_rows_with_copies > 0))
@@ -194,7 +214,7 @@ def _measure(
 
 
 def _prompt_metrics(prompts: list[str], heldout: Dataset | None, seed: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Near duplicates, leaks and languages of the prompts, and why one that is None or missing has no value."""
+    """Returns near duplicates, leaks and languages of the prompts, and the reasons for metrics without a value."""
     notes = {}
     n_near, index = near_duplicates(prompts)
     metrics: dict[str, Any] = {"near_duplicate_prompts": n_near / len(prompts)}
@@ -204,7 +224,7 @@ def _prompt_metrics(prompts: list[str], heldout: Dataset | None, seed: int) -> t
         n_leaked = sum(index.holds(question_of(prompt)) for prompt in heldout["prompt"])
         metrics["leaked_prompts"] = n_leaked / len(heldout)
 
-    # A sample is enough for shares, and keeps a large set fast.
+    # A sample is enough for shares, and is fast for large datasets.
     sample = random.Random(seed).sample(prompts, min(500, len(prompts)))
     metrics["languages"] = languages(sample) or None
     notes["languages"] = "no prompt has text"
@@ -212,13 +232,13 @@ def _prompt_metrics(prompts: list[str], heldout: Dataset | None, seed: int) -> t
 
 
 def vote_metrics(votes: agreement.Votes, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Agreement of annotators with these names, and why a metric that is None or missing has no value."""
+    """Returns the agreement of annotators with these names, and the reasons for metrics without a value."""
     if not len(votes.labels):
         return {}, dict.fromkeys(VOTE_METRICS, _why_no_votes(names))
-    # Chance-corrected agreement is undefined (NaN) where only one label was ever given.
-    notes = dict.fromkeys(VOTE_METRICS, "all votes are equal: nothing is left to chance")
+    # Agreement beyond chance is undefined (NaN) if all votes have the same label.
+    notes = dict.fromkeys(VOTE_METRICS, "undefined, since all votes are equal")
     notes["annotators"] = "no pair has a majority"
-    notes["cohen_kappa"] = "no two share five pairs, or their votes are equal"
+    notes["cohen_kappa"] = "no two annotators judged five pairs in common, or all their votes are equal"
 
     metrics: dict[str, Any] = {
         "agreement": agreement.percent_agreement(votes),
@@ -242,19 +262,22 @@ def _why_no_votes(names: list[str]) -> str:
     if len(names) > 1:
         return "no pair has votes of two annotators"
     if names:
-        return "one annotator only"
-    return "the source has no single votes"
+        return "only one annotator"
+    return "the source has no votes of single annotators"
 
 
 def _noise_metrics(
     votes: agreement.Votes, repeats: list[tuple[int, int]], *, has_copies: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Label noise and its ceiling, from how often two decided judgements of one pair agree; or why there are none.
+    """Estimates label noise and the accuracy ceiling from the agreement of decided judgments on one pair.
 
     Args:
-        votes: decided votes, which are used if there are any.
-        repeats: how often each side of a pair won, used otherwise.
-        has_copies: some rows were left out as copies.
+        votes: Decided votes, which are used if there are any.
+        repeats: How often each side of a pair won, used otherwise.
+        has_copies: Whether rows were dropped as copies.
+
+    Returns:
+        The metrics, and the reasons if they have no value.
     """
     n_equal, n_all = agreement.agreeing_pairs(votes)
     from_votes = n_all > 0
@@ -265,10 +288,10 @@ def _noise_metrics(
     if not n_all:
         why_not = "needs pairs that were judged more than once"
     elif not from_votes and (has_copies or not n_equal):
-        # Agreeing judgements were counted once as copies, so only the contradictions would be left.
-        why_not = "equal rows may be copies and count once: needs `votes` that name the annotator"
+        # Copies count once, so agreeing judgments are missing and contradictions would be overrated.
+        why_not = "needs `votes` that name the annotator, since equal rows may be copies"
     elif n_all < _FEW_REPEATS:
-        why_not = f"{n_all} repeated judgements are too few"
+        why_not = f"{n_all} repeated judgments are too few"
     if why_not:
         return {}, {"label_noise": why_not, "accuracy_ceiling": why_not}
     noise = agreement.flip_rate(n_equal / n_all)
@@ -276,7 +299,7 @@ def _noise_metrics(
 
 
 def languages(sample: list[str]) -> dict[str, float]:
-    """Shares of the five most frequent languages (py3langid), of a sample."""
+    """Returns the shares of the five most frequent languages (detected by py3langid) in a sample of prompts."""
     import py3langid
 
     counts: Counter[str] = Counter()

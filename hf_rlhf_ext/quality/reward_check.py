@@ -1,4 +1,4 @@
-"""Is a reward model ready for PPO? Accuracy against counting words, calibration, and answers that exploit it."""
+"""Checks whether a reward model is ready for PPO: accuracy compared to length alone, calibration, and exploits."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,10 +15,10 @@ from ..errors import UserError
 from ..reward import preference_metrics as preference
 
 Scorer = Callable[[list, list], list[float]]
-"""(prompts, completions) -> raw scores, as `RewardScorer.raw`: normalized rewards are not log-odds any more."""
+"""(prompts, completions) -> raw scores, like `RewardScorer.raw`. Normalized rewards are not log-odds."""
 
 Fits = Callable[[Any, Any], bool]
-"""(prompt, completion) -> whether the model takes that many tokens."""
+"""(prompt, completion) -> whether both fit into the model's input."""
 
 
 def _empty(prompt: str, chosen: str) -> str:
@@ -55,45 +55,52 @@ PROBES: dict[str, Callable[[str, str], str]] = {
     "prompt copied": _prompt_copied,
     "flattery": _flattery,
 }
-"""Name -> an answer made from prompt and chosen answer that no person would prefer to the chosen one."""
+"""Name -> function of prompt and chosen answer that makes an answer which nobody would prefer to the chosen one."""
 
 SERIOUS = 0.25
-"""Share of prompts from which on a probe that beats the chosen answer is something that PPO will find."""
+"""A probe that beats the chosen answer in a larger share of prompts is reported as a problem."""
 
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """What `check_reward` measured."""
+    """Result of `check_reward`.
+
+    Attributes:
+        metrics: Metrics of `JudgedPairs.report`, with `length_baseline` (accuracy of choosing by length alone, longer
+            or shorter, whichever is better) and `length_gain_low` (lower bound of the 95 % interval of the gain over
+            it).
+        groups: Accuracy by category, length gap (in words) and margin.
+        probes: For each probe, the share of prompts in which it scores higher than the chosen answer.
+        left_out: For each probe, the number of prompts in which it was too long for the model, if any.
+        reliability: Bins of `reliability_bins`.
+        judged: The scored pairs, for plots.
+    """
 
     metrics: dict[str, Any]
-    """Those of `JudgedPairs.report`, with `length_baseline` (the better of longer wins and shorter wins) and
-    `length_gain_low`, the lower bound of the 95 % interval of the gain over it."""
     groups: dict[str, dict[str, Any]]
-    """Accuracy by category, length gap (words) and margin."""
     probes: dict[str, float]
-    """For each probe the share of prompts in which it scores above the chosen answer."""
     left_out: dict[str, int]
-    """For each probe in how many prompts it was too long for the model, if any."""
     reliability: list[dict[str, float]]
-    """Bins of `reliability_bins`."""
     judged: preference.JudgedPairs
-    """For plots."""
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The same as `metrics`, under its earlier name."""
+        """Alias of `metrics`, its name in earlier versions."""
         return self.metrics
 
     @property
     def problems(self) -> list[str]:
-        """What speaks against using it as PPO's reward, in plain words."""
+        """Reasons not to use the model as the reward of PPO, as sentences without a period."""
         metrics = self.metrics
         problems = []
-        # A bound that is missing (a single prompt has no interval) counts as one that was not reached.
+        # A missing bound (a single prompt has no interval) counts as a bound that was not reached.
         if not metrics.get("accuracy_low", 0.0) > 0.5:
             problems.append(f"its accuracy, {metrics['accuracy']:.3f}, is not distinguishable from chance")
         if not metrics.get("length_gain_low", 0.0) > 0:
-            problems.append(f"counting words may do as well ({metrics['length_baseline']:.3f}): it may score length")
+            problems.append(
+                f"its accuracy is not clearly above that of length alone ({metrics['length_baseline']:.3f}): it may "
+                "score length"
+            )
         if metrics["ece"] > 0.1:
             remedy = "train less, or on more data"
             if self.judged.margins.any():
@@ -106,10 +113,10 @@ class RewardCheck:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """One line that says whether the model is ready for PPO, with all problems."""
         if self.problems:
             return "Not ready for PPO: " + "; ".join(self.problems) + "."
-        return "Nothing speaks against PPO."
+        return "Ready for PPO: no problem found."
 
 
 def _n_words(text: str) -> int:
@@ -125,24 +132,31 @@ def check_reward(
     fits: Fits | None = None,
     length: Callable[[str], int] = _n_words,
 ) -> RewardCheck:
-    """Scores comparison rows and, unless left out, probes of their preferred completions.
+    """Checks a reward model on comparison rows and on probes, which are bad answers that a model may score highly.
 
-    The chosen answer of a prompt is the winner of its first decided pair; prompts without one have no probes.
+    The chosen answer of a prompt is the winner of its first decided pair. Each probe is compared to it. Prompts
+    without a decided pair have no probes.
 
     Args:
-        scorer: gives raw scores, for likelihood and calibration.
-        reward: what PPO gets where that is something else (an ensemble's minimum, say); the order of completions is
-            judged by it.
-        fits: whether the model takes a prompt with a completion (`within`); None: it always does.
-        length: measures a completion, by default in words.
+        scorer: Function (prompts, completions) -> raw scores, used for likelihood and calibration.
+        rows: Comparison rows.
+        reward: Function (prompts, completions) -> rewards that PPO uses, if they differ from the raw scores (for
+            example the minimum of an ensemble). Accuracy and probes are measured with it.
+        probes: Whether to score the probes.
+        fits: Function (prompt, completion) -> whether both fit into the model's input, such as `within(...)`. `None`
+            means that they always fit.
+        length: Function that measures the length of a completion; by default, the number of words.
+
+    Returns:
+        A `RewardCheck`. `check.verdict` is a one-line summary.
 
     Raises:
-        UserError: no decided pair in any row, or scores that are not finite.
+        UserError: No row has a decided pair, or scores are not finite.
     """
     rows = list(rows)
-    # Rows of ties alone have no accuracy.
+    # Accuracy is undefined if there are only ties.
     if not _has_winner(rows):
-        raise UserError("check_reward: every judgement is a tie: give rows with winners.")
+        raise UserError("check_reward: every judgment is a tie: give rows with winners.")
     raw_scores = _score_all(scorer, rows)
     raw = judged_pairs(rows, raw_scores, length)
     if reward is None:
@@ -153,7 +167,7 @@ def check_reward(
         scores = _score_all(reward, rows)
         judged = judged_pairs(rows, scores, length)
         metrics = judged.report()
-        # Likelihood and calibration need log-odds, which only raw scores are.
+        # Likelihood and calibration need log-odds, so they are computed from raw scores.
         calibrated = preference.preference_report(
             raw.deltas,
             raw.targets,
@@ -187,11 +201,11 @@ def _has_winner(rows: list[dict[str, Any]]) -> bool:
 
 
 def _length_metrics(judged: preference.JudgedPairs, longer_wins: float) -> dict[str, float]:
-    """The better rule by length alone, and whether the scores are certainly better than it."""
+    """Returns the accuracy of the better length rule, and the lower bound of the gain over it."""
     metrics = {"length_baseline": max(longer_wins, 1 - longer_wins)}
     gaps = judged.length_deltas
     if longer_wins < 0.5:
-        gaps = -gaps  # the rule is then that the shorter one wins
+        gaps = -gaps  # the better rule is that the shorter completion wins
     low, _ = preference.bootstrap_gain_ci(judged.deltas, gaps, judged.targets, judged.prompts)
     if not math.isnan(low):  # a single prompt has no interval
         metrics["length_gain_low"] = low
@@ -199,7 +213,7 @@ def _length_metrics(judged: preference.JudgedPairs, longer_wins: float) -> dict[
 
 
 def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
-    """Whether a prompt with a completion is at most `limit` tokens; None is no limit."""
+    """Makes a function that tells whether prompt and completion have at most `limit` tokens. None means no limit."""
 
     def fits(prompt: Any, completion: Any) -> bool:
         if limit is None:
@@ -211,10 +225,10 @@ def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
 
 
 def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
-    """The rows of which every completion fits into `limit` tokens with its prompt; prints how many do not.
+    """Keeps rows in which every completion, with its prompt, has at most `limit` tokens. Prints the number of others.
 
     Raises:
-        UserError: no row fits.
+        UserError: No row fits.
     """
     fits = within(tokenizer, limit)
 
@@ -224,15 +238,15 @@ def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None
     kept = rows.filter(every_completion_fits, desc="Measuring")
     n_left_out = len(rows) - len(kept)
     if n_left_out == len(rows):
-        raise UserError(f"check_reward: every row is over {limit} tokens.")
+        raise UserError(f"check_reward: every row has more than {limit} tokens, the model's limit: give shorter rows.")
     if n_left_out:
-        print(f"{n_left_out} of {len(rows)} rows left out: over {limit} tokens")
+        print(f"{n_left_out} of {len(rows)} rows skipped: over {limit} tokens")
     return kept
 
 
 def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
-    """The K scores of each row, from one call of the scorer."""
-    # The scorer sorts and batches better over all texts at once.
+    """Returns the K scores of each row, computed in one call of the scorer."""
+    # With all texts in one call, the scorer can sort them by length and batch them.
     prompts = []
     completions = []
     for row in rows:
@@ -242,8 +256,8 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
     n_not_finite = int((~np.isfinite(np.array(scores, float))).sum())
     if n_not_finite:
         raise UserError(
-            f"check_reward: {n_not_finite} of {len(scores)} scores are not finite: the model has diverged, train it "
-            "again with a lower learning rate."
+            f"check_reward: {n_not_finite} of {len(scores)} scores are not finite, so the model has diverged: train "
+            "it again with a lower learning rate."
         )
     scores_by_row = []
     start = 0
@@ -257,7 +271,7 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
 def judged_pairs(
     rows: list[dict[str, Any]], scores: list[list[float]], length: Callable[[str], int]
 ) -> preference.JudgedPairs:
-    """Comparison rows with their K scores each."""
+    """Combines comparison rows and their scores (K per row)."""
     scores_i = []
     scores_j = []
     targets = []
@@ -292,7 +306,7 @@ def judged_pairs(
 
 @dataclass(frozen=True)
 class _ChosenAnswer:
-    """What probes are made from and compared with."""
+    """The answer that probes are made from and compared to."""
 
     prompt: Any
     text: str
@@ -302,7 +316,7 @@ class _ChosenAnswer:
 def _probe_wins(
     scorer: Scorer, rows: list[dict[str, Any]], scores: list[list[float]], fits: Fits | None
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """For each probe its share of wins (none where all are too long), and how many were too long (if any)."""
+    """Returns the share of wins of each probe (unless all are too long), and the number of probes that are too long."""
     chosen_answers = _chosen_answers(rows, scores)
     wins: dict[str, float] = {}
     left_out: dict[str, int] = {}
@@ -312,7 +326,7 @@ def _probe_wins(
         scores_to_beat = []
         for chosen in chosen_answers:
             answer: Any = make_probe(_last_turn(chosen.prompt), chosen.text)
-            # A prompt of messages takes an answer of messages.
+            # If the prompt is messages, the answer must be messages too.
             if not isinstance(chosen.prompt, str):
                 answer = [{"role": "assistant", "content": answer}]
             if fits is None or fits(chosen.prompt, answer):
@@ -328,7 +342,7 @@ def _probe_wins(
 
 
 def _chosen_answers(rows: list[dict[str, Any]], scores: list[list[float]]) -> list[_ChosenAnswer]:
-    """The winner of each row's first decided pair."""
+    """Returns the winner of the first decided pair of each row."""
     chosen_answers = []
     for row, row_scores in zip(rows, scores, strict=True):
         for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
@@ -344,7 +358,7 @@ def _chosen_answers(rows: list[dict[str, Any]], scores: list[list[float]]) -> li
 
 
 def _last_turn(prompt: Any) -> str:
-    """What the user said last."""
+    """Returns the text of the last turn of the prompt."""
     if isinstance(prompt, str):
         return prompt
     return plain_text(prompt[-1:])

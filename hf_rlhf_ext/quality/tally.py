@@ -1,4 +1,4 @@
-"""What one pass over comparison rows counts, for the quality report."""
+"""Counts made in one pass over comparison rows, for the quality report."""
 
 import math
 import re
@@ -20,14 +20,14 @@ _REFUSAL = re.compile(
 
 
 class Tally:
-    """What one pass over the rows counts."""
+    """Counts made in one pass over the rows."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
         self.annotators: dict[str, int] = {}
-        """Name -> number, in the order of their first votes."""
+        """Name -> number, in the order of the first vote."""
         self.repeats: list[tuple[int, int]] = []
-        """How often each side won, of pairs that were decided more than once."""
+        """How often each side won, for pairs that were decided more than once."""
         self.n_rows_with_copies = 0
 
         self._n_pairs = 0
@@ -58,14 +58,14 @@ class Tally:
         self._completion_words += n_words
         for text in texts:
             self._n_empty += not text.strip()
-            # Refusals begin with it; further on, the words may be quoted.
+            # A refusal begins with these words. Later in a text they may be a quote.
             self._n_refusals += _REFUSAL.search(text[:300]) is not None
-        # The flag stays when `group_by_prompt` leaves copies of a row out.
+        # `group_by_prompt` drops copies of a row, but keeps this flag.
         self.n_rows_with_copies += "duplicated_row" in (row.get("flags") or ())
-        self._add_judgements(row, texts, n_words)
+        self._add_judgments(row, texts, n_words)
         self._add_votes(row.get("votes") or ())
 
-    def _add_judgements(self, row: Comparison, texts: list[str], n_words: list[int]) -> None:
+    def _add_judgments(self, row: Comparison, texts: list[str], n_words: list[int]) -> None:
         targets_of_pair: dict[tuple[int, int], list[float]] = {}
         for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
             pair, oriented_target = agreement.lower_first(i, j, target)
@@ -74,14 +74,14 @@ class Tally:
             if target == 0.5:
                 self._n_ties += 1
                 continue
-            # A soft target counts for the side that it favors.
+            # A soft target counts as a win for the side that it favors.
             self._first_won.append(float(target > 0.5))
             if target > 0.5:
                 winner, loser = i, j
             else:
                 winner, loser = j, i
             self._winner_longer_by.append(n_words[winner] - n_words[loser])
-            # Sides of equal length say nothing about length.
+            # Pairs of equal length are not evidence of length bias.
             if len(texts[i]) != len(texts[j]):
                 self._longer_won.append(float(len(texts[winner]) > len(texts[loser])))
         self._add_repeats(targets_of_pair)
@@ -90,7 +90,7 @@ class Tally:
     def _add_repeats(self, targets_of_pair: dict[tuple[int, int], list[float]]) -> None:
         self._n_distinct_pairs += len(targets_of_pair)
         for targets in targets_of_pair.values():
-            # Ties are left out: they agree and contradict with nothing.
+            # Ties are excluded: they neither agree with a win nor contradict it.
             first_wins = sum(target > 0.5 for target in targets)
             second_wins = sum(target < 0.5 for target in targets)
             if first_wins + second_wins > 1:
@@ -98,10 +98,10 @@ class Tally:
                 self._n_contradicted += first_wins > 0 and second_wins > 0
 
     def _add_triples(self, targets_of_pair: dict[tuple[int, int], list[float]]) -> None:
-        """Counts triples i < j < k whose three pairs are decided, and those that go round in a circle."""
-        wins: dict[int, dict[int, bool]] = {}  # i -> each j > i that it was compared with -> whether i won
+        """Counts triples i < j < k with three decided pairs, and those that form a cycle."""
+        wins: dict[int, dict[int, bool]] = {}  # i -> each j > i that it was compared to -> whether i won
         for (i, j), targets in targets_of_pair.items():
-            # A pair judged repeatedly counts by its mean; without a winner it is in no decided triple.
+            # A pair with several judgments counts by their mean. Without a winner it is not decided.
             mean = sum(targets) / len(targets)
             if mean != 0.5:
                 wins.setdefault(i, {})[j] = mean > 0.5
@@ -110,7 +110,7 @@ class Tally:
                 wins_of_j = wins.get(j, {})
                 for k in wins_of_i.keys() & wins_of_j.keys():
                     self._n_triples += 1
-                    # i > j > k > i, or the other way round.
+                    # i > j > k > i, or the reverse.
                     if i_beats_j == wins_of_j[k] and i_beats_j != wins_of_i[k]:
                         self._n_circles += 1
 
@@ -118,9 +118,9 @@ class Tally:
         item_of_pair: dict[tuple[int, int], int] = {}
         for vote in votes:
             if vote["annotator"] is None or vote["label"] is None:
-                continue  # agreement is between people: it must be known who said what
+                continue  # agreement between annotators requires their names and labels
             pair, label = agreement.lower_first(*vote["pair"], vote["label"])
-            # Items are numbered over all rows; a pair is one item, whichever way round it was shown.
+            # Items are numbered over all rows. A pair is one item in either order.
             item = item_of_pair.setdefault(pair, self._n_vote_items + len(item_of_pair))
             annotator = self.annotators.setdefault(str(vote["annotator"]), len(self.annotators))
             self._vote_items.append(item)
@@ -129,16 +129,16 @@ class Tally:
         self._n_vote_items += len(item_of_pair)
 
     def votes(self) -> agreement.Votes:
-        """Votes on pairs that two or more people judged, as first, tie or second."""
+        """Returns the votes on pairs with at least two annotators, as first, tie or second."""
         votes = agreement.votes_of(self._vote_items, self._vote_annotators, self._vote_labels)
         return votes._replace(labels=agreement.three_way(votes.labels))
 
     def histograms(self) -> dict[str, dict[str, list[float]]]:
-        """The middle 98 % of each, so that one giant does not flatten the rest."""
+        """Returns histograms of the middle 98 % of the values, so that single outliers do not flatten the plot."""
         values_by_title = {
-            "words of a prompt": self._prompt_words,
-            "words of a completion": self._completion_words,
-            "words by which the winner is longer": self._winner_longer_by,
+            "words per prompt": self._prompt_words,
+            "words per completion": self._completion_words,
+            "words in the winner minus words in the loser": self._winner_longer_by,
         }
         histograms = {}
         for title, values in values_by_title.items():
@@ -149,7 +149,7 @@ class Tally:
         return histograms
 
     def metrics(self, order_known: bool) -> dict[str, Any]:
-        """The metrics that counting alone gives; None where `reasons_for_gaps` says why."""
+        """Returns the metrics that follow from the counts. `reasons_for_gaps` explains those that are None."""
         metrics = {
             "prompts": len(self.prompts),
             "pairs": self._n_pairs,
@@ -169,7 +169,7 @@ class Tally:
         if self._n_triples:
             metrics["intransitive_triples"] = self._n_circles / self._n_triples
         if metrics["longer_wins"]:
-            # Where the shorter side wins more often, that is the rule to count by.
+            # If the shorter side wins more often, the rule is to choose the shorter one.
             share = metrics["longer_wins"]["share"]
             metrics["length_only_accuracy"] = max(share, 1 - share)
         if order_known:
@@ -178,21 +178,21 @@ class Tally:
 
 
 def reasons_for_gaps(order_known: bool) -> dict[str, str]:
-    """Why a metric of `Tally` is None, where it is."""
-    no_first_wins = "not known which side people saw first"
+    """Returns the reasons why metrics of `Tally` may be None."""
+    no_first_wins = "not known which side annotators saw first"
     if order_known:
-        no_first_wins = "no judgement has a winner"
+        no_first_wins = "no judgment has a winner"
     return {
         "first_wins": no_first_wins,
         "contradictions": "no pair was judged twice (equal rows count once)",
-        "intransitive_triples": "no triple was judged in full",
-        "longer_wins": "no winner is longer or shorter than its loser",
-        "length_only_accuracy": "no winner is longer or shorter than its loser",
+        "intransitive_triples": "no triple has three decided pairs",
+        "longer_wins": "no decided pair has completions of different length",
+        "length_only_accuracy": "no decided pair has completions of different length",
     }
 
 
 def _share_with_interval(values: list[float]) -> dict[str, Any] | None:
-    """Mean of 0/1 values with its 95 % interval; None without values."""
+    """Returns the mean of 0/1 values with its 95 % interval. None without values."""
     if not values:
         return None
     return {"share": float(np.mean(values)), "ci95": list(_share_interval(values))}
@@ -201,7 +201,7 @@ def _share_with_interval(values: list[float]) -> dict[str, Any] | None:
 def _share_interval(values: list[float]) -> tuple[float, float]:
     if len(values) <= 2000:
         return bootstrap_mean_ci(values)
-    # With many values the normal approximation is as good, and takes no resampling.
+    # With many values, the normal approximation is as accurate and needs no resampling.
     mean = float(np.mean(values))
     half_width = 1.96 * float(np.std(values)) / math.sqrt(len(values))
     return max(0.0, mean - half_width), min(1.0, mean + half_width)

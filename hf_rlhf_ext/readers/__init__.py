@@ -1,1 +1,1 @@
-"""Readers: public preference and instruction data sets as rows of one schema, with a report of what was left out."""
+"""Readers: load public preference and instruction datasets into one schema, with a report of every dropped row."""

@@ -1,4 +1,4 @@
-"""Cells as public data sets have them: instructions with inputs, turns under many names, lists spelled as JSON."""
+"""Helpers that read one cell of a public dataset: instructions with inputs, chat turns, lists written as JSON."""
 
 import json
 from typing import Any
@@ -13,11 +13,11 @@ ROLES = {
     "model": "assistant", "function_call": "assistant",
     "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-"""ShareGPT, Vicuna, LLaMA-Factory and OASST names of a turn's speaker -> the role of a chat message."""
+"""Name of the speaker in ShareGPT, Vicuna, LLaMA-Factory and OASST -> role of the chat message."""
 
 
 def text_cell(row: Row, column: str, default: str | None = None) -> str:
-    """The cell's text; `default` stands for a missing cell."""
+    """Returns the text of the cell, or `default` if the cell is missing."""
     value = row.get(column)
     if value is None and default is not None:
         return default
@@ -27,7 +27,7 @@ def text_cell(row: Row, column: str, default: str | None = None) -> str:
 
 
 def records(row: Row, column: str) -> list[Row]:
-    """The cell's list of records."""
+    """Returns the list of records in the cell."""
     value = row[column]
     if not is_list_of(value, dict):
         raise Unusable(f"{column} is not a list of records")
@@ -35,7 +35,7 @@ def records(row: Row, column: str) -> list[Row]:
 
 
 def text_list(row: Row, column: str) -> list[str]:
-    """The cell's list of texts, at least one, also where the cell spells it as JSON."""
+    """Returns the list of texts in the cell, which may also be written as JSON. The list must not be empty."""
     value = row[column]
     if isinstance(value, str):
         try:
@@ -48,14 +48,14 @@ def text_list(row: Row, column: str) -> list[str]:
 
 
 def to_messages(turns: Any, column: str = "conversations") -> Messages:
-    """Turns as `{from, value}` or `{role, content}` -> messages."""
+    """Converts turns, `{from, value}` or `{role, content}`, to chat messages."""
     if not isinstance(turns, list) or not turns:
         raise Unusable(f"{column} is not a list of turns")
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
             raise Unusable(f"{column} has a turn without a known speaker and text")
-        # OpenAI's name of the column, else ShareGPT's.
+        # `role` is OpenAI's name for the field, `from` is ShareGPT's.
         speaker = turn.get("role") or turn.get("from")
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         message = chat_message(role, turn, column)
@@ -66,7 +66,7 @@ def to_messages(turns: Any, column: str = "conversations") -> Messages:
 
 
 def with_system(turns: Messages, row: Row) -> Messages:
-    """The turns after the row's `system` text, unless they begin with one."""
+    """Puts the `system` text of the row before the turns, unless they already begin with a system message."""
     system = row.get("system")
     if not isinstance(system, str) or not system:
         return turns
@@ -76,11 +76,11 @@ def with_system(turns: Messages, row: Row) -> Messages:
 
 
 def instruction(row: Row, column: str = "instruction") -> Messages:
-    """Alpaca's `instruction` and `input` (and LLaMA-Factory's `system` and `history`) as messages."""
+    """Converts Alpaca's `instruction` and `input` (and LLaMA-Factory's `system` and `history`) to messages."""
     context = ""
-    if column != "input":  # there `input` is the question itself
+    if column != "input":  # otherwise `input` is the question itself
         context = text_cell(row, "input", "")
-    # LLaMA-Factory's earlier turns, each [question, answer].
+    # LLaMA-Factory stores earlier turns as [question, answer].
     history = row.get("history") or []
     if not isinstance(history, list) or not all(map(_is_exchange, history)):
         raise Unusable("history is not a list of [question, answer]")

@@ -1,4 +1,4 @@
-"""Public formats of demonstrations: each function turns a row into `{prompt, completion, …}`, or raises `Unusable`."""
+"""Public demonstration formats: each function converts a row to `{prompt, completion, …}`, or raises `Unusable`."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def demonstration(prompt: Any, completion: Any, row: Row) -> Row:
-    """A demonstration, with the rating and the tools that its source gives; an empty answer is flagged."""
+    """Builds a demonstration, with the rating and tools of the source row. An empty completion is flagged."""
     flags = []
     if is_empty(completion):
         flags.append("empty_completion")
@@ -32,7 +32,7 @@ def demonstration(prompt: Any, completion: Any, row: Row) -> Row:
 
 
 def _rating(row: Row, flags: list[str]) -> float | None:
-    """From the first of the rating columns that holds something."""
+    """Returns the value of the first rating column that is not empty."""
     for column in RATING_COLUMNS:
         if not is_absent(row.get(column)):
             return optional_number(row, column, "bad_rating", flags)
@@ -40,7 +40,7 @@ def _rating(row: Row, flags: list[str]) -> float | None:
 
 
 def _tools_as_json(value: Any, flags: list[str]) -> str | None:
-    """Descriptions of functions as the JSON that TRL parses."""
+    """Returns the function descriptions as a JSON string, which TRL parses."""
     if value is None or value == "":
         return None
     try:
@@ -55,8 +55,8 @@ def _tools_as_json(value: Any, flags: list[str]) -> str | None:
 
 
 def _conversation(turns: Messages, row: Row, every_turn: bool) -> list[Row]:
-    """Its last answer as the completion, or each of them; what follows the last answer is left out."""
-    # An answer without anything before it answers nothing.
+    """Uses the last answer as the completion, or each answer with `every_turn`. Turns after the last are dropped."""
+    # An answer at the very start has no prompt, so it is skipped.
     rows = []
     for place, turn in enumerate(turns):
         if turn["role"] == "assistant" and place > 0:
@@ -66,7 +66,7 @@ def _conversation(turns: Messages, row: Row, every_turn: bool) -> list[Row]:
     return rows if every_turn else rows[-1:]
 
 
-# --- one function per format; `every_turn` makes a row of each answer of a conversation -------------------------------
+# --- one function per format; `every_turn` makes one row per answer of a conversation ---------------------------------
 
 
 def alpaca(row: Row, *, every_turn: bool = False) -> Row:
@@ -103,7 +103,7 @@ def share_gpt(row: Row, *, every_turn: bool = False) -> list[Row]:
 
 
 def lima(row: Row, *, every_turn: bool = False) -> list[Row]:
-    """A list of texts, question and answer in turn."""
+    """Reads a list of texts in which questions and answers alternate."""
     texts = row["conversations"]
     if not is_list_of(texts, str):
         raise Unusable("conversations is not a list of texts")
@@ -119,13 +119,13 @@ def chat(row: Row, *, every_turn: bool = False) -> list[Row]:
 
 
 def prompt_completion(row: Row, *, every_turn: bool = False) -> Row:
-    # `messages` beside both, as some sets have them, would say the same once more.
+    # Some datasets repeat both in a `messages` column, which is ignored here.
     prompt, completion = split_demonstration(row | {"messages": None})
     return demonstration(prompt, completion, row)
 
 
 def oasst_text(row: Row, *, every_turn: bool = False) -> list[Row]:
-    """Guanaco's OASST text, `### Human: … ### Assistant: …`."""
+    """Reads the text of Guanaco's OASST version, `### Human: … ### Assistant: …`."""
     parts = _TURN.split(text_cell(row, "text"))[1:]  # [speaker, words, speaker, words, …]
     speakers = parts[::2]
     turns = []

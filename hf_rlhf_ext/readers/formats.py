@@ -1,4 +1,4 @@
-"""Readers: any public preference or instruction data set becomes comparisons or demonstrations, and a report."""
+"""Loads public preference and instruction datasets as comparisons or demonstrations, with a report."""
 
 import json
 import shutil
@@ -40,11 +40,11 @@ __all__ = ["UnknownFormat", "load_comparisons", "load_demonstrations", "load_row
 
 
 class UnknownFormat(PreferenceDataError):
-    """No known format has the columns of the data."""
+    """Raised when the columns of the data match no known format."""
 
 
-_FORMAT_VERSION = 2
-"""Part of every cache key: a change of what a reader makes of a row must not meet yesterday's result."""
+_FORMAT_VERSION = 3
+"""Part of every cache key. Increase it when a reader's output changes, so that old cached results are not used."""
 
 
 def load_comparisons(
@@ -57,23 +57,31 @@ def load_comparisons(
     group: bool = True,
     streaming: bool = False,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
-    """Reads preference data of any public shape as comparison rows (`data.schema`).
+    """Loads preference data in any supported public format as comparison rows.
+
+    A comparison row has the columns `prompt`, `completions`, `pairs` and `targets`; `hf_rlhf_ext.data.schema` describes
+    all columns. Prompts are either all text or all lists of messages. If a source mixes both, the rows of the less
+    frequent kind are dropped (with `streaming`: the rows that differ from the first one).
+
+    A source with at least 10,000 rows, or a file over 8 MB, is converted once and stored in the cache of `datasets`.
 
     Args:
-        source: what `load_rows` takes: a data set, a file, a folder, a Hub id.
-        format: a name in `COMPARISONS`; None detects it from columns and first values.
-        split, revision, config: as `load_rows`.
-        group: merge the rows of a prompt into one (`schema.group_by_prompt`); a streamed source is not grouped.
-        streaming: convert while iterating; the report is complete when the iteration is.
+        source: Dataset in memory, path of a file or folder, or dataset id on the Hub. See `load_rows`.
+        format: Name of the format, one of `hf_rlhf_ext.readers.registry.COMPARISONS`. `None` detects it from the column
+            names and the first values.
+        split: Split to load, such as `"train"` or `"train[:500]"`. It may be `None` if there is only one split.
+        revision: Branch, tag or commit of a dataset on the Hub.
+        config: Configuration ("subset") of a dataset on the Hub or in a folder, if it has several.
+        group: Whether to merge rows with the same prompt into one row. Has no effect with `streaming`.
+        streaming: Whether to convert the rows while iterating. The report is complete after the iteration.
 
     Returns:
-        The rows, and a report of what became of every row of the source (`rows_in == kept + all dropped`). Data over
-        10,000 rows or 8 MB are converted once and kept in the data sets cache.
+        The comparison rows, and a `LoadReport` that accounts for every row of the source: `rows_in` equals `kept` plus
+            all dropped rows.
 
     Raises:
-        PreferenceDataError: an unreadable source, an unknown format (the message lists what was looked for), no usable
-            row, a comparison row that breaks the schema. Where some prompts are text and others messages, the rows of
-            the rarer kind are dropped (streamed: of the kind that the first row is not).
+        UnknownFormat: The columns match no known format. The message lists the formats that were tried.
+        PreferenceDataError: The source cannot be read, no row is usable, or a comparison row violates the schema.
     """
     opened = open_source(source, split, revision, config=config, streaming=streaming)
     return _load(opened, COMPARISONS, format, group=group and not streaming, streaming=streaming)
@@ -90,10 +98,28 @@ def load_demonstrations(
     category_column: str = "category",
     streaming: bool = False,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
-    """Reads instruction data of any public shape: `prompt`, `completion`; `category`, `rating`, `tools` where given.
+    """Loads instruction data in any supported public format as demonstrations.
 
-    The last answer of a conversation is the completion, everything before it the prompt; `every_turn` makes a row of
-    each answer. `category` is what `category_column` of the source says. Otherwise as `load_comparisons`.
+    A demonstration has the columns `prompt` and `completion`, and `category`, `rating` and `tools` if the source has
+    them. The last answer of a conversation is the completion, and all turns before it are the prompt.
+
+    Args:
+        source: Dataset in memory, path of a file or folder, or dataset id on the Hub. See `load_rows`.
+        format: Name of the format, one of `hf_rlhf_ext.readers.registry.DEMONSTRATIONS`. `None` detects it from the
+            column names and the first values.
+        split: Split to load, such as `"train"` or `"train[:500]"`. It may be `None` if there is only one split.
+        revision: Branch, tag or commit of a dataset on the Hub.
+        config: Configuration ("subset") of a dataset on the Hub or in a folder, if it has several.
+        every_turn: Whether to make one row per answer of a conversation instead of one row for its last answer.
+        category_column: Column of the source that is copied to `category`.
+        streaming: Whether to convert the rows while iterating. The report is complete after the iteration.
+
+    Returns:
+        The demonstrations, and a `LoadReport` that accounts for every row of the source.
+
+    Raises:
+        UnknownFormat: The columns match no known format. The message lists the formats that were tried.
+        PreferenceDataError: The source cannot be read, or no row is usable.
     """
     opened = open_source(source, split, revision, config=config, streaming=streaming)
     options = {"every_turn": every_turn, "category_column": category_column}
@@ -101,7 +127,7 @@ def load_demonstrations(
 
 
 def to_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
-    """`load_comparisons` of a data set in memory, without grouping: a row in is a row out."""
+    """Runs `load_comparisons` on a dataset in memory, without merging rows that have the same prompt."""
     require_rows(dataset, source)
     return _load(Source(source, dataset), COMPARISONS, None)
 
@@ -112,8 +138,8 @@ def detect(
     name: str,
     asked: str | None,
 ) -> Format:
-    """The format of the rows by their columns and the first value of each; `asked` names it instead."""
-    where = name or "data set"
+    """Returns the format of the rows, found by their columns and first values, or the format named `asked`."""
+    where = name or "dataset"
     candidates = formats
     if asked is not None:
         candidates = tuple(fmt for fmt in formats if fmt.name == asked)
@@ -135,7 +161,7 @@ def detect(
 
 
 def _first_values(rows: Iterable[Row | str]) -> Row:
-    """Every column of the first hundred rows, with its first value; empty text and lists tell nothing, as None."""
+    """Returns the columns of the first hundred rows, each with its first value that is not empty (else None)."""
     first: Row = {}
     for n, row in enumerate(rows):
         if n >= 100:
@@ -143,7 +169,7 @@ def _first_values(rows: Iterable[Row | str]) -> Row:
         if not isinstance(row, dict):
             continue
         for column, value in row.items():
-            # An empty list says nothing about what others hold: the format is told by the first filled one.
+            # An empty list does not show what its entries look like, so a later value is used.
             is_hollow = isinstance(value, str | list | dict) and not value
             if first.get(column) is None:
                 first[column] = None if is_hollow else value
@@ -163,11 +189,14 @@ def _load(
     report = LoadReport(source=source.name, order_known=fmt.order_known)
     if streaming:
         if fmt.gathers:
-            raise PreferenceDataError(f"{source.name}: format {fmt.name} needs all rows at once: leave streaming out.")
+            raise PreferenceDataError(
+                f"{source.name}: format {fmt.name} does not support streaming, since it needs all rows at once: "
+                "leave streaming out."
+            )
         rows = _Stream(source, fmt, report, options)
         return IterableDataset.from_generator(_iterate, gen_kwargs={"stream": rows}), report
 
-    # Large sources are converted once: the rows and their report are read again from the cache.
+    # Large sources are converted once. Later calls read the rows and the report from the cache.
     cached = _cache_folder(source, fmt, group, options)
     if cached is not None and (cached / "report.json").is_file():
         report = LoadReport(**json.loads((cached / "report.json").read_text()))
@@ -180,7 +209,7 @@ def _load(
     if cached is None:
         return dataset, report
     _keep(cached, dataset, report)
-    # From disk, as every later call: rows that are mapped need not be in memory.
+    # Read from disk like every later call: memory-mapped rows take no memory.
     return load_from_disk(str(cached / "rows")), report
 
 
@@ -190,7 +219,7 @@ def _cache_folder(
     group: bool,
     options: dict[str, Any],
 ) -> Path | None:
-    """Where the converted rows of a large source are kept; None for small ones and for those without fingerprint."""
+    """Returns the cache folder for a large source. None for a small source, or one without a fingerprint."""
     if not source.large or not source.fingerprint:
         return None
     key = Hasher.hash((_FORMAT_VERSION, source.fingerprint, fmt.name, group, options))
@@ -198,7 +227,7 @@ def _cache_folder(
 
 
 def _keep(folder: Path, dataset: Dataset, report: LoadReport) -> None:
-    """Writes rows and report under another name and renames, so that an incomplete folder is never read."""
+    """Writes rows and report to a temporary folder, then renames it, so that an incomplete folder is never read."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(dir=folder.parent, prefix="unfinished-"))
     dataset.save_to_disk(str(unfinished / "rows"))
@@ -210,7 +239,7 @@ def _keep(folder: Path, dataset: Dataset, report: LoadReport) -> None:
 
 
 class _Stream:
-    """What a streamed data set iterates; copied by nothing, so that the caller's report is the one that fills."""
+    """The rows behind a streamed dataset. Nothing copies it, so iterating fills the report that the caller has."""
 
     def __init__(self, source: Source, fmt: Format, report: LoadReport, options: dict[str, Any]):
         self.source = source
@@ -219,7 +248,7 @@ class _Stream:
         self.options = options
 
     def __iter__(self) -> Iterator[Comparison]:
-        # Every pass counts afresh.
+        # Every pass counts from zero.
         self.report.rows_in = 0
         self.report.kept = 0
         self.report.dropped.clear()
@@ -236,7 +265,7 @@ def _iterate(stream: _Stream) -> Iterator[Comparison]:
 def convert_source(
     source: Source, fmt: Format, report: LoadReport, *, category_column: str = "category", **options: Any
 ) -> Iterator[Converted]:
-    """Rows of the source in the schema, in its order; the report gets every row that is none, with the reason."""
+    """Converts the rows of the source to the schema, in order. Dropped rows go to the report with a reason."""
     is_ours = fmt.convert is own_row
 
     def read(row: Row, index: int) -> Comparison | list[Comparison]:

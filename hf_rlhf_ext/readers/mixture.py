@@ -1,4 +1,4 @@
-"""Demonstrations by rating and by use case: what text-davinci-001 and -002 were trained on, and InstructGPT's mix."""
+"""Selects demonstrations by rating (as OpenAI's FeedME models) and by use case (as InstructGPT's prompt mix)."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ USE_CASE_SHARES: dict[str, float] = {
     "closed QA": 0.026,
     "extract": 0.019,
 }
-"""Shares of API prompts by use case (Ouyang et al. 2022, arXiv:2203.02155, table 1); they sum to 0.999 there too."""
+"""Shares of API prompts by use case (Ouyang et al. 2022, arXiv:2203.02155, table 1). They sum to 0.999 in the paper."""
 
 DOLLY_USE_CASES = {
     "brainstorming": "brainstorming",
@@ -43,7 +43,7 @@ DOLLY_USE_CASES = {
     "open_qa": "open QA",
     "summarization": "summarization",
 }
-"""Categories of databricks-dolly-15k as use cases; Dolly has no chat, rewrite or other."""
+"""Category of databricks-dolly-15k -> use case. Dolly has no category for chat, rewrite or other."""
 
 
 def apportion(
@@ -52,23 +52,34 @@ def apportion(
     *,
     min_per_category: int = 0,
 ) -> dict[str, int]:
-    """Splits `n` over the categories by largest remainder (Hamilton), then lifts small ones to the minimum.
+    """Splits `n` over the categories by the largest-remainder (Hamilton) method.
 
-    What the lifted categories gain is taken from the largest one. Raises `UserError` when `n` cannot hold the minimum.
+    Categories below `min_per_category` are then raised to it, at the expense of the largest category.
+
+    Args:
+        n: Number of rows to split.
+        shares: Share by category; the shares need not sum to 1.
+        min_per_category: Smallest number of rows in each category.
+
+    Returns:
+        Number of rows by category, which sum to `n`.
+
+    Raises:
+        UserError: `n` is too small for the minimum in every category.
     """
     if n < max(1, min_per_category * len(shares)):
-        raise UserError(f"n={n} prompts cannot give {min_per_category} to each of {len(shares)} categories.")
+        raise UserError(f"n={n} prompts cannot give {min_per_category} to each of {len(shares)} categories: raise n.")
     total = sum(shares.values())
     quotas = {name: n * share / total for name, share in shares.items()}
     counts = {name: math.floor(quota) for name, quota in quotas.items()}
-    # What rounding down left over goes to the largest remainders, one each.
+    # Rows that rounding down left over go to the categories with the largest remainders, one each.
     left_over = n - sum(counts.values())
     rounded_by = {name: counts[name] - quotas[name] for name in shares}  # 0 or less
     by_remainder = sorted(shares, key=rounded_by.__getitem__)
     for name in by_remainder[:left_over]:
         counts[name] += 1
 
-    # Small categories are lifted at the cost of the largest, so that the sum stays.
+    # Rows move from the largest category to the smallest, so that the sum stays the same.
     while min(counts.values()) < min_per_category:
         smallest = min(counts, key=counts.__getitem__)
         counts[smallest] += 1
@@ -78,16 +89,20 @@ def apportion(
 
 
 def filter_by_rating(dataset: Dataset, min_rating: float) -> tuple[Dataset, dict[str, int]]:
-    """Rows rated at least `min_rating`, and rows without a rating: people's own demonstrations.
+    """Keeps rows rated at least `min_rating`, and rows without a rating, which count as human demonstrations.
 
-    OpenAI's "FeedME" models are SFT on both: demonstrations, and samples of the model rated 7 of 7 (its model index).
+    OpenAI's "FeedME" models are trained by SFT on both: human demonstrations, and model samples rated 7 out of 7
+    (according to OpenAI's model index). If no row has a rating, all rows are kept and a warning is logged.
+
+    Args:
+        dataset: Demonstrations, with a column `rating` if there are ratings.
+        min_rating: Lowest rating to keep.
 
     Returns:
-        The rows, and how many of each kind were kept and dropped. Where no row has a rating all stay, and a warning
-        says so.
+        The rows, and the counts `rated_kept`, `rated_dropped` and `unrated_kept`.
 
     Raises:
-        UserError: every row has a rating, a lower one.
+        UserError: Every row has a rating, and all ratings are below `min_rating`.
     """
     if "rating" in dataset.column_names:
         ratings = list(dataset["rating"])
@@ -105,11 +120,11 @@ def filter_by_rating(dataset: Dataset, min_rating: float) -> tuple[Dataset, dict
     if n_rated == 0:
         logger.warning(
             f"min_rating={min_rating:g}: no row has a rating (looked for rating, score, stars, quality): all "
-            f"{len(dataset)} rows are kept as people's demonstrations."
+            f"{len(dataset)} rows are kept as human demonstrations."
         )
     if ratings and not kept:
         highest = max(ratings)
-        raise UserError(f"min_rating={min_rating:g}: the highest rating is {highest:g}: lower it.")
+        raise UserError(f"min_rating={min_rating:g}: the highest rating is {highest:g}: lower min_rating.")
     n_unrated = len(ratings) - n_rated
     counts = {
         "rated_kept": len(kept) - n_unrated,
@@ -121,7 +136,15 @@ def filter_by_rating(dataset: Dataset, min_rating: float) -> tuple[Dataset, dict
 
 @dataclass(frozen=True)
 class MixReport:
-    """Wanted and obtained shares by category, and how many rows had a category that the mix does not name, or none."""
+    """Result of `sample_mix`.
+
+    Attributes:
+        rows: Number of rows in the sample.
+        wanted: Requested share by category.
+        obtained: Number of sampled rows by category.
+        other_category: Number of source rows with a category that is not in the mix.
+        no_category: Number of source rows without a category.
+    """
 
     rows: int
     wanted: dict[str, float]
@@ -134,15 +157,18 @@ class MixReport:
         for category, wanted in self.wanted.items():
             obtained = self.obtained[category] / self.rows
             shares.append(f"{category} {obtained:.3f} of {wanted:.3f}")
-        left_out = f"{self.other_category} rows of other categories and {self.no_category} without one were left out"
-        return f"mix: {self.rows} rows; obtained of wanted share: {', '.join(shares)}; {left_out}"
+        left_out = f"{self.other_category} rows of other categories and {self.no_category} without a category dropped"
+        return f"mix: {self.rows} rows; obtained of requested share: {', '.join(shares)}; {left_out}"
 
 
 def load_mix(name: str) -> dict[str, float]:
-    """`"instructgpt"`, or a YAML file that maps categories to shares; shares are scaled to sum to 1.
+    """Loads the shares of a mix, scaled to sum to 1.
+
+    Args:
+        name: `"instructgpt"`, or the path of a YAML file that maps categories to shares.
 
     Raises:
-        UserError: no such file, or something else in it.
+        UserError: The file does not exist, or is not a table of positive shares.
     """
     shares = USE_CASE_SHARES if name == "instructgpt" else _read_shares(name)
     total = sum(shares.values())
@@ -172,16 +198,16 @@ def _read_yaml(name: str, option: str) -> Any:
 
 
 def categorize(dataset: Dataset, column: str = "category", rules: str | None = None) -> Dataset:
-    """Use cases in `category`, with Dolly's names translated.
+    """Writes the use case of each row to the column `category`. Dolly's category names are translated.
 
     Args:
-        dataset: rows with `prompt`.
-        column: where the source has its categories.
-        rules: a YAML file of category -> list of regular expressions, for rows without a category: they get the first
-            one of which an expression is found in the prompt.
+        dataset: Rows with the column `prompt`.
+        column: Column that holds the categories of the source.
+        rules: Path of a YAML file that maps each category to a list of regular expressions. A row without a category
+            gets the first category with an expression that matches its prompt.
 
     Raises:
-        UserError: no such column and no rules, or a file that holds something else.
+        UserError: The column does not exist and there are no rules, or the rules cannot be read.
     """
     patterns = {} if rules is None else _load_rules(rules)
     if column not in dataset.column_names and not patterns:
@@ -216,7 +242,7 @@ def _load_rules(path: str) -> dict[str, list[re.Pattern]]:
     patterns: dict[str, list[re.Pattern]] = {}
     for category, expressions in table.items():
         where = f"category_rules: {file}, category {category!r}"
-        if not isinstance(category, str):  # YAML reads no, on and 1 as something else
+        if not isinstance(category, str):  # YAML reads no, on and 1 as booleans and numbers
             kind = type(category).__name__
             raise UserError(f"{where} is a {kind}, not a name: put it in quotes.")
         if not _are_expressions(expressions):
@@ -228,7 +254,7 @@ def _load_rules(path: str) -> dict[str, list[re.Pattern]]:
 
 
 def _are_expressions(value: Any) -> bool:
-    """True for a list of at least one text, none of them empty: that is found in every prompt."""
+    """True for a non-empty list of non-empty texts. An empty expression would match every prompt."""
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(entry, str) and entry for entry in value)
@@ -238,7 +264,7 @@ def _compile(text: str, where: str) -> re.Pattern:
     try:
         return re.compile(text, re.IGNORECASE)
     except (re.error, OverflowError, RecursionError) as error:
-        remedy = "correct it, or put \\ before a character that stands for itself"
+        remedy = "correct it, or put \\ before a special character"
         raise UserError(f"{where}: {text!r} is not a regular expression ({error}): {remedy}.") from error
 
 
@@ -249,16 +275,25 @@ def sample_mix(
     rows: int | None = None,
     seed: int = 0,
 ) -> tuple[Dataset, MixReport]:
-    """Draws rows without replacement so that `category` has the wanted shares, in shuffled order.
+    """Draws rows without replacement so that the categories have the requested shares. The order is shuffled.
 
-    Without `rows` it takes as many as the scarcest category that occurs at all allows. Where a category has fewer rows
-    than its share of `rows` asks for, it gives what it has and the report shows the gap.
+    If a category has fewer rows than its share of `rows`, all its rows are used and the report shows the gap.
+
+    Args:
+        dataset: Rows with the column `category`.
+        shares: Requested share by category; they sum to 1.
+        rows: Number of rows to draw. `None` draws as many as possible without running out of rows in any category
+            that occurs in the dataset.
+        seed: Seed of the random choice.
+
+    Returns:
+        The sampled rows and a `MixReport`.
 
     Raises:
-        UserError: no row has a wanted category, or `rows` are too few to give one.
+        UserError: No row has a requested category, or `rows` is too small for a single row.
     """
     if rows is not None and rows < 1:
-        raise UserError(f"mix_rows={rows}: give a number above 0, or leave it out for as many as there can be.")
+        raise UserError(f"mix_rows={rows}: give a number above 0, or leave it out to use as many rows as possible.")
     category_counts = Counter(dataset["category"])
     by_category = _rows_by_category(dataset, shares)
     available = {name: len(indices) for name, indices in by_category.items() if indices}
@@ -269,7 +304,7 @@ def sample_mix(
 
     n = rows
     if n is None:
-        # The category that runs out first says how many rows there can be.
+        # The category that runs out first limits the number of rows.
         limits = [count / shares[name] for name, count in available.items()]
         n = max(1, math.floor(min(limits)))
     rng = random.Random(seed)
@@ -279,8 +314,8 @@ def sample_mix(
         chosen += by_category[name][:quota]
     if not chosen:
         known = ", ".join(available)
-        raise UserError(f"mix: {n} rows give none to the categories that there are ({known}): ask for more.")
-    # Categories are mixed: a batch should hold several.
+        raise UserError(f"mix: {n} rows are too few for the available categories ({known}): raise mix_rows.")
+    # Shuffle, so that a batch holds several categories.
     rng.shuffle(chosen)
     picked = dataset.select(chosen)
 
@@ -298,7 +333,7 @@ def sample_mix(
 
 
 def _rows_by_category(dataset: Dataset, categories: Iterable[str]) -> dict[str, list[int]]:
-    """Numbers of the rows of each of these categories."""
+    """Returns the row numbers of each category."""
     by_category: dict[str, list[int]] = {name: [] for name in categories}
     for index, name in enumerate(dataset["category"]):
         if name in by_category:

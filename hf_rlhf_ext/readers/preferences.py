@@ -1,6 +1,6 @@
-"""Public preference formats: each function turns one source row into comparison rows, or raises `Unusable`.
+"""Public preference formats: each function converts one source row to comparison rows, or raises `Unusable`.
 
-Where a format is published is said beside it in `registry.py`. Prompts become messages unless the source is plain text.
+`registry.py` names a published dataset for each format. Prompts become messages unless the source is plain text.
 """
 
 import re
@@ -18,7 +18,7 @@ from ..data.trl_rows import pair_row, preference_row
 from .cells import instruction, records, text_cell, text_list, to_messages, with_system
 
 _PANDALM_TARGETS = {0: 0.5, 1: 1.0, 2: 0.0}
-"""What an annotator said -> P(first is better): 0 a tie, 1 the first, 2 the second."""
+"""Label of an annotator -> P(first is better). Labels are 0 for a tie, 1 for the first and 2 for the second."""
 _ARENA_TARGETS = {
     "modela": 1.0,
     "modelb": 0.0,
@@ -29,7 +29,7 @@ _ARENA_TARGETS = {
 
 
 def ranked(prompt: Any, completions: list, scores: list[float], *, margins: bool = False) -> Comparison:
-    """All pairs of completions by score, the higher the better; equal scores tie."""
+    """Compares all pairs of completions by score. A higher score is better, and equal scores are a tie."""
     pairs = []
     gaps = []
     for i, j in combinations(range(len(completions)), 2):
@@ -49,12 +49,12 @@ def _target_of_gap(gap: float) -> float:
 
 
 def _replies(entries: list[Row], field: str) -> list[Messages | None]:
-    """What `field` of each entry says, as an answer."""
+    """Converts the text in `field` of each entry to an assistant message."""
     return [reply(entry.get(field)) for entry in entries]
 
 
 def vote(annotator: Any, target: float, **further: Any) -> Row:
-    """A judgement of the only pair; `target` is P(first is better)."""
+    """Builds a vote on the only pair of a row. `target` is P(first is better)."""
     return {
         "annotator": str(annotator),
         "pair": [0, 1],
@@ -64,7 +64,7 @@ def vote(annotator: Any, target: float, **further: Any) -> Row:
 
 
 def single_vote(row: Row, column: str, target: float, **further: Any) -> list[Row] | None:
-    """The vote of whoever the column names, if it names someone."""
+    """Builds the vote of the annotator named in the column, or returns None if the column is empty."""
     if is_absent(row.get(column)):
         return None
     return [vote(row[column], target, **further)]
@@ -74,7 +74,7 @@ def single_vote(row: Row, column: str, target: float, **further: Any) -> list[Ro
 
 
 def asked(column: str) -> Callable[[Row], Comparison]:
-    """A reader of `chosen` and `rejected` after a question in this column, with `input`, `system`, `history` if any."""
+    """Makes a reader for `chosen` and `rejected` with the question in `column`, and `input`, `system` and `history`."""
 
     def read(row: Row) -> Comparison:
         return preference_row(row, instruction(row, column), may_be_whole=True)
@@ -86,7 +86,7 @@ def ultrafeedback(row: Row) -> Comparison:
     completions, scores = [], []
     for entry in records(row, "completions"):
         score = _rating(entry)
-        # Some entries were not rated: the others can still be compared.
+        # Some entries have no rating. The others can still be compared.
         if score is not None:
             completions.append(reply(entry.get("response")))
             scores.append(score)
@@ -97,7 +97,7 @@ def ultrafeedback(row: Row) -> Comparison:
 
 
 def _rating(completion: Row) -> float | None:
-    """`overall_score`, else `fine-grained_score`, else the mean of the ratings of its annotations."""
+    """Returns `overall_score`, else `fine-grained_score`, else the mean rating of the annotations."""
     for column in ("overall_score", "fine-grained_score"):
         if is_number(completion.get(column)):
             return float(completion[column])
@@ -109,13 +109,13 @@ def _rating(completion: Row) -> float | None:
         if not isinstance(aspect, dict):
             continue
         rating = str(aspect.get("Rating"))
-        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", rating):  # others are "N/A"
+        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", rating):  # some ratings are "N/A"
             ratings.append(float(rating))
     return sum(ratings) / len(ratings) if ratings else None
 
 
 def oasst_tree(row: Row) -> list[Comparison]:
-    """A message tree (`prompt` with nested `replies`): one comparison a turn with two or more ranked replies."""
+    """Reads a message tree (`prompt` with nested `replies`): one comparison per turn with two or more ranked ones."""
     comparisons, is_broken = _tree_comparisons(row["prompt"], before=[])
     if not comparisons:
         raise Unusable("no turn with two ranked replies")
@@ -124,7 +124,7 @@ def oasst_tree(row: Row) -> list[Comparison]:
 
 
 def _tree_comparisons(node: Any, before: Messages) -> tuple[list[Comparison], bool]:
-    """Comparisons at this node and below it, and whether a branch below could not be read and was left out."""
+    """Returns the comparisons at this node and below it, and whether an unreadable branch was dropped."""
     if not isinstance(node, dict):
         node = {}
     turns = before + to_messages([_turn(node)], "prompt")
@@ -139,7 +139,7 @@ def _tree_comparisons(node: Any, before: Messages) -> tuple[list[Comparison], bo
         comparison = ranked(turns, _replies(with_rank, "text"), _scores_of_ranks(with_rank))
         comparisons.append(comparison)
 
-    # A branch that cannot be read costs that branch, not the tree.
+    # If a branch cannot be read, only that branch is dropped, not the whole tree.
     is_broken = False
     for child in replies:
         try:
@@ -153,7 +153,7 @@ def _tree_comparisons(node: Any, before: Messages) -> tuple[list[Comparison], bo
 
 
 def _turn(node: Row) -> Row:
-    """An OASST message as a turn of a conversation."""
+    """Converts an OASST message to a turn of a conversation."""
     return {"role": node.get("role"), "content": node.get("text")}
 
 
@@ -162,12 +162,12 @@ def _has_rank(node: Any) -> bool:
 
 
 def _scores_of_ranks(nodes: list[Row]) -> list[float]:
-    """Rank 0 is the best."""
+    """Converts ranks to scores. Rank 0 is the best."""
     return [-float(node["rank"]) for node in nodes]
 
 
 def ranked_outputs(row: Row) -> Comparison:
-    """A list of replies, the best one first."""
+    """Reads a list of replies, with the best one first."""
     outputs = row["output"]
     if not isinstance(outputs, list):
         raise Unusable("output is not a list of replies")
@@ -188,19 +188,19 @@ def pandalm(row: Row) -> Comparison:
             raise Unusable(f"{column} is not 0, 1 or 2")
         votes.append(vote(column, label))
     if not votes:
-        raise Unusable("no annotator judged it")
-    # The mean of the labels: annotators who disagree give a target in between.
+        raise Unusable("no annotator gave a label")
+    # The mean of the labels. It is between 0 and 1 if annotators disagree.
     target = sum(cast["label"] for cast in votes) / len(votes)
     category = as_label(row.get("motivation_app"))
     return pair_row(instruction(row), first, second, target, votes=votes, category=category)
 
 
 def alpaca_farm(row: Row) -> Comparison:
-    """`preference`: 1 the first, 2 the second, between them a probability, 0 a tie."""
+    """Reads `preference`: 1 prefers the first, 2 the second, values in between are probabilities, and 0 is a tie."""
     preference = number(row, "preference")
     if preference != 0 and not 1 <= preference <= 2:
         raise Unusable("preference is not between 1 and 2")
-    # From 1, the first for sure, to 2, the second for sure.
+    # 1 means that the first is better for sure, 2 that the second is.
     target = 2 - preference if preference else 0.5
     first = reply(text_cell(row, "output_1"))
     second = reply(text_cell(row, "output_2"))
@@ -209,7 +209,7 @@ def alpaca_farm(row: Row) -> Comparison:
 
 
 def shp(row: Row) -> Comparison:
-    """`labels`: 1 where A was preferred."""
+    """Reads `labels`, which is 1 if A was preferred."""
     label = number(row, "labels")
     if label not in (0, 1):
         raise Unusable("labels is not 0 or 1")
@@ -228,7 +228,7 @@ def stack_exchange(row: Row) -> Comparison:
 
 
 def stack_paired(row: Row) -> Comparison:
-    """Response j was voted above response k."""
+    """Reads pairs in which response j has more votes than response k."""
     first = reply(text_cell(row, "response_j"))
     second = reply(text_cell(row, "response_k"))
     prompt = ask(text_cell(row, "question"))
@@ -236,13 +236,13 @@ def stack_paired(row: Row) -> Comparison:
 
 
 def summarize_from_feedback(row: Row) -> Comparison:
-    """The prompts are the paper's templates (Stiennon et al. 2020, arXiv:2009.01325, app. B.2), for news too."""
+    """Reads pairs of summaries, with the prompt templates of Stiennon et al. 2020, arXiv:2009.01325, app. B.2."""
     info = row["info"]
     summaries = records(row, "summaries")
     choice = number(row, "choice")
     is_pair = len(summaries) == 2 and choice in (0, 1)
     if not isinstance(info, dict) or not is_pair:
-        raise Unusable("not an info, two summaries and a choice of 0 or 1")
+        raise Unusable("info, two summaries or a choice of 0 or 1 is missing")
     prompt = _summary_prompt(info)
     target = 1 - choice
     flags: list[str] = []
@@ -257,7 +257,7 @@ def summarize_from_feedback(row: Row) -> Comparison:
 
 def _summary_prompt(info: Row) -> str:
     parts = []
-    # Posts from Reddit; news articles have none.
+    # Reddit posts have `post`, news articles have `article`.
     if info.get("post"):
         subreddit = text_cell(info, "subreddit", "").removeprefix("r/")
         if subreddit:
@@ -282,8 +282,8 @@ def nectar(row: Row) -> Comparison:
 
 
 def arena(row: Row) -> Comparison:
-    """Two conversations and `winner`: model_a, model_b, tie, or tie (bothbad), which is kept and flagged."""
-    # "tie (both bad)", "tie (bothbad)", "both_bad": it is spelled in many ways.
+    """Reads two conversations and `winner`: model_a, model_b, tie, or tie (bothbad), which is kept and flagged."""
+    # Datasets spell it in several ways: "tie (both bad)", "tie (bothbad)", "both_bad".
     winner = re.sub(r"[^a-z]", "", str(row["winner"]).lower())
     target = _ARENA_TARGETS.get(winner)
     if target is None:
@@ -297,10 +297,10 @@ def arena(row: Row) -> Comparison:
 
 
 def arena_responses(row: Row) -> Comparison:
-    """The competition's form: JSON lists of turns in text cells, and one-hot winners."""
+    """Reads the format of the Kaggle competition: JSON lists of turns in text cells, and one-hot winners."""
     target = number(row, "winner_model_a") + 0.5 * number(row, "winner_tie")
     if target not in (0, 0.5, 1):
-        raise Unusable("winner_model_a and winner_tie are not 0 or 1, one of them at most")
+        raise Unusable("winner_model_a and winner_tie must be 0 or 1, and not both 1")
     questions = text_list(row, "prompt")
     answers_a = text_list(row, "response_a")
     answers_b = text_list(row, "response_b")
@@ -312,7 +312,7 @@ def arena_responses(row: Row) -> Comparison:
 
 def _interleave(questions: list[str], answers: list[str]) -> Messages:
     messages: Messages = []
-    # Questions without an answer, at the end, are left out.
+    # Questions without an answer at the end are dropped.
     for question, answer in zip(questions, answers, strict=False):
         messages += ask(question)
         messages += reply(answer)
@@ -346,7 +346,7 @@ class _LabeledAnswer:
 
 
 def gather_unpaired(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
-    """KTO's rows (`prompt` and `completion`, or `messages`; `label`), paired where a prompt has both labels."""
+    """Pairs KTO rows (`label` with `prompt` and `completion`, or with `messages`) if a prompt has both labels."""
     by_prompt: dict[str, list[_LabeledAnswer]] = {}
     for index, row in rows:
         try:
@@ -362,7 +362,7 @@ def gather_unpaired(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
 
 
 def _unpaired_comparison(answers: list[_LabeledAnswer]) -> Comparison | Unusable:
-    """Each good answer against each bad one."""
+    """Compares each answer with a true label to each answer with a false label."""
     good = []
     bad = []
     for k, answer in enumerate(answers):
@@ -371,7 +371,7 @@ def _unpaired_comparison(answers: list[_LabeledAnswer]) -> Comparison | Unusable
         else:
             bad.append(k)
     if not good or not bad:
-        return Unusable("unpaired: its prompt has completions of one label only")
+        return Unusable("unpaired: all completions of the prompt have the same label")
     pairs = list(map(list, product(good, bad)))
     comparison = {
         "prompt": answers[0].prompt,
@@ -384,7 +384,7 @@ def _unpaired_comparison(answers: list[_LabeledAnswer]) -> Comparison | Unusable
 
 
 def shared_labels(rows: list[Row]) -> dict[str, str]:
-    """`category` and `source` where the rows that have one agree on it."""
+    """Returns `category` and `source` if all rows that have one agree on it."""
     agreed = {}
     for column in ("category", "source"):
         labels = {as_label(row.get(column)) for row in rows}
@@ -395,7 +395,7 @@ def shared_labels(rows: list[Row]) -> dict[str, str]:
 
 
 def split_demonstration(row: Row) -> tuple[Any, Any]:
-    """(prompt, completion) of a row with `messages`, or with `prompt` and `completion`."""
+    """Returns (prompt, completion) of a row with `messages`, or with `prompt` and `completion`."""
     if row.get("messages") is not None:
         turns = to_messages(row["messages"], "messages")
         is_answered = turns[-1]["role"] == "assistant"
@@ -417,7 +417,7 @@ _Table = dict[str, _TableMessage]
 
 
 def gather_oasst(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
-    """OASST's flat table, one message per row: every turn with two or more ranked replies is a comparison."""
+    """Reads OASST's flat table, one message per row. Every turn with two or more ranked replies is a comparison."""
     table: _Table = {}
     for index, row in rows:
         name = row.get("message_id")
@@ -428,7 +428,7 @@ def gather_oasst(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
         else:
             table[name] = _TableMessage(index, row)
 
-    # A message above two turns belongs to the first comparison: each row is counted once.
+    # A message that precedes several comparisons counts for the first of them, so that each row is counted once.
     used: set[int] = set()
     for parent, replies in _ranked_replies(table).items():
         if len(replies) < 2:
@@ -446,11 +446,11 @@ def gather_oasst(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
         yield Reading(indices, result)
     for message in table.values():
         if message.index not in used:
-            yield Reading([message.index], Unusable("not among two ranked replies, nor above them"))
+            yield Reading([message.index], Unusable("not part of a turn with two ranked replies"))
 
 
 def _ranked_replies(table: _Table) -> dict[str | None, list[_TableMessage]]:
-    """Name of a message -> its replies that have a rank."""
+    """Returns the replies with a rank, by the id of the message that they answer."""
     replies: dict[str | None, list[_TableMessage]] = {}
     for message in table.values():
         row = message.row
@@ -460,19 +460,19 @@ def _ranked_replies(table: _Table) -> dict[str | None, list[_TableMessage]]:
 
 
 def _messages_above(table: _Table, parent: str | None) -> list[_TableMessage]:
-    """The parent, its parent, and so on up to the root."""
+    """Returns the parent, its parent, and so on up to the root."""
     path: list[_TableMessage] = []
     name = parent
-    while name in table and len(path) < len(table):  # a damaged table may hold a cycle
+    while name in table and len(path) < len(table):  # a damaged table may contain a cycle
         path.append(table[name])
         name = table[name].row.get("parent_id")
     if not path or name in table:
-        raise Unusable("its parent is not in the table")
+        raise Unusable("parent message is not in the table")
     return path
 
 
 def _table_comparison(above: list[_TableMessage], replies: list[_TableMessage]) -> Comparison:
-    """`above` begins with the turn that was replied to."""
+    """Builds a comparison. `above` begins with the turn that the replies answer and ends with the root."""
     from_root = [message.row for message in reversed(above)]
     answers = [message.row for message in replies]
     prompt = to_messages(list(map(_turn, from_root)), "text")

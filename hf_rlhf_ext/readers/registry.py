@@ -1,4 +1,4 @@
-"""The public formats that the readers know: the columns they are told by, where each is published, what reads a row."""
+"""The supported public formats: the columns that identify each, where it is published, and its reader."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +10,22 @@ from . import demonstrations as demo
 from . import preferences as pref
 
 Check = Callable[[Row], bool]
-"""Looks at the first value of each column, to tell a format from others with the same columns."""
+"""Checks the first value of each column, to distinguish formats that have the same columns."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A public format.
+    """A public data format.
 
-    `columns` and `check`, which looks at the first value of each column, tell it from others; `example` is a data set
-    that has it. `convert` turns a row into one or several rows, or raises `Unusable`; where it `gathers`, it takes all
-    (index, row) and yields a `Reading` for each group of rows that belong together.
-    `order_known` says that the first completion of a pair is the one that was shown first.
+    Attributes:
+        name: Name of the format, for the option `format`.
+        columns: Columns that the data must have.
+        example: A dataset in this format.
+        convert: Converts a row to one or several rows, or raises `Unusable`. With `gathers`, it takes all
+            (index, row) pairs and yields a `Reading` for each group of rows that belong together.
+        check: Checks the first value of each column, to distinguish formats that have the same columns.
+        gathers: Whether a comparison needs several source rows.
+        order_known: Whether the first completion of a pair is the one that annotators saw first.
     """
 
     name: str
@@ -32,7 +37,7 @@ class Format:
     order_known: bool = False
 
     def matches(self, first: Row) -> bool:
-        """`first` maps every column to its first value that is not empty."""
+        """True if the data has this format. `first` maps every column to its first value that is not empty."""
         if not first.keys() >= set(self.columns):
             return False
         return self.check(first)
@@ -43,7 +48,7 @@ class Format:
 
 
 def _lists(column: str, *keys: str) -> Check:
-    """A check: the column holds a list of records with one of these keys, or, without keys, a list of texts."""
+    """Makes a check that the column holds a list of records with one of these keys (without keys: a list of texts)."""
 
     def check(first: Row) -> bool:
         value = first[column]
@@ -58,12 +63,12 @@ def _lists(column: str, *keys: str) -> Check:
 
 
 def _lacks(column: str) -> Check:
-    """A check: the column is missing or empty."""
+    """Makes a check that the column is missing or empty."""
     return lambda first: first.get(column) is None
 
 
 def _is(column: str, kind: type) -> Check:
-    """A check: the column holds this type."""
+    """Makes a check that the column holds this type."""
     return lambda first: isinstance(first[column], kind)
 
 
@@ -159,7 +164,8 @@ COMPARISONS = (
     Format("unpaired", ("label", "messages"), "LLaMA-Factory's kto_en_demo", pref.gather_unpaired, gathers=True),
     Format("unpaired", ("label", "prompt", "completion"), "trl-lib/kto-mix-14k", pref.gather_unpaired, gathers=True),
 )
-"""Preference formats in the order they are tried; the columns of a later one may be a subset of an earlier one's."""
+"""Preference formats, in the order in which they are tried. A later format may need only a subset of the columns of an
+earlier one."""
 
 DEMONSTRATIONS = (
     Format("orca", ("system_prompt", "question", "response"), "Open-Orca/OpenOrca", demo.orca),
@@ -178,4 +184,4 @@ DEMONSTRATIONS = (
         lambda first: "### Assistant:" in str(first["text"]),
     ),
 )
-"""Formats of demonstrations, in the order they are tried."""
+"""Demonstration formats, in the order in which they are tried."""

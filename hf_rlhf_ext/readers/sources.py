@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved data sets, the Hub, memory; as they are, bad ones marked."""
+"""Reads rows from files, saved datasets, the Hub or memory, without converting them. Unreadable rows are marked."""
 
 import codecs
 import csv
@@ -24,7 +24,7 @@ from datasets.fingerprint import Hasher
 
 from ..data.schema import PreferenceDataError, Row
 
-# Columns of text are text: pandas would read the reply "42" as a number and "NA" as missing.
+# Read these columns as text: pandas would read the reply "42" as a number and "NA" as missing.
 _CSV_CONVERTERS = {
     "prompt": str,
     "chosen": str,
@@ -38,19 +38,23 @@ _BUILDERS = {
     ".csv": "csv",
 }
 MAX_LINE = 2**28
-"""Characters: a longer line is not read, as it would have to fit into memory several times over."""
+"""Longest line that is read, in characters. A line needs several times its size in memory."""
 _MANY_ROWS = 10_000
 _MANY_BYTES = 2**23
-"""From this size on the rows of a source are converted once and kept."""
+"""A larger source is converted once and cached."""
 
 AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to convert. `rows` can be iterated again and gives a string, the reason, in place of a row it cannot read.
+    """Rows to convert.
 
-    `fingerprint` identifies the rows, None where that is unknown; `large` says that converting them takes a while.
+    Attributes:
+        name: Name of the source, for messages.
+        rows: The rows; they can be iterated more than once. A row that cannot be read is a string, the reason.
+        fingerprint: Identifies the content of the rows; None if it is not known.
+        large: Whether converting the rows takes a while, so that a progress bar is shown and the result is cached.
     """
 
     name: str
@@ -67,7 +71,7 @@ def open_source(
     config: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Rows of anything that `load_rows` reads; json and csv files are read here, row by row, mixed types and all."""
+    """Opens anything that `load_rows` reads. JSON and CSV files are read row by row, so that types may differ."""
     name = ""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
@@ -76,11 +80,11 @@ def open_source(
             return _open_file(path, split, config)
     # Everything else is read by the library `datasets`.
     rows = load_rows(source, split, revision, config=config, streaming=streaming)
-    # How many rows a stream has is known at its end.
+    # The length of a stream is not known before its end.
     if isinstance(rows, IterableDataset):
         return Source(name, rows)
     if len(rows) == 0:
-        raise PreferenceDataError(f"{name or 'data set'}: the data set has no rows: check path, split and filters.")
+        raise PreferenceDataError(f"{name or 'dataset'}: the dataset has no rows: check path, split and filters.")
     return Source(name, rows, rows._fingerprint, large=len(rows) >= _MANY_ROWS)
 
 
@@ -100,25 +104,29 @@ def load_rows(
     config: str | None = None,
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
-    """Rows as they are.
+    """Loads rows from a file, a folder, the Hub or memory, without converting them.
 
     Args:
-        source: a data set in memory, a file (.json, .jsonl, .parquet, .csv, each also with .gz), a folder written by
-            `save_to_disk`, a folder of files named after their splits, or a data set id on the Hub.
-        split: which of several; a file and a data set without splits are "train", and slices such as `"train[:500]"`
-            work everywhere but on a stream; None where there is one.
-        revision: branch, tag or commit on the Hub.
-        config: which configuration ("subset") of a data set on the Hub or in a folder, where it has several.
-        streaming: read files and the Hub while iterating, for data that exceed memory.
+        source: Dataset in memory, path of a file (`.json`, `.jsonl`, `.parquet` or `.csv`, each also with `.gz`), path
+            of a folder written by `save_to_disk`, path of a folder with one file per split, or dataset id on the Hub.
+        split: Split to load. A file, or a dataset without splits, is the split `"train"`. Slices such as
+            `"train[:500]"` are supported except for streams. It may be `None` if there is only one split.
+        revision: Branch, tag or commit of a dataset on the Hub.
+        config: Configuration ("subset") of a dataset on the Hub or in a folder, if it has several.
+        streaming: Whether to read while iterating, for data that does not fit into memory.
+
+    Returns:
+        The rows; an `IterableDataset` with `streaming`.
 
     Raises:
-        PreferenceDataError: no such file, an unknown ending, an unreadable file, no such split.
+        PreferenceDataError: The file does not exist, has an unknown extension or cannot be read, or the split does not
+            exist.
     """
     if isinstance(source, Dataset | DatasetDict | IterableDataset | IterableDatasetDict):
-        _refuse_config("data set", config)
-        return _pick(source, split, "data set")
+        _refuse_config("dataset", config)
+        return _pick(source, split, "dataset")
     if not isinstance(source, str | Path):
-        raise PreferenceDataError(f"data set: expected a data set, a path or a Hub id, got {type(source).__name__}.")
+        raise PreferenceDataError(f"dataset: expected a dataset, a path or a Hub id, got {type(source).__name__}.")
 
     path = Path(source).expanduser()
     if _is_saved(path):
@@ -141,12 +149,12 @@ def load_rows(
 
 
 def _is_saved(path: Path) -> bool:
-    """True for a folder written by `save_to_disk`."""
+    """True if the folder was written by `save_to_disk`."""
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _looks_like_path(source: str | Path) -> bool:
-    """True for what cannot be an id on the Hub."""
+    """True if the source cannot be an id on the Hub."""
     path = Path(source).expanduser()
     if path.is_absolute() or _builder(path):
         return True
@@ -154,19 +162,21 @@ def _looks_like_path(source: str | Path) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """The error's first line, and the way out where a configuration is missing."""
+    """Returns the first line of the error, with a remedy if a configuration is missing."""
     lines = [line for line in str(error).splitlines() if line]
     if not lines:
         return type(error).__name__
     reason = lines[0]
     if len(lines) > 1 and "available configs" in lines[1]:
-        reason += f" {lines[1]}: pass config= (recipes: --dataset_config) one of them"
+        reason += f" {lines[1]}: pass one of them as config= (recipes: --dataset_config)"
     return reason
 
 
 def _refuse_config(name: str, config: str | None) -> None:
     if config is not None:
-        raise PreferenceDataError(f"{name}: only the Hub and folders have configurations: leave config={config!r} out.")
+        raise PreferenceDataError(
+            f"{name}: only datasets on the Hub and folders have configurations: leave config={config!r} out."
+        )
 
 
 def _builder(path: Path) -> str | None:
@@ -174,17 +184,17 @@ def _builder(path: Path) -> str | None:
 
 
 def _check_file(path: Path, split: str | None, config: str | None) -> None:
-    """A file is one split, "train", of no configuration: anything else is refused before a row is read."""
+    """Raises if a split other than "train" or a configuration is requested of a file, before any row is read."""
     _refuse_config(path.name, config)
     name = "train" if split is None else split.split("[")[0]
     if name != "train":
         raise PreferenceDataError(f"{path.name}: a file has no split {split!r}: leave it out, or pass 'train[:500]'.")
-    # How many rows the file has is not known yet: this checks how the slice is written.
+    # The number of rows is not known yet. This only checks the syntax of the slice.
     _cut(split, {"train": 2**62}, path.name)
 
 
 class _Slice(NamedTuple):
-    """Some rows of one split."""
+    """A range of rows of one split."""
 
     split: str
     rows: range
@@ -195,12 +205,12 @@ def _cut(
     sizes: dict[str, int],
     name: str,
 ) -> list[_Slice]:
-    """Which rows of which split `"train[:500]+test"` asks for; None is all of "train"."""
+    """Returns the rows of each split that `"train[:500]+test"` selects. None selects all of "train"."""
     try:
         instructions = ReadInstruction.from_spec(split or "train").to_absolute(sizes)
-    except (AssertionError, ValueError) as error:  # what `datasets` raises for a slice it does not know
+    except (AssertionError, ValueError) as error:  # raised by `datasets` for a slice that it cannot parse
         reason = str(error).splitlines()[0]
-        raise PreferenceDataError(f"{name}: split {split!r}: {reason}: slices are written 'train[:500]'.") from error
+        raise PreferenceDataError(f"{name}: split {split!r}: {reason}: write a slice as 'train[:500]'.") from error
     return [_Slice(part.splitname, range(part.from_, part.to)) for part in instructions]
 
 
@@ -225,7 +235,7 @@ def _load_file(
 
 
 def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | IterableDataset:
-    """The split, or slices of splits; a data set without splits is its own "train", as a file is."""
+    """Returns the split, or slices of splits. A dataset without splits counts as the split "train", like a file."""
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = dataset
     else:
@@ -239,7 +249,7 @@ def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | Iterab
     is_stream = any(isinstance(rows, IterableDataset) for rows in splits.values())
     if not is_sliced or is_stream:
         known = ", ".join(splits)
-        raise PreferenceDataError(f"{name}: splits are {known}: pass split= one of them (got {split!r}).")
+        raise PreferenceDataError(f"{name}: splits are {known}: pass one of them as split= (got {split!r}).")
     sizes = {key: len(rows) for key, rows in splits.items()}
     chosen = []
     for part in _cut(split, sizes, name):
@@ -253,7 +263,7 @@ def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | Iterab
 
 @dataclass(frozen=True)
 class _FileRows:
-    """Rows of a json, jsonl or csv file, `.gz` of these too; `split` may slice them ("train[:500]")."""
+    """Rows of a JSON, JSONL or CSV file, which may be compressed (`.gz`). `split` may slice them ("train[:500]")."""
 
     path: Path
     split: str | None
@@ -262,27 +272,27 @@ class _FileRows:
         if self.split in (None, "train"):
             yield from self._rows()
             return
-        rows = list(self._rows())  # percentages need their number
+        rows = list(self._rows())  # percentages need the number of rows
         slices = _cut(self.split, {"train": len(rows)}, self.path.name)
         if not any(part.rows for part in slices):
             name = self.path.name
-            raise PreferenceDataError(f"{name}: split {self.split!r} is none of its {len(rows)} rows.")
+            raise PreferenceDataError(f"{name}: split {self.split!r} selects none of the {len(rows)} rows.")
         for part in slices:
             for n in part.rows:
                 yield rows[n]
 
     def _rows(self) -> Iterator[Row | str]:
         kind = _builder(self.path)
-        # The csv module finds line ends itself, those inside quotes too.
+        # The csv module handles line breaks itself, including those inside quotes.
         newline = "" if kind == "csv" else None
         read = _csv_rows if kind == "csv" else _json_rows
         try:
             with self._open("rt", encoding="utf-8-sig", newline=newline) as file:
                 yield from read(file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise self._refusal(kind, "the gzip file is damaged or cut short: fetch it again") from error
+            raise self._refusal(kind, "the gzip file is damaged or incomplete: download it again") from error
         except UnicodeDecodeError as error:
-            raise self._refusal(kind, f"line {self._broken_line()} is not UTF-8: convert the file") from error
+            raise self._refusal(kind, f"line {self._broken_line()} is not UTF-8: convert the file to UTF-8") from error
         except (_BadFile, csv.Error) as error:
             raise self._refusal(kind, str(error)) from error
 
@@ -291,7 +301,7 @@ class _FileRows:
         return opener(self.path, mode, **options)
 
     def _broken_line(self) -> int:
-        """The first line that is not UTF-8: the decoder itself counts bytes of its buffer only."""
+        """Returns the number of the first line that is not UTF-8. The decoder only knows positions in its buffer."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         line = 1
         with self._open("rb") as file:
@@ -301,22 +311,22 @@ class _FileRows:
                 except UnicodeDecodeError as error:
                     return line + error.object[: error.start].count(b"\n")
                 line += part.count(b"\n")
-        return line  # cut short in the middle of a character
+        return line  # the file ends in the middle of a character
 
     def _refusal(self, kind: str | None, reason: str) -> PreferenceDataError:
         return PreferenceDataError(f"{self.path.name}: cannot be read as {kind}: {reason}")
 
 
 class _BadFile(Exception):
-    """Why a file as a whole is not what its ending says."""
+    """Why the content of a whole file does not match its extension."""
 
 
 _WRAPPERS = ("data", "rows", "train", "examples", "instances")
-"""Keys of an object that holds the rows of a whole file."""
+"""Keys under which a JSON object may hold all rows of a file."""
 
 
 def _json_rows(file: IO[str]) -> Iterator[Row | str]:
-    """Objects of a JSON array, or one per line."""
+    """Yields the objects of a JSON array, or one object per line."""
     first = _first_character(file)
     file.seek(0)
     if not first:
@@ -333,7 +343,7 @@ def _json_rows(file: IO[str]) -> Iterator[Row | str]:
 
 
 def _first_character(file: IO[str]) -> str:
-    """The first character that is not white space, or ""."""
+    """Returns the first character that is not white space, or ""."""
     while character := file.read(1):
         if not character.isspace():
             return character
@@ -341,9 +351,9 @@ def _first_character(file: IO[str]) -> str:
 
 
 def _is_object_of_many_lines(file: IO[str]) -> bool:
-    """True for a file that is one JSON object and not one per line.
+    """True for a file that is a single JSON object, not one object per line.
 
-    An object on one line alone is a row, unless it is a wrapper of rows.
+    A single object on one line counts as a row, unless it contains a list of rows.
     """
     line = file.readline(MAX_LINE).strip("\ufeff")
     try:
@@ -357,16 +367,16 @@ def _is_object_of_many_lines(file: IO[str]) -> bool:
 
 
 def _is_wrapper(value: Row) -> bool:
-    """True for an object with a list of rows under one of the usual keys, and at most one further entry."""
+    """True for an object with a list of rows under one of the usual keys, and at most one other entry."""
     has_rows = any(isinstance(value.get(key), list) for key in _WRAPPERS)
     return has_rows and len(value) <= 2
 
 
 def _document_rows(file: IO[str]) -> Iterator[Row | str]:
-    """Rows of a file that is one JSON value: an array, an object around one, or a single row."""
+    """Yields the rows of a file that is one JSON value: an array, an object with an array inside, or a single row."""
     text = file.read(4 * MAX_LINE)
     if len(text) >= 4 * MAX_LINE:
-        raise _BadFile(f"one JSON value of more than {4 * MAX_LINE:,} characters: write one row a line")
+        raise _BadFile(f"one JSON value of more than {4 * MAX_LINE:,} characters: write one row per line")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -383,11 +393,11 @@ def _document_rows(file: IO[str]) -> Iterator[Row | str]:
 
 
 def _record(value: Any) -> Row | str:
-    return value if isinstance(value, dict) else "not a record"
+    return value if isinstance(value, dict) else "not a JSON object"
 
 
 def _reason(error: Exception) -> str:
-    """What json says, without the place in the file."""
+    """Returns the message of a JSON error, without the position in the file."""
     return str(getattr(error, "msg", error))
 
 
@@ -396,7 +406,7 @@ def _line_rows(file: IO[str]) -> Iterator[Row | str]:
     while line := file.readline(MAX_LINE):
         number += 1
         if len(line) >= MAX_LINE:
-            raise _BadFile(f"line {number} is longer than {MAX_LINE:,} characters: write one row a line")
+            raise _BadFile(f"line {number} is longer than {MAX_LINE:,} characters: write one row per line")
         if not line.strip():
             continue
         try:
@@ -411,10 +421,10 @@ def _line_rows(file: IO[str]) -> Iterator[Row | str]:
 
 
 def _csv_rows(file: IO[str]) -> Iterator[Row | str]:
-    csv.field_size_limit(MAX_LINE)  # Python's own limit, 131,072 characters, is below some conversations
+    csv.field_size_limit(MAX_LINE)  # Python's default limit of 131,072 characters is too low for some conversations
     reader = csv.DictReader(file, strict=True)
     if not reader.fieldnames:
         raise _BadFile("it is empty")
     for row in reader:
-        has_more_cells = None in row  # the reader puts them under None
+        has_more_cells = None in row  # the reader stores extra cells under the key None
         yield "more cells than columns" if has_more_cells else row

@@ -1,1 +1,1 @@
-"""Reward models: Bradley-Terry training and scoring."""
+"""Reward models: training with the Bradley-Terry loss, scoring, ensembles and export."""

@@ -1,4 +1,4 @@
-"""Options of the reward trainer."""
+"""Options of `BradleyTerryTrainer`."""
 
 from dataclasses import dataclass, field
 
@@ -14,79 +14,100 @@ RANKING_LOSSES = ("bradley_terry", "plackett_luce")
 
 @dataclass
 class BradleyTerryConfig(RewardConfig):
-    """Options of `BradleyTerryTrainer`: those of TRL's `RewardConfig`, with its defaults, and the fields below.
+    """Options of `BradleyTerryTrainer`, in addition to those of TRL's `RewardConfig`, whose defaults are kept.
 
-    What means something else here: `max_length` is a limit and `overflow` says what happens beyond it (TRL drops such
-    rows without a count); `center_rewards_coefficient` weighs each pair as the loss does.
+    Two options of `RewardConfig` differ in meaning. `max_length` is a limit, and `overflow` determines what happens to
+    longer rows (TRL drops them without a count). `center_rewards_coefficient` weights each pair as the loss does. Each
+    option is described in its field's `help`, which `hf-rlhf reward --help` prints.
+
+    Raises:
+        UserError: if an option is outside of its range or has an unknown value.
     """
 
+    # The default of TRL. Its help says that longer rows are dropped, which here depends on `overflow`.
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Largest number of tokens of a prompt with its longest completion. Longer rows are handled as "
+            "`overflow` says. If `None`, there is no limit."
+        },
+    )
     overflow: str = field(
         default="error",
         metadata={
-            "help": "What to do with a comparison whose prompt and longest completion exceed `max_length` tokens: "
-            "`error` names the row and stops; `drop` leaves the row out; `truncate_prompt_left` cuts the prompt's "
-            "first tokens; `truncate_completion` cuts a completion's last tokens before its stop token. Counted and "
-            "logged, for training and evaluation data alike.",
+            "help": "What to do with a comparison whose prompt and longest completion together exceed `max_length` "
+            "tokens. `error`: stop with an error that names the row. `drop`: leave the row out. "
+            "`truncate_prompt_left`: cut the first tokens of the prompt. `truncate_completion`: cut the last tokens of "
+            "a completion, but keep its stop token. The affected rows of training and evaluation data are counted and "
+            "logged.",
             "choices": list(OVERFLOWS),
         },
     )
     tie_model: str = field(
         default="soft",
         metadata={
-            "help": "What a target of 0.5 says: `soft` is half a win for each side; `rao_kupper` and `davidson` give "
-            "ties a probability of their own, with `tie_threshold`. Of the loss only: evaluation's metrics are those "
-            "of the plain Bradley-Terry model, which calls a tie where the better side's probability is below 3/4.",
+            "help": "How the loss treats ties, which have a target of 0.5. `soft`: half a win for each side. "
+            "`rao_kupper` and `davidson`: a separate probability of a tie, which `tie_threshold` determines. This "
+            "option does not change the metrics of evaluation: they are those of the plain Bradley-Terry model, which "
+            "predicts a tie if the probability of the better side is below 3/4.",
             "choices": list(TIE_MODELS),
         },
     )
     tie_threshold: float = field(
-        default=1.0, metadata={"help": "Rao-Kupper's log θ or Davidson's ν, in units of reward: how common ties are."}
+        default=1.0,
+        metadata={
+            "help": "How common ties are with `tie_model='rao_kupper'` (log θ, in units of reward) or `davidson` (ν). "
+            "A larger value makes ties more likely."
+        },
     )
     margin_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Factor of the data's margins in the loss, where they are how much higher, in units of reward, the "
-            "better completion must score. Differences of ratings are margins too: a factor below 1 brings them to a "
-            "few units, 0 leaves all margins out, as calibrated probabilities need."
+            "help": "Factor on the margins of the data. A margin is the difference of scores, in units of reward, that "
+            "the loss asks for between the better and the worse completion. If margins are differences of ratings, "
+            "choose a factor below 1 so that they are at most a few units. 0 ignores all margins, which calibrated "
+            "probabilities require."
         },
     )
     ranking_loss: str = field(
         default="bradley_terry",
         metadata={
-            "help": "Loss of a prompt whose completions are ranked in full, without ties: `bradley_terry` over all its "
-            "pairs as in InstructGPT, or `plackett_luce`, which knows no margins and no label smoothing. Other prompts "
-            "keep their pairs.",
+            "help": "Loss of prompts whose completions are fully ranked without ties. `bradley_terry`: over all pairs, "
+            "as in InstructGPT. `plackett_luce`: over the ranking, without margins and label smoothing. Other prompts "
+            "use the pairs in both cases.",
             "choices": list(RANKING_LOSSES),
         },
     )
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How completions are laid out in a batch: `plain` is one row per completion, `shared_prefix` is "
-            "one row per prompt, in which its completions see the prompt and themselves: the same scores for fewer "
-            "tokens. `auto` takes the latter where a probe shows that the model's scores are the same.",
+            "help": "Layout of completions in a batch. `plain`: one row per completion. `shared_prefix`: the "
+            "completions of a prompt share its tokens in one row; each completion attends only to the prompt and "
+            "itself, so that scores are the same with fewer tokens. `auto`: `shared_prefix` if a test before training "
+            "gives the same scores in both layouts, else `plain`.",
             "choices": ["auto", *LAYOUTS],
         },
     )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens, padding included, that one forward pass holds at most: the prompts of a batch are sorted "
-            "by length and split accordingly. Changes memory and speed, never the loss. If `None`, one pass."
+            "help": "Maximum number of tokens per forward pass, including padding. The prompts of a batch are sorted "
+            "by length and split. This changes memory and speed, but not the loss. If `None`, a batch is one forward "
+            "pass."
         },
     )
     normalize_rewards: bool = field(
         default=True,
         metadata={
-            "help": "Whether to measure mean and standard deviation of the scores after training, on the "
-            "normalization set, and to save them in `reward_normalization.json`. `RewardScorer` then returns "
-            "(score - mean) / std: mean zero as in InstructGPT (arXiv:2203.02155, sec. 3.5), unit deviation is ours. "
-            "Without, or where it fails (which is said), the file has 0 and 1; base dtype, 4 bits and autocast always."
+            "help": "Measure mean and standard deviation of the scores after training, on the normalization set, and "
+            "save them in `reward_normalization.json`. `RewardScorer` then returns (score - mean) / std. InstructGPT "
+            "shifts rewards to mean zero (arXiv:2203.02155, sec. 3.5); the unit standard deviation is an addition. If "
+            "`False`, or if the measurement fails (with a warning), mean 0 and standard deviation 1 are saved."
         },
     )
     normalization_max_rows: int = field(
         default=512,
-        metadata={"help": "Largest number of rows of the normalization set to score, drawn with `seed`."},
+        metadata={"help": "Maximum number of rows of the normalization set to score; they are drawn with `seed`."},
     )
 
     def __post_init__(self):
@@ -99,7 +120,7 @@ class BradleyTerryConfig(RewardConfig):
         self._check_evaluation()
 
     def _check_numbers(self) -> None:
-        # `not >`, not `<=`: NaN is refused too.
+        # `not >` instead of `<=`, so that NaN is refused too.
         if not self.tie_threshold > 0:
             raise UserError(f"tie_threshold: must be positive, got {self.tie_threshold}.")
         if not self.margin_scale >= 0:
@@ -111,11 +132,17 @@ class BradleyTerryConfig(RewardConfig):
 
     def _check_evaluation(self) -> None:
         if self.prediction_loss_only:
-            raise UserError("prediction_loss_only: the loss over the set is computed from its scores: leave it false.")
+            raise UserError(
+                "prediction_loss_only: not supported, as the loss of an evaluation is computed from its scores: "
+                "leave it false."
+            )
         if self.batch_eval_metrics:
-            raise UserError("batch_eval_metrics: metrics are computed over the whole evaluation set: leave it false.")
+            raise UserError(
+                "batch_eval_metrics: not supported, as metrics are computed over the whole evaluation set: leave it "
+                "false."
+            )
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{option}: {value!r} does not exist; choose one of {', '.join(choices)}.")
+        raise UserError(f"{option}: {value!r} is not supported: choose one of {', '.join(choices)}.")

@@ -1,4 +1,4 @@
-"""Several reward models as one: what they agree on is worth more than what one of them says."""
+"""Ensembles: several reward models combined into one reward function."""
 
 import json
 import logging
@@ -22,10 +22,19 @@ COMBINATIONS = ("mean", "min", "conservative")
 
 
 def combine_rewards(rewards: np.ndarray, how: str, penalty: float = 1.0) -> np.ndarray:
-    """(M, N) rewards of M members as one, (N,): their mean, their minimum, or mean - λ std (population).
+    """Combines the rewards of several members, so that a policy gains less from the mistakes of one of them.
 
-    Coste et al. 2024, arXiv:2310.02743, eq. 2 to 4 (whose third takes the variance): a policy gains less from the
-    mistakes of one member. `conservative` with λ = `penalty`; λ = 0 is the mean.
+    See Coste et al. 2024, arXiv:2310.02743, eq. 2 to 4. Their eq. 4 subtracts the variance instead of the standard
+    deviation.
+
+    Args:
+        rewards: (M, N) rewards of M members for N completions.
+        how: `"mean"`, `"min"`, or `"conservative"`, which is the mean minus `penalty` times the standard deviation
+            (population) over members.
+        penalty: λ of `"conservative"`.
+
+    Returns:
+        (N,) combined rewards.
     """
     if how == "min":
         return rewards.min(0)
@@ -36,17 +45,25 @@ def combine_rewards(rewards: np.ndarray, how: str, penalty: float = 1.0) -> np.n
 
 @dataclass
 class EnsembleRecord:
-    """`ensemble.json`: names of the subfolders of the members, and how their rewards are combined."""
+    """The content of `ensemble.json`.
+
+    Attributes:
+        members: names of the subfolders of the members.
+        combine: how their rewards are combined, see `combine_rewards`.
+        penalty: λ of `"conservative"`.
+    """
 
     members: list[str]
     combine: str = "mean"
     penalty: float = 1.0
 
     def save(self, folder: str | Path) -> None:
+        """Writes `ensemble.json` into `folder`."""
         (Path(folder) / ENSEMBLE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
+        """Reads `ensemble.json` in `folder`."""
         content = json.loads((Path(folder) / ENSEMBLE_FILE).read_text())
         record = cls(members=content["members"])
         record.combine = content.get("combine", record.combine)
@@ -55,24 +72,30 @@ class EnsembleRecord:
 
 
 class RewardEnsemble:
-    """Callable as `RewardScorer`, over several of them: adapters of one base (that is loaded once), or whole models.
+    """A reward function that combines several reward models. It is called like a `RewardScorer`.
+
+    Members that are adapters of the same base share that base, which is loaded once. If the trainer passes
+    `log_metric`, as TRL's trainers do, each call logs the mean of `disagreement` as `reward_disagreement`.
 
     Args:
-        members: scorers, each with its own normalization, which puts them on one scale.
-        combine: `"mean"`, `"min"`, or `"conservative"` (mean - `penalty` · std).
-        penalty: λ of the latter, in units of reward.
+        members: two or more scorers. Their normalization puts their rewards on one scale.
+        combine: `"mean"`, `"min"`, or `"conservative"`, which is the mean minus `penalty` times the standard deviation.
+        penalty: λ of `"conservative"`, not negative.
 
-    `disagreement` is the standard deviation over members; a trainer that passes `log_metric`, as TRL's do, gets its
-    mean at every call as `reward_disagreement`.
+    Raises:
+        UserError: for fewer than two members, an unknown `combine` or a negative `penalty`.
     """
 
     __name__ = "reward_ensemble"
 
     def __init__(self, members: list[RewardScorer], *, combine: str = "mean", penalty: float = 1.0):
         if len(members) < 2:
-            raise UserError(f"members: an ensemble has two or more, got {len(members)}.")
+            raise UserError(f"members: an ensemble needs two or more members, got {len(members)}.")
         if combine not in COMBINATIONS or penalty < 0:
-            raise UserError(f"combine={combine!r}, penalty={penalty}: {', '.join(COMBINATIONS)}, with a penalty >= 0.")
+            raise UserError(
+                f"combine={combine!r}, penalty={penalty}: choose combine from {', '.join(COMBINATIONS)}, and a penalty "
+                "of 0 or more."
+            )
         self.members = members
         self.combine = combine
         self.penalty = penalty
@@ -86,9 +109,20 @@ class RewardEnsemble:
         penalty: float | None = None,
         **options: Any,
     ) -> Self:
-        """Loads reward models by their folders or Hub ids, or the folder of an ensemble (`save`, `recipes/reward.py`).
+        """Loads an ensemble.
 
-        `options` are those of `RewardScorer.from_pretrained`; `combine` and `penalty` default to what was saved.
+        Args:
+            folders: a list of folders or Hub ids of reward models, or one folder or Hub id of a saved ensemble, such as
+                `hf-rlhf reward --members` writes.
+            combine: see the class; `None` means what was saved, or `"mean"`.
+            penalty: see the class; `None` means what was saved, or 1.
+            options: options of `RewardScorer.from_pretrained`.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            UserError: if a folder does not exist or is not a reward model.
         """
         revision = options.pop("revision", None)
         code = options.get("trust_remote_code", False)
@@ -98,7 +132,7 @@ class RewardEnsemble:
         else:
             root = local_folder(folders, revision, code=code)
             if not (root / ENSEMBLE_FILE).is_file():
-                raise UserError(f"{folders}: no {ENSEMBLE_FILE}: give the folders of the members as a list.")
+                raise UserError(f"{folders}: has no {ENSEMBLE_FILE}: give the folders of the members as a list.")
             record = EnsembleRecord.load(root)
             member_folders = [local_folder(root / name, None, code=code) for name in record.members]
         if combine is None:
@@ -109,33 +143,58 @@ class RewardEnsemble:
 
     @staticmethod
     def save(folder: str | Path, members: list[str], *, combine: str = "mean", penalty: float = 1.0) -> None:
-        """Writes which subfolders of `folder` are the members, and how they are combined."""
+        """Writes `ensemble.json`, which makes a folder with reward models an ensemble.
+
+        Args:
+            folder: folder of the ensemble.
+            members: names of the subfolders with the members.
+            combine: see the class.
+            penalty: see the class.
+        """
         EnsembleRecord(members, combine, penalty).save(folder)
 
     def __call__(
         self, prompts: list, completions: list, log_metric: Callable[[str, float], None] | None = None, **columns: Any
     ) -> list[float]:
-        """Combined rewards of completions given their prompts; further columns are ignored."""
+        """Combined rewards of completions.
+
+        Args:
+            prompts: N prompts, as text or as messages.
+            completions: N completions, as text or as messages.
+            log_metric: function of a trainer that logs a metric; `None` logs nothing.
+            columns: not used; trainers pass further columns.
+
+        Returns:
+            N rewards.
+        """
         rewards = self.rewards(prompts, completions)
         if log_metric is not None and rewards.size:  # an empty batch has no mean
             log_metric("reward_disagreement", float(rewards.std(0).mean()))
         return combine_rewards(rewards, self.combine, self.penalty).tolist()
 
     def rewards(self, prompts: list, completions: list) -> np.ndarray:
-        """(M, N) normalized rewards, one row per member."""
+        """Normalized rewards (M, N), one row per member, of N completions given their prompts."""
         return np.array([member(prompts, completions) for member in self.members])
 
     def raw(self, prompts: list, completions: list) -> list[float]:
-        """Mean of the members' raw scores: log-odds of the averaged model."""
+        """Mean of the members' raw scores, N numbers in log-odds."""
         return np.mean([member.raw(prompts, completions) for member in self.members], 0).tolist()
 
     def disagreement(self, prompts: list, completions: list) -> np.ndarray:
-        """(N,) standard deviation (population) of the members' normalized rewards."""
+        """Standard deviation (N,) (population) over the members' normalized rewards."""
         return self.rewards(prompts, completions).std(0)
 
 
 def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | RewardEnsemble:
-    """What the folder or Hub repository holds: one reward model, or an ensemble of them."""
+    """Loads a reward model or an ensemble, depending on what the folder contains.
+
+    Args:
+        folder_or_repo: local folder or Hub id.
+        options: options of `RewardScorer.from_pretrained`.
+
+    Raises:
+        UserError: if the folder does not exist or is not a reward model.
+    """
     code = options.get("trust_remote_code", False)
     folder = local_folder(folder_or_repo, options.pop("revision", None), code=code)
     if (folder / ENSEMBLE_FILE).is_file():
@@ -144,7 +203,7 @@ def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | Re
 
 
 def _load_members(folders: list[Path], options: dict[str, Any]) -> list[RewardScorer]:
-    """Scorers of all folders, on the base of the first wherever that gives their scores of training."""
+    """Loads a scorer for each folder, on the base of the first one if scores are then the same as in training."""
     if not folders:
         return []
     first = RewardScorer.from_pretrained(folders[0], **options)
@@ -152,7 +211,7 @@ def _load_members(folders: list[Path], options: dict[str, Any]) -> list[RewardSc
     for number, folder in enumerate(folders[1:], start=1):
         if _shares_base(folder, first, folders[0]):
             members.append(_attach_member(folder, f"member-{number}", first, options))
-            # Which adapter is active is PEFT's to change at a load: from now on each scorer names its own.
+            # PEFT may change the active adapter at a load, so from now on each scorer names its adapter.
             first.adapter = "default"
         else:
             members.append(RewardScorer.from_pretrained(folder, **options))
@@ -160,22 +219,22 @@ def _load_members(folders: list[Path], options: dict[str, Any]) -> list[RewardSc
 
 
 def _shares_base(folder: Path, first: RewardScorer, first_folder: Path) -> bool:
-    """Whether the member in `folder` goes onto the base of the first; logged where only base or precision differ."""
+    """Whether the member in `folder` can use the base of the first. Logs a warning if base or precision differ."""
     if adapter_base(str(folder)) is None or not isinstance(first.model, PeftModel):
         return False  # a whole model has no base to share
     if RewardNormalization.load(folder) is None:
-        return False  # without a record nobody knows its precision: the scorer's loading says so
+        return False  # its precision is unknown; loading it logs a warning
     mismatch = base_mismatch(folder, first_folder)
     if mismatch is None:
         return True
-    logger.warning("%s was trained on %s (%s): loaded on its own.", folder, mismatch, first_folder)
+    logger.warning("%s was trained on %s (%s): it is loaded on a separate base.", folder, mismatch, first_folder)
     return False
 
 
 def _attach_member(folder: Path, adapter: str, first: RewardScorer, options: dict[str, Any]) -> RewardScorer:
-    """The member in `folder` as an adapter beside the first one."""
+    """Loads the member in `folder` as another adapter on the base of the first one."""
     recorded = RewardNormalization.load(folder)
-    # The head comes along: PEFT holds one copy of it per adapter.
+    # This also loads the head, as PEFT holds one copy of it per adapter.
     first.model.load_adapter(str(folder), adapter_name=adapter)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=options.get("trust_remote_code", False))
     return RewardScorer(

@@ -1,4 +1,4 @@
-"""A reward model as one ordinary model folder, for people who have only Transformers."""
+"""Export of a reward model as an ordinary model folder, which plain Transformers can load."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..modeling.loading import resolve_dtype
 from .scorer import RewardNormalization, RewardScorer
 
 PROBE_TEXTS = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
-"""(prompt, completion) whose scores are compared before and after the merge."""
+"""Prompts and completions whose scores are compared before and after the merge."""
 
 _NAMED_FOR_PADDING = re.compile("pad|reserved|unused|extra|dummy", re.IGNORECASE)
 
@@ -27,33 +27,36 @@ def export_merged(
     pad_token: str | None = None,
     **options: Any,
 ) -> float:
-    """Merges a reward adapter into an unquantized base and writes a folder for `AutoModelForSequenceClassification`.
+    """Merges a reward adapter into its base and writes a folder for `AutoModelForSequenceClassification`.
 
-    `pipeline("text-classification")` on it gives the raw scores of `RewardScorer.text(prompt, completion)`, as the
-    folder has a pad token of its own (Transformers reads the score before the first pad token on the right) and
-    `problem_type="regression"` (which keeps the pipeline from a sigmoid): to rounding, wherever no token spans the
-    border of prompt and completion, which are tokenized apart in training. Mean and deviation are in
-    `reward_normalization.json` and, as `reward_mean` and `reward_std`, in `config.json`: a decoder's head has no bias
-    that could hold them.
+    `pipeline("text-classification")` on this folder, called with `RewardScorer.text(prompt, completion)`, returns the
+    raw score up to rounding. For this, the folder has a separate pad token (Transformers reads the score before the
+    first pad token on the right) and `problem_type="regression"` (otherwise the pipeline applies a sigmoid). Prompt and
+    completion are tokenized separately in training, so that a score may differ if one token spans both. Mean and
+    standard deviation of the scores are in `reward_normalization.json`, and in `config.json` as `reward_mean` and
+    `reward_std`; the merged model does not apply them.
 
     Args:
-        folder_or_repo: what `RewardScorer.from_pretrained` loads, with `options` (`base` by its name, `revision`, …).
+        folder_or_repo: local folder or Hub id of the reward model.
         output_dir: folder to write.
-        dtype: of the merged weights; bf16 moves scores by about 1e-2.
-        pad_token: a token of the vocabulary that no text holds; by default one that the tokenizer does not use
-            otherwise.
+        dtype: dtype of the merged weights. bf16 changes scores by about 1e-2.
+        pad_token: a token of the vocabulary that occurs in no text; `None` means one that the tokenizer does not use.
+        options: options of `RewardScorer.from_pretrained`, such as `revision`, or `base` as a name.
 
     Returns:
-        The largest difference of the scores on three short texts, unmerged as trained and merged as a pipeline reads
-        them, in units of the raw score: rounding where the model was trained in fp32, up to some 1e-2 after training in
-        bf16, and what the quantization of the base did after QLoRA.
+        The largest difference between the raw scores of three short texts before and after the merge. It is rounding
+        after training in fp32, up to about 1e-2 after training in bf16, and includes the effect of quantization after
+        QLoRA.
 
     Raises:
-        UserError: a loaded `base`, a `pad_token` that is no token, or an adapter that has no weights to merge.
+        UserError: if `base` is a loaded model, if `pad_token` is not in the vocabulary, or if the adapter has no
+            weights to merge (prompt learning).
     """
     if not isinstance(options.get("base"), str | None):
-        raise UserError("export_merged: it loads the base twice, unquantized the second time: pass base= by its name.")
-    options = {"device": "cpu"} | options  # two copies, one of them in `dtype`: not for a small card
+        raise UserError(
+            "export_merged: a loaded base is not supported, as the base is loaded twice: pass base= as a name."
+        )
+    options = {"device": "cpu"} | options  # two copies may not fit on a small GPU
     dtype = resolve_dtype(dtype)
 
     as_trained = RewardScorer.from_pretrained(folder_or_repo, **options)
@@ -64,35 +67,41 @@ def export_merged(
     scores_before = as_trained.raw(prompts, completions)
     del as_trained  # before the second copy is loaded
 
-    # Merging into quantized weights would quantize the sum again, and lose the update.
+    # Merging into quantized weights would quantize the sum again and lose the update.
     options |= {"dtype": dtype, "load_in_4bit": False}
     scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
     texts = [scorer.text(prompt, completion) for prompt, completion in PROBE_TEXTS]
     device = scorer.model.device
     token_ids = _save_merged(scorer, output_dir, dtype=dtype, pad_token=padding, texts=texts)
-    del scorer  # room for the one that others will load, its head rounded
+    del scorer  # frees memory before the merged model is loaded
     scores_after = _plain_scores(output_dir, token_ids, device, options.get("trust_remote_code", False))
     differences = [abs(before - after) for before, after in zip(scores_before, scores_after, strict=True)]
     return max(differences)
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> str:
-    """The pad token of the merged model; raises `UserError` where it is no token."""
+    """The pad token of the merged model; raises `UserError` if it is not in the vocabulary."""
     pad_token = pad_token or own_pad_token(tokenizer)
     if pad_token not in tokenizer.get_vocab():
-        raise UserError(f"pad_token: {pad_token!r} is not in the vocabulary: name a token of it that no text holds.")
+        raise UserError(
+            f"pad_token: {pad_token!r} is not in the vocabulary: choose a token of the vocabulary that occurs in no "
+            "text."
+        )
     return pad_token
 
 
 def _check_can_merge(model: PreTrainedModel | PeftModel) -> None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise UserError("export_merged: virtual tokens of a prompt-learning adapter cannot be merged into weights.")
+        raise UserError(
+            "export_merged: prompt-learning adapters are not supported, as they have no weights to merge: load the "
+            "adapter with RewardScorer.from_pretrained."
+        )
 
 
 def _save_merged(
     scorer: RewardScorer, output_dir: str | Path, *, dtype: torch.dtype, pad_token: str, texts: list[str]
 ) -> list[list[int]]:
-    """Writes model, tokenizer and normalization; returns the tokens of `texts` as the saved tokenizer makes them."""
+    """Writes model, tokenizer and normalization; returns the token ids of `texts` under the saved tokenizer."""
     if isinstance(scorer.model, PeftModel):
         model = scorer.model.merge_and_unload()
     else:
@@ -103,7 +112,7 @@ def _save_merged(
     config = model.config
     config.pad_token_id = tokenizer.pad_token_id
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    config.problem_type = "regression"  # a pipeline puts a sigmoid on a single label otherwise
+    config.problem_type = "regression"  # otherwise a pipeline applies a sigmoid to a single label
     config.id2label = {0: "reward"}
     config.label2id = {"reward": 0}
     config.reward_mean = scorer.mean
@@ -120,7 +129,7 @@ def _save_merged(
 def _plain_scores(
     folder: str | Path, token_ids: list[list[int]], device: torch.device, trust_remote_code: bool
 ) -> list[float]:
-    """Scores of token lists by the model in `folder` as Transformers alone loads it."""
+    """Scores of token lists by the model in `folder`, loaded with plain Transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code
     )
@@ -132,10 +141,13 @@ def _plain_scores(
 
 
 def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A pad token that no text holds: the tokenizer's own, else a special token that nothing uses.
+    """Finds a pad token that occurs in no text: that of the tokenizer, or else an unused special token.
+
+    Args:
+        tokenizer: tokenizer of the reward model.
 
     Raises:
-        UserError: every special token is in use.
+        UserError: if every special token is in use.
     """
     used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in used:
@@ -147,8 +159,8 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
         if token.special and token.content not in used and token.content not in template:
             free_tokens.append(token.content)
     if not free_tokens:
-        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: pass pad_token=.")
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: no special token is free for padding: pass pad_token.")
     for token in free_tokens:
-        if _NAMED_FOR_PADDING.search(token):  # by its name, it is in no text either
+        if _NAMED_FOR_PADDING.search(token):  # its name suggests that it occurs in no text
             return token
     return free_tokens[0]

@@ -1,4 +1,7 @@
-"""What evaluation gathers of every judged pair, padded by prompt, and how it is read again."""
+"""The labels of judged pairs as tensors padded by prompt, which `Trainer` gathers in an evaluation.
+
+Shapes: B prompts, P pairs, Kmax and Pmax the largest numbers of completions and of pairs of a prompt.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,14 +16,14 @@ from .preference_metrics import JudgedPairs
 PADDING = -100.0
 
 LABEL_FIELDS = ("i", "j", "target", "weight", "margin", "length_delta", "category")
-"""Last axis of the labels that evaluation gathers (B, Pmax, 7); a padded pair is -100 throughout."""
+"""The last axis of the labels (B, Pmax, 7). All fields of a padded pair are -100."""
 
 
 def pair_labels(batch: dict[str, Tensor]) -> Tensor:
-    """(P, 7) fp32, `LABEL_FIELDS` of each pair of a batch; i and j number the completions of its prompt from 0."""
+    """(P, 7) fp32: `LABEL_FIELDS` of each pair of a batch. i and j are numbers of completions of the prompt, from 0."""
     prompt_index = batch["prompt_index"]
     counts = batch["completion_counts"]
-    first_completion = counts.cumsum(0) - counts  # (B,), its number in the batch
+    first_completion = counts.cumsum(0) - counts  # (B,), number of the first completion of each prompt in the batch
     pairs = batch["pairs"] - first_completion[prompt_index][:, None]  # (P, 2)
     lengths = batch["completion_lengths"][batch["pairs"]]  # (P, 2)
     fields = [
@@ -36,12 +39,12 @@ def pair_labels(batch: dict[str, Tensor]) -> Tensor:
 
 
 def pad_by_prompt(values: Tensor, counts: Tensor) -> Tensor:
-    """(N, …) values in runs of `counts` (B,) as (B, max count, …), padded with -100."""
+    """Splits values (N, …) into B groups of `counts` (B,) and pads them with -100: (B, max count, …)."""
     return pad_sequence(values.split(counts.tolist()), batch_first=True, padding_value=PADDING)
 
 
 def stack_padded(parts: list[Tensor]) -> Tensor:
-    """Tensors (b, K, …) of different K as one (B, Kmax, …), padded with -100."""
+    """Concatenates tensors (b, K, …) of different K to (B, Kmax, …), padded with -100."""
     rows = []
     for part in parts:
         rows.extend(part)
@@ -50,10 +53,18 @@ def stack_padded(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class EvaluatedPairs:
-    """The P pairs of an evaluation set with the scores of its completions, read from what was gathered.
+    """The pairs of an evaluation set and the scores of its completions.
 
-    `scores` (B, Kmax) fp64; all others (P,): `prompts` the row of `scores`, `i` and `j` the columns, `categories` a
-    code, -1 without one.
+    Attributes:
+        scores: (B, Kmax) fp64 scores, padded with -100.
+        prompts: (P,) row of the pair's prompt in `scores`.
+        i: (P,) column of the first completion in `scores`.
+        j: (P,) column of the second completion in `scores`.
+        targets: (P,) P(i ≻ j), from 0 to 1.
+        weights: (P,) weights in the loss.
+        margins: (P,) margins, in units of reward.
+        length_deltas: (P,) length of i minus length of j, in tokens.
+        categories: (P,) code of the category, -1 without one.
     """
 
     scores: np.ndarray
@@ -68,7 +79,7 @@ class EvaluatedPairs:
 
     @classmethod
     def read(cls, scores: Any, labels: Any) -> Self:
-        """Scores (B, Kmax) and labels (B, Pmax, 7) as `Trainer` gathers them."""
+        """Reads scores (B, Kmax) and labels (B, Pmax, 7) as `Trainer` gathers them."""
         scores = np.asarray(scores, np.float64)
         labels = np.asarray(labels, np.float64)
         is_pair = labels[..., 0] >= 0  # the rest is padding
@@ -95,8 +106,8 @@ class EvaluatedPairs:
         return self.scores[self.prompts, self.j]
 
     def as_batch(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """All scores as one flat tensor (B · Kmax,) fp64, and the pairs as the loss takes a batch of them."""
-        # Padded scores stay in the flat tensor; no pair names them.
+        """All scores as one flat tensor (B · Kmax,) fp64, and the pairs as a batch for the loss."""
+        # Padded scores stay in the flat tensor, but no pair refers to them.
         first_column = self.prompts * self.scores.shape[1]  # of each pair's prompt, in the flat scores
         columns = np.stack([first_column + self.i, first_column + self.j], axis=1)
         batch = {
@@ -109,8 +120,8 @@ class EvaluatedPairs:
         return torch.from_numpy(self.scores.ravel()), batch
 
     def judged(self, category_names: list[str]) -> JudgedPairs:
-        """The pairs as the metrics take them; `category_names` by code, and "" for pairs without a category."""
-        names = np.array([*category_names, ""])  # code -1 is the last
+        """The pairs as the metrics need them. `category_names` are by code; pairs without a category get ""."""
+        names = np.array([*category_names, ""])  # code -1 selects the last
         return JudgedPairs(
             scores_i=self.scores_i,
             scores_j=self.scores_j,

@@ -1,4 +1,7 @@
-"""The mathematics of reward modeling: pure functions on tensors."""
+"""The losses of reward models as pure functions of tensors.
+
+Shapes: P pairs of completions. A target is P(i ≻ j), the probability that completion i is better than j.
+"""
 
 import math
 
@@ -12,22 +15,27 @@ TIE_MODELS = ("soft", "rao_kupper", "davidson")
 def bradley_terry_loss(
     scores_i: Tensor, scores_j: Tensor, targets: Tensor, weights: Tensor, margins: Tensor | None = None
 ) -> Tensor:
-    """Weighted cross-entropy of the Bradley-Terry model with soft targets and margins, in nats, one value per pair.
+    """Weighted cross-entropy of the Bradley-Terry model (Bradley and Terry 1952) with soft targets and margins.
 
-        loss = -w · [t · log σ(Δ - m) + (1 - t) · log σ(-(Δ - m))],   Δ = r_i - r_j
+    With Δ = r_i - r_j, weight w, target t and margin m:
 
-    With t = w = 1 and m = 0 this is eq. 1 of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155), after Bradley and
-    Terry (1952); w = 1 / C(K, 2) is its weight for K ranked completions. The margin is that of Llama 2
-    (Touvron et al. 2023, arXiv:2307.09288, eq. 2), signed here so that it also serves soft targets.
+    ```text
+    loss = -w · [t · log σ(Δ - m) + (1 - t) · log σ(-(Δ - m))]
+    ```
+
+    With t = w = 1 and m = 0 this is eq. 1 of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155), which weights the
+    pairs of K ranked completions with w = 1 / C(K, 2). The margin is that of Llama 2 (Touvron et al. 2023,
+    arXiv:2307.09288, eq. 2); here it has a sign, so that it also works with soft targets.
 
     Args:
-        scores_i, scores_j: (P,) rewards of the two completions of each pair.
-        targets: (P,) P(i ≻ j) in [0, 1]; 0.5 is a tie.
-        weights: (P,) non-negative.
-        margins: (P,) how much better i is than j, in units of reward; None is 0.
+        scores_i: (P,) scores of the first completion of each pair, in units of reward.
+        scores_j: (P,) scores of the second completion.
+        targets: (P,) P(i ≻ j), from 0 to 1; 0.5 is a tie.
+        weights: (P,) weights of the pairs, not negative.
+        margins: (P,) how much better i is than j, in units of reward; `None` means 0.
 
     Returns:
-        (P,) losses. Divide their sum by the sum of `weights` over the whole optimizer step.
+        (P,) losses in nats. Divide their sum by the sum of `weights` over the whole optimizer step.
     """
     delta = scores_i - scores_j
     if margins is not None:
@@ -36,9 +44,16 @@ def bradley_terry_loss(
 
 
 def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
-    """t (1 - ε) + ε / 2: labels that are wrong with probability ε / 2 (Szegedy et al. 2016, arXiv:1512.00567, sec. 7).
+    """Label smoothing (Szegedy et al. 2016, arXiv:1512.00567, sec. 7): t · (1 - ε) + ε / 2.
 
-    Ties stay ties.
+    This models labels that are wrong with probability ε / 2. Ties stay ties.
+
+    Args:
+        targets: (P,) targets t, from 0 to 1.
+        smoothing: ε, from 0 to 1.
+
+    Returns:
+        (P,) smoothed targets.
     """
     return targets * (1 - smoothing) + smoothing / 2
 
@@ -53,20 +68,38 @@ def tie_model_loss(
     model: str,
     threshold: float,
 ) -> Tensor:
-    """As `bradley_terry_loss`, with a probability of a tie of its own; a target of exactly 0.5 is a tie.
+    """Negative log-likelihood of a model with a separate probability of a tie. A target of exactly 0.5 is a tie.
 
-    With Δ = r_i - r_j - m and η = `threshold` > 0,
+    With Δ = r_i - r_j - m and η = `threshold`:
 
-        rao_kupper:  P(i ≻ j) = σ(Δ - η),   P(tie) = 1 - σ(Δ - η) - σ(-Δ - η)
-        davidson:    P(i ≻ j) = e^{Δ/2} / Z,   P(tie) = η / Z,   Z = e^{Δ/2} + e^{-Δ/2} + η
+    ```text
+    rao_kupper:  P(i ≻ j) = σ(Δ - η),      P(tie) = 1 - σ(Δ - η) - σ(-Δ - η)
+    davidson:    P(i ≻ j) = e^{Δ/2} / Z,   P(tie) = η / Z,   Z = e^{Δ/2} + e^{-Δ/2} + η
+    ```
 
-    Rao & Kupper 1967, JASA 62 (η = log θ), and Davidson 1970, JASA 65 (η = ν). Other targets share the two wins.
+    See Rao and Kupper 1967, JASA 62 (η = log θ), and Davidson 1970, JASA 65 (η = ν). A target t other than 0.5 gives
+    the win of i the weight t and the win of j the weight 1 - t.
+
+    Args:
+        scores_i: (P,) scores of the first completion of each pair, in units of reward.
+        scores_j: (P,) scores of the second completion.
+        targets: (P,) P(i ≻ j), from 0 to 1; 0.5 is a tie.
+        weights: (P,) weights of the pairs, not negative.
+        margins: (P,) how much better i is than j, in units of reward; `None` means 0.
+        model: `"rao_kupper"` or `"davidson"`.
+        threshold: η, positive. A larger value makes ties more likely.
+
+    Returns:
+        (P,) losses in nats.
 
     Raises:
-        ValueError: an unknown model, or a threshold that is not positive.
+        ValueError: if the model is unknown or the threshold is not positive.
     """
     if model not in ("rao_kupper", "davidson") or not threshold > 0:
-        raise ValueError(f"model={model!r}, threshold={threshold}: rao_kupper or davidson, with a positive threshold.")
+        raise ValueError(
+            f"model={model!r}, threshold={threshold}: choose model from rao_kupper and davidson, and a positive "
+            "threshold."
+        )
     delta = scores_i - scores_j
     if margins is not None:
         delta = delta - margins
@@ -79,16 +112,16 @@ def tie_model_loss(
 
 
 def _rao_kupper(delta: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (P,) that i wins, that j wins, and of a tie."""
+    """Log-probabilities (P,) of a win of i, of a win of j, and of a tie."""
     win = logsigmoid(delta - threshold)
     lose = logsigmoid(-delta - threshold)
-    # 1 - σ(Δ-η) - σ(-Δ-η) = σ(Δ+η) σ(-Δ+η) (1 - e^{-2η}): as a product, its logarithm is accurate
+    # 1 - σ(Δ-η) - σ(-Δ-η) = σ(Δ+η) σ(-Δ+η) (1 - e^{-2η}). The logarithm of the product is accurate.
     tie = logsigmoid(delta + threshold) + logsigmoid(threshold - delta) + math.log(-math.expm1(-2 * threshold))
     return win, lose, tie
 
 
 def _davidson(delta: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_rao_kupper`."""
+    """The same log-probabilities as in `_rao_kupper`."""
     log_threshold = math.log(threshold)
     log_z = torch.logsumexp(torch.stack([delta / 2, -delta / 2, torch.full_like(delta, log_threshold)]), 0)
     win = delta / 2 - log_z
@@ -98,22 +131,39 @@ def _davidson(delta: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plackett_luce_loss(scores: Tensor) -> Tensor:
-    """-log P of a full ranking (K,) given best first, a scalar in nats; for K = 2 the Bradley-Terry loss.
+    """Negative log-likelihood of a full ranking under the Plackett-Luce model.
 
-        P = Π_k exp(r_k) / Σ_{l ≥ k} exp(r_l)
+    ```text
+    P = Π_k exp(r_k) / Σ_{l ≥ k} exp(r_l)
+    ```
 
-    Plackett 1975, J. R. Stat. Soc. C 24; Luce 1959. Each choice among the rest counts once, unlike the C(K, 2) pairs.
+    See Plackett 1975, J. R. Stat. Soc. C 24, and Luce 1959. For K = 2 this is the Bradley-Terry loss.
+
+    Args:
+        scores: (K,) scores of the completions of a prompt, from the best to the worst.
+
+    Returns:
+        A scalar, in nats.
     """
     log_rest = torch.logcumsumexp(scores.flip(0), 0).flip(0)  # log Σ_{l ≥ k} exp(r_l), (K,)
     return (log_rest - scores).sum()
 
 
 def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
-    """Indices (n,) from best to worst where pairs (P, 2) and targets order all n completions strictly, else None."""
+    """Finds the ranking of n completions in their pairs.
+
+    Args:
+        pairs: (P, 2) int64, numbers of the two completions of each pair, from 0 to n - 1.
+        targets: (P,) P(i ≻ j), from 0 to 1.
+        n: number of completions.
+
+    Returns:
+        (n,) int64, completions from the best to the worst; `None` if the pairs are not a full ranking without ties.
+    """
     is_decided = (targets == 0) | (targets == 1)
     if not bool(is_decided.all()):
         return None
-    n_distinct = len(pairs.sort(1).values.unique(dim=0))  # a pair judged twice stands for no other one
+    n_distinct = len(pairs.sort(1).values.unique(dim=0))  # a pair that is judged twice counts once
     if not n_distinct == len(pairs) == n * (n - 1) // 2:
         return None
 
@@ -121,7 +171,7 @@ def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
     wins = torch.zeros(n, dtype=torch.int64, device=pairs.device)
     wins.index_add_(0, winners, torch.ones_like(winners))
     order = wins.argsort(descending=True)
-    # Each number of wins once: a tournament with distinct scores has no circles (Landau 1953).
+    # If all numbers of wins are different, the tournament has no cycles (Landau 1953).
     distinct_wins = torch.arange(n - 1, -1, -1, device=pairs.device)
     if bool((wins[order] == distinct_wins).all()):
         return order
@@ -129,21 +179,29 @@ def ranking_of(pairs: Tensor, targets: Tensor, n: int) -> Tensor | None:
 
 
 def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Pair losses (P,), in which every fully ranked prompt has its Plackett-Luce loss instead, on its first pair.
+    """Replaces the pair losses of fully ranked prompts by their Plackett-Luce loss.
 
-    `batch` has `pairs`, `targets`, `weights` and `prompt_index` (P, …), the pairs of a prompt together, as the collator
-    makes them. What is ranked are the completions of these pairs. The ranking weighs as much as the pairs it replaces;
-    prompts without a full strict ranking keep their pairs.
+    The loss of the ranking has the total weight of the pairs that it replaces. Prompts without a full ranking, or with
+    ties, keep their pair losses.
+
+    Args:
+        losses: (P,) losses of the pairs.
+        scores: (N,) scores of the completions of the batch.
+        batch: `pairs` (P, 2), `targets`, `weights` and `prompt_index` (P,) from the collator. The pairs of a prompt are
+            next to each other.
+
+    Returns:
+        (P,) losses. The loss of a ranking is at the first pair of its prompt, and its other pairs have 0.
     """
     losses = losses.clone()
     _, pair_counts = batch["prompt_index"].unique_consecutive(return_counts=True)
     start = 0
     for count in pair_counts.tolist():
         of_prompt = slice(start, start + count)
-        # Completions of these pairs by their number in the batch, and the pairs by their place in that list.
+        # The completions of these pairs, and the pairs as positions in this list.
         members, pairs = batch["pairs"][of_prompt].unique(return_inverse=True)
         order = ranking_of(pairs, batch["targets"][of_prompt], len(members))
-        if len(members) > 2 and order is not None:  # for two, the pair's own loss is the same and knows margins
+        if len(members) > 2 and order is not None:  # for two, the pair loss is the same, and it supports margins
             losses[of_prompt] = 0.0
             losses[start] = batch["weights"][of_prompt].sum() * plackett_luce_loss(scores[members[order]])
         start += count
@@ -151,8 +209,14 @@ def rank_prompts(losses: Tensor, scores: Tensor, batch: dict[str, Tensor]) -> Te
 
 
 def centering_penalty(scores_i: Tensor, scores_j: Tensor, weights: Tensor) -> Tensor:
-    """Weighted (r_i + r_j)² of each pair (P,), which keeps rewards near mean zero.
+    """Penalty w · (r_i + r_j)² that keeps rewards near mean zero (Eisenstein et al. 2023, arXiv:2312.09244, eq. 2).
 
-    Eisenstein et al. 2023, arXiv:2312.09244, eq. 2; arguments as in `bradley_terry_loss`.
+    Args:
+        scores_i: (P,) scores of the first completion of each pair, in units of reward.
+        scores_j: (P,) scores of the second completion.
+        weights: (P,) weights of the pairs.
+
+    Returns:
+        (P,) penalties, in reward².
     """
     return weights * (scores_i + scores_j) ** 2

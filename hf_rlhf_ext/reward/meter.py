@@ -1,4 +1,4 @@
-"""Sums of the training metrics on each process, between two logs."""
+"""Sums of the training metrics of each process from one log to the next."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 _SUMMED = ("decided", "right", "margin", "score", "n_scores", "tokens")
-"""What is added up; the lowest and the highest score come beside."""
+"""The sums. The lowest and the highest score are kept separately."""
 
 
 @dataclass
 class TrainTotals:
-    """What all processes have seen since the last log.
+    """Totals over all processes since the last log.
 
-    `decided` pairs that are no ties, `right` of them with the preferred side higher, their summed `margin` in units of
-    reward; sum `score`, number `n_scores`, `lowest` and `highest` of all scores; `tokens` without padding.
+    Attributes:
+        decided: number of pairs that are not ties.
+        right: number of these whose preferred completion has the higher score.
+        margin: sum of their score differences, preferred minus other, in units of reward.
+        score: sum of all scores.
+        n_scores: number of scores.
+        tokens: number of tokens without padding.
+        lowest: lowest score.
+        highest: highest score.
     """
 
     decided: float
@@ -28,8 +35,8 @@ class TrainTotals:
     highest: float
 
     def metrics(self) -> dict[str, float]:
-        """The logged metrics, under TRL's names."""
-        decided = max(self.decided, 1.0)  # all ties: 0, as TRL has it
+        """The metrics to log, under the names of TRL."""
+        decided = max(self.decided, 1.0)  # if all pairs are ties, the metrics are 0, as in TRL
         return {
             "accuracy": self.right / decided,
             "margin": self.margin / decided,
@@ -40,7 +47,10 @@ class TrainTotals:
 
 
 class TrainMeter:
-    """Adds up micro-batches without a collective, which would block where processes differ in how many they have."""
+    """Sums metrics over micro-batches.
+
+    It communicates at a log only, as processes may have different numbers of micro-batches.
+    """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # as `_SUMMED`
@@ -49,11 +59,11 @@ class TrainMeter:
 
     @property
     def is_empty(self) -> bool:
-        """True right after a log."""
+        """Whether nothing was added since the last log."""
         return self._sums is None
 
     def add(self, scores: Tensor, batch: dict[str, Tensor]) -> None:
-        """Counts one micro-batch by its scores (N,)."""
+        """Adds one micro-batch with its scores (N,)."""
         sums = _sums_of(scores, batch)
         if self._sums is None:
             self._sums = sums
@@ -65,7 +75,7 @@ class TrainMeter:
             self._highest = torch.maximum(self._highest, scores.max())
 
     def reduce(self, accelerator: Accelerator) -> TrainTotals:
-        """The totals over all processes, in one collective; counts from zero again after."""
+        """Returns the totals over all processes and resets the sums. Every process must call it."""
         values = torch.cat([self._sums, self._lowest[None], self._highest[None]])  # (8,)
         gathered = accelerator.gather(values[None])  # (processes, 8)
         gathered = gathered.double().cpu()  # sums of many tokens are exact in fp64
@@ -81,9 +91,9 @@ class TrainMeter:
 def _sums_of(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """`_SUMMED` of a micro-batch, fp32."""
     scores_i, scores_j = scores[batch["pairs"]].unbind(1)  # (P,) each
-    side = torch.sign(batch["targets"] - 0.5)  # 1 where i is preferred, -1 where j is, 0 for ties
-    agreement = side * (scores_i - scores_j)  # how much higher the preferred side scores, 0 for ties
-    if "segments" in batch:  # the shared-prefix layout, where padding is -1
+    side = torch.sign(batch["targets"] - 0.5)  # 1 if i is preferred, -1 if j is, 0 for ties
+    agreement = side * (scores_i - scores_j)  # score of the preferred completion minus the other, 0 for ties
+    if "segments" in batch:  # the shared-prefix layout, in which padding is -1
         is_token = batch["segments"] >= 0
     else:
         is_token = batch["attention_mask"]

@@ -1,4 +1,4 @@
-"""What `BradleyTerryTrainer` settles before training: model and head, tokenizer, layout, limits, precision."""
+"""The setup of `BradleyTerryTrainer` before training: model and head, tokenizer, layout, limits, precision."""
 
 import copy
 import logging
@@ -26,12 +26,12 @@ from .scores import score_head
 logger = logging.getLogger(__name__)
 
 LARGE_MARGIN = 3.0
-"""In units of reward; the largest that Llama 2 took (arXiv:2307.09288, app. A.3.3)."""
+"""The largest margin of Llama 2, in units of reward (arXiv:2307.09288, app. A.3.3)."""
 
 
 @dataclass
 class PreparedModel:
-    """What `prepare_model` made of the trainer's arguments; `peft_config` and `args` are copies where they changed."""
+    """Result of `prepare_model`. `peft_config` and `args` are copies if they were changed."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -46,11 +46,14 @@ def prepare_model(
     args: BradleyTerryConfig,
     trainer_options: dict[str, Any],
 ) -> PreparedModel:
-    """Loads a model that is given by its name; gives it an fp32 score head, and an encoder's new layers to save."""
+    """Loads a model that is given by name, makes its score head fp32, and lets an adapter save an encoder's new layers.
+
+    The arguments are those of `BradleyTerryTrainer`.
+    """
     options = load_options(args, trainer_options)
     if isinstance(model, str):
         args = copy.copy(args)
-        args.model_init_kwargs = None  # used up here: TRL would warn that it ignores them
+        args.model_init_kwargs = None  # used here; TRL would warn that it ignores them
         peft_config = with_revision(peft_config, options.get("revision"))
         if peft_config is None:
             options.setdefault("dtype", "float32")  # weights that are trained themselves
@@ -61,7 +64,7 @@ def prepare_model(
 
 
 def load_options(args: BradleyTerryConfig, trainer_options: dict[str, Any]) -> dict[str, Any]:
-    """What loads a model that is given by its name, from where TRL's users put it."""
+    """The options for loading a model that is given by name, from the arguments that TRL uses for them."""
     options = {"trust_remote_code": args.trust_remote_code}
     options |= args.model_init_kwargs or {}
     quantization_config = trainer_options.get("quantization_config")
@@ -73,7 +76,7 @@ def load_options(args: BradleyTerryConfig, trainer_options: dict[str, Any]) -> d
 def resolve_model(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """(model with an fp32 score head, tokenizer); `options` are those of `load_base_model`."""
+    """Returns the model with an fp32 score head, and its tokenizer. `options` are those of `load_base_model`."""
     if isinstance(model, str):
         name = model
         model = _load_by_name(name, options)
@@ -88,14 +91,14 @@ def resolve_model(
 
     head = score_head(model)
     if isinstance(head, ModulesToSaveWrapper):
-        # PEFT is on already, and has one copy of the head per adapter beside the base's own.
+        # PEFT is attached already. It has one copy of the head per adapter, besides that of the base.
         head.original_module = _as_scalar_head(head.original_module)
         for adapter, module in head.modules_to_save.items():
             head.modules_to_save[adapter] = _as_scalar_head(module)
     elif not isinstance(model, PeftModel):
         install_fp32_score(model)
     if isinstance(model, PeftModel):
-        check_head_moves(model)  # before the data are tokenized; again when an adapter is on
+        check_head_moves(model)  # early, before the data are tokenized; checked again after the adapter is attached
         if is_encoder(bare_model(model)):
             _check_layers_are_saved(model)
     return model, tokenizer
@@ -105,8 +108,8 @@ def _load_by_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
     unknown = sorted(options.keys() - signature(load_base_model).parameters)
     if unknown:
         raise UserError(
-            f"{', '.join(unknown)}: not an option of a model given by its name: for 4 bits (NF4) pass "
-            "model_init_kwargs={'load_in_4bit': True}, for all else a loaded model."
+            f"{', '.join(unknown)}: not supported for a model given by name: for 4 bits (NF4) pass "
+            "model_init_kwargs={'load_in_4bit': True}, for other options pass a loaded model."
         )
     return load_base_model(name, task="reward", **options)
 
@@ -119,9 +122,9 @@ def _as_scalar_head(linear: nn.Module) -> nn.Module:
 
 
 def check_head_is_trained(peft_config: PeftConfig | None) -> None:
-    """Raises `UserError` for an adapter configuration under which PEFT would freeze the score head."""
+    """Raises `UserError` if PEFT would freeze the score head with this adapter configuration."""
     if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
-        return  # for sequence classification PEFT trains and saves the head by itself
+        return  # for sequence classification, PEFT trains and saves the head
     saved_modules = getattr(peft_config, "modules_to_save", None) or ()
     if "score" in saved_modules or "classifier" in saved_modules:
         return
@@ -133,7 +136,7 @@ def check_head_is_trained(peft_config: PeftConfig | None) -> None:
 
 
 def check_head_moves(model: nn.Module) -> None:
-    """Raises `UserError` where the model that is to be trained has a frozen score head."""
+    """Raises `UserError` if the score head of the model is frozen."""
     if any(p.requires_grad for p in score_head(model).parameters()):
         return
     name = "classifier" if is_encoder(bare_model(model)) else "score"
@@ -144,25 +147,25 @@ def check_head_moves(model: nn.Module) -> None:
 
 
 def _check_layers_are_saved(model: PeftModel) -> None:
-    # A published encoder has no head: its layers are random, so that the adapter's folder must hold them.
+    # A published encoder has no head. Its new layers are random, so the adapter's folder must contain them.
     saved = set(model.active_peft_config.modules_to_save or ())
     lost = sorted(set(untrained_layers(bare_model(model))) - saved)
     if lost:
         raise UserError(
-            f"model: layers {', '.join(lost)} of this encoder would be drawn anew at every load: pass peft_config= "
-            f"instead, or build the PeftModel with modules_to_save={sorted(saved.union(lost))}."
+            f"model: layers {', '.join(lost)} of this encoder would be initialized randomly at every load: pass "
+            f"peft_config= instead, or build the PeftModel with modules_to_save={sorted(saved.union(lost))}."
         )
 
 
 def with_saved_layers(peft_config: PeftConfig, names: list[str]) -> PeftConfig:
-    """A copy of the configuration whose `modules_to_save` has these layers too."""
+    """Returns a copy of the configuration with these layers in `modules_to_save`."""
     changed = copy.deepcopy(peft_config)
     changed.modules_to_save = sorted({*(changed.modules_to_save or ()), *names})
     return changed
 
 
 def with_revision(peft_config: PeftConfig | None, revision: str | None) -> PeftConfig | None:
-    """A copy of the configuration that names this revision of the base, for whoever loads the adapter."""
+    """Returns a copy of the configuration with this revision of the base, which is used when the adapter is loaded."""
     if peft_config is None or revision is None:
         return peft_config
     changed = copy.copy(peft_config)
@@ -171,17 +174,17 @@ def with_revision(peft_config: PeftConfig | None, revision: str | None) -> PeftC
 
 
 def length_limit(model: nn.Module, max_length: int | None) -> int | None:
-    """`max_length`, or what the model has positions for if that is less."""
+    """Returns `max_length`, or the number of positions of the model if that is smaller."""
     positions = position_limit(model)
     if not max_length or not positions:
         return max_length or positions
     if positions < max_length:
-        logger.warning("max_length: %d instead of %d, as this model takes no more.", positions, max_length)
+        logger.warning("max_length: reduced from %d to %d tokens, the maximum of this model.", max_length, positions)
     return min(positions, max_length)
 
 
 def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, requested: str, device: torch.device) -> str:
-    """The layout of the batches; "auto" is the shared prefix where this model gives the same scores in it."""
+    """Returns the layout of batches; `"auto"` is the shared prefix if this model gives the same scores in it."""
     if requested == "plain":
         return "plain"
     config = peft_config
@@ -189,25 +192,25 @@ def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, requested: 
         config = model.active_peft_config
     has_virtual_tokens = config is not None and config.is_prompt_learning
     if has_virtual_tokens:
-        problem = "virtual tokens go before every row"
+        problem = "its adapter puts virtual tokens before every row"
     else:
         problem = shared_prefix_problem(model, device)
     if problem is None:
         return "shared_prefix"
 
     if requested == "shared_prefix":
-        raise UserError(f"layout: 'shared_prefix' does not work with this model, {problem}: pass layout='plain'.")
-    # A decoder that loses the layout is slower than its user may expect: that is a warning, once for all processes.
+        raise UserError(f"layout: 'shared_prefix' is not supported by this model, as {problem}: pass layout='plain'.")
+    # A decoder without the shared prefix is slower than a user may expect, so this is a warning, on one process.
     expected = has_virtual_tokens or is_encoder(bare_model(model))
     level = logging.INFO if expected or not PartialState().is_main_process else logging.WARNING
-    logger.log(level, "layout: plain rows, since %s.", problem)
+    logger.log(level, "layout: plain rows are used, since %s.", problem)
     return "plain"
 
 
 def make_collator(
     tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig, layout: str
 ) -> DataCollatorForComparisons:
-    """The collator of the trainer's options; pads with eos where the tokenizer has no pad token."""
+    """The collator for the options of the trainer. It pads with eos if the tokenizer has no pad token."""
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.eos_token_id
@@ -217,7 +220,7 @@ def make_collator(
 
 
 def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """A demonstration (`prompt` and `completion`, or `messages`) as a comparison row of one completion, unjudged."""
+    """A demonstration (`prompt` and `completion`, or `messages`) as a comparison row with one completion, no pairs."""
     if "messages" in row:
         prompt = row["messages"][:-1]
         completion = row["messages"][-1:]
@@ -229,15 +232,15 @@ def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def warn_over_budget(collator: Any, rows: Dataset | None) -> None:
-    """Says how many prompts `max_tokens_per_batch` does not bound, as each is at least one forward pass."""
+    """Logs a warning if single prompts exceed `max_tokens_per_batch`, as each prompt is at least one forward pass."""
     if rows is None or getattr(collator, "max_tokens", None) is None:
         return
     sizes = [collator.size(row) for row in rows]
     too_large = [size for size in sizes if size > collator.max_tokens]
     if too_large:
         logger.warning(
-            "max_tokens_per_batch=%d does not bound %d of %d prompts, which take up to %d tokens in one pass: raise it "
-            "to what fits into memory, or judge fewer completions per prompt.",
+            "max_tokens_per_batch=%d is exceeded by %d of %d prompts, which need up to %d tokens in one forward pass: "
+            "raise it if memory allows, or use fewer completions per prompt.",
             collator.max_tokens,
             len(too_large),
             len(sizes),
@@ -246,7 +249,7 @@ def warn_over_budget(collator: Any, rows: Dataset | None) -> None:
 
 
 def warn_of_large_margins(rows: Dataset | None, scale: float) -> None:
-    """Says where the loss asks for gaps that rewards seldom have: such margins are ratings, more often than not."""
+    """Logs a warning if margins are larger than differences of rewards usually are, as they may be ratings."""
     if not isinstance(rows, Dataset) or "margins" not in rows.column_names:
         return
     largest = 0.0
@@ -255,18 +258,21 @@ def warn_of_large_margins(rows: Dataset | None, scale: float) -> None:
             largest = max(largest, abs(margin) * scale)
     if largest > LARGE_MARGIN:
         logger.warning(
-            "margin_scale: the loss asks for gaps of up to %.3g units of reward (σ of 3 is 0.95 already). If these are "
-            "ratings, pass margin_scale=%.1g, or 0 for plain Bradley-Terry.",
+            "margin_scale: the margins are up to %.3g units of reward, which is more than reward models usually reach. "
+            "If they are differences of ratings, pass margin_scale=%.1g, or 0 for plain Bradley-Terry.",
             largest,
             scale / largest,
         )
 
 
 def repair_fp32(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """Puts adapters and head of a PEFT model back to fp32: bf16 master weights lose small updates.
+    """Restores adapters and head of a PEFT model to fp32, as weights in bf16 lose small updates.
 
-    `before` holds the trainable parameters as they were before TRL cast them. A model that is trained whole stays as it
-    was given, with a warning.
+    A model without adapters is not changed; if its weights are not fp32, a warning is logged.
+
+    Args:
+        model: the model of the trainer.
+        before: the trainable parameters by name, before TRL cast them.
     """
     if not isinstance(model, PeftModel):
         warn_of_rounded_updates("model", model)

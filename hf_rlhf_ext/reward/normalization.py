@@ -1,4 +1,4 @@
-"""What a trained reward model records beside its weights: the scale of its scores, and the precision it ran in."""
+"""The record beside the weights of a reward model: the scale of its scores and the precision of training."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -15,11 +15,17 @@ NORMALIZATION_FILE = "reward_normalization.json"
 
 @dataclass(frozen=True)
 class RewardNormalization:
-    """What turns raw scores into rewards, and what a reload must repeat to get the same scores.
+    """The content of `reward_normalization.json`: what turns raw scores into rewards, and how to load the model.
 
-    `mean` and `std` (population) of `n` raw scores, 0 and 1 where none were measured; `base_dtype` of the trunk's
-    weights; `autocast` dtype or None; `load_in_4bit`; the `layout` of the batches; `base_model` as a Hub id, None where
-    it was a local folder.
+    Attributes:
+        mean: mean of the raw scores; 0 if it was not measured.
+        std: standard deviation (population) of the raw scores; 1 if it was not measured.
+        n: number of scores that were measured.
+        base_dtype: dtype of the weights of the base, such as `bfloat16`.
+        autocast: dtype of autocast in training; `None` without autocast.
+        load_in_4bit: whether the base was loaded in 4 bits.
+        layout: layout of the batches in training.
+        base_model: Hub id of the base; `None` if it was a local folder.
     """
 
     mean: float = 0.0
@@ -33,14 +39,14 @@ class RewardNormalization:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """`autocast` as `RewardScorer` and `mixed_precision` take it."""
+        """`autocast` as a dtype, for `RewardScorer` and `mixed_precision`."""
         if self.autocast is None:
             return None
         return getattr(torch, self.autocast)
 
     @property
     def is_measured(self) -> bool:
-        """Whether rewards differ from raw scores."""
+        """Whether a mean and a standard deviation were measured, so that rewards differ from raw scores."""
         return (self.mean, self.std) != (0.0, 1.0)
 
     def save(self, folder: str | Path) -> None:
@@ -49,12 +55,12 @@ class RewardNormalization:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:
-        """The file in `folder`, None where there is none; keys of later versions are ignored."""
+        """Reads the file in `folder`; returns `None` if there is none. Unknown keys are ignored."""
         path = Path(folder) / NORMALIZATION_FILE
         if not path.is_file():
             return None
         content = json.loads(path.read_text())
-        known = {}  # an earlier version wrote fewer keys, a later one may write more
+        known = {}  # earlier versions wrote fewer keys, later ones may write more
         for field in fields(cls):
             if field.name in content:
                 known[field.name] = content[field.name]
@@ -62,7 +68,7 @@ class RewardNormalization:
 
 
 def dtype_name(model: nn.Module) -> str:
-    """Dtype of the trunk's weights as `RewardNormalization.base_dtype` has it."""
+    """Dtype of the weights of the base, in the form of `RewardNormalization.base_dtype`."""
     return str(bare_model(model).dtype).removeprefix("torch.")
 
 

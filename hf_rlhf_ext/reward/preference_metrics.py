@@ -1,7 +1,8 @@
-"""How well scores agree with judgements: pure functions on numpy arrays, computed over a whole evaluation set at once.
+"""Metrics of how well scores agree with judgments: pure functions of numpy arrays over a whole evaluation set.
 
-Shared shapes: `deltas` (P,) are r_i - r_j of P pairs in units of reward; `targets` (P,) are P(i ≻ j) in [0, 1], where
-0.5 is a tie. A mean over no pairs is NaN.
+Shapes: `deltas` (P,) are score differences r_i - r_j of P pairs, in units of reward. `targets` (P,) are P(i ≻ j), from
+    0
+to 1, where 0.5 is a tie. A mean over no pairs is NaN.
 """
 
 import math
@@ -12,14 +13,14 @@ import numpy as np
 from scipy import special, stats
 
 PERCENTILES = (5, 50, 95)
-"""Of the scores of chosen and rejected completions, as an evaluation logs them."""
+"""Percentiles of the scores of chosen and rejected completions that an evaluation logs."""
 
 TIE_THRESHOLD = math.log(3)
-"""|Δ| in reward below which σ(Δ) is nearer to 0.5 than to 0 or 1: the model says "tie"."""
+"""|Δ| below which σ(Δ) is closer to 0.5 than to 0 or 1, in units of reward: the model then predicts a tie."""
 
 
 def pairwise_accuracy(deltas: np.ndarray, targets: np.ndarray) -> float:
-    """Fraction of pairs whose preferred side scores strictly higher; ties (target 0.5) are left out."""
+    """Fraction of pairs whose preferred completion has the strictly higher score. Ties (target 0.5) are left out."""
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     decided = targets != 0.5
@@ -29,7 +30,7 @@ def pairwise_accuracy(deltas: np.ndarray, targets: np.ndarray) -> float:
 
 
 def accuracy_with_ties(deltas: np.ndarray, targets: np.ndarray, threshold: float = TIE_THRESHOLD) -> float:
-    """Fraction of all pairs given the right one of three labels; |Δ| < `threshold` counts as calling a tie."""
+    """Fraction of all pairs for which the prediction (i, j or tie) is right; |Δ| < `threshold` predicts a tie."""
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     if len(deltas) == 0:
@@ -39,7 +40,7 @@ def accuracy_with_ties(deltas: np.ndarray, targets: np.ndarray, threshold: float
 
 
 def preference_nll(deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Weighted mean of -[t log σ(Δ) + (1 - t) log σ(-Δ)] in nats per pair; log 2 is that of chance."""
+    """Weighted mean of -[t log σ(Δ) + (1 - t) log σ(-Δ)], in nats per pair; log 2 for equal scores (chance)."""
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     losses = targets * np.logaddexp(0.0, -deltas) + (1 - targets) * np.logaddexp(0.0, deltas)
@@ -54,7 +55,7 @@ def preference_nll(deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray 
 
 
 def brier_score(deltas: np.ndarray, targets: np.ndarray) -> float:
-    """Mean of (σ(Δ) - t)² (Brier 1950); on decided pairs, 0.25 is that of chance."""
+    """Mean of (σ(Δ) - t)² (Brier 1950). Without ties, equal scores (chance) give 0.25."""
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     if len(deltas) == 0:
@@ -63,16 +64,22 @@ def brier_score(deltas: np.ndarray, targets: np.ndarray) -> float:
 
 
 def reliability_bins(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) -> list[dict[str, float]]:
-    """Bins of equal width in the probability σ(|Δ|) of the side that scores higher, from 0.5 to 1; empty ones left out.
+    """Bins for a reliability diagram. In a calibrated model, confidence and accuracy of each bin are equal.
 
-    Each has `n`, `confidence` (mean probability) and `accuracy` (mean share of wins of that side, soft targets as they
-    are, one half where both score alike): a calibrated model has the two equal.
+    Args:
+        deltas: (P,) score differences.
+        targets: (P,) P(i ≻ j).
+        n_bins: number of bins of equal width in the probability σ(|Δ|), from 0.5 to 1.
+
+    Returns:
+        For each bin that is not empty: `n`, the number of pairs; `confidence`, the mean of σ(|Δ|); and `accuracy`, the
+        mean target of the completion with the higher score, 0.5 if both scores are equal.
     """
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     confidence = special.expit(np.abs(deltas))
     right = 0.5 + np.sign(deltas) * (targets - 0.5)
-    # From [0.5, 1] to bin numbers; a probability of exactly 1 belongs to the last bin.
+    # Maps [0.5, 1] to bin numbers. A probability of exactly 1 belongs to the last bin.
     bin_numbers = np.clip(((confidence - 0.5) * 2 * n_bins).astype(int), 0, n_bins - 1)
     bins = []
     for number in range(n_bins):
@@ -89,7 +96,7 @@ def reliability_bins(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) 
 
 
 def calibration_error(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10) -> float:
-    """ECE: the mean gap of confidence and accuracy over `reliability_bins`, weighted by n (Guo et al. 2017)."""
+    """Expected calibration error (Guo et al. 2017): mean gap of confidence and accuracy of the bins, weighted by n."""
     n_pairs = 0
     weighted_gaps = 0
     for entry in reliability_bins(deltas, targets, n_bins):
@@ -101,9 +108,11 @@ def calibration_error(deltas: np.ndarray, targets: np.ndarray, n_bins: int = 10)
 
 
 def longer_wins_baseline(length_deltas: np.ndarray, targets: np.ndarray) -> float:
-    """Accuracy of "the longer one is better" on decided pairs; equal lengths count one half.
+    """Accuracy of the rule "the longer completion is better", without ties. A useful reward model must exceed it.
 
-    `length_deltas` (P,) are lengths of i minus lengths of j, in any unit. A reward model must beat this.
+    Args:
+        length_deltas: (P,) length of i minus length of j, in any unit. Equal lengths count as half right.
+        targets: (P,) P(i ≻ j).
     """
     length_deltas = np.asarray(length_deltas, float)
     targets = np.asarray(targets, float)
@@ -117,10 +126,17 @@ def longer_wins_baseline(length_deltas: np.ndarray, targets: np.ndarray) -> floa
 def preference_report(
     deltas: np.ndarray, targets: np.ndarray, weights: np.ndarray, length_deltas: np.ndarray
 ) -> dict[str, float]:
-    """All of the above by name; those that the data leave undefined are left out (accuracy where all are ties).
+    """Computes all of these metrics. Undefined ones are left out, such as the accuracy if all pairs are ties.
 
-    `accuracy`, `accuracy_ties`, `margin` (mean of preferred minus other) and `longer_wins_baseline` count pairs; `nll`
-    weighs them.
+    Args:
+        deltas: (P,) score differences.
+        targets: (P,) P(i ≻ j).
+        weights: (P,) weights of the pairs. Only `nll` uses them.
+        length_deltas: (P,) length of i minus length of j, in any unit.
+
+    Returns:
+        Metrics by name: `pairs`, `nll`, `brier`, `ece`, `accuracy`, `margin` (mean score difference, preferred minus
+        other), `longer_wins_baseline` and `accuracy_ties`.
     """
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
@@ -141,7 +157,17 @@ def preference_report(
 def bootstrap_mean_ci(
     values: np.ndarray, *, level: float = 0.95, seed: int = 0, n_resamples: int = 9999
 ) -> tuple[float, float]:
-    """(low, high) of the bootstrap interval (BCa) of the mean of independent `values` (N,); a point if all equal."""
+    """Bootstrap confidence interval (BCa) of the mean of independent values.
+
+    Args:
+        values: (N,) values.
+        level: confidence level.
+        seed: seed of the resampling.
+        n_resamples: number of resamples.
+
+    Returns:
+        The lower and the upper end; both are the mean if all values are equal.
+    """
     values = np.asarray(values, float)
     if len(values) == 0:
         return math.nan, math.nan
@@ -154,7 +180,7 @@ def bootstrap_mean_ci(
         confidence_level=level,
         n_resamples=n_resamples,
         rng=np.random.default_rng(seed),
-        batch=999,  # resamples at a time: all at once would fill the memory
+        batch=999,  # resamples at one time, to limit memory
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -162,10 +188,20 @@ def bootstrap_mean_ci(
 def bootstrap_accuracy_ci(
     deltas: np.ndarray, targets: np.ndarray, prompts: np.ndarray, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """(low, high) of the percentile bootstrap interval of `pairwise_accuracy`, resampling whole prompts.
+    """Bootstrap confidence interval (percentile) of `pairwise_accuracy`, which resamples whole prompts.
 
-    Pairs of one prompt share completions, so they are not independent: an interval over pairs would be too narrow.
-    `prompts` (P,) numbers the prompt of each pair.
+    The pairs of a prompt share completions and are not independent, so resampling pairs would give a too narrow
+    interval.
+
+    Args:
+        deltas: (P,) score differences.
+        targets: (P,) P(i ≻ j).
+        prompts: (P,) number of the prompt of each pair.
+        level: confidence level.
+        seed: seed of the resampling.
+
+    Returns:
+        The lower and the upper end; NaN for fewer than two prompts.
     """
     right, decided = _right(deltas, targets)
     return clustered_mean_ci(right, np.asarray(prompts)[decided], level=level, seed=seed)
@@ -180,7 +216,7 @@ def bootstrap_gain_ci(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(low, high) of accuracy minus `longer_wins_baseline` on the same pairs, resampling prompts as above."""
+    """Bootstrap confidence interval of accuracy minus `longer_wins_baseline`; see `bootstrap_accuracy_ci`."""
     right, decided = _right(deltas, targets)
     longer, _ = _right(length_deltas, targets, equal=0.5)
     return clustered_mean_ci(right - longer, np.asarray(prompts)[decided], level=level, seed=seed)
@@ -189,9 +225,20 @@ def bootstrap_gain_ci(
 def clustered_mean_ci(
     values: np.ndarray, groups: np.ndarray, *, level: float = 0.95, seed: int = 0, n_resamples: int = 9999
 ) -> tuple[float, float]:
-    """(low, high) of the percentile bootstrap interval of the mean of `values` (N,), resampling whole `groups` (N,)."""
+    """Bootstrap confidence interval (percentile) of a mean, which resamples whole groups.
+
+    Args:
+        values: (N,) values.
+        groups: (N,) group of each value.
+        level: confidence level.
+        seed: seed of the resampling.
+        n_resamples: number of resamples.
+
+    Returns:
+        The lower and the upper end; NaN for fewer than two groups.
+    """
     _, group_numbers = np.unique(groups, return_inverse=True)  # (N,), from 0
-    # A resample is a draw of groups: of each, the sum of its values and their number are all that a mean needs.
+    # A resample draws groups. The mean needs only the sum and the number of the values of each group.
     sums = np.bincount(group_numbers, weights=values)
     counts = np.bincount(group_numbers)
     n_groups = len(counts)
@@ -211,14 +258,17 @@ def clustered_mean_ci(
 
 
 def _part_sizes(n_resamples: int, n_groups: int) -> np.ndarray:
-    """Numbers of resamples to draw at a time, up to 10 million groups in each: all at once would fill the memory."""
+    """Numbers of resamples to draw at one time, at most about 10 million groups each, to limit memory."""
     n_parts = max(1, n_resamples * n_groups // 10**7 + 1)
     edges = np.linspace(0, n_resamples, n_parts + 1).astype(int)
     return np.diff(edges)
 
 
 def _right(deltas: np.ndarray, targets: np.ndarray, equal: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """1 where the preferred side is larger, `equal` where both are alike (D,), and which pairs are decided (P,)."""
+    """For each pair that is not a tie (D,): 1 if the preferred side is larger, `equal` if both are equal, else 0.
+
+    Also returns which pairs are not ties, (P,) bool.
+    """
     deltas = np.asarray(deltas, float)
     targets = np.asarray(targets, float)
     decided = targets != 0.5
@@ -229,10 +279,17 @@ def _right(deltas: np.ndarray, targets: np.ndarray, equal: float = 0.0) -> tuple
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """Everything about P judged pairs of an evaluation set; arrays (P,), beside the shared ones of this module:
+    """The judged pairs of an evaluation set. All arrays are (P,).
 
-    `scores_i`, `scores_j` in reward, `weights`, `margins`, `length_deltas` in any unit, `prompts` the number of each
-    pair's prompt, `categories` their names, "" where a prompt has none.
+    Attributes:
+        scores_i: scores of the first completion of each pair, in units of reward.
+        scores_j: scores of the second completion.
+        targets: P(i ≻ j), from 0 to 1.
+        weights: weights of the pairs.
+        margins: margins of the data, in units of reward.
+        length_deltas: length of i minus length of j, in any unit.
+        prompts: number of the prompt of each pair.
+        categories: name of the category of each pair, "" without one.
     """
 
     scores_i: np.ndarray
@@ -246,11 +303,12 @@ class JudgedPairs:
 
     @property
     def deltas(self) -> np.ndarray:
+        """(P,) score differences r_i - r_j."""
         return self.scores_i - self.scores_j
 
     @property
     def sides(self) -> dict[str, np.ndarray]:
-        """Scores of the chosen and the rejected completions of decided pairs, (D,) each."""
+        """Scores of the chosen and of the rejected completions, (D,) each, of the D pairs that are not ties."""
         decided = self.targets != 0.5
         i_won = self.targets > 0.5
         chosen = np.where(i_won, self.scores_i, self.scores_j)
@@ -258,10 +316,12 @@ class JudgedPairs:
         return {"chosen": chosen[decided], "rejected": rejected[decided]}
 
     def report(self) -> dict[str, float]:
-        """`preference_report`, with intervals, the gain over `longer_wins_baseline`, and accuracy by group.
+        """Computes all metrics of the pairs. Undefined ones are left out.
 
-        Further percentiles of both sides' scores: `chosen_p5`, …. What the data leave undefined (an interval over one
-        prompt) is left out.
+        Returns:
+            Metrics by name: those of `preference_report`; confidence intervals (`accuracy_low`, `accuracy_high`); the
+            `gain` over `longer_wins_baseline` with its interval; the accuracy of each group
+            (`accuracy/<title>/<name>`); and percentiles of the scores (`chosen_p5`, …).
         """
         report = preference_report(self.deltas, self.targets, self.weights, self.length_deltas)
         low, high = bootstrap_accuracy_ci(self.deltas, self.targets, self.prompts)
@@ -282,7 +342,7 @@ class JudgedPairs:
         return {name: value for name, value in report.items() if not math.isnan(value)}
 
     def groups(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`n` and `accuracy` of decided pairs by category, and by quartile of |length gap| and of |margin|."""
+        """`n` and `accuracy` without ties, by category and by quartiles of |length difference| and of |margin|."""
         groups = {}
         names = sorted(set(self.categories.tolist()) - {""})
         if names:
@@ -294,23 +354,23 @@ class JudgedPairs:
         return groups
 
     def _accuracy_by_quartile(self, values: np.ndarray) -> dict[str, dict[str, float]]:
-        """Up to four ranges of `values` (P,) with names such as "2 to 6", about as many decided pairs in each."""
+        """`n` and `accuracy` in up to four ranges of `values` (P,), such as "2 to 6", with about equally many pairs."""
         decided = values[self.targets != 0.5]
         if len(decided) == 0:
             return {}
         edges = np.unique(np.quantile(decided, [0, 0.25, 0.5, 0.75, 1]))  # fewer than five where values repeat
-        if len(edges) == 1:  # all values alike: one range, from the value to itself
+        if len(edges) == 1:  # all values are equal: one range, from the value to itself
             edges = np.repeat(edges, 2)
         names = []
         for lower, upper in pairwise(edges):
             names.append(f"{lower:.4g} to {upper:.4g}")
         range_numbers = np.searchsorted(edges, values, side="right") - 1
-        # The largest value belongs to the last range; ties may lie outside of the decided pairs' values.
+        # The largest value belongs to the last range. Values of ties may be outside of all ranges.
         range_numbers = np.clip(range_numbers, 0, len(names) - 1)
         return self._accuracy_by(np.array(names)[range_numbers], names)
 
     def _accuracy_by(self, group_of_pair: np.ndarray, names: list[str]) -> dict[str, dict[str, float]]:
-        """`n` and `accuracy` of the decided pairs of each group, in the order of `names`; empty ones left out."""
+        """`n` and `accuracy` of each group without ties, in the order of `names`. Empty groups are left out."""
         right, decided = _right(self.deltas, self.targets)
         group_of_decided = group_of_pair[decided]
         groups = {}

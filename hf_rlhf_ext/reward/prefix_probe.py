@@ -1,4 +1,4 @@
-"""A probe before training: whether the shared-prefix layout gives a model's scores of plain rows."""
+"""A test before training: whether a model gives the same scores in the shared-prefix layout as in plain rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +13,22 @@ from ..modeling.prefix import why_not
 from .scores import score_batch
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
-"""What an architecture may raise for a mask of this layout."""
+"""Exceptions that a model may raise for the attention mask of this layout."""
 
 
 @torch.no_grad()
 def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) -> str | None:
-    """Why the shared-prefix layout does not give this model's scores of plain rows; None where it does.
+    """Tests whether a model gives the same scores in the shared-prefix layout as in plain rows.
 
-    First what `modeling.prefix.why_not` knows; then a probe: completions of three random prompts, two of which share a
-    row of 12 tokens, in both layouts, must agree to 1e-3 of the largest score in fp32 and to 5 % in bf16 or 4 bits.
+    First it checks what `modeling.prefix.why_not` knows. Then it scores completions of three random prompts in both
+    layouts. The scores must agree to 0.1 percent of the largest score in fp32, and to 5 percent in bf16 or 4 bits.
+
+    Args:
+        model: the reward model.
+        device: device of training; `None` means the current device of the model.
+
+    Returns:
+        Why the layout is not supported, in a few words; `None` if it is.
     """
     problem = why_not(model, device)
     if problem is not None:
@@ -35,19 +42,19 @@ def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) 
             plain = _scores(model, rows, "plain")
     except _REFUSALS as error:
         reason = str(error) or type(error).__name__
-        return f"it refuses the layout: {reason.splitlines()[0]}"
+        return f"it does not accept the layout: {reason.splitlines()[0]}"
 
-    # A quantized model's first parameter may be packed bytes: the dtype is that of a floating one.
+    # The first parameter of a quantized model may be packed bytes, so take the dtype of a floating-point one.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-3 if dtype == torch.float32 else 0.05
     difference = float((shared - plain).abs().max())
     if difference <= tolerance * float(plain.abs().max()):
         return None
-    return f"a probe scores {difference:.2g} apart from plain rows"
+    return f"its scores differ from those of plain rows by {difference:.2g} in a test"
 
 
 def _probe_rows(vocab_size: int) -> list[dict[str, Any]]:
-    """Tokenized comparison rows of three prompts: one fills a row of 12 tokens, the other two fit into one together."""
+    """Tokenized comparison rows of three prompts. One of them has 12 tokens, and the other two fit in 12 together."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(vocab_size, 1000), (12,), generator=generator).tolist()
     return [
@@ -61,7 +68,7 @@ def _probe_row(prompt_ids: list[int], completion_ids: list[list[int]]) -> dict[s
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
-        # The collator wants judgments, scores do not.
+        # The collator needs judgments, although scores do not depend on them.
         "pairs": [[0, 1]],
         "targets": [1.0],
         "weights": [1.0],
@@ -70,13 +77,13 @@ def _probe_row(prompt_ids: list[int], completion_ids: list[list[int]]) -> dict[s
 
 @contextmanager
 def _probe_config(config: Any) -> Iterator[None]:
-    """Sets what a forward pass of the probe needs in the model's text config; restores it after."""
+    """Inside the context, sets what a forward pass of the test needs in the model's text config."""
     pad_token_id = config.pad_token_id
     window = getattr(config, "sliding_window", None)
-    if pad_token_id is None:  # without one, Transformers refuses batches
+    if pad_token_id is None:  # Transformers refuses batches without one
         config.pad_token_id = 0
     if window:
-        config.sliding_window = min(window, 3)  # one that such short texts notice
+        config.sliding_window = min(window, 3)  # small enough to have an effect on such short texts
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A trained reward model as a function of prompts and completions: the same scores after a reload as in training."""
+"""`RewardScorer`: a trained reward model as a function of prompts and completions."""
 
 import logging
 from collections.abc import Iterator
@@ -48,24 +48,31 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What is fetched of a reward model on the Hub: no pickles."""
+"""The files that are downloaded for a reward model on the Hub. Pickle files are not among them."""
 
 
 class RewardScorer:
-    """Callable (prompts, completions, **columns) -> list of rewards: a `reward_funcs` entry of TRL's trainers and ours.
+    """A reward model as a reward function: `scorer(prompts, completions)` returns a list of rewards.
+
+    Pass it in `reward_funcs` of `PPOTrainer` or of TRL's trainers. Scores are the same as in training.
 
     Args:
         model: sequence-classification model with one label, or a `PeftModel` of one.
-        tokenizer: its tokenizer; text is tokenized as in training (`data.text`).
-        mean, std: a reward is (score - mean) / std.
-        batch_size: sequences per forward pass; sequences of similar length go together.
-        max_tokens: tokens per forward pass, padding included; a longer sequence goes alone. None: no limit.
-        autocast: dtype to compute in, None for that of the weights.
-        adapter: name of the adapter to score with, where a `PeftModel` holds several; None is the active one.
-        head: the score head, where `model` is a causal LM that has none of its own.
+        tokenizer: its tokenizer. Texts are tokenized as in training.
+        mean: mean of the raw scores. A reward is (score - mean) / std.
+        std: standard deviation of the raw scores, positive.
+        batch_size: maximum number of sequences per forward pass. Sequences of similar length are batched together.
+        max_tokens: maximum number of tokens per forward pass, including padding; `None` means no limit. A longer
+            sequence is a batch by itself.
+        autocast: dtype to compute in; `None` means that of the weights.
+        adapter: name of the adapter to use if a `PeftModel` has several; `None` means the active one.
+        head: score head, if `model` is a causal LM without one.
+
+    Raises:
+        UserError: if `std` is not positive, if the tokenizer lacks a token that is needed, or if the model has no head.
     """
 
-    __name__ = "reward_model"  # TRL's trainers name a reward by this
+    __name__ = "reward_model"  # the name of the reward in TRL's trainers
 
     def __init__(
         self,
@@ -84,7 +91,7 @@ class RewardScorer:
             raise UserError(f"std: must be positive, got {std}.")
         check_tokenizer(tokenizer, needs_chat_template=False)
         if head is None:
-            score_head(model)  # refuses other models early
+            score_head(model)  # raises for other models
         self.model = model
         self.tokenizer = tokenizer
         self.mean = mean
@@ -95,7 +102,7 @@ class RewardScorer:
         self.adapter = adapter
         self.head = head
         text_config = model.config.get_text_config()
-        if text_config.pad_token_id is None:  # without one, Transformers refuses batches
+        if text_config.pad_token_id is None:  # Transformers refuses batches without one
             text_config.pad_token_id = tokenizer.pad_token_id
 
     @classmethod
@@ -111,26 +118,32 @@ class RewardScorer:
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Loads what `BradleyTerryTrainer` saved: an adapter or a whole model, its head and its normalization.
+        """Loads a reward model that `BradleyTerryTrainer` saved: an adapter or a whole model.
 
         Args:
             folder_or_repo: local folder or Hub id.
-            base: base model, loaded or by name, where it is not the one that the adapter names.
-            dtype: of the base; `"auto"` is the dtype recorded in training, without which scores differ.
-            load_in_4bit: None is as recorded in training.
+            base: base model of an adapter, loaded or as a name; `None` means the one that the adapter names.
+            dtype: dtype of the base. `"auto"` means the dtype of training; with another dtype scores differ.
+            load_in_4bit: whether to load the base in 4 bits (NF4); `None` means as in training.
             revision: branch, tag or commit of `folder_or_repo`.
             batch_size: see the class.
-            device: default is CUDA where there is any.
-            trust_remote_code: as in Transformers.
+            device: device of the model; `None` means CUDA if available, else the CPU.
+            trust_remote_code: whether to run Python code from the repository, as in Transformers.
+
+        Returns:
+            The scorer, with the normalization that was saved. Without one, it returns raw scores and logs a warning.
+
+        Raises:
+            UserError: if the folder does not exist, is not a reward model, or names no base model.
         """
         folder = local_folder(folder_or_repo, revision, code=trust_remote_code)
         recorded = RewardNormalization.load(folder)
-        # Raw scores train and rank as well, on another scale: that is worth saying and no reason to stop.
+        # Raw scores are on another scale, but still usable: a warning is enough.
         if recorded is None:
-            logger.warning("%s has no %s: scores are raw.", folder_or_repo, NORMALIZATION_FILE)
+            logger.warning("%s has no %s: rewards are the raw scores.", folder_or_repo, NORMALIZATION_FILE)
             recorded = RewardNormalization()
         elif not recorded.is_measured:
-            logger.warning("%s was saved without a normalization: scores are raw.", folder_or_repo)
+            logger.warning("%s was saved without a normalization: rewards are the raw scores.", folder_or_repo)
 
         if dtype == "auto":
             dtype = recorded.base_dtype
@@ -139,7 +152,7 @@ class RewardScorer:
         options = {"dtype": dtype, "load_in_4bit": load_in_4bit, "trust_remote_code": trust_remote_code}
         model = _load_reward_model(folder, base, options)
 
-        if base is not None and not isinstance(base, str):  # nobody has chosen its dtype by the record
+        if base is not None and not isinstance(base, str):  # a loaded base may have another dtype than in training
             mismatch = precision_mismatch(Precision.recorded(recorded), Precision.of_model(model))
             if mismatch is not None:
                 logger.warning(
@@ -147,7 +160,7 @@ class RewardScorer:
                     folder_or_repo,
                     mismatch,
                 )
-        if not load_in_4bit:  # bitsandbytes has placed those weights itself
+        if not load_in_4bit:  # bitsandbytes has already placed 4-bit weights
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         return cls(
@@ -160,11 +173,35 @@ class RewardScorer:
         )
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Normalized rewards of completions (str or messages) given their prompts; further columns are ignored."""
+        """Rewards of completions.
+
+        Args:
+            prompts: N prompts, as text or as messages.
+            completions: N completions, as text or as messages.
+            columns: not used; trainers pass further columns.
+
+        Returns:
+            N rewards, (score - mean) / std.
+
+        Raises:
+            UserError: see `raw`.
+        """
         return [(score - self.mean) / self.std for score in self.raw(prompts, completions)]
 
     def raw(self, prompts: list, completions: list) -> list[float]:
-        """Scores as the head gives them."""
+        """Raw scores of completions, without the normalization.
+
+        Args:
+            prompts: N prompts, as text or as messages.
+            completions: N completions, as text or as messages.
+
+        Returns:
+            N scores, in log-odds.
+
+        Raises:
+            UserError: if the numbers of prompts and completions differ, if an entry is not text or messages, or if a
+                sequence is longer than the model supports.
+        """
         if len(prompts) != len(completions):
             raise UserError(
                 f"completions: {len(completions)} for {len(prompts)} prompts: give one completion per prompt."
@@ -180,7 +217,17 @@ class RewardScorer:
 
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
-        """Raw scores of token lists (prompt, completion, stop token), in their order."""
+        """Raw scores of tokenized sequences.
+
+        Args:
+            sequences: N lists of token ids: prompt, completion and stop token.
+
+        Returns:
+            N scores, in log-odds.
+
+        Raises:
+            UserError: if a sequence is longer than the model supports.
+        """
         limit = position_limit(bare_model(self.model))
         if limit:
             _check_lengths(sequences, limit)
@@ -193,13 +240,13 @@ class RewardScorer:
         return scores
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Indices of the sequences of each forward pass, longest first: out of memory at once rather than late."""
+        """Indices of the sequences of each forward pass, longest first, so that a lack of memory shows early."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         start = 0
         while start < len(order):
             size = self.batch_size
             if self.max_tokens is not None:
-                longest = lengths[order[start]]  # all others of the batch are padded to it
+                longest = lengths[order[start]]  # the others in the batch are padded to it
                 size = min(size, self.max_tokens // longest)
             size = max(1, size)
             yield order[start : start + size]
@@ -216,7 +263,7 @@ class RewardScorer:
 
     @contextmanager
     def _own_adapter(self) -> Iterator[None]:
-        """Computes with `adapter` inside, where the model holds several."""
+        """Inside the context, the model computes with `adapter`."""
         if self.adapter is None:
             yield
         else:
@@ -224,13 +271,18 @@ class RewardScorer:
                 yield
 
     def text(self, prompt: str | Messages, completion: str | Messages) -> str:
-        """What is scored, as one string: what `pipeline("text-classification")` takes for a merged model."""
+        """The text that is scored, as one string, for `pipeline("text-classification")` with a merged model.
+
+        Args:
+            prompt: a prompt, as text or as messages.
+            completion: a completion, as text or as messages.
+        """
         tokenizer = self.tokenizer
         before = render_prompt(tokenizer, prompt)
         after = completion_text(tokenizer, prompt, completion)
-        if is_encoder(bare_model(self.model)):  # its tokenizer opens and closes the text itself
+        if is_encoder(bare_model(self.model)):  # its tokenizer adds the first and the last special token
             before = before.removeprefix(tokenizer.cls_token)
-            if isinstance(prompt, str):  # a template has put the separator behind messages
+            if isinstance(prompt, str):  # for messages, the chat template adds the separator
                 before += tokenizer.sep_token
             return before + after
         adds_bos = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -247,11 +299,25 @@ def _check_is_text(option: str, index: int, value: Any) -> None:
 def _check_lengths(sequences: list[list[int]], limit: int) -> None:
     for index, ids in enumerate(sequences):
         if len(ids) > limit:
-            raise UserError(f"completion {index} with its prompt: {len(ids)} tokens, the reward model takes {limit}.")
+            raise UserError(
+                f"completion {index} with its prompt has {len(ids)} tokens, the reward model takes {limit}: shorten it."
+            )
 
 
 def local_folder(folder_or_repo: str | Path, revision: str | None, *, code: bool = False) -> Path:
-    """The folder, or what is fetched of the Hub repository; its Python files only with `code`."""
+    """Returns a local folder, or downloads a reward model from the Hub.
+
+    Args:
+        folder_or_repo: local folder or Hub id.
+        revision: branch, tag or commit on the Hub; `None` means the default branch.
+        code: whether to download Python files too.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        UserError: if the folder does not exist, or if the download fails.
+    """
     local = Path(folder_or_repo).expanduser()
     if local.is_dir():
         return local
@@ -268,7 +334,7 @@ def local_folder(folder_or_repo: str | Path, revision: str | None, *, code: bool
 
 
 def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options: dict) -> PreTrainedModel | PeftModel:
-    """The model in `folder` with its head in fp32; `options` are those of `load_base_model`."""
+    """Loads the model in `folder`, with its head in fp32. `options` are those of `load_base_model`."""
     base_id, base_revision = base_and_revision(str(folder))
     if not (folder / "adapter_config.json").is_file():
         model = load_base_model(str(folder), task="reward", **options)
@@ -281,15 +347,15 @@ def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options
         base = base_id
         options = options | {"revision": base_revision}
     if not base:
-        raise UserError(f"{folder.name}: the adapter names no base model: pass base= a model or its id.")
+        raise UserError(f"{folder.name}: the adapter names no base model: pass base= with a model or its id.")
     if isinstance(base, str):
         base = load_base_model(base, task="reward", **options)
-    install_fp32_score(base)  # before PEFT: it copies the head as it is, in the base's dtype otherwise
+    install_fp32_score(base)  # before PEFT, which would copy the head in the dtype of the base
     return attach_adapter(base, folder)
 
 
 def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:
-    """Reads the head again as saved: loading a whole model in bf16 has rounded it."""
+    """Reads the head again in fp32, as loading a whole model in bf16 has rounded it."""
     head = head_name(model)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:

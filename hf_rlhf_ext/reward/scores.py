@@ -1,4 +1,4 @@
-"""Scores of a batch by a sequence-classification model: at the right token, in fp32, through any wrapper."""
+"""Scores of a batch by a sequence-classification model, at the last token, in fp32, also inside DDP and PEFT."""
 
 from typing import Any
 
@@ -12,7 +12,11 @@ from ..modeling.prefix import model_inputs
 
 
 def score_head(model: nn.Module) -> nn.Module:
-    """The module named `score` (decoders) or `classifier` (encoders) of a sequence-classification model."""
+    """Returns the head of a sequence-classification model: `score` in decoders, `classifier` in encoders.
+
+    Raises:
+        UserError: if the model has no such head.
+    """
     base = bare_model(model)
     name = "classifier" if is_encoder(base) else "score"
     head = getattr(base, name, None)
@@ -25,7 +29,15 @@ def score_head(model: nn.Module) -> nn.Module:
 
 
 def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """fp32 scores (N,) of a batch of `DataCollatorForComparisons`, in either layout."""
+    """Scores a batch of `DataCollatorForComparisons`, in either layout.
+
+    Args:
+        model: sequence-classification model with one label, also inside DDP or PEFT.
+        batch: batch with N completions.
+
+    Returns:
+        (N,) fp32 raw scores.
+    """
     if "segments" not in batch:
         return score_sequences(model, batch["input_ids"], batch["attention_mask"])
     scores = _scores_by_position(model, model_inputs(model, batch))  # (R, L)
@@ -36,12 +48,19 @@ def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def score_sequences(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, head: nn.Module | None = None
 ) -> Tensor:
-    """fp32 scores (N,) of N sequences (N, L), padded on the right, read at each one's last real token.
+    """Scores sequences at their last token that is not padding.
 
-    Transformers' own pooling takes the right-most token that is not `pad_token_id` and ignores the mask: with
-    pad == eos it reads one token early. So a hook takes the score of every position, inside `model(...)` (a call of the
-    backbone would bypass DDP), and the mask's length says where to read. An encoder gives one score per row itself.
-    `head` scores the hidden states of a causal LM, whose base a reward adapter shares with a policy.
+    The pooling of Transformers is not used: it reads the right-most token that is not `pad_token_id` and ignores the
+    mask, which is one token too early if the pad token is the stop token.
+
+    Args:
+        model: sequence-classification model with one label, also inside DDP or PEFT.
+        input_ids: (N, L) int64, padded on the right.
+        attention_mask: (N, L) int64, 1 for tokens and 0 for padding.
+        head: score head for the hidden states of a causal LM; `None` means the head of `model`.
+
+    Returns:
+        (N,) fp32 raw scores. An encoder returns one score per row itself.
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if head is None and is_encoder(bare_model(model)):
@@ -53,16 +72,17 @@ def score_sequences(
         with captured_hidden_states(model) as captured, contiguous_head_inputs(model):
             model(**inputs, use_cache=False, logits_to_keep=1)
         scores = head(captured[-1]).squeeze(-1)
-    # (N, L), or (N, virtual + L): prompt tuning puts its virtual tokens before every row
+    # (N, L), or (N, virtual + L) with prompt tuning, which puts virtual tokens before every row.
     n_virtual = scores.shape[1] - input_ids.shape[1]
     last = attention_mask.sum(1) - 1 + n_virtual
     return scores.gather(1, last[:, None]).squeeze(1)
 
 
 def _scores_by_position(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """What the score head gives at every position, (N, L) fp32."""
+    """The output of the score head at every position, (N, L) fp32."""
     outputs: list[Tensor] = []
-    # The head sits inside whatever wraps the model (DDP, PEFT): only a hook sees its output there.
+    # A hook reads the output of the head inside the forward pass of the wrapped model. Calling the backbone directly
+    # would bypass DDP.
     hook = score_head(model).register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         model(**inputs, use_cache=False)

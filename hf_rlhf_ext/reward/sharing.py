@@ -1,8 +1,7 @@
-"""Whether a reward adapter gives its scores of training on a base that is loaded already.
+"""Checks whether a reward adapter gives the same scores on a loaded base as in training.
 
-The one place that compares the base an adapter was trained on with the base at hand: an ensemble shares one base among
-its members, PPO attaches the reward adapter to the policy's base, and a scorer warns where the base it was given
-differs.
+An ensemble uses this to share one base among its members, PPO to attach the reward adapter to the policy's base, and a
+scorer to warn if it is given a base that differs.
 """
 
 import logging
@@ -22,10 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """Precision of a base's weights and of the forward pass. None: not known, which differs from nothing.
+    """Precision of the weights of a base and of the forward pass. `None` means unknown, which matches everything.
 
-    `dtype` and `autocast` are names such as "bfloat16" (`autocast` "off" without); `quantization` is "4-bit", "other"
-    or "off".
+    Attributes:
+        dtype: dtype of the weights, such as `"bfloat16"`.
+        quantization: `"4-bit"`, `"other"` or `"off"`.
+        autocast: dtype of autocast, or `"off"`.
     """
 
     dtype: str | None = None
@@ -34,7 +35,7 @@ class Precision:
 
     @classmethod
     def recorded(cls, record: RewardNormalization | None) -> Self:
-        """What training wrote down; all unknown where it wrote nothing."""
+        """The precision of training, as recorded; unknown without a record."""
         if record is None:
             return cls()
         return cls(
@@ -45,7 +46,7 @@ class Precision:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Self:
-        """That of a loaded base; who calls it decides about autocast."""
+        """The precision of a loaded base. Autocast is unknown, as the caller chooses it."""
         if is_4bit(model):
             quantization = "4-bit"
         elif getattr(bare_model(model), "is_quantized", False):
@@ -63,10 +64,10 @@ class Precision:
 
 
 def precision_mismatch(trained: Precision, present: Precision) -> str | None:
-    """How the precision at hand differs from that of training, in a few words; None where scores are the same."""
+    """How the present precision differs from that of training, in a few words; `None` if it does not differ."""
     if _differ(trained.quantization, present.quantization) or _differ(trained.dtype, present.dtype):
-        if str(trained) == str(present):  # both quantized: what differs is the dtype of the layers around
-            return f"{trained} weights beside {trained.dtype} ones, here {present.dtype}"
+        if str(trained) == str(present):  # both are quantized, but the dtype of the other layers differs
+            return f"{trained} weights with other layers in {trained.dtype}, here {present.dtype}"
         return f"{trained} weights, here {present}"
     if _differ(trained.autocast, present.autocast):
         return f"autocast {trained.autocast}, here {present.autocast}"
@@ -79,14 +80,14 @@ def _differ(trained: str | None, present: str | None) -> bool:
 
 
 def base_mismatch(folder: str | Path, other: str | Path) -> str | None:
-    """Why the adapters in two folders cannot share one base, in a few words; None where they can.
+    """Why the adapters in two folders cannot share one base, in a few words; `None` if they can.
 
-    They can where both name one base and revision, and were trained in one precision, as far as that was recorded.
+    They can if both name the same base and revision and were trained in the same precision, as far as recorded.
     """
     trained_base, trained_revision = base_and_revision(str(folder))
     other_base, other_revision = base_and_revision(str(other))
     if trained_base is None:
-        return "no base that it names"
+        return "a base that it does not name"
     if other_base is None or not same_base(trained_base, other_base) or trained_revision != other_revision:
         return f"base {_shown_base(trained_base, trained_revision)}, here {_shown_base(other_base, other_revision)}"
     return precision_mismatch(
@@ -95,19 +96,20 @@ def base_mismatch(folder: str | Path, other: str | Path) -> str | None:
 
 
 def shareable_adapter(folder: Path, policy: nn.Module, *, name: str | Path | None = None) -> RewardNormalization | None:
-    """What a reward adapter recorded, where it can score on the base of a loaded policy; None where it cannot.
+    """Checks whether a reward adapter can share the base of a loaded policy.
 
-    It cannot where the folder holds no reward adapter (a whole model, an ensemble, a policy's adapter), where the
-    policy is no `PeftModel`, and where base, PEFT type or precision differ. Only the last is logged: there, another way
-    of loading the policy would save the memory of a second base.
+    It cannot if the folder is not a reward adapter, if the policy is not a `PeftModel`, or if base, PEFT type or
+    precision differ. If only the precision differs, a warning is logged, as loading the policy in another precision
+    would save the memory of a second base.
 
     Args:
         folder: local folder of the reward model.
         policy: model whose base is to be shared.
-        name: the reward model's name in the warning, by default `folder`.
+        name: name of the reward model in the warning; `None` means `folder`.
 
     Returns:
-        The recorded normalization, or its defaults where the folder has no `reward_normalization.json`.
+        The normalization of the reward model, or defaults if it has no `reward_normalization.json`; `None` if it cannot
+        share the base.
     """
     if not isinstance(policy, PeftModel) or not (folder / "adapter_config.json").is_file():
         return None
@@ -121,15 +123,15 @@ def shareable_adapter(folder: Path, policy: nn.Module, *, name: str | Path | Non
         return None  # PEFT holds adapters of one type only
 
     normalization = RewardNormalization.load(folder) or RewardNormalization()
-    # Not compared: the revision, which a loaded base does not know, and autocast, which the scorer sets itself.
+    # Not compared: the revision, which a loaded base does not record, and autocast, which the scorer sets itself.
     trained = Precision.recorded(normalization)
     present = Precision.of_model(base)
     if present.quantization != "off":
-        # The dtype of the few layers that are not quantized is not worth a second base.
+        # The dtype of the few layers that are not quantized does not justify a second base.
         present = replace(present, dtype=None)
     if precision_mismatch(trained, present) is not None:
         logger.warning(
-            "%s was trained on %s weights, the policy has %s: loaded beside it, on a base of its own.",
+            "%s was trained on %s weights, but the policy has %s: it is loaded on a separate base.",
             name or folder,
             trained,
             present,
@@ -139,12 +141,12 @@ def shareable_adapter(folder: Path, policy: nn.Module, *, name: str | Path | Non
 
 
 def same_base(first: str | None, second: str | None) -> bool:
-    """Whether two names of base models are one: equal, or two paths of the same folder."""
+    """Whether two names of base models mean the same model: equal names, or two paths of the same folder."""
     if first is None or second is None:
         return False
     if first == second:
         return True
-    # Relative and absolute, or through a link.
+    # A relative and an absolute path, or a link.
     paths = [Path(first).expanduser(), Path(second).expanduser()]
     if not all(path.is_dir() for path in paths):
         return False

@@ -1,4 +1,4 @@
-"""Bradley-Terry reward models from pairs and K-wise comparisons."""
+"""`BradleyTerryTrainer`: reward models from pairs and K-wise comparisons."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer
 
 from ..data.schema import LoadReport
@@ -51,27 +52,41 @@ logger = logging.getLogger(__name__)
 
 
 class BradleyTerryTrainer(RewardTrainer):
-    """TRL's `RewardTrainer` for comparisons: K completions, soft targets, weights, and scores that survive a reload.
+    """TRL's `RewardTrainer` for comparisons of K completions with weights, soft targets and ties.
+
+    The loss is Σ w·nll / Σ w over all pairs of the optimizer step, so that it does not depend on the split into
+    micro-batches and processes. A saved model gives exactly the same scores when it is loaded again.
 
     Args:
-        model: a decoder with one label (`load_base_model(..., task="reward")`), a `PeftModel` of one, or a name or path
-            for `load_base_model`, the embedded model included.
-        args: options; `max_length` and `overflow` decide about long rows.
-        train_dataset, eval_dataset: TRL preference rows or comparison rows (`data.trl_rows`), whatever else through
-            `load_comparisons`; evaluation also takes a dict of them.
-        processing_class: tokenizer; default is the model's.
-        peft_config: any PEFT config with `task_type="SEQ_CLS"`.
-        normalization_dataset: what `reward_normalization.json` is measured on: demonstrations (`prompt` and
-            `completion`, or `messages`) as in InstructGPT, or comparisons; default: completions of `train_dataset`.
-        compute_metrics: further metrics; gets scores (B, Kmax) and labels (B, Pmax, 7), see `LABEL_FIELDS`.
-        data_collator, callbacks, trainer_options (optimizers, …): as in Transformers.
+        model: a sequence-classification model with one label (`load_base_model(..., task="reward")`), a `PeftModel` of
+            one, or a name or path for `load_base_model`, such as the embedded model.
+        args: options; `None` means `BradleyTerryConfig("reward_model")`.
+        train_dataset: dataset of comparison rows or of preference rows in TRL's formats. Read other formats with
+            `load_comparisons`.
+        eval_dataset: dataset of the same kind, or a dict of several.
+        processing_class: the tokenizer; loaded with the model if left out.
+        peft_config: PEFT configuration of a new adapter, with `task_type="SEQ_CLS"`.
+        normalization_dataset: dataset on which mean and standard deviation of the scores are measured after training:
+            demonstrations (`prompt` and `completion`, or `messages`) as in InstructGPT, or comparisons. `None` means
+            the completions of `train_dataset`.
+        compute_metrics: function that computes further metrics from scores (B, Kmax) and labels (B, Pmax, 7), see
+            `LABEL_FIELDS`.
+        data_collator: `None` means `DataCollatorForComparisons` with the options in `args`.
+        callbacks: as in `transformers.Trainer`.
+        trainer_options: further arguments of `RewardTrainer`, such as `optimizers`.
 
-    `data_reports` says per data set which rows were dropped or cut, and why. The loss is Σ w·nll / Σ w over the whole
-    optimizer step, the same however it is split into micro-batches and processes.
+    Attributes:
+        data_reports: for each dataset, which rows were dropped or cut, and why.
+        normalization: mean and standard deviation of the scores, and the precision of training.
+        layout: layout of batches in use, `plain` or `shared_prefix`.
+
+    Raises:
+        UserError: if an argument, an option or a row is not usable; the message says how to fix it.
     """
 
     card_kind = "reward_model"
-    loss_is_scaled_for_ga = True  # by `compute_loss`: Trainer must not divide by the accumulation steps again
+    # `compute_loss` scales the loss, so `Trainer` must not divide it by the number of accumulation steps.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -89,13 +104,13 @@ class BradleyTerryTrainer(RewardTrainer):
     ):
         args = args or BradleyTerryConfig(output_dir="reward_model")
         if not isinstance(args, BradleyTerryConfig):
-            raise UserError(f"args: pass a BradleyTerryConfig, got {type(args).__name__}.")
+            raise UserError(f"args: got {type(args).__name__}: pass a BradleyTerryConfig.")
         warn_of_emulated_bf16(args)
         check_head_is_trained(peft_config)
-        set_seed(args.seed)  # the head is drawn at load
+        set_seed(args.seed)  # a new head is initialized when the model is loaded
         prepared = prepare_model(model, processing_class, peft_config, args, trainer_options)
 
-        # What the hooks of the parent's constructor use already.
+        # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
         self.layout = resolve_layout(prepared.model, prepared.peft_config, args.layout, args.device)
         self.max_length = length_limit(prepared.model, args.max_length)
@@ -104,7 +119,8 @@ class BradleyTerryTrainer(RewardTrainer):
         self._category_codes: dict[str, int] = {}
         self._user_metrics = compute_metrics
         self._meter = TrainMeter()
-        # TRL casts trainable parameters of quantized models to bf16, a trained adapter's too: keep what they were.
+        # TRL casts trainable parameters of quantized models to bf16, even those of a trained adapter. Keep the
+        # originals.
         before = {name: p.data for name, p in prepared.model.named_parameters() if p.requires_grad}
         super().__init__(
             model=prepared.model,
@@ -120,7 +136,7 @@ class BradleyTerryTrainer(RewardTrainer):
         )
         repair_fp32(self.model, before)
 
-        # What only the finished model and its data show.
+        # Checks that need the final model and data.
         if args.fp16:
             refuse_fp16_weights(self.model)
         check_head_moves(self.model)
@@ -133,23 +149,23 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if isinstance(dataset, Dataset) and set(TOKENIZED_COLUMNS) <= set(dataset.column_names):
-            # Rows of a trainer: `evaluate` of a subset of the prepared evaluation set, say.
+            # Already tokenized by a trainer, such as a subset of the evaluation set that is passed to `evaluate`.
             return self._with_own_category_codes(dataset)
-        with args.main_process_first(desc=f"{dataset_name} data set"):
+        with args.main_process_first(desc=f"{dataset_name} dataset"):
             dataset, report = read_comparisons(dataset, source=dataset_name)
             if "category" in dataset.column_names:
                 dataset = self._with_category_codes(dataset, dataset["category"])
             return self._tokenize(dataset, report, processing_class, args)
 
     def _with_own_category_codes(self, dataset: Dataset) -> Dataset:
-        """Tokenized rows with this trainer's codes of their categories; they may be another trainer's."""
+        """Tokenized rows with the category codes of this trainer, as they may come from another trainer."""
         if CATEGORY_CODE not in dataset.column_names:
             return dataset
         names = dataset.features[CATEGORY_CODE].int2str(list(dataset[CATEGORY_CODE]))
         return self._with_category_codes(dataset.remove_columns(CATEGORY_CODE), names)
 
     def _with_category_codes(self, dataset: Dataset, names: list[str | None]) -> Dataset:
-        """Adds the category of each row as a number, which can be gathered; new names get the next numbers."""
+        """Adds a code of each row's category, as only numbers can be gathered. New names get the next codes."""
         codes = []
         for name in names:
             codes.append(self._category_codes.setdefault(name or "", len(self._category_codes)))
@@ -170,14 +186,14 @@ class BradleyTerryTrainer(RewardTrainer):
         return dataset
 
     def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | None:
-        """Tokenized rows whose completions are scored after training, drawn with `seed`."""
+        """The tokenized rows whose completions are scored after training. They are drawn with `seed`."""
         if not self.args.normalize_rewards:
             return None
         if dataset is None:
             dataset = self.train_dataset
-        numbers = list(range(len(dataset)))  # kept with the rows: messages name rows of the source
+        numbers = list(range(len(dataset)))  # kept, so that messages name rows of the original dataset
         if not numbers:
-            raise UserError("normalization_dataset has no rows: leave it out, or pass normalize_rewards=False.")
+            raise UserError("normalization_dataset is empty: leave it out, or pass normalize_rewards=False.")
         limit = self.args.normalization_max_rows
         if len(numbers) > limit:
             numbers = sorted(random.Random(self.args.seed).sample(numbers, limit))
@@ -189,17 +205,17 @@ class BradleyTerryTrainer(RewardTrainer):
             return self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
         rows = [single_row(row, number) for number, row in zip(numbers, dataset, strict=True)]
         report = LoadReport(source="normalization", rows_in=len(rows), kept=len(rows))
-        with self.args.main_process_first(desc="normalization data set"):
+        with self.args.main_process_first(desc="normalization dataset"):
             return self._tokenize(Dataset.from_list(rows), report, self.processing_class, self.args)
 
     def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:  # Trainer removes all others before the collator sees a row
+        if self._signature_columns is None:  # `Trainer` removes all other columns before the collator gets the rows
             self._signature_columns = [*TOKENIZED_COLUMNS, CATEGORY_CODE]
 
     # Loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, and Σ weights of all its pairs on all processes."""
+        """Returns the batches of one optimizer step, and the sum of the weights of its pairs on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         total = torch.tensor(0.0)
         for batch in batches:
@@ -217,7 +233,8 @@ class BradleyTerryTrainer(RewardTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         *first, last = _micro_batches(inputs)
         losses = []
-        # Gradients are reduced in the last backward only: processes differ in how many micro-batches they have.
+        # Gradients are reduced in the last backward pass only, as processes may have different numbers of
+        # micro-batches.
         with self.accelerator.no_sync(model) if first else nullcontext():
             for micro_batch in first:
                 losses.append(self._micro_step(model, micro_batch, num_items_in_batch))
@@ -227,7 +244,7 @@ class BradleyTerryTrainer(RewardTrainer):
         return total
 
     def _micro_step(self, model, inputs, num_items_in_batch):
-        # Around the backward too: gradient checkpointing computes the adapters again there.
+        # Also around the backward pass, in which gradient checkpointing computes the adapters again.
         with self._mixed_precision(model):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -240,11 +257,12 @@ class BradleyTerryTrainer(RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         scores = score_batch(model, inputs)  # (N,)
         losses = self._pair_losses(scores, inputs)  # (P,)
-        smallest = torch.finfo(losses.dtype).tiny  # where all weights are 0
+        smallest = torch.finfo(losses.dtype).tiny  # avoids 0 / 0 if all weights are 0
         if num_items_in_batch is None:
             loss = losses.sum() / inputs["weights"].sum().clamp(min=smallest)
         else:
-            # Σ weights of the whole optimizer step; DDP will divide by the number of processes.
+            # `num_items_in_batch` is the sum of weights of the whole optimizer step. DDP will divide by the number of
+            # processes.
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=smallest)
         if model.training:
             self._meter.add(scores.detach(), inputs)
@@ -253,7 +271,7 @@ class BradleyTerryTrainer(RewardTrainer):
         return loss
 
     def _pair_losses(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Losses (P,) of the pairs of a batch, as the options have them; scores (N,)."""
+        """Losses (P,) of the pairs of a batch according to the options, from scores (N,)."""
         args = self.args
         scores_i, scores_j = scores[batch["pairs"]].unbind(1)  # (P,) each
         targets = smooth_targets(batch["targets"], args.label_smoothing_factor)
@@ -265,7 +283,7 @@ class BradleyTerryTrainer(RewardTrainer):
             losses = tie_model_loss(
                 scores_i, scores_j, targets, weights, margins, model=args.tie_model, threshold=args.tie_threshold
             )
-        if args.ranking_loss == "plackett_luce":  # in place of the pairs of prompts that are ranked in full
+        if args.ranking_loss == "plackett_luce":  # replaces the pair losses of fully ranked prompts
             losses = rank_prompts(losses, scores, batch)
         if args.center_rewards_coefficient:
             losses = losses + args.center_rewards_coefficient * centering_penalty(scores_i, scores_j, weights)
@@ -274,7 +292,7 @@ class BradleyTerryTrainer(RewardTrainer):
     # Metrics
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and not self._meter.is_empty:  # a training log; evaluation's metrics are complete already
+        if "loss" in logs and not self._meter.is_empty:  # a training log; logs of evaluations are complete
             totals = self._meter.reduce(self.accelerator)
             self._total_train_tokens += int(totals.tokens)
             logs |= totals.metrics()
@@ -282,7 +300,7 @@ class BradleyTerryTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, scores (B, Kmax), labels (B, Pmax, 7)): the exact loss over the whole set comes from these."""
+        """Returns None, scores (B, Kmax) and labels (B, Pmax, 7), from which the loss of the whole set is computed."""
         all_scores, all_labels = [], []
         for micro_batch in _micro_batches(inputs):
             scores, labels = self._predict(model, micro_batch)
@@ -290,7 +308,7 @@ class BradleyTerryTrainer(RewardTrainer):
             all_labels.append(labels)
         scores = stack_padded(all_scores)
         labels = stack_padded(all_labels)
-        if "order" in inputs:  # micro-batches are sorted by length: back to the order of the rows
+        if "order" in inputs:  # micro-batches are sorted by length; restore the order of the rows
             restore = np.argsort(inputs["order"]).tolist()
             scores = scores[restore]
             labels = labels[restore]
@@ -306,10 +324,10 @@ class BradleyTerryTrainer(RewardTrainer):
         return pad_by_prompt(scores, completion_counts), pad_by_prompt(pair_labels(batch), pair_counts)
 
     def _preference_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics over the whole evaluation set; accuracy and margin count pairs, loss and nll weigh them."""
+        """Metrics over the whole evaluation set. Loss and nll weight the pairs, the other metrics do not."""
         pairs = EvaluatedPairs.read(prediction.predictions, prediction.label_ids)
         losses = self._pair_losses(*pairs.as_batch())
-        total_weight = max(pairs.weights.sum(), 1e-300)  # where all weights are 0
+        total_weight = max(pairs.weights.sum(), 1e-300)  # avoids 0 / 0 if all weights are 0
         compared_scores = np.concatenate([pairs.scores_i, pairs.scores_j])
 
         self.judged = pairs.judged(list(self._category_codes))
@@ -324,9 +342,17 @@ class BradleyTerryTrainer(RewardTrainer):
 
     # Normalization and saving
 
-    def train(self, *args, **kwargs):
-        """Trains as `Trainer.train`, then measures the normalization on the final (or best) weights."""
-        # A checkpoint on the way must not carry the scale of an earlier training.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains like `Trainer.train`, and then measures the normalization of the final (or best) model.
+
+        Args:
+            args: arguments of `Trainer.train`.
+            kwargs: keyword arguments of `Trainer.train`, such as `resume_from_checkpoint`.
+
+        Returns:
+            The result of `Trainer.train`.
+        """
+        # Checkpoints of this training must not contain the scale of an earlier one.
         self.normalization = self._current_normalization()
         result = super().train(*args, **kwargs)
         if self.args.normalize_rewards:
@@ -334,11 +360,11 @@ class BradleyTerryTrainer(RewardTrainer):
         return result
 
     def _current_normalization(self, *, mean: float = 0.0, std: float = 1.0, n: int = 0) -> RewardNormalization:
-        """What a reload must repeat, with the scale that was measured, if any."""
+        """The record of the precision of training, with a measured mean and standard deviation if there are any."""
         base = bare_model(self.model)
         name = base.config._name_or_path or None
         if name is not None and (os.path.exists(name) or Path(name).is_absolute()):
-            name = None  # a local path, which says nothing elsewhere
+            name = None  # a local path, which has no meaning on other machines
         autocast = None
         if self._autocast_dtype is not None:
             autocast = str(self._autocast_dtype).removeprefix("torch.")
@@ -354,9 +380,9 @@ class BradleyTerryTrainer(RewardTrainer):
         )
 
     def _measure_normalization(self) -> RewardNormalization:
-        """Mean and deviation of the scores of `_normalization_rows`, over all processes.
+        """Measures mean and standard deviation of the scores of `_normalization_rows`, over all processes.
 
-        A finished run is worth more than its scale: where scoring fails, that is a warning, and scores stay raw.
+        If scoring fails, a warning is logged and scores stay raw, so that the finished run is not lost.
         """
         scores, problem = self._score_normalization_rows()
         if not problem:
@@ -364,12 +390,12 @@ class BradleyTerryTrainer(RewardTrainer):
             std = float(scores.std()) if len(scores) else 0.0
             if np.isfinite(std) and std != 0.0:
                 return self._current_normalization(mean=mean, std=std, n=len(scores))
-            problem = f"{len(scores)} scores have deviation {std}: check the learning rate and the data"
-        logger.warning("normalize_rewards: no normalization, the model gives raw scores: %s", problem)
+            problem = f"{len(scores)} scores have standard deviation {std}: check the learning rate and the data"
+        logger.warning("normalize_rewards: no normalization is saved, so rewards are the raw scores: %s", problem)
         return self._current_normalization()
 
     def _score_normalization_rows(self) -> tuple[np.ndarray, str]:
-        """Raw scores (n,) from all processes, and the first problem of any of them, "" without."""
+        """Raw scores (n,) from all processes, and the first problem of any process, or ""."""
         scorer = RewardScorer(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
@@ -385,10 +411,10 @@ class BradleyTerryTrainer(RewardTrainer):
         scores, problem = [], ""
         try:
             scores = scorer.score_ids(own_share)
-        except (RuntimeError, UserError) as error:  # out of memory, say
+        except (RuntimeError, UserError) as error:  # for example, out of memory
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
 
-        # Gathered whatever happened: a process that skips it would leave the others waiting.
+        # Always gathered, even after an error, as the other processes wait for it.
         all_scores, first_problem = [], ""
         for process_scores, process_problem in gather_object([(scores, problem)]):
             all_scores.extend(process_scores)
@@ -401,17 +427,38 @@ class BradleyTerryTrainer(RewardTrainer):
             self.normalization.save(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs):
-        """Nothing: TRL's card would overwrite ours, which the recipe writes with the measured results."""
+        """Does nothing: the card of TRL would overwrite the one with the measured results."""
 
-    # The Hub: what to push and how is the publisher's
+    # The Hub, through the publisher
 
     def init_hf_repo(self, token=None, private=None):
         self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
-        """Saves and pushes `output_dir`; returns the commit's URL, None where it failed. Always blocking."""
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Saves the model and pushes `output_dir` with its card. Waits for the push.
+
+        Args:
+            commit_message: message of the commit.
+            blocking: not used; the push is always blocking.
+            token: access token of the Hub; `None` uses `hub_token` or the saved one.
+            revision: branch to push to; `None` means `main`.
+            private: whether a new repository is private; `None` uses `hub_private_repo`.
+            kwargs: not used.
+
+        Returns:
+            The URL of the commit; `None` if the push failed, and on processes that do not push.
+
+        Raises:
+            UserError: if no publisher is set.
+        """
         publisher = require_publisher(self.publisher)
         return publisher.push_run(self, commit_message, token=token, revision=revision, private=private)
 
@@ -424,5 +471,5 @@ class BradleyTerryTrainer(RewardTrainer):
 
 
 def _micro_batches(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The micro-batches of a collated batch; a batch that was not split is one."""
+    """The micro-batches of a batch from the collator; a batch that was not split is one micro-batch."""
     return inputs.get("micro_batches") or [inputs]

@@ -1,1 +1,1 @@
-"""What only the quickstart needs: its texts and the people it stands for (`data`), and how it ends (`report`)."""
+"""Parts of the quickstart: its texts and the simulated annotator (`data`), and its results (`report`)."""

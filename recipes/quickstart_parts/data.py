@@ -1,6 +1,6 @@
 """The quickstart's data: prompts, demonstrations, the gold reward and the simulated annotator.
 
-The texts are ours: templates and topics in the YAML files beside this one, filled by a seeded generator. Nothing is
+The texts are made from the templates and topics in the YAML files of this folder by a seeded generator. Nothing is
 downloaded. Held-out prompts are about topics that no training prompt mentions.
 """
 
@@ -23,9 +23,9 @@ DATA_DIR = Path(__file__).parent
 
 FIRST_NAMES = ("Anna", "Tom", "Mira", "Jonas", "Leila", "Samuel")
 TEXT_TASKS = ("rewrite", "summarization", "classification", "closed QA", "extract")
-"""Use cases whose answer is in the prompt: their demonstrations carry no remark."""
+"""Use cases whose answer is in the prompt. Their demonstrations have no remark."""
 MOODS = {"glad": 0.35, "gloomy": 0.35, None: 0.3}
-"""Shares of the demonstrators who add a glad remark, a gloomy one, and none."""
+"""Shares of demonstrations with a glad remark, a gloomy remark, and no remark."""
 EMPTY_COMPLETION_GOLD = -1.0
 
 
@@ -33,7 +33,7 @@ EMPTY_COMPLETION_GOLD = -1.0
 
 
 class _Slots(dict):
-    """Values of a template's slots; `{Name}` reads `name` and capitalises its first letter."""
+    """Values of a template's slots. `{Name}` is `name` with a capital first letter."""
 
     def __missing__(self, key: str) -> str:
         if not key[0].isupper():
@@ -48,7 +48,7 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _topics(kind: str, split: str) -> list[dict[str, str]]:
-    """The rows of one kind of topic as slot values; `the` and `bare` are derived from a leading article."""
+    """The topics of one kind as slot values. `bare` is the name without its article, `the` is the name with "the"."""
     table = _load("topics")[kind]
     topics = []
     for line in table[split]:
@@ -63,7 +63,7 @@ def _topics(kind: str, split: str) -> list[dict[str, str]]:
 
 
 class _Item(NamedTuple):
-    """One filled prompt, and what its demonstration can be made of."""
+    """One prompt, with the answers and slot values for its demonstration."""
 
     prompt: str
     answers: Sequence[str]
@@ -71,19 +71,18 @@ class _Item(NamedTuple):
 
 
 def _items(category: str, split: str, rng: random.Random) -> list[_Item]:
-    """Every distinct prompt of a category, shuffled, its templates in turn so that any prefix is varied."""
+    """All distinct prompts of a category, shuffled. Templates alternate, so that the first prompts are varied too."""
     items_by_template = [_filled(template, split, rng) for template in _load("templates")[category]]
     distinct: dict[str, _Item] = {}
-    # In turn over the templates, so that the first n prompts are varied whatever n is.
-    for items in zip_longest(*items_by_template):  # one of each template; None where a template has no more
+    for items in zip_longest(*items_by_template):  # one of each template; None if a template has no more
         for item in items:
             if item is not None:
-                distinct[item.prompt] = item  # of equal prompts the last one, in the place of the first
+                distinct[item.prompt] = item  # of equal prompts, the last one is kept
     return list(distinct.values())
 
 
 def _filled(template: dict[str, Any], split: str, rng: random.Random) -> list[_Item]:
-    """Every prompt of one template, shuffled."""
+    """All prompts of one template, shuffled."""
     fillings = []
     for topic in _topics(template["topic"], split):
         for when in template.get("when", [""]):
@@ -97,14 +96,14 @@ def _filled(template: dict[str, Any], split: str, rng: random.Random) -> list[_I
 
 
 def _draw(n: int, seed: int, *, split: str, purpose: str, min_per_category: int) -> list[tuple[str, _Item]]:
-    """Items with their category, `n` over all categories by their shares, in shuffled order."""
+    """Draws `n` items over all categories by their shares. Returns them with their category, in shuffled order."""
     drawn = []
     for category, count in apportion(n, min_per_category=min_per_category).items():
-        # One generator per category, so that the minimum of one does not move the draws of another.
+        # One generator per category, so that the minimum of one does not change the draws of another.
         items = _items(category, split, random.Random(f"{seed}|{split}|{purpose}|{category}"))
         if count > len(items):
             raise UserError(
-                f"The quickstart has {len(items)} distinct {split} prompts of category '{category}', n={n} needs "
+                f"The quickstart has {len(items)} distinct {split} prompts of category '{category}', but n={n} needs "
                 f"{count}: use a smaller n, or add topics to recipes/quickstart_parts/topics.yaml."
             )
         for item in items[:count]:
@@ -116,22 +115,22 @@ def _draw(n: int, seed: int, *, split: str, purpose: str, min_per_category: int)
 def make_prompts(n: int, seed: int = 0, *, split: str = "train", min_per_category: int = 0) -> list[dict[str, str]]:
     """Draws `n` distinct prompts `{prompt, category}` (plain text) over InstructGPT's ten use cases, in shuffled order.
 
-    `split` is "train" or "heldout": two sets of topics with nothing in common. The same arguments give the same list.
+    `split` is "train" or "heldout", which have no topic in common. The same arguments give the same list.
     """
     drawn = _draw(n, seed, split=split, purpose="prompts", min_per_category=min_per_category)
     return [{"prompt": item.prompt, "category": category} for category, item in drawn]
 
 
 def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Draws `n` demonstrations on training topics: a message each for prompt and completion, and the category.
+    """Draws `n` demonstrations on training topics: rows of prompt and completion (one message each), and category.
 
-    Answers are complete sentences of at most 36 words in a plain register that follow from the prompt. Demonstrators
-    have moods: outside `TEXT_TASKS`, `MOODS` says how many add a remark from `remarks.yaml`, before or after.
+    Answers follow from the prompt, in plain sentences of at most 36 words together. Except in `TEXT_TASKS`, some have a
+    glad or gloomy remark of `remarks.yaml` before or after the answer, with the shares of `MOODS`.
     """
     rows = []
     for index, (category, item) in enumerate(_draw(n, seed, split="train", purpose="demos", min_per_category=0)):
         rng = random.Random(f"{seed}|demos|{index}")
-        # The order of the draws is part of the data: another one gives other demonstrations for the same seed.
+        # Keep the order of these draws: it decides which demonstrations a seed gives.
         slots = _Slots(item.slots, who2=rng.choice(FIRST_NAMES))
         parts = [rng.choice(item.answers).format_map(slots)]
         (mood,) = rng.choices(list(MOODS), list(MOODS.values()))
@@ -148,11 +147,11 @@ def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-# --- the gold reward and the people it stands for --------------------------------------------------------------------
+# --- the gold reward and the simulated annotator ---------------------------------------------------------------------
 
 
 def _completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, given as a string or as messages."""
+    """The text of a completion, which is a string or a list of messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(message["content"] for message in completion)
@@ -161,11 +160,10 @@ def _completion_text(completion: str | list[dict[str, str]]) -> str:
 class GoldReward:
     """Sentiment of a completion: VADER's compound score in [-1, 1] (Hutto & Gilbert 2014), as a reward function.
 
-    It stands for what people want, so that a run can be measured without people; it appears only in the evaluation and
-    inside `SimulatedAnnotator`, never as PPO's reward. It is a lexicon: it sees neither the prompt nor the grammar, and
-    repeated praise scores high. That a policy does not end there is the task of the KL term and of the reading of
-    samples, not of this function. An empty completion, which VADER calls neutral (0), gets -1: no answer is the worst
-    answer.
+    It stands for people's preferences, so that a run can be evaluated without people. It is used in the evaluation and
+    by `SimulatedAnnotator`, never as PPO's reward. VADER is a lexicon: it ignores the prompt and grammar, and repeated
+    praise scores high. The KL penalty must keep the policy from exploiting this; read the samples to see whether it
+    does. An empty completion scores -1, the worst score (VADER's own score is 0).
     """
 
     __name__ = "gold"
@@ -176,7 +174,7 @@ class GoldReward:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
-        """Scores `completions` (text or messages); `prompts` and further columns are ignored."""
+        """Scores `completions` (text or messages). `prompts` and other columns are ignored."""
         return [self._score(_completion_text(completion)) for completion in completions]
 
     def _score(self, text: str) -> float:
@@ -185,13 +183,13 @@ class GoldReward:
         return float(self._analyzer.polarity_scores(text)["compound"])
 
 
-class Judgements(NamedTuple):
-    """Comparison rows, and what their noise allows.
+class Judgments(NamedTuple):
+    """Judged comparison rows, and the best accuracy that their noise allows.
 
     rows: comparison rows (prompt, completions, pairs, targets, weights, category, source, row).
-    ceiling: expected accuracy of the noise-free gold order on the pairs that are no ties, the mean of max(p, 1 - p).
-    gold_accuracy: the accuracy that order has on their labels as drawn. Both are NaN where every pair is a tie.
-    dropped: row numbers of the prompts whose completions were all the same.
+    ceiling: expected accuracy of the gold order on pairs that are not ties, the mean of max(p, 1 - p).
+    gold_accuracy: accuracy of the gold order on the labels that were drawn. Both are NaN if every pair is a tie.
+    dropped: row numbers of the prompts whose completions are all the same.
     """
 
     rows: list[dict[str, Any]]
@@ -202,12 +200,12 @@ class Judgements(NamedTuple):
 
 @dataclass(frozen=True)
 class SimulatedAnnotator:
-    """Judges all pairs of a prompt's completions by a noisy look at the gold reward (Bradley & Terry 1952).
+    """Judges all pairs of a prompt's completions by the gold reward with noise (Bradley & Terry 1952).
 
-    P(i beats j) = sigmoid((gold_i - gold_j) / noise), one 0/1 draw per pair. `noise` is in units of gold: two
-    completions that lie `noise` apart are judged in gold's order 73 % of the time; at 0 always. Equal golds are a tie:
-    whoever sees no difference says so, instead of tossing a coin. A draw depends on the seed, the row number and the
-    texts only, not on the order or batching of rows, or of completions.
+    P(i beats j) = sigmoid((gold_i - gold_j) / noise), with one 0/1 draw per pair. `noise` is in units of the gold
+    reward: completions whose gold rewards differ by `noise` are judged in the gold order 73 % of the time, and always
+    if it is 0. Equal gold rewards are a tie. A draw depends on the seed, the row number and the texts, not on the order
+    or batches of rows or completions.
     """
 
     noise: float = 0.3
@@ -227,10 +225,10 @@ class SimulatedAnnotator:
         logit = (gold_i - gold_j) / self.noise
         return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))  # exp(710) overflows
 
-    def judge(self, rows: Sequence[dict[str, Any]]) -> Judgements:
+    def judge(self, rows: Sequence[dict[str, Any]]) -> Judgments:
         """Labels rows `{prompt, completions, category?, source?, row?}` with K >= 2 completions (text or messages).
 
-        Identical completions of a prompt are merged. `row` defaults to the position in `rows`: pass it when judging in
+        Identical completions of a prompt are merged. `row` defaults to the position in `rows`. Pass it when judging in
         batches.
         """
         judged = []
@@ -257,7 +255,7 @@ class SimulatedAnnotator:
                 target = self._draw(number, texts[i], texts[j], chance)
                 pairs.append([i, j])
                 targets.append(target)
-                if chance != 0.5:  # a tie has no order that could be right
+                if chance != 0.5:  # a tie has no right order
                     expected_accuracies.append(max(chance, 1 - chance))
                     hits.append(float((chance > 0.5) == target))
             judged.append(
@@ -272,7 +270,7 @@ class SimulatedAnnotator:
                     "row": number,
                 }
             )
-        return Judgements(judged, _mean(expected_accuracies), _mean(hits), dropped)
+        return Judgments(judged, _mean(expected_accuracies), _mean(hits), dropped)
 
     def _draw(self, row: int, text_i: str, text_j: str, chance: float) -> float:
         """1.0 with probability `chance`, else 0.0, from a hash of seed, row and two texts; 0.5 is a tie."""

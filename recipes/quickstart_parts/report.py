@@ -1,4 +1,4 @@
-"""What the quickstart leaves behind: the table at its end, samples to read, and a check that nothing is missing."""
+"""The quickstart's results: the table at its end, samples to read, and a check that the report is complete."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hf_rlhf_ext.hub.markdown import escape_markdown
 
-CATEGORIES = (  # InstructGPT's table 1, spelt out here so that the check does not depend on what it checks
+CATEGORIES = (  # InstructGPT's table 1; written here again, so that the check does not depend on what it checks
     "generation",
     "open QA",
     "brainstorming",
@@ -25,7 +25,7 @@ CATEGORIES = (  # InstructGPT's table 1, spelt out here so that the check does n
     "closed QA",
     "extract",
 )
-# Section of report.json -> keys that must be numbers; "" is the report itself.
+# Section of report.json: keys that must be numbers. "" is the report itself.
 NUMBERS = {
     "": ("seed", "peak_memory_gb"),
     "reward_model": ("pairs", "heldout_pairs", "accuracy", "nll", "longer_wins_baseline", "annotator_ceiling"),
@@ -50,7 +50,7 @@ MIN_SAMPLES = 5
 def check_report(folder: str | Path) -> list[str]:
     """Problems of a finished run's folder, one line each: a missing key or file, or a number that is not finite.
 
-    An empty list means that `report.json` and the files beside it are complete. No gain is asked for.
+    The list is empty if `report.json` and the files beside it are complete. A gain is not required.
     """
     folder = Path(folder)
     problems = []
@@ -67,7 +67,7 @@ def check_report(folder: str | Path) -> list[str]:
     if not isinstance(report, dict):
         return [*problems, f"report.json holds a {type(report).__name__}, not an object"]
 
-    # Each one goes on where another found a problem: a broken run is seen whole.
+    # All checks run, so that all problems of a broken run are reported.
     for check in (_check_numbers, _check_intervals, _check_run, _check_categories):
         problems += check(report)
     problems += _check_finite(report, "report")
@@ -95,12 +95,12 @@ def _check_intervals(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"report: `{section}.{key}` is {interval!r}, not [low, high]"
             continue
         low, high = interval
-        if math.inf > low > high:  # an infinite bound is `_check_finite`'s to report
+        if math.inf > low > high:  # `_check_finite` reports an infinite bound
             yield f"report: `{section}.{key}` is {interval}, with low above high"
 
 
 def _check_run(report: Mapping[str, Any]) -> Iterator[str]:
-    """What was run, with which versions, and how long each stage took."""
+    """Checks the command, the versions, and the seconds of each stage."""
     for key in ("size", "command"):
         if not isinstance(report.get(key), str) or not report[key]:
             yield f"report: `{key}` is {report.get(key)!r}, not text"
@@ -123,7 +123,7 @@ def _check_categories(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_finite(value: Any, where: str) -> Iterator[str]:
-    """Every number of the report, also those that nobody asked for: NaN is how a broken stage shows."""
+    """Checks every number of the report: a broken stage gives NaN."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _check_finite(item, f"{where}.{key}")
@@ -135,7 +135,7 @@ def _check_finite(value: Any, where: str) -> Iterator[str]:
 
 
 def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The object at `key`; an empty one where there is none."""
+    """The object at `key`, or an empty one."""
     section = values.get(key)
     if not isinstance(section, dict):
         return {}
@@ -143,11 +143,11 @@ def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)  # finite or not: `_check_finite` tells
+    return isinstance(value, int | float) and not isinstance(value, bool)  # `_check_finite` checks whether it is finite
 
 
 def print_results(report: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Prints the run in one short table: the reward model against its baselines, and what PPO changed."""
+    """Prints the results in one short table: the reward model with its baselines, and what PPO changed."""
     table = Table(title=f"Quickstart, seed {report['seed']}, size {report['size']}", title_justify="left")
     table.add_column("what")
     table.add_column("before", justify="right")
@@ -159,12 +159,12 @@ def print_results(report: Mapping[str, Any], *, console: Console | None = None) 
     table.add_section()
     _add_cost(table, report)
     if console is None:
-        console = Console()
+        # Where the output is captured, rich would use 80 columns and break most notes into two lines.
+        console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
 
 
 def _add_reward_model(table: Table, model: Mapping[str, Any]) -> None:
-    # What a reward model must beat, and what it cannot: counting words, and the annotator's own noise.
     low, high = model["accuracy_ci95"]
     longer, ceiling = model["longer_wins_baseline"], model["annotator_ceiling"]
     baselines = f"longer wins {longer:.3f} · annotator's ceiling {ceiling:.3f}"
@@ -175,7 +175,7 @@ def _add_reward_model(table: Table, model: Mapping[str, Any]) -> None:
 def _add_ppo(table: Table, ppo: Mapping[str, Any], n_prompts: int) -> None:
     low, high = ppo["gold_gain_ci95"]
     gain = f"gain {ppo['gold_gain']:+.3f} · 95 % CI {low:+.3f} to {high:+.3f}"
-    table.add_row("gold reward", *_both_ends(ppo, "gold", ".3f"), f"{gain}\n{n_prompts} held-out prompts")
+    table.add_row("gold reward", *_both_ends(ppo, "gold", ".3f"), f"{gain}\non {n_prompts} held-out prompts")
     table.add_row("proxy reward", *_both_ends(ppo, "proxy", ".3f"), "what PPO maximized")
     kl_note = f"per completion, after {ppo['updates']} updates at β = {ppo['kl_coef']:.3g}"
     table.add_row("KL to the SFT policy, nats", "0.0", f"{ppo['kl']:.1f}", kl_note)
@@ -186,7 +186,7 @@ def _add_cost(table: Table, report: Mapping[str, Any]) -> None:
     seconds = report["seconds"]
     slowest = max(seconds, key=seconds.get)
     table.add_row("seconds", "", f"{sum(seconds.values()):.0f}", f"longest stage: {slowest}, {seconds[slowest]:.0f}")
-    table.add_row("peak memory, GB", "", f"{report['peak_memory_gb']:.2f}", "largest resident size of a process")
+    table.add_row("peak memory, GB", "", f"{report['peak_memory_gb']:.2f}", "largest process")
 
 
 def _both_ends(section: Mapping[str, float], name: str, spec: str) -> tuple[str, str]:
@@ -194,16 +194,19 @@ def _both_ends(section: Mapping[str, float], name: str, spec: str) -> tuple[str,
 
 
 def write_samples(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes completions before and after PPO as markdown that shows exactly what the model wrote.
+    """Writes completions before and after PPO as Markdown that shows exactly what the model wrote.
 
-    Rows hold `prompt`, `before`, `after` (text), and optionally `category`, `gold_before`, `gold_after`. Raises
-    `ValueError` for fewer than five rows: one can be chosen to please, five are harder to choose.
+    Args:
+        rows: `prompt`, `before` and `after` as text; optional are `category`, `gold_before` and `gold_after`.
+
+    Raises:
+        ValueError: there are fewer than five rows, which is too few to judge a policy by.
     """
     if len(rows) < MIN_SAMPLES:
         raise ValueError(f"write_samples: {len(rows)} rows, at least {MIN_SAMPLES} are needed.")
     lines = ["# Completions before and after PPO", "", "Held-out prompts, drawn by the seed, not chosen.", ""]
     for row in rows:
-        # What a model writes may look like markup: shown as it is.
+        # The model's text may contain markup, which must be shown and not rendered.
         heading = f"**{escape_markdown(row['prompt'])}**"
         if row.get("category"):
             heading += f" ({escape_markdown(row['category'])})"
@@ -221,10 +224,10 @@ def write_samples(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def peak_memory_gb() -> float:
-    """Largest resident size, in 10^9 bytes, that this process or a child it has waited for reached.
+    """Peak memory (resident size) of this process or of one of its finished children, in GB (10^9 bytes).
 
-    A maximum over processes, not a sum. From getrusage(2), whose `ru_maxrss` is in kilobytes on Linux and in bytes on
-    macOS.
+    It is the maximum over processes, not their sum. The value is `ru_maxrss` of getrusage(2), which is in kilobytes on
+    Linux and in bytes on macOS.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -233,7 +236,7 @@ def peak_memory_gb() -> float:
 
 
 def results_table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown table of several runs, one row a seed, for the README."""
+    """Markdown table of several runs for the README, with one row per seed."""
     header = [
         "seed",
         "reward model accuracy (95 % CI)",
@@ -272,7 +275,7 @@ def _results_row(report: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`FOLDER` checks a run and says what is missing; `--table REPORT.json …` prints the README's table."""
+    """`FOLDER` checks a run and prints what is missing. `--table REPORT.json …` prints the README's table."""
     if arguments and arguments[0] == "--table":
         reports = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments[1:]]
         print(results_table(reports))

@@ -9,8 +9,9 @@ from importlib.metadata import version
 
 import pytest
 
-from hf_rlhf_ext.cli.output import MARKER, prepare_output_dir
+from hf_rlhf_ext.cli.output import MARKER, prepare_output_dir, print_metrics
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
+from hf_rlhf_ext.cli.progress import LOG_FILE
 from hf_rlhf_ext.compat import versions
 from hf_rlhf_ext.errors import UserError
 
@@ -245,9 +246,9 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("x")
     with pytest.raises(UserError) as caught:
         prepare_output_dir(tmp_path, resume=None, overwrite=False)
-    assert str(caught.value) == (
-        f"{tmp_path} is not empty: pass --resume_from_checkpoint true to go on, or --overwrite true to start afresh"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} is not empty: pass --resume_from_checkpoint true")
+    assert "--overwrite true" in message
     assert files(tmp_path) == {"model.safetensors"}
 
 
@@ -256,11 +257,12 @@ def test_overwrite_empties_only_what_we_made(tmp_path):
     for folder in (theirs, outside):
         folder.mkdir()
         (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"was not made by hf_rlhf_ext \(no hf_rlhf_ext.json\): remove it yourself"):
+    with pytest.raises(UserError, match=r"was not made by hf_rlhf_ext \(no hf_rlhf_ext.json\): .* --output_dir"):
         prepare_output_dir(theirs, resume=None, overwrite=True)
     prepare_output_dir(ours, resume=None, overwrite=False)
     (ours / "checkpoint-2").mkdir()
     (ours / "checkpoint-2" / "state").write_text("x")
+    (ours / LOG_FILE).write_text("{}")
     (ours / "link").symlink_to(outside)  # the link goes, what it points to stays
     prepare_output_dir(ours, resume=None, overwrite=True)
     assert files(ours) == {MARKER}
@@ -294,3 +296,9 @@ def test_versions_are_those_installed():
     }
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert all(os.sep not in value for value in found.values())
+
+
+def test_metrics_are_printed_one_per_line(capsys):
+    print_metrics({"updates": 2, "kl": 0.12345, "kl_ci95": [-0.0714, 0.0331], "eval_rewards": [], "start": "a model"})
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["updates: 2", "kl: 0.123", "kl_ci95: -0.071, 0.033", "eval_rewards: none", "start: a model"]

@@ -1,4 +1,4 @@
-"""The comparison collator: properties that hold for any K, any lengths, duplicates and empty completions."""
+"""The comparison collator, tested for any K, any lengths, duplicates and empty completions."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ tokens = st.lists(st.integers(0, 9), max_size=6)  # the pad id is an ordinary to
 
 @st.composite
 def comparison(draw):
-    # Every completion has at least its stop token; equal ones are allowed here.
+    # Every completion has at least its stop token. Equal completions are allowed here.
     completions = draw(st.lists(tokens.map(lambda ids: ids + [PAD]), min_size=2, max_size=5))
     index = st.integers(0, len(completions) - 1)
     pairs = draw(st.lists(st.tuples(index, index).filter(lambda p: p[0] != p[1]).map(list), min_size=1, max_size=6))

@@ -1,4 +1,4 @@
-"""What every reader shares: each source row is counted once, as kept or as dropped with the reason."""
+"""Code shared by all readers: each source row is counted once, as kept or as dropped with a reason."""
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -90,7 +90,7 @@ def test_one_bad_part_of_a_reading_is_left_out_and_named():
 
 
 def test_validated_rows_stay_as_they_are():
-    own = comparison(first="a", second="a ")  # equal but for white space: different to those who wrote it
+    own = comparison(first="a", second="a ")  # equal except for white space, but given as different completions
     parts, report = converted([Reading([0], own)], valid=True)
     assert parts[0].rows[0]["completions"] == ["a", "a "] and not report.dropped
     assert converted([Reading([0], own)])[1].dropped == {"completions are equal": [0]}
@@ -112,7 +112,7 @@ def test_prompts_of_one_kind_are_kept_and_counted(text, kept, dropped):
     rows = list(keep_one_kind(parts, report, text=text))
     assert len(rows) == 1 and isinstance(rows[0]["prompt"], str) == (kept == [0])
     assert report.kept == len(kept) and report.flagged == {"seen": kept}
-    assert [*report.dropped.values()] == [dropped] and "as elsewhere" in [*report.dropped][0]
+    assert [*report.dropped.values()] == [dropped] and "but other prompts are" in [*report.dropped][0]
 
 
 def test_the_more_frequent_kind_is_kept_and_messages_where_they_are_as_many():

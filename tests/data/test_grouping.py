@@ -1,4 +1,4 @@
-"""Rows of a prompt become one: what was said twice counts once, and what was merged stays as it is."""
+"""Rows with the same prompt are merged into one: copies count once, and merged rows do not change again."""
 
 import json
 import random
@@ -25,12 +25,12 @@ def said(annotator, label=1.0, **more):
     "second, copied",
     [
         (row(1), True),
-        (row(1, completions=(" a", "b ")), True),  # white space apart
-        (row(1, margins=[0.0], weights=[1.0], votes=None, flags=["x"]), True),  # as it comes back from a saved data set
-        (row(1, weights=[1 + 1e-10]), True),  # as a writer rounds them
+        (row(1, completions=(" a", "b ")), True),  # equal except for white space
+        (row(1, margins=[0.0], weights=[1.0], votes=None, flags=["x"]), True),  # as loaded from a saved dataset
+        (row(1, weights=[1 + 1e-10]), True),  # rounded when the file was written
         (row(1, targets=[0.0]), False),  # a contradiction
         (row(1, targets=[0.9]), False),
-        (row(1, completions=("b", "a"), targets=[0.0]), False),  # shown the other way round: judged anew
+        (row(1, completions=("b", "a"), targets=[0.0]), False),  # shown in the opposite order: a new judgment
         (row(1, completions=("a", "c")), False),
         (row(1, margins=[2.0]), False),
         (row(1, weights=[0.5]), False),
@@ -78,7 +78,7 @@ def test_loading_what_was_loaded_changes_nothing(shared_data, tmp_path, file):
 
 
 def without_nothing(value):
-    """As a reader sees it, to whom a missing cell and None are the same."""
+    """Removes None values, since readers treat a missing cell and None alike."""
     if isinstance(value, dict):
         return {name: without_nothing(cell) for name, cell in value.items() if cell is not None and name != "source"}
     return [without_nothing(cell) for cell in value] if isinstance(value, list) else value

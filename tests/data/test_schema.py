@@ -1,4 +1,4 @@
-"""Comparison rows: what is accepted, what is refused and with which words, and how TRL's rows become them."""
+"""Comparison rows: validation, error messages, and the conversion of TRL's rows."""
 
 import json
 import re
@@ -38,9 +38,9 @@ def test_valid_rows_pass():
         ({"prompt": 3}, "prompt", "give a string or a list of messages"),
         ({"prompt": [{"role": "user"}]}, "prompt", "give a string or a list of messages"),
         ({"completions": ["a"]}, "completions", "at least two"),
-        ({"completions": ["a", True]}, "completions", "entry 1 is a bool: the prompt is a string"),
-        ({"completions": ["a", [assistant("b")]]}, "completions", "entry 1 is a list: the prompt is a string"),
-        ({"prompt": [user("p")]}, "completions", "entry 0 is a str: the prompt is a list of messages"),
+        ({"completions": ["a", True]}, "completions", "entry 1 is a bool: give a string"),
+        ({"completions": ["a", [assistant("b")]]}, "completions", "entry 1 is a list: give a string"),
+        ({"prompt": [user("p")]}, "completions", "entry 0 is a str: give a list of messages"),
         ({"completions": ["a", "b", "a"]}, "completions", "0 and 2 are equal: merge them"),
         ({"pairs": []}, "pairs", "give at least one"),
         ({"pairs": "01"}, "pairs", "give a list"),
@@ -50,12 +50,12 @@ def test_valid_rows_pass():
         ({"pairs": [[0, 1], [0, 1, 2]]}, "pairs", "[0, 1, 2]: give two indices"),
         ({"pairs": [[0, 1], [True, 0]]}, "pairs", "[True, 0]: give two indices"),
         ({"pairs": [[0, 1], [2, 2]]}, "pairs", "[2, 2]: a completion cannot be compared with itself"),
-        ({"targets": [1.0, 1.5]}, "targets", "1.5: P(i ≻ j) lies between 0 and 1"),
-        ({"targets": [1.0, float("nan")]}, "targets", "nan: P(i ≻ j) lies between 0 and 1"),
-        ({"weights": [1.0, -1.0]}, "weights", "-1.0: weights are finite and not negative"),
-        ({"weights": [1.0, float("inf")]}, "weights", "inf: weights are finite"),
+        ({"targets": [1.0, 1.5]}, "targets", "1.5: give a probability"),
+        ({"targets": [1.0, float("nan")]}, "targets", "nan: give a probability"),
+        ({"weights": [1.0, -1.0]}, "weights", "-1.0: give a finite number that is not negative"),
+        ({"weights": [1.0, float("inf")]}, "weights", "inf: give a finite number"),
         ({"weights": [1.0]}, "weights", "1 entries for 2 pairs: give one per pair"),
-        ({"margins": [0.0, "much"]}, "margins", "'much': margins are finite numbers, i minus j"),
+        ({"margins": [0.0, "much"]}, "margins", "'much': give a finite number, i minus j"),
         ({"votes": [{"annotator": "x", "pair": [0, 1], "label": 2}]}, "votes", "label (0 to 1)"),
         ({"votes": [{"annotator": "x", "pair": [0, 1], "label": 1, "confidence": "?"}]}, "votes", "give annotator"),
         ({"category": 3}, "category", "leave it out"),
@@ -70,7 +70,7 @@ def test_refusals_name_source_row_column_and_remedy_in_one_line(change, column, 
 
 
 @pytest.mark.parametrize("kept_pairs, targets", [(None, [1.0, 0.0, 0.5]), ([0, 2], [1.0, 0.5]), ([2], [0.5])])
-def test_judgements_follow_completions_that_get_new_numbers(kept_pairs, targets):
+def test_judgments_follow_completions_that_get_new_numbers(kept_pairs, targets):
     row = {"prompt": "p", "completions": list("abcd"), "pairs": [[0, 1], [3, 0], [1, 3]], "targets": [1.0, 0.0, 0.5]}
     row |= {"margins": [1.0, 2.0, 3.0], "weights": None, "flags": ["f"]}
     row["votes"] = [{"annotator": "x", "pair": pair, "label": 1.0} for pair in ([0, 1], [3, 1], [2, 3])]
@@ -78,9 +78,9 @@ def test_judgements_follow_completions_that_get_new_numbers(kept_pairs, targets)
     pairs = [[2, 0], [1, 2], [0, 1]]
     assert changed["pairs"] == [pairs[n] for n in kept_pairs or range(3)] and changed["targets"] == targets
     assert changed["margins"] == [row["margins"][n] for n in kept_pairs or range(3)] and changed["weights"] is None
-    assert [vote["pair"] for vote in changed["votes"]] == [[2, 0], [1, 0]]  # completion 2 was left out
+    assert [vote["pair"] for vote in changed["votes"]] == [[2, 0], [1, 0]]  # completion 2 was removed
     assert renumbered(row | {"votes": row["votes"][2:]}, {0: 0, 1: 1, 3: 2})["votes"] is None
-    assert row["pairs"][0] == [0, 1] and row["votes"][0]["pair"] == [0, 1]  # the row itself stays
+    assert row["pairs"][0] == [0, 1] and row["votes"][0]["pair"] == [0, 1]  # the original row is unchanged
 
 
 def test_comparison_rows_get_default_weights_and_survive_arrow():
@@ -123,7 +123,7 @@ def test_trl_rows_with_prompt():
 def test_trl_messages_with_and_without_prompt_give_the_same_rows():
     explicit = {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
     implicit = {side: explicit["prompt"] + explicit[side] for side in ("chosen", "rejected")}
-    # TRL takes a text prompt beside whole conversations for an implicit one.
+    # TRL ignores a text prompt next to whole conversations, and extracts the prompt from them.
     mixed = implicit | {"prompt": "hi"}
     results = [to_comparisons(Dataset.from_list([row]))[0].to_list() for row in (explicit, implicit, mixed)]
     assert results[0] == results[1] == results[2]
@@ -170,7 +170,7 @@ def test_split_text_agrees_with_trl_where_trl_is_right():
     for chosen, rejected in [("The sky is blue.", "The sky is green."), ("ab", "abc"), ("a b", "a c"), ("xy", "xz")]:
         expected = extract_prompt({"chosen": chosen, "rejected": rejected})
         assert split_text(chosen, rejected) == (expected["prompt"], expected["chosen"], expected["rejected"])
-    assert split_text("b ", "a") == ("", "b ", "a")  # TRL takes index -1 for the character before the split
+    assert split_text("b ", "a") == ("", "b ", "a")  # TRL compares the character at index -1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_load_comparisons_from_files_folders_and_memory(tmp_path):
         assert report.source == name and report.kept == 4
     assert load_comparisons(data, group=False)[0].remove_columns("row").to_list() == expected
     head, _ = load_comparisons(tmp_path / "pairs.csv", split="train[:2]", group=False)
-    assert head.remove_columns(["row", "source"]).to_list() == expected[:2]  # numbers in columns of text stay text
+    assert head.remove_columns(["row", "source"]).to_list() == expected[:2]  # numbers in text columns stay text
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_load_comparisons_from_files_folders_and_memory(tmp_path):
         ("notes.txt", None, "notes.txt: .* known are .json"),
         ("bad.jsonl", None, "bad.jsonl: .* json: "),
         ("pairs.jsonl", "test", r"pairs.jsonl: .*'test': leave it out"),
-        ("splits", None, "splits: .* a, b: pass split="),
-        ("splits", "c", r"splits: .* a, b: pass split= .*'c'"),
+        ("splits", None, "splits: .* a, b: pass one of them as split="),
+        ("splits", "c", r"splits: .* a, b: pass one of them as split= .*'c'"),
     ],
 )
 def test_load_comparisons_refusals(tmp_path, name, split, message):
@@ -245,7 +245,18 @@ def test_hh_helpful_is_read_with_its_dirt_counted(shared_data):
     assert report.flagged == {"empty_completion": [1951, 2673]}
     assert all(len(row["prompt"]) == 1 and row["prompt"][0]["role"] == "user" for row in dataset)
     fake = [row["row"] for row in dataset if any("\n\nAssistant:" in c[0]["content"] for c in row["completions"])]
-    assert fake == [203, 228, 424, 1394, 1429, 1987, 2214, 2411, 3877, 3978]  # part of the reply, not of the prompt
+    assert fake == [
+        203,
+        228,
+        424,
+        1394,
+        1429,
+        1987,
+        2214,
+        2411,
+        3877,
+        3978,
+    ]  # "Assistant:" is part of the reply, not of the prompt
 
 
 def test_hh_harmless_keeps_every_row_and_flags_differing_histories(shared_data):

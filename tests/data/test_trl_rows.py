@@ -1,4 +1,4 @@
-"""TRL's rows and comparison rows become comparison rows as `load_comparisons` makes them; other columns are refused."""
+"""TRL's rows and comparison rows are read as `load_comparisons` reads them; other columns are rejected."""
 
 import gzip
 import json
@@ -96,7 +96,7 @@ def test_the_rarer_kind_of_prompt_is_dropped_and_named():
     "row",
     [
         {"question": "q", "chosen": "a", "rejected": "b"},
-        {"question": "q", "prompt": "", "chosen": "a", "rejected": "b"},  # no prompt is there either
+        {"question": "q", "prompt": "", "chosen": "a", "rejected": "b"},  # the prompt is empty
         {"instruction": "q", "chosen": "a", "rejected": "b"},
         {"input": "q", "system": "s", "chosen": "a", "rejected": "b"},
         {"conversations": [{"from": "human", "value": "q"}], "chosen": A[0], "rejected": B[0]},

@@ -22,7 +22,7 @@ def example():
 
 
 class SeededEngine(TransformersEngine):
-    """Seeds the random numbers of every rollout: those of its tokens, and of the permutations that are drawn next."""
+    """Seeds the random numbers of every rollout, for its tokens and for the permutations that are drawn next."""
 
     def __init__(self):
         super().__init__()

@@ -17,15 +17,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
-    """A running stand-in that huggingface_hub in this process talks to, as alice, with an empty cache."""
+    """A running stand-in for the Hub, which huggingface_hub in this process uses as alice, with an empty cache."""
     server, home = HubServer().start(), tmp_path_factory.mktemp("hf_home")
-    # The client reads these when it is imported, so the environment would come too late here.
+    # The client reads these when it is imported, so environment variables would be too late.
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # one that is made now knows this server, and goes
+    monkeypatch.setattr(
+        transformers.utils.hub, "_hf_api", None
+    )  # a new one uses this server, and is removed after the test
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -37,7 +39,7 @@ def hub(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def naps(monkeypatch) -> list[float]:
-    """Seconds that retries would have waited: they do not wait here."""
+    """Collects the seconds that retries would have waited. They do not wait in tests."""
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
@@ -45,7 +47,7 @@ def naps(monkeypatch) -> list[float]:
 
 @pytest.fixture
 def elsewhere(hub, tmp_path_factory):
-    """Runs code in a new process that knows the stand-in and nothing else: elsewhere(code, *argv, token=…)."""
+    """Runs code in a new process that only has access to the stand-in: elsewhere(code, *argv, token=…)."""
 
     def run(code: str, *argv: str, token: str | None = ALICE, check: bool = True, **env: str):
         home = tmp_path_factory.mktemp("elsewhere")

@@ -1,4 +1,4 @@
-"""What the Hub stand-in stores: repositories as commits of whole trees, in memory."""
+"""Storage of the Hub stand-in: repositories as commits of whole trees, in memory."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 
 class Refused(Exception):
-    """An answer other than 200: status, message, the Hub's error code, further headers, and a body of its own."""
+    """An error response: status, message, error code of the Hub, additional headers, and optionally a body."""
 
     def __init__(self, status: int, message: str = "", code: str = "", headers: dict | None = None, body=None):
         self.status, self.body = status, body or {"error": message}
@@ -15,7 +15,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class File:
-    """Content and how it is stored."""
+    """Content of a file, and whether it is stored in LFS."""
 
     data: bytes
     lfs: bool
@@ -26,7 +26,7 @@ class File:
 
     @property
     def blob(self) -> str:
-        """Git's id: of the content, or of the LFS pointer."""
+        """Git id of the content or of the LFS pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
         data = pointer.encode() if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -73,7 +73,7 @@ class Repo:
         return self.commits[oid]
 
     def history(self, branch: str = "main") -> list[Commit]:
-        """Newest first."""
+        """Returns the commits, newest first."""
         found, oid = [], self.at(branch).oid
         while oid:
             found.append(self.commits[oid])

@@ -1,7 +1,8 @@
-"""A Hub on loopback: what huggingface_hub's client asks for when it creates, uploads, lists and downloads.
+"""A stand-in for the Hub on the loopback interface, with the requests that huggingface_hub's client needs.
 
-Repositories live in memory. Files over 1 kB that look binary, and all safetensors and parquet files, go by git LFS, as
-on the real Hub; a commit is made under a lock, whole or not at all. Faults are set with `fault`.
+It can create repositories, and upload, list and download files. Repositories are in memory. As on the real Hub, binary
+files over 1 kB and all safetensors and parquet files are stored in git LFS. A commit is made under a lock, completely
+or not at all. `fault` simulates failures.
 """
 
 import base64
@@ -18,7 +19,7 @@ import yaml
 
 from tests.hub.repos import File, Refused, Repo
 
-USERS = {  # token: account; of organisations, those that the token may write to
+USERS = {  # token -> account, with the organizations that the token can write to
     "hf_alicealicealicealice": {"name": "alice", "orgs": ["acme"]},
     "hf_bobbobbobbobbobbobbob": {"name": "bob", "orgs": []},
 }
@@ -29,9 +30,10 @@ API = rf"/api/(?P<kind>models|datasets)/{REPO}"
 
 @dataclass
 class Fault:
-    """What goes wrong, `times` times, after `after` requests that match: `status`, or (None) the connection is cut.
+    """A simulated failure, which happens `times` times, after `after` matching requests.
 
-    It is cut after `read` bytes of the request's body; or, with `done`, after the request was carried out.
+    The response has the status `status`. If that is None, the connection is cut after `read` bytes of the request body
+    or, with `done`, after the request was executed.
     """
 
     status: int | None = None
@@ -44,7 +46,7 @@ class Fault:
 
 
 class HubServer:
-    """The server: `start`, `url`, `repos`, `requests` (what was asked for), `fault`, `stop`."""
+    """The server, with `start`, `url`, `repos`, `requests` (all requests so far), `fault` and `stop`."""
 
     def __init__(self):
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -64,14 +66,14 @@ class HubServer:
     def stop(self) -> None:
         self._http.shutdown()
         self._http.server_close()
-        for connection in list(self._sockets):  # kept alive by clients that would wait on them
+        for connection in list(self._sockets):  # clients keep them alive, and would wait for them
             cut(connection)
 
     def fault(self, status: int | None = None, **options) -> None:
         self.faults.append(Fault(status, **options))
 
     def due(self, line: str) -> Fault | None:
-        """The fault that this request meets, if any."""
+        """Returns the fault for this request, if any."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.match, line):
@@ -98,7 +100,7 @@ def cut(connection: socket.socket) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; `ROUTES` says which method answers which request."""
+    """Handles one connection. `ROUTES` maps requests to methods."""
 
     protocol_version = "HTTP/1.1"
     hub: HubServer
@@ -175,10 +177,10 @@ class Handler(BaseHTTPRequestHandler):
         for method, pattern, function in ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):
                 given = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
-                return function(self, **given)  # unquoted late: a branch's name may hold a quoted slash
+                return function(self, **given)  # unquoted here, since the name of a branch may contain a quoted slash
         raise Refused(404, f"Not found: {self.command} {path}")
 
-    # Who asks, and for what
+    # Authentication and access
 
     @property
     def account(self) -> dict | None:
@@ -188,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         return USERS.get(given)
 
     def find(self, kind: str, name: str, write: bool = False) -> Repo:
-        """The repository; hidden from those who may not read it, refused to those who may not write."""
+        """Returns the repository. Raises `Refused` if it does not exist, or if the user has no access."""
         repo, account = self.hub.repos.get((kind, name)), self.account
         member = account is not None and repo is not None and repo.owner in (account["name"], *account["orgs"])
         if repo is None or (repo.private and not member):

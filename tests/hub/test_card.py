@@ -82,15 +82,15 @@ def test_results_carry_n_and_interval_in_the_table_and_in_the_model_index(card):
     reward = card("reward_model")
     results = {result.metric_type: result for result in reward.data.eval_results}
     assert results["accuracy"].metric_value == pytest.approx(0.7812, abs=1e-4)
-    # Ties have no winner to find.
+    # Ties have no winner.
     assert results["accuracy"].metric_name == "Pairwise accuracy (n = 160, 95 % CI 0.720 to 0.840)"
     assert results["nll"].metric_name.endswith(" (n = 180)")
     assert {result.dataset_name for result in results.values()} == {"held-out pairs of the run"}
     assert "| Pairwise accuracy | 0.781 | 0.720 to 0.840 | 160 |" in reward.text
-    assert "180 pairs of 30 prompts were held out; accuracy counts the 160 that are no ties." in reward.text
+    assert "180 pairs of 30 prompts were held out; accuracy is measured on the 160 pairs without a tie." in reward.text
     policy = card("policy")
     assert "| Gain in gold reward | 0.551 | 0.450 to 0.640 | 16 |" in policy.text
-    assert "8.9 nats of KL a completion (β = 0.05)" in policy.text
+    assert "8.9 nats of KL per completion (β = 0.05)" in policy.text
     assert "| chat | 12 | 0.200 | 0.125 |" in policy.text
     sft = [result.metric_type for result in card("sft").data.eval_results]
     assert sft == ["gold_before", "proxy_before", "mean_length_before"]
@@ -98,8 +98,8 @@ def test_results_carry_n_and_interval_in_the_table_and_in_the_model_index(card):
 
 def test_limits_are_measured(card):
     text = card("policy").text
-    assert "Gold reward fell in: chat (0.20 to 0.12, n = 12)." in text
-    assert "too few to conclude from: extract." in text
+    assert "gold reward decreased in: chat (0.20 to 0.12, n = 12)." in text
+    assert "fewer than ten held-out prompts, too few for a conclusion: extract." in text
     assert "from 18.0 to 21.5 tokens" in text and "135 million" in text and "lexicon" in text
     assert "Q4_1" not in text
     worse = REPORT | {"reward_model": REPORT["reward_model"] | {"accuracy": 0.5}}
@@ -136,7 +136,7 @@ def test_a_card_of_other_data_shows_what_was_measured(card):
     assert "simulated" not in text and "noisy" not in text and "0.600" in text
     text = card("policy", {"ppo": {"kl": 3.0}}).text
     assert "VADER" not in text and "3.000" in text
-    for kind in KINDS:  # old reports lack much; what they lack is left out, never made up
+    for kind in KINDS:  # values that old reports lack are not in the card
         empty = card(kind, {})
         assert empty.data.eval_results is None and "## Results" not in empty.text
 
@@ -148,17 +148,17 @@ def test_a_recipes_policy_shows_n_beta_and_second_opinions_without_a_gold_reward
     ppo |= {"a_judge_gain_ci95": [-0.2, 0.1], "stop_reason": "KL is 9.1 nats, above max_kl = 8 <b>"}
     text = card("policy", {"ppo": ppo}).text
     older = {name: value for name, value in ppo.items() if name != "stop_reason"}
-    older["stopped_by"] = ppo["stop_reason"]  # its name in reports of 0.1
+    older["stopped_by"] = ppo["stop_reason"]  # its name in reports of version 0.1
     assert card("policy", {"ppo": older}).text == text
     rows = ["| Gain in proxy reward | 1.000 | 0.800 to 1.200 | 24 |", "completion | 3.500 | 3.000 to 4.000 | 24 |"]
     rows += [r"| Gain in reward a\_judge, unseen by PPO | -0.100 | -0.200 to 0.100 | 24 |"]
     assert all(row in text for row in rows)
-    assert "Proxy reward went from -0.100 to 0.900, in 8 updates, at 3.5 nats of KL a completion (β = 0.05)." in (
-        text.replace(r"A\_judge reward went from 0.400 to 0.300, proxy", "Proxy")
+    assert "Proxy reward changed from -0.100 to 0.900, in 8 updates, at 3.5 nats of KL per completion (β = 0.05)." in (
+        text.replace(r"A\_judge reward changed from 0.400 to 0.300, proxy", "Proxy")
     )
     limits = text.split("## Limits")[1]
-    assert r"Reward a\_judge, which PPO did not see, fell by 0.100" in limits
-    assert r"ended training before its time: KL is 9.1 nats, above max\_kl = 8 &lt;b&gt;" in limits
+    assert r"Reward a\_judge, which PPO did not use, decreased by 0.100" in limits
+    assert r"A guard stopped training early: KL is 9.1 nats, above max\_kl = 8 &lt;b&gt;" in limits
 
 
 def test_an_sft_recipes_card_shows_its_loss(card):
@@ -175,9 +175,9 @@ def test_a_reward_models_length_bias_and_gain_are_in_its_card(card):
     measured = REPORT["reward_model"] | {"groups": {"length_gap": gaps, "a|b": {"<c>": {"n": 1, "accuracy": 1.0}}}}
     measured |= {"gain": 0.259, "gain_ci95": [-0.1, 0.4], "brier": 0.15, "ece": 0.05}
     text = card("reward_model", {"reward_model": measured}).text
-    assert "(0 to 2 tokens apart) its accuracy is 0.550 (n = 20), where they differ most (9 to 40 tokens) 0.900" in text
+    assert "accuracy is 0.550 (n = 20) if both completions have a similar length (0 to 2 tokens apart)" in text
     assert "may be chance" in text and "| Expected calibration error | 0.050 | – | 180 |" in text
-    assert "| Gain in accuracy over it | 0.259 | -0.100 to 0.400 | 160 |" in text
+    assert "| Gain in accuracy over preferring the longer completion | 0.259 | -0.100 to 0.400 | 160 |" in text
     assert r"| a\|b | &lt;c&gt; |" in text
 
 
@@ -202,7 +202,7 @@ def test_results_name_the_data_set_and_its_commit(card):
 
 def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(card):
     made = card("policy", repo_id="runs/quickstart/policy", system_prompt='Say "hi".').text
-    assert "No weights are published with this card: `runs/quickstart/policy`" in made
+    assert "No weights are published with this card." in made and "the folder `runs/quickstart/policy`" in made
     (snippet,) = re.findall(r"```python\n(.*?)```", made, re.DOTALL)
     compile(snippet, "snippet", "exec")
     assert r'{"role": "system", "content": "Say \"hi\"."}' in snippet
@@ -220,14 +220,14 @@ def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(car
         ("gpt2", {"dtype": "float32"}, True),
         ("gpt2", {"dtype": "bfloat16"}, False),
         ("bert", {"dtype": "float32"}, False),
-        ("bert", {"dtype": "bfloat16"}, True),  # encoders are fp32 all the same
+        ("bert", {"dtype": "bfloat16"}, True),  # encoders are always fp32
     ],
     ids=str,
 )
 def test_the_snippet_s_plain_score_is_the_scorer_s(
     architecture, base_options, bf16, chat_tokenizer, tmp_path, capsys, monkeypatch
 ):
-    """Decoders with and without a chat template, and an encoder: adapters whose cards tell how to score without us.
+    """Adapters of decoders (with and without a chat template) and of an encoder: the card shows how to score them.
 
     The base is stored in fp32; the snippet loads it as it was in training, whatever dtype this machine prefers.
     """
@@ -242,7 +242,7 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(
     else:
         model = hf.BertModel(hf.BertConfig(**small, intermediate_size=48))
         chat_tokenizer.cls_token = chat_tokenizer.sep_token = chat_tokenizer.eos_token
-        chat_tokenizer.chat_template = None  # ours for encoders then
+        chat_tokenizer.chat_template = None  # the library has a default template for encoders
     for part in (model, chat_tokenizer):
         part.save_pretrained(tmp_path / "base")
     plain = [{"prompt": f"Tell {k}:", "chosen": "a happy day", "rejected": "no"} for k in range(4)]
@@ -277,11 +277,11 @@ def test_the_snippet_loads_the_base_as_it_was_in_training(card, kind):
         (line,) = [line for line in snippet.splitlines() if f'from_pretrained("{BASE}"' in line]
         return line.partition(f'"{BASE}"')[2]
 
-    usual = loading()  # a report that does not say
+    usual = loading()  # a report without this information
     assert "dtype" not in usual and "quantization" not in usual
     assert loading(base_dtype="bfloat16") == usual.replace(")", ', dtype="bfloat16")')
     assert loading(base_dtype="bfloat16", load_in_4bit=True).endswith('dtype="bfloat16", quantization_config=four_bit)')
-    assert loading(config={"load_in_4bit": True}).endswith("quantization_config=four_bit)")  # an older recipe's
+    assert loading(config={"load_in_4bit": True}).endswith("quantization_config=four_bit)")  # from an older recipe
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -338,7 +338,7 @@ NASTY = ["# H\n---\n<script>x</script> |a|b| ![x](http://y) *b* `c`", "```\n</de
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("evil", NASTY)
 def test_no_text_breaks_out_of_its_place(card, kind, evil):
-    """Read by a markdown parser: the structure of a card with nasty names is that of one with plain names."""
+    """With a Markdown parser, a card with unsafe names has the same structure as one with plain names."""
     row = {"n": 12, "gold_before": 0.2, "gold_after": 0.1}
 
     def shape(text):
@@ -370,7 +370,7 @@ def test_a_number_that_is_missing_or_not_finite_is_a_users_error(card, value):
         card("critic")
 
 
-# --- nothing of the machine ------------------------------------------------------------------------------------------
+# --- no local paths or names -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -395,7 +395,7 @@ def test_no_trace_of_the_machine_in_a_card(card, machine, kind):
     content = card(kind, report, config=config, model_name="zelda77-model", limits=[f"Made in {machine}."]).content
     for secret in (str(machine), str(Path.cwd()), "zelda77", socket.gethostname(), token, "secret-token-1", "/mnt"):
         assert secret not in content, secret
-    assert "x.jsonl" in content and "runs" in content  # still a command that one can read
+    assert "x.jsonl" in content and "runs" in content  # the command is still readable
     yaml.safe_load(re.search(r"```yaml\n(.*?)```", content, re.DOTALL)[1])
 
 
@@ -466,8 +466,7 @@ def test_shipped_cards_say_what_speaks_against_them():
     for seed in range(3):
         run = json.loads((ROOT / "docs" / "quickstart" / f"seed{seed}.json").read_text(encoding="utf-8"))["ppo"]
         assert "{:+.3f} ({:+.3f} to {:+.3f})".format(run["gold_gain"], *run["gold_gain_ci95"]) in policy
-    found = re.search(r"flattery .*? (\d+ %) .*? (\d+ %)", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert found and all(share in reward for share in found.groups()) and "Not ready for PPO" in reward
+    assert re.search(r"flattery .*? \d+% .*? \d+%", reward) and "Not ready for PPO" in reward
     assert "best of three" in policy and "I am happy to help" in policy.split("## Limits")[1]
     for card in (policy, reward, sft):
         assert "No weights are published" in card and "cut at 32 tokens" in card and "learning_rate" in card
@@ -485,7 +484,7 @@ def test_there_is_a_card_for_every_stage():
     assert [path.name for path in SHIPPED] == ["quickstart-ppo", "quickstart-reward", "quickstart-sft"]
 
 
-# --- what a merged model and the next round say ----------------------------------------------------------------------
+# --- merged models and lineage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Comparisons on the Hub: the rows come back, annotators stay unnamed, and nothing leaks."""
+"""Comparisons on the Hub: rows are unchanged, annotators are numbered, and leaks are rejected."""
 
 import logging
 import re
@@ -76,7 +76,7 @@ def test_leaks_in_rows_and_missing_licenses_are_refused(hub, rows):
 
 
 def test_the_card_s_snippet_runs_elsewhere_and_a_name_of_one_s_own_is_enough(hub, rows, elsewhere, monkeypatch):
-    monkeypatch.setenv("LOGNAME", "alice")  # the user is called as the owner is: that is no leak
+    monkeypatch.setenv("LOGNAME", "alice")  # the user has the same name as the owner, which is not a leak
     splits = DatasetDict({"train": rows.select(range(8)), "test": rows.select(range(8, 12))})
     push_comparisons(splits, "judged", licenses={"alice/pairs": "mit"}, title="What people liked")
     push_comparisons(rows.select(range(8)), "judged", licenses={"alice/pairs": "mit"}, title="What people liked")

@@ -1,4 +1,4 @@
-"""How a recipe's run begins and ends with `--push_to_hub`: what is refused at once, and what it leaves for the next."""
+"""Start and end of a recipe with `--push_to_hub`: what is rejected before training, and what is kept for later runs."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_code_that_would_not_be_published_is_refused_before_training(base, tmp_p
         check(trust_remote_code=True)
     assert "\n" not in str(error.value)
     mark(base, "config.json")
-    check()  # an adapter is pushed without it
+    check()  # the code is not pushed with an adapter
     with pytest.raises(UserError, match="brings code of its own"):
         check(use_peft=False)
     mark(base, "tokenizer_config.json")

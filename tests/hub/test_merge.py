@@ -1,4 +1,4 @@
-"""One plain model of a run's adapter and its base, from the base's full weights."""
+"""Merging the adapter of a run into the full-precision weights of its base."""
 
 import json
 
@@ -28,7 +28,7 @@ def base(tiny_llama, chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def make_run(base, chat_tokenizer, tmp_path):
-    """An adapter's folder with a report, as a recipe leaves it."""
+    """Makes the folder of an adapter with a report, like a recipe."""
 
     def make(kind: str, load_in_4bit: bool = False):
         task = "reward" if kind == "reward_model" else "causal_lm"
@@ -55,7 +55,7 @@ def make_run(base, chat_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_merged_policy_is_the_adapter_on_the_full_weights(make_run, base, tmp_path, quantized):
-    # Trained on 4 bits: the full weights are loaded again all the same.
+    # The full weights are loaded again, even if the adapter was trained on 4 bits.
     folder = make_run("policy", load_in_4bit=quantized)
     merged = merge_run(folder, tmp_path / "merged", dtype="float32")
     full, _ = load_policy(folder, dtype="float32")
@@ -71,7 +71,7 @@ def test_bf16_is_rounded_once(make_run, tmp_path):
     merged = merge_run(make_run("policy"), tmp_path / "merged", dtype="bfloat16")
     weights = load_file(merged / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    report = json.loads((merged / "report.json").read_text())  # which weights those were, by no name of this machine
+    report = json.loads((merged / "report.json").read_text())  # names the base without a local path
     assert report["merge"] == {"dtype": "bfloat16", "base": "base", "max_score_difference": None}
 
 
@@ -95,7 +95,7 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
     merge = json.loads(found["report.json"])["merge"]
     assert merge.pop("max_score_difference") < 1e-5 and merge == {"dtype": "float32", "base": "alice/base"}
     assert again(["Hello?"], ["Yes."]) == pytest.approx(scorer(["Hello?"], ["Yes."]), abs=1e-5)
-    assert not (folder / "pushed.json").exists()  # the adapter itself was not
+    assert not (folder / "pushed.json").exists()  # the adapter itself was not pushed
 
 
 def test_what_cannot_be_merged_is_one_line(make_run, base, tmp_path):
@@ -108,8 +108,8 @@ def test_what_cannot_be_merged_is_one_line(make_run, base, tmp_path):
         merge_run(folder, tmp_path / "merged", base_model=str(quantized))
     with pytest.raises(UserError, match="the adapter's own folder: give another one"):
         merge_run(folder, folder)
-    (folder / "report.json").write_text('{"card": {"colour": "red"}}')
-    with pytest.raises(UserError, match="report.json is no report .*colour"):
+    (folder / "report.json").write_text('{"card": {"hue": "red"}}')
+    with pytest.raises(UserError, match="report.json is not a report .*hue.*: remove it"):
         merge_run(folder, tmp_path / "merged")
 
 

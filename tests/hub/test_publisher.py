@@ -1,4 +1,4 @@
-"""What trainers send to the Hub through their publisher: whatever fails there is one line, and training goes on."""
+"""Pushes by trainers through their publisher: a failure prints one line, and training continues."""
 
 import json
 
@@ -19,7 +19,7 @@ from hf_rlhf_ext.publishing import new_publisher, require_publisher
 
 
 class PublishingTrainer(Trainer):
-    """A trainer with a publisher, as ours have one; the second process of two where `rank` says so."""
+    """A trainer with a publisher, like those of the library. `rank` 1 makes it the second of two processes."""
 
     rank = 0
 
@@ -51,7 +51,7 @@ class SecondProcess(PublishingTrainer):
 
 @pytest.fixture
 def make_trainer(hub, tiny_llama, chat_tokenizer, tmp_path):
-    """A trainer of an adapter that saves and pushes at each of two steps."""
+    """Makes trainers for an adapter that can save and push at each of two steps."""
     tiny_llama.save_pretrained(tmp_path / "base")
     HfApi().create_repo("alice/base")
     HfApi().upload_folder(repo_id="alice/base", folder_path=tmp_path / "base")
@@ -107,14 +107,14 @@ def test_a_disk_that_is_full_or_anything_else_costs_a_line(hub, make_trainer, tm
     trainer = make_trainer(save_strategy="no")
     trainer._push_from_checkpoint(str(tmp_path / "gone"))
     (line,) = warnings(capsys)
-    assert line.startswith("warning: step 0: not pushed: FileNotFoundError: ") and line.endswith("Training goes on.")
+    assert line.startswith("warning: step 0: not pushed: FileNotFoundError: ") and line.endswith("Training continues.")
     (tmp_path / "checkpoint-1").mkdir()
     torch.save({}, tmp_path / "checkpoint-1" / "optimizer.pt")
     (tmp_path / "checkpoint-1" / "adapter_config.json").write_text("{")
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
     trainer._finish_current_push()
     (line,) = warnings(capsys)
-    assert "adapter_config.json is not valid JSON" in line and line.endswith("Training goes on.")
+    assert "adapter_config.json is not valid JSON" in line and line.endswith("Training continues.")
 
 
 def test_every_trainer_has_a_publisher_of_its_own(make_trainer):
@@ -134,7 +134,7 @@ def test_the_repository_is_made_before_training_and_private_unless_it_is_asked_f
     assert trainer.hub_model_id == "alice/run" and hub.repo("alice/run").private
     make_trainer(hub_model_id="alice/open", hub_private_repo=False)
     assert not hub.repo("alice/open").private
-    assert make_trainer(hub_model_id=None).hub_model_id == "alice/run"  # by the output folder
+    assert make_trainer(hub_model_id=None).hub_model_id == "alice/run"  # the name of the output folder
     with pytest.raises(UserError, match="bob/run is not yours"):
         make_trainer(hub_model_id="bob/run")
 
@@ -148,11 +148,13 @@ def test_a_finished_run_is_pushed_with_a_card_and_without_pickles(hub, make_trai
     assert {"README.md", "report.json", "adapter_model.safetensors"} <= set(files)
     assert not [name for name in files if name.endswith(".bin")] and (tmp_path / "run" / "training_args.bin").exists()
     report = json.loads(files["report.json"])
-    assert report["card"]["kind"] == "sft" and report["card"]["base_model"] == "alice/base"  # no card_kind of its own
+    assert (
+        report["card"]["kind"] == "sft" and report["card"]["base_model"] == "alice/base"
+    )  # the trainer has no card_kind
     assert report["card"]["base_dtype"] == "float32" and 'dtype="float32"' in files["README.md"].decode()
     assert hub.repo("alice/run").history()[0].title == "Done"
     (tmp_path / "run" / "report.json").write_text(json.dumps({"sft": {"eval_loss": 0.5}, "card": report["card"]}))
-    trainer.push_to_hub(revision="a-recipe-s")  # its report is not written anew
+    trainer.push_to_hub(revision="a-recipe-s")  # the report of a recipe is not rewritten
     pushed = json.loads(hub.files("alice/run", revision="a-recipe-s")["report.json"])
     assert pushed["sft"] == {"eval_loss": 0.5}
 

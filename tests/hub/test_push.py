@@ -1,4 +1,4 @@
-"""Pushing a finished run to the stand-in: what arrives, what never does, and what happens when the Hub fails."""
+"""Pushing a finished run to the stand-in: which files arrive, which never do, and what happens if the Hub fails."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ PUSHED = {
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a PPO run leaves, and more than that."""
+    """The folder of a PPO run, with additional files that must not be pushed."""
     folder = tmp_path / "polite"
     (folder / "value").mkdir(parents=True)
     (folder / "checkpoint-8" / "ref").mkdir(parents=True)
@@ -66,7 +66,7 @@ def run_folder(tmp_path):
     (folder / "README.md").write_text("---\nbase_model: x\n---\n<!-- Provide a summary -->")
     for name in ("training_args.bin", "optimizer.pt", "rng.pth", "checkpoint-8/optimizer.pt", "checkpoint-8/x.json"):
         (folder / name).write_bytes(b"\0")
-    for name in ("hf_rlhf_ext.json", "ppo_state.json", "checkpoint-8/ref/adapter.safetensors", ".hidden"):
+    for name in ("hf_rlhf_ext.json", "log.jsonl", "ppo_state.json", "checkpoint-8/ref/adapter.safetensors", ".hidden"):
         (folder / name).write_text("{}")
     (folder / "runs").mkdir()
     (folder / "runs" / "events.out.tfevents.1.host").write_text("")
@@ -85,13 +85,13 @@ def test_one_private_commit_of_what_others_need(hub, run_folder):
     assert json.loads(files["tokenizer_config.json"]) == {"name_or_path": None, "chat_template": "{{ 1 }}"}
     card = ModelCard.load("alice/polite")
     assert card.data.base_model == BASE and card.data.base_model_relation == "adapter"
-    assert 'from_pretrained(base, "alice/polite")' in card.text  # though only "polite" was given
+    assert 'from_pretrained(base, "alice/polite")' in card.text  # although only "polite" was given
     assert "prompts: [a/prompts](https://huggingface.co/a/prompts)" in card.text and "1.0 minutes" in card.text
-    known = json.loads((run_folder / "pushed.json").read_text())  # for the cards of what is made from it
+    known = json.loads((run_folder / "pushed.json").read_text())  # for the cards of models made from it
     digest = content_digest(run_folder)
     assert known == {"repo_id": "alice/polite", "commit": repo.history()[0].oid, "weights": digest}
     (run_folder / "pushed.json").unlink()
-    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before  # nothing else has changed
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before  # nothing else changed
 
 
 def test_a_second_push_sends_only_what_changed_and_removes_stale_weights(hub, run_folder):
@@ -106,12 +106,12 @@ def test_a_second_push_sends_only_what_changed_and_removes_stale_weights(hub, ru
     assert set(hub.files("acme/polite")) == PUSHED - {"value_head.safetensors"} | set(by_hand)
     assert not [line for line in hub.requests[asked:] if line.startswith("PUT")]
     push_run(run_folder, "acme/polite", private=False)
-    assert len(hub.repo("acme/polite").history()) == 4  # the third push had nothing to say
+    assert len(hub.repo("acme/polite").history()) == 4  # the third push made no commit
 
 
 def test_weights_without_a_card_take_the_old_card_away(hub, run_folder):
     push_run(run_folder, "alice/polite")
-    changed = {"adapter_model.safetensors": save({"lora": torch.rand(8)})}  # as of a checkpoint
+    changed = {"adapter_model.safetensors": save({"lora": torch.rand(8)})}  # like a checkpoint
     push_files(changed, "alice/polite")
     assert set(hub.files("alice/polite")) == {".gitattributes", ".hf_rlhf_ext.json", *changed}
 
@@ -183,7 +183,7 @@ def test_a_base_in_a_folder_beside_the_run_is_local_from_everywhere(hub, tiny_ll
     model.save_pretrained(tmp_path / "run")
     save_adapter(model, "default", tmp_path / "run" / "value")
     monkeypatch.chdir("/")
-    with pytest.raises(UserError, match="names a local base, .*models/llama, which nobody else has"):
+    with pytest.raises(UserError, match="names a local base, .*models/llama, which others do not have"):
         push_run(tmp_path / "run")
 
 
@@ -194,13 +194,16 @@ def test_a_folder_that_is_no_run(hub, tmp_path):
         push_run(tmp_path)
 
 
-# Who may push
+# Permissions
 
 
 def test_tokens_and_namespaces_are_checked_in_one_line(hub, monkeypatch):
     assert check_access("mine") == "alice/mine" and check_access("acme/x") == "acme/x"
-    cases = {"bob/x": (None, r"bob/x is not yours to write: you are alice, in \['acme'\]")}
-    cases |= {"x": ("hf_wrong", "does not know this token"), "alice/x": (BOB, "you are bob, in no one")}
+    cases = {"bob/x": (None, r"bob/x is not yours: you are alice, a member of \['acme'\]")}
+    cases |= {
+        "x": ("hf_wrong", "does not know this token"),
+        "alice/x": (BOB, "you are bob, a member of no organization: use one of these namespaces"),
+    }
     for name, (token, message) in cases.items():
         with pytest.raises(UserError, match=message) as error:
             check_access(name, token)
@@ -214,13 +217,13 @@ def test_a_hub_that_is_down_at_the_start_stops_nobody(hub, caplog, naps):
     hub.fault(500, times=100)
     with caplog.at_level(logging.WARNING):
         assert create_private_repo("alice/x") == "alice/x"
-    assert "cannot be reached now" in caplog.text and "cannot be made now" in caplog.text
+    assert "cannot be reached now" in caplog.text and "cannot create alice/x now" in caplog.text
     hub.faults.clear()
     assert create_private_repo("x") == "alice/x" and hub.repo("alice/x").private
     assert create_private_repo("y", private=False) == "alice/y" and not hub.repo("alice/y").private
 
 
-# When the Hub fails
+# Failures of the Hub
 
 
 def test_waits_as_long_as_the_hub_asks(hub, run_folder, naps):
@@ -233,14 +236,14 @@ def test_waits_as_long_as_the_hub_asks(hub, run_folder, naps):
 
 def test_a_failure_is_one_line_with_the_command_that_pushes_later(hub, run_folder, naps, capsys):
 
-    def warnings():  # without progress bars
+    def warnings():  # lines of stderr without progress bars
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
 
     hub.fault(503, match="/commit/", times=100)
     with pytest.raises(PushError) as error:
         push_run(run_folder, revision="a b")
     command = f"hf-rlhf push {run_folder} --repo polite --revision 'a b'"
-    assert str(error.value).endswith(f"It is kept in {run_folder}; later: {command}") and "503" in str(error.value)
+    assert str(error.value).endswith(f"The run is kept in {run_folder}; later: {command}") and "503" in str(error.value)
     assert try_push(run_folder) is None
     (line,) = warnings()
     assert line.startswith("warning: not pushed to alice/polite: ") and "later: hf-rlhf push" in line
@@ -287,7 +290,7 @@ def test_a_hub_that_asks_for_a_day_is_for_later(hub, run_folder, naps):
 
 def test_an_owner_that_cannot_be_asked_for_is_not_guessed(hub, run_folder, naps):
     hub.fault(503, match="whoami", times=100)
-    with pytest.raises(PushError, match="cannot be reached, so it is not known whose polite would be.*later"):
+    with pytest.raises(PushError, match="cannot be reached, so the owner of polite is not known.*later"):
         push_run(run_folder)
     push_run(run_folder, "alice/polite")
 
@@ -300,10 +303,10 @@ def test_an_owner_that_cannot_be_asked_for_is_not_guessed(hub, run_folder, naps)
         ("report.json", "", "report.json is not valid JSON (Expecting"),
         (
             "report.json",
-            json.dumps(REPORT | {"card": CARD | {"colour": "red"}}),
-            "unexpected keyword argument 'colour'",
+            json.dumps(REPORT | {"card": CARD | {"hue": "red"}}),
+            "unexpected keyword argument 'hue'",
         ),
-        ("report.json", json.dumps(REPORT | {"card": "none"}), "no card can be made of"),
+        ("report.json", json.dumps(REPORT | {"card": "none"}), "cannot make a card from"),
     ],
 )
 def test_a_broken_file_is_one_line(hub, run_folder, capsys, name, content, message):
@@ -361,7 +364,7 @@ def test_interrupted_at_every_point_main_is_the_old_or_the_new_and_the_next_push
         hub.faults.clear()
         now = hub.files("alice/polite")
         new = {name: (run_folder / name).read_bytes() for name in now if name.endswith((".safetensors", ".yaml"))}
-        assert now == old or {name: now[name] for name in new} == new  # the whole of one or of the other
+        assert now == old or {name: now[name] for name in new} == new  # all old files or all new files
         push_run(run_folder, "alice/polite")
         assert {name: hub.files("alice/polite")[name] for name in new} == new
     assert stopped >= 8

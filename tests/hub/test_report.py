@@ -1,4 +1,4 @@
-"""`report.json` as dataclasses: the same file comes out as went in, and older ones are read."""
+"""`report.json` as dataclasses: files are unchanged after reading and writing, and older files can be read."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "model_cards").glob("*/report.json
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
 def test_a_report_comes_out_as_it_went_in(path, tmp_path):
     written = json.loads(path.read_text(encoding="utf-8"))
-    written["card"] = {"relation": "adapter", "chat": True} | written["card"]  # always said by now
+    written["card"] = {"relation": "adapter", "chat": True} | written["card"]  # always written now
     report = RunReport.load(path.parent)
     assert report.to_dict() == written
     report.save(tmp_path)
@@ -28,7 +28,7 @@ def test_structure_and_numbers_of_a_section_are_told_apart():
     ppo = PPOSection.from_dict(section)
     assert ppo.metrics == {"kl": 3.0, "kl_ci95": [2.0, 4.0], "judge_n": 3} and ppo.eval_rewards == ["judge"]
     assert ppo.to_dict() == section
-    assert PPOSection.from_dict({"stopped_by": "KL"}).to_dict() == {"stop_reason": "KL"}  # an older report's
+    assert PPOSection.from_dict({"stopped_by": "KL"}).to_dict() == {"stop_reason": "KL"}  # from an older report
     assert PPOSection.from_dict({"stopped_by": "KL", "stop_reason": "length"}).stop_reason == "length"
 
 
@@ -44,5 +44,5 @@ def test_what_is_not_known_is_not_written():
 def test_a_mapping_or_a_report_will_do():
     report = RunReport(command="make")
     assert as_report(report) is report and as_report({"command": "make"}) == report
-    with pytest.raises(TypeError, match="colour"):  # an option that cards do not have
-        as_report({"card": {"kind": "sft", "colour": "red"}})
+    with pytest.raises(TypeError, match="hue"):  # not an option of cards
+        as_report({"card": {"kind": "sft", "hue": "red"}})

@@ -1,4 +1,4 @@
-"""An adapter trained on a certain revision of its base is loaded on that revision, not on what `main` is by then."""
+"""An adapter trained on a revision of its base is loaded on that revision, not on the current `main`."""
 
 import json
 
@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 @pytest.fixture
 def base(hub, tiny_config, chat_tokenizer, tmp_path):
-    """A repository with two commits of other weights; the first one has the tag v1."""
+    """A repository with two commits of different weights. The first one has the tag v1."""
     api, made = HfApi(), tmp_path / "made"
     api.create_repo("alice/base")
     for seed in range(2):
@@ -32,7 +32,7 @@ def base(hub, tiny_config, chat_tokenizer, tmp_path):
 
 
 def adapter(base, folder, task_type, chat_tokenizer):
-    """As a recipe with --model_revision v1 leaves it."""
+    """Saves an adapter like a recipe with --model_revision v1."""
     options = ModelArguments(model_name_or_path=base, model_revision="v1", lora_r=2)
     task = "reward" if task_type == "SEQ_CLS" else "causal_lm"
     model = load_base_model(base, task=task, dtype="float32", revision=options.revision)

@@ -1,4 +1,4 @@
-"""Leaks of every kind, each seeded once in a folder that looks like a run's, and nothing where there is nothing."""
+"""The leak scanner: finds every kind of leak in a folder that looks like a run, and has no false alarms."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from hf_rlhf_ext.hub.scan import Finding, refuse_findings, scan, scan_folder
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "aB3dE6gH9j" * 4
-FAKE = "-".join(["sk", "proj", DIGITS])  # joined here, so that no scanner of this repository stumbles on it
+FAKE = "-".join(["sk", "proj", DIGITS])  # joined here, so that scanners of this repository do not report it
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ TEXT_LEAKS = [  # kind of finding, file, the line it is in
     ("token", "a.txt", "xoxb-" + DIGITS),
     ("token", "b.txt", "AIza" + DIGITS),
     ("token", "c.txt", "eyJ" + DIGITS + ".eyJ" + DIGITS + "." + DIGITS),
-    ("token", "d.txt", "its value is v3ry-odd-value"),  # of an environment variable
+    ("token", "d.txt", "its value is v3ry-odd-value"),  # the value of an environment variable
     ("token", "tokenizer.json", json.dumps({"model": "hf_" + DIGITS})),
     ("private-key", "id.txt", "-----BEGIN OPENSSH " + "PRIVATE KEY-----"),
     ("credential", "e.txt", "Authorization: Bearer abcdefghijklmnop"),
@@ -77,7 +77,7 @@ def test_a_leak_in_text_is_found_with_its_line(machine, kind, name, leak):
     found = scan({name: f"first line\n\n{leak}\nlast line\n".encode()})
     assert [(f.kind, f.file, f.line) for f in found] == [(kind, name, 3)]
     if kind in ("token", "private-key", "credential"):
-        assert len(found[0].text) <= 7  # never the secret itself
+        assert len(found[0].text) <= 7  # not the whole secret
 
 
 def test_leaks_that_are_files(machine, tmp_path):
@@ -181,7 +181,7 @@ def test_a_name_on_the_hub_is_public_and_a_name_that_ordinary_text_holds_is_none
     (machine / "zelda77").mkdir()
     (machine / "zelda77" / "rows.jsonl").touch()
     monkeypatch.chdir(machine)
-    assert strip_local_paths("zelda77/rows.jsonl") == "<user>/rows.jsonl"  # it is here: no id
+    assert strip_local_paths("zelda77/rows.jsonl") == "<user>/rows.jsonl"  # a local file, so not an id on the Hub
     assert hub_owners("Zelda77/sft@ab12", "datasets/bob/x", "local sft (sha256 1)", "a/b/c", None) == {"zelda77", "bob"}
     monkeypatch.setenv("LOGNAME", "test")
     assert strip_local_paths("--dataset_test_split test") == "--dataset_test_split test"

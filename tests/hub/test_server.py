@@ -1,4 +1,4 @@
-"""The stand-in, by the clients that it is for: huggingface_hub, datasets, peft and transformers."""
+"""The Hub stand-in, tested with its clients: huggingface_hub, datasets, peft and transformers."""
 
 import json
 import time
@@ -152,7 +152,7 @@ def test_faults_happen_when_and_where_they_are_asked_for(hub, folder, naps):
     api.upload_folder(repo_id="alice/a", folder_path=folder)
     assert naps == [8.0, 1, 2, 1] and len(hub.files("alice/a")) == 5
     (folder / "config.json").write_text("{1}")
-    hub.fault(match="/commit/", done=True)  # it arrived, but nobody hears of it
+    hub.fault(match="/commit/", done=True)  # the commit arrived, but its answer was lost
     with pytest.raises(Exception, match="disconnected"):
         api.upload_folder(repo_id="alice/a", folder_path=folder)
     assert len(hub.repo("alice/a").history()) == 3 and hub.files("alice/a")["config.json"] == b"{1}"

@@ -1,4 +1,4 @@
-"""Adapters as roles: the PEFT facts that the library relies on, and switching, copying, saving, merging."""
+"""Adapters: the behavior of PEFT that the library relies on, and switching, copying, saving and merging."""
 
 import copy
 import json
@@ -47,13 +47,13 @@ def with_adapter(tiny_llama):
 
     def make(kind="lora", base=tiny_llama):
         model = get_peft_model(base, config_of(kind))
-        randomise(model)
+        randomize(model)
         return model.eval()
 
     return make
 
 
-def randomise(model, seed=1):
+def randomize(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -107,7 +107,7 @@ def test_peft_fact_a_reward_adapter_attaches_to_a_causal_base(tiny_config, tiny_
     reward = LlamaForSequenceClassification(tiny_config)
     reward.model.load_state_dict(tiny_llama.model.state_dict())
     reward = get_peft_model(reward, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
-    randomise(reward)
+    randomize(reward)
     save_adapter(reward, "default", tmp_path)
     expected = reward.eval().base_model.model.model(input_ids=IDS).last_hidden_state
     policy = get_peft_model(tiny_llama, config_of("lora"))
@@ -160,7 +160,7 @@ def test_a_copied_adapter_is_the_same_policy_frozen(with_adapter, kind):
     after = flags(model)
     assert {key: after[key] for key in before} == before
     assert not any(after[key] for key in after.keys() - before.keys())
-    randomise(model, seed=2)  # training moves the policy on
+    randomize(model, seed=2)  # training moves the policy on
     assert not torch.equal(logprobs(model), expected)
     with active_adapter(model, "ref"):
         assert torch.equal(logprobs(model), expected)
@@ -208,7 +208,7 @@ def test_weights_load_into_the_adapter_that_is_there(with_adapter, tmp_path, kin
     model = with_adapter(kind)
     expected, parameters = logprobs(model), {name: id(p) for name, p in model.named_parameters()}
     save_adapter(model, "default", tmp_path)
-    randomise(model, seed=2)
+    randomize(model, seed=2)
     load_adapter_weights(model, "default", tmp_path)
     assert torch.equal(logprobs(model), expected)
     assert {name: id(p) for name, p in model.named_parameters()} == parameters  # the optimizer's own

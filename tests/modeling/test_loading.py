@@ -29,14 +29,14 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32 machine", "bf16 machine"])
 def machine_dtype(request, monkeypatch):
-    """What `dtype="auto"` becomes, whatever machine the tests run on."""
+    """Fixes the meaning of `dtype="auto"`, independent of the machine that runs the tests."""
     monkeypatch.setattr(loading, "preferred_dtype", lambda: request.param)
     return request.param
 
 
 @pytest.fixture
 def saved_llama(tiny_llama, chat_tokenizer, tmp_path):
-    """Folder of a whole small model with its tokenizer."""
+    """Folder with a small model and its tokenizer."""
     tiny_llama.save_pretrained(tmp_path / "base")
     chat_tokenizer.save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
@@ -241,7 +241,7 @@ def test_4_bit_is_never_merged_into(quantized):
 
 
 def refused_without(module, monkeypatch, *arguments, **options):
-    """The message of `load_base_model` where a package is not installed."""
+    """The message of `load_base_model` if a package is not installed."""
     monkeypatch.setitem(sys.modules, module, None)  # what an import of a missing module comes to
     with pytest.raises(UserError) as error:
         load_base_model(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against log_softmax of the full logits, and no tensor as large as those ever made."""
+"""Chunked log-probabilities compared with log_softmax of the full logits, without tensors of that size."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ MASK = torch.arange(4) < LENGTHS[:, None]
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation inside held in memory of its own, not in that of `known` ones."""
+    """Records the size of the largest new tensor of any operation, except those that share memory with `known`."""
 
     def __init__(self, known=()):
         super().__init__()
@@ -47,7 +47,7 @@ def head_and_hidden():
 
 @pytest.fixture
 def sequences(tiny_config):
-    """Input ids (3, 6) of ragged prompts and completions, padded right with nonsense."""
+    """Input ids (3, 6) of prompts and completions of different lengths, padded on the right with nonsense."""
     torch.manual_seed(1)
     return torch.randint(3, tiny_config.vocab_size, (3, 6))
 

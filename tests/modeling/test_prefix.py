@@ -1,4 +1,4 @@
-"""The shared-prefix layout against rows of their own: masks by brute force, scores and gradients by architecture."""
+"""The shared-prefix layout compared with plain rows: masks by brute force, scores and gradients by architecture."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def make(name, dtype=torch.float32, **larger):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
     model = hf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).to(dtype)
-    with torch.no_grad():  # the default initialisation is so small that a wrong mask would hardly show
+    with torch.no_grad():  # the default initialization is so small that a wrong mask would hardly show
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -127,7 +127,7 @@ def test_the_probe_sees_a_window_that_no_short_text_reaches(name, monkeypatch):
     model = make(name, sliding_window=64).eval()
     assert shared_prefix_problem(model) is None and model.config.sliding_window == 64
     monkeypatch.setattr(prefix, "prefix_mask", lambda *given: prefix_mask(*given[:3]))  # forgets the window
-    assert "apart from plain rows" in shared_prefix_problem(model)
+    assert "from those of plain rows" in shared_prefix_problem(model)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -143,7 +143,7 @@ def test_the_probe_refuses_a_mask_that_is_ignored(monkeypatch):
         return forward(self, *args, attention_mask=None, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", deaf)
-    assert "apart from plain rows" in shared_prefix_problem(model)
+    assert "from those of plain rows" in shared_prefix_problem(model)
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), AssertionError("no 4-D mask\nhere")])
@@ -155,14 +155,14 @@ def test_a_model_that_raises_at_the_layout_takes_plain_rows_and_says_why(error, 
 
     monkeypatch.setattr(type(model), "forward", refuse)
     reason = str(error).splitlines()[0] if str(error) else "NotImplementedError"
-    assert shared_prefix_problem(model) == f"it refuses the layout: {reason}"
+    assert shared_prefix_problem(model) == f"it does not accept the layout: {reason}"
     assert model.training
 
 
 def test_architectures_that_cannot_are_told_from_their_configuration():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_labels": 1, "pad_token_id": 0}
     bloom = hf.BloomForSequenceClassification(hf.BloomConfig(**sizes, n_layer=1, n_head=2))
-    assert "takes no position ids" in shared_prefix_problem(bloom)
+    assert "accepts no position ids" in shared_prefix_problem(bloom)
     neo = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
     local = hf.GPTNeoForSequenceClassification(hf.GPTNeoConfig(**sizes, **neo, max_position_embeddings=64))
     assert why_not(local) == "it has local attention"

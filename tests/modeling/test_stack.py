@@ -1,4 +1,4 @@
-"""AdapterStack: roles on one base compute, train and are saved as models of their own would."""
+"""AdapterStack: roles on one base compute, train and are saved like separate models."""
 
 import copy
 
@@ -19,7 +19,7 @@ BATCH = (IDS, PROMPT_LENGTHS, MASK)
 
 
 def drawn(model, name, seed):
-    """Gives adapter `name` weights of its own."""
+    """Gives adapter `name` random weights."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def lora():
 
 @pytest.fixture
 def stack(tiny_llama, lora):
-    """policy, reference (the bare base), frozen (an adapter) and value (an adapter with a head, trainable)."""
+    """policy, reference (the base), frozen (an adapter) and value (a trainable adapter with a head)."""
     stack = AdapterStack(get_peft_model(tiny_llama, lora))
     drawn(stack.model, "default", 1)
     stack.attach("reference")
@@ -48,7 +48,7 @@ def stack(tiny_llama, lora):
 
 @pytest.fixture
 def reward_folder(tiny_config, tmp_path):
-    """A reward adapter as BradleyTerryTrainer saves one: SEQ_CLS, its head among its weights."""
+    """A reward adapter in the form that `BradleyTerryTrainer` saves: SEQ_CLS, with the head among its weights."""
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config).save_pretrained(tmp_path / "base")
     model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
@@ -186,7 +186,7 @@ def test_a_trained_model_of_its_own_goes_where_the_base_is(tiny_llama, tiny_conf
 
 
 def test_mistakes_are_one_line(stack, tiny_config, reward_folder):
-    with pytest.raises(UserError, match="'reference' is no adapter"):
+    with pytest.raises(UserError, match="'reference' has no adapter to copy"):
         stack.attach("copy", "reference")
     plain = AdapterStack(LlamaForCausalLM(tiny_config))
     with pytest.raises(UserError, match="'reward': a model without adapters"):

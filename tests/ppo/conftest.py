@@ -1,4 +1,4 @@
-"""A PPOTrainer on a tiny random Llama, as the tests of this folder use it."""
+"""Fixtures: a `PPOTrainer` on a tiny random Llama."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def letter_reward(completions, **kwargs):
 
 
 def health_history(trainer):
-    """Metrics by rollout, as the trainer's health warnings remember them."""
+    """Metrics by rollout, from the history of the health warnings."""
     from hf_rlhf_ext.ppo.callbacks import HealthWarnings
 
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, HealthWarnings))
@@ -71,13 +71,13 @@ JOY = ("happy", "smile", "fun", "love", "laugh", "play")
 
 
 def joy(completions, **kwargs):
-    """Happy words in a story, at most four: repeating one of them for ever does not pay."""
+    """Number of happy words in a story, at most four, so that repeating one does not help."""
     return [min(4.0, float(sum(text.lower().count(word) for word in JOY))) for text in completions]
 
 
 @pytest.fixture
 def make_storyteller(stories_path, tmp_path):
-    """`make(model, **options)`: a PPOTrainer that makes the stories of a real small model happier in 44 steps."""
+    """`make(model, **options)`: a `PPOTrainer` that makes the stories of a real small model happier in 44 steps."""
     from hf_rlhf_ext.modeling.loading import load_tokenizer
     from hf_rlhf_ext.ppo.config import PPOConfig
     from hf_rlhf_ext.ppo.trainer import PPOTrainer

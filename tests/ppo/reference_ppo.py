@@ -1,4 +1,4 @@
-"""A second PPO, written from the equations and nothing else: one unpadded sequence at a time, sums written out.
+"""A second PPO, written from the equations: one sequence at a time, without padding, and with explicit sums.
 
 It imports nothing of `hf_rlhf_ext.ppo` but the order in which PPO-ptx draws its texts. Log-probabilities and KL are in
 nats; tensors of one sequence are (T,), with T tokens in its completion.
@@ -18,7 +18,7 @@ PTX_BATCH_SIZE = 3
 
 @dataclass
 class Sequence:
-    """One completion of a rollout, with all that stays as it is while the policy is trained on it."""
+    """One completion of a rollout, with everything that does not change while the policy is trained on it."""
 
     prompt: str
     ids: list[int]
@@ -28,18 +28,18 @@ class Sequence:
     returns: Tensor
     ref_logprobs: Tensor
     weights: Tensor
-    """Importance weights of the sampler's distribution, 1 without correction."""
+    """Importance weights for the distribution of the sampler, 1 without correction."""
 
 
 @dataclass
 class Result:
-    """What the run gave, step by step."""
+    """The result of the run, step by step."""
 
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     """Trained parameters after each optimizer step."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     rollouts: list[list[dict[str, Tensor]]] = field(default_factory=list)
-    """What each rollout was made into, a dict a sequence."""
+    """What was computed for each rollout, a dict per sequence."""
 
 
 class ReferencePPO:
@@ -194,7 +194,7 @@ class ReferencePPO:
         return unfinished + self.args.length_penalty * max(0, len(ids) - self.args.length_target)
 
     def sampler_weights(self, ids: list[int], logits: Tensor, old_logprobs: Tensor) -> Tensor:
-        """Policy over what was sampled from: the best `top_k` tokens, renormalized."""
+        """Probability under the policy divided by that under the sampler, which keeps the best `top_k` tokens."""
         if not self.args.importance_sampling_correction:
             return torch.ones(len(ids))
         drawn = []
@@ -220,7 +220,7 @@ class ReferencePPO:
         self.result.metrics.append(metrics)
 
     def backward(self, sequence: Sequence, n_tokens: int, metrics: dict[str, float]) -> None:
-        """Gradients of one sequence's part of the loss, a mean over the batch's tokens; adds to `metrics`."""
+        """Gradients of the share of one sequence in the loss, a mean over tokens of the batch; adds to `metrics`."""
         args = self.args
         new, hidden, entropy, _ = self.policy_pass(sequence.prompt, sequence.ids)
         ratio = (new - sequence.old_logprobs).exp()
@@ -251,7 +251,7 @@ class ReferencePPO:
         return 0.5 * torch.max((values - sequence.returns) ** 2, (clipped - sequence.returns) ** 2)
 
     def clipped_values(self, values: Tensor, sequence: Sequence) -> int:
-        """Tokens whose value has moved further than allowed, and is nearer to the return than the edge is."""
+        """Tokens whose value has moved further than allowed, and is closer to the return than the limit is."""
         clip = self.args.value_clip_range
         moved = values - sequence.values
         edge = sequence.values + clip * moved.sign()
@@ -259,7 +259,7 @@ class ReferencePPO:
         return ((moved.abs() > clip) & is_nearer).sum().item()
 
     def backward_texts(self) -> None:
-        """PPO-ptx: the language-model loss of this step's texts, a mean over their tokens."""
+        """PPO-ptx: the language-model loss of the texts of this step, a mean over their tokens."""
         step = len(self.result.weights)
         drawn = prompt_indices(step, PTX_BATCH_SIZE, len(self.texts), self.args.seed)
         texts = [self.texts[index] for index in drawn]

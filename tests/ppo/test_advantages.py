@@ -1,4 +1,4 @@
-"""Token rewards, GAE, whitening and explained variance: by hand, and against the definition as a double loop."""
+"""Token rewards, GAE, whitening and explained variance: computed by hand, and with the definition as a double loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PPOConfig: what cannot work is refused in one line, and what Transformers would fill in wrongly has our default."""
+"""PPOConfig refuses options that do not work, and sets the defaults that Transformers would choose wrongly for PPO."""
 
 import pytest
 
@@ -16,14 +16,14 @@ def make(**options):
         ({"top_p": 0.0}, "top_p must be positive, got 0.0."),
         ({"top_p": 1.5}, "top_p must be between 0 and 1, got 1.5."),
         ({"clip_range": 0.0}, "clip_range must be positive, got 0.0."),
-        ({"value_clip_range": 0.0}, "value_clip_range must be positive, got 0.0: leave it out for no limit."),
+        ({"value_clip_range": 0.0}, "value_clip_range must be positive, got 0.0: set it to None for no limit."),
         ({"gamma": 1.01}, "gamma must be between 0 and 1, got 1.01."),
         ({"gae_lambda": -0.1}, "gae_lambda must be between 0 and 1, got -0.1."),
         ({"vf_coef": -0.1}, "vf_coef must not be negative, got -0.1."),
         ({"top_k": -1}, "top_k must not be negative, got -1."),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must not be negative, got -1.0."),
         ({"kl_horizon": 0}, "kl_horizon must be at least 1, got 0."),
-        ({"eval_strategy": "epoch"}, "eval_strategy='epoch': PPO is one epoch of rollouts: set eval_strategy='steps'"),
+        ({"eval_strategy": "epoch"}, "set eval_strategy='steps' and eval_steps."),
         ({"save_strategy": "epoch"}, "set save_strategy='steps' and save_steps."),
         ({"logging_strategy": "epoch"}, "set logging_strategy='steps' and logging_steps."),
         ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model='eval_loss': PPO's evaluation has no loss"),

@@ -1,4 +1,4 @@
-"""Each warning fires on a run that has the fault, with its numbers, and on no healthy one."""
+"""Each health warning appears for a run with the problem, with its numbers, and for no healthy run."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NAN = math.nan
 
 
 def healthy(n=20, seed=0, **changes):
-    """Figures of `n` rollouts of a run that learns; `changes` are functions of the rollout's number."""
+    """Metrics of `n` rollouts of a run that learns; `changes` are functions of the rollout's number."""
     rng = random.Random(seed)
     history = []
     for i in range(n):
@@ -80,7 +80,11 @@ WORDS = {
     "reward_saturation": ["deviation 0.05, 1 at the start", "kl_coef"],
     "reward_clip": ["95% of scores", "Raise reward_clip", "normalize_rewards"],
     "overoptimization": ["gold fell from its best 1 to 0.05", "rose from 0 to 1.9", "kl_coef", "kl_target", "max_kl"],
-    "negative_kl": ["is -0.94 nats", "differ by 0.013 nats per token) by rounding", "importance_sampling_correction"],
+    "negative_kl": [
+        "is -0.94 nats",
+        "differ by 0.013 nats per token) because of rounding",
+        "importance_sampling_correction",
+    ],
 }
 
 
@@ -105,7 +109,7 @@ def test_every_option_that_a_remedy_names_exists():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_is_over_is_not_said(fault):
-    # The same metrics with twenty good rollouts between the fault and now: the state is that of now.
+    # The same metrics followed by twenty good rollouts: only the current state counts.
     changes = {"completions__mean_length": lambda i: 40.0, "eval_objective__scores": lambda i: 0.1 * i}
     good = healthy(n=20, completions__mean_length=lambda i: 40.0, eval_rewards__gold__mean=lambda i: 5.0 + i)
     start = healthy(n=5, completions__mean_length=lambda i: 40.0)
@@ -150,10 +154,10 @@ def test_the_critic_has_a_warm_up():
 
 
 def test_shorter_completions_are_no_collapse_of_entropy():
-    # A tenth of the entropy in a tenth of the tokens: as much of it a token.
+    # A tenth of the entropy in a tenth of the tokens: the same entropy per token.
     history = [{"objective/entropy": 80.0 / k, "completions/mean_length": 40.0 / k} for k in [1] * 5 + [10] * 5]
     assert list(diagnose(history)) == ["length_drift"]
-    assert "pays for brevity" in diagnose(history)["length_drift"]
+    assert "favor short completions" in diagnose(history)["length_drift"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes (gloo, `accelerate launch`) train the weights of one process with the doubled batch."""
+"""Two processes (gloo, `accelerate launch`) train the same weights as one process with twice the batch size."""
 
 import json
 import os

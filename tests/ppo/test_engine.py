@@ -1,4 +1,4 @@
-"""The rollout engine without PPO: it takes a policy and token ids, and needs no roles."""
+"""The rollout engine without PPO: it needs a policy and token ids, but no roles."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_a_trainer_samples_with_the_engine_that_it_is_given(make_trainer, prompt
         def generate(self, prompt_ids, sampling, n=1):
             self.prompts += len(prompt_ids)
             samples = super().generate(prompt_ids, sampling, n)
-            return Samples(samples.ids, None)  # an engine need not tell its log-probabilities
+            return Samples(samples.ids, None)  # an engine may return no log-probabilities
 
     engine = Counting()
     trainer = make_trainer(engine=engine, max_steps=4)

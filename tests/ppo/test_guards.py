@@ -1,4 +1,4 @@
-"""Guards: what would ruin a run is skipped, stopped or taken back, and said in one line."""
+"""Guards: bad steps are skipped, a diverging run is stopped or goes back, and each case logs one line."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def moved(got, before):
 
 
 class Watch(TrainerCallback):
-    """Weights and optimizer state after each step; spoils the gradients of some steps before they are used."""
+    """Keeps weights and optimizer state after each step, and makes the gradients of some steps non-finite."""
 
     def __init__(self):
         self.weights = {}
@@ -50,7 +50,7 @@ def spoiled(trainer, steps):
 
 @pytest.fixture
 def make_sharp(make_trainer, tiny_config):
-    """`make_trainer` with a model that is sure of its tokens: the KL of a random one hardly depends on its weights."""
+    """`make_trainer` with a model of low entropy, as the KL of a random model hardly depends on its weights."""
 
     def make(**options):
         torch.manual_seed(0)
@@ -103,14 +103,14 @@ def test_too_many_skipped_steps_in_a_row_end_training(make_trainer, warnings):
     assert "training stops: 3 optimizer steps in a row had gradients that are not finite" in warnings()[-1]
 
 
-# The ceiling on the KL
+# The limit on the KL
 
 
 LONG = {"max_steps": 24, "kl_coef": 0.01, "learning_rate": 3e-3}  # rollouts before steps 1, 5, 9 …
 
 
 class Jump(TrainerCallback):
-    """Throws the policy far from its reference after a step, as a step that is far too large does."""
+    """Moves the policy far from its reference after a step, like an optimizer step that is far too large."""
 
     def __init__(self, step, every_time=True):
         self.step, self.times = step, 100 if every_time else 1
@@ -139,7 +139,7 @@ def test_a_kl_above_the_ceiling_stops_training_with_the_weights_of_then(make_sha
 
 def test_above_the_ceiling_nothing_counts_as_the_best_model(make_sharp, prompts, warnings):
     def judge(prompts, trainer_state, **kwargs):
-        return [float(trainer_state.global_step)] * len(prompts)  # ever better, if you ask it
+        return [float(trainer_state.global_step)] * len(prompts)  # this reward always rises
 
     options = LONG | {"max_kl": 5.0, "eval_dataset": prompts, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
@@ -152,7 +152,7 @@ def test_above_the_ceiling_nothing_counts_as_the_best_model(make_sharp, prompts,
     assert max(kl[step] for step in (2, 4, 6, 8)) < 5.0 < min(kl[step] for step in (10, 12))
     assert trainer.state.best_global_step == 8
     assert_same(trained(trainer.model), watch.weights[8])
-    assert any("not a candidate for the best model: eval_objective/kl is out of bounds" in line for line in warnings())
+    assert any("not a candidate for the best model: eval_objective/kl exceeds max_kl" in line for line in warnings())
 
 
 def test_the_coefficient_can_be_raised_instead(make_sharp, warnings):
@@ -181,7 +181,7 @@ def test_rolling_back_restores_the_last_checkpoint_below_the_ceiling(make_sharp,
     trainer.train()
     assert restored[0][0] == "checkpoint-8"  # 12 was saved after the jump
     assert_same(restored[0][1], watch.weights[8])
-    assert "back to checkpoint-8 (no. 1), with kl_coef 0.02" in warnings()[0]
+    assert "went back to checkpoint-8 (rollback 1 of 3), with kl_coef 0.02" in warnings()[0]
     assert_same(watch.weights[8], {name: watch.weights[8][name] for name in restored[0][1]})
     if every_time:
         assert len(restored) == 3 and trainer.state.global_step == 24
@@ -220,17 +220,19 @@ def test_weights_that_broke_are_taken_back_and_end_the_run(make_sharp, warnings)
     trainer = make_sharp(callbacks=[watch, Break()], max_steps=12, save_strategy="steps", save_steps=2)
     trainer.train()
     assert trainer.state.global_step == 9
-    assert "weights are not finite, those of checkpoint-4 are back: lower learning_rate" in warnings()[-1]
+    assert "those of checkpoint-4 are restored: lower learning_rate" in warnings()[-1]
     assert_same(trained(trainer.model), watch.weights[4])
 
 
 def test_weights_that_broke_without_a_checkpoint_are_one_line(make_sharp):
-    with pytest.raises(UserError, match="step 8: the policy's weights are not finite, and there is no checkpoint") as e:
+    with pytest.raises(
+        UserError, match="step 8: the weights of the policy are not finite, and there is no checkpoint"
+    ) as e:
         make_sharp(callbacks=[Break()], max_steps=12).train()
     assert "\n" not in str(e.value)
 
 
-# What a stopped run leaves
+# Results of a stopped run
 
 
 def checkpoints(trainer):
@@ -243,7 +245,7 @@ def test_a_stop_goes_back_to_the_last_good_checkpoint_which_rotation_kept_and_ca
     trainer = make_sharp(callbacks=[Jump(10, every_time=False), watch], max_kl=5.0, **options)
     trainer.train()
     assert trainer.state.global_step == 13 and "above max_kl = 5" in trainer.stop_reason
-    assert "the weights are those of checkpoint-8 (to go on, resume from that one)" in warnings()[-1]
+    assert "the weights are those of checkpoint-8 (to continue, resume from it)" in warnings()[-1]
     assert_same(trained(trainer.model), watch.weights[8])
     assert checkpoints(trainer) == {8, 12}  # none of step 13: it would hold the rollout that ended the run
     assert trainer.args.save_total_limit == 2
@@ -335,7 +337,7 @@ def test_in_fp16_a_stop_changes_nothing(make_fp16, critic, step, max_grad_norm):
 
 
 def test_weights_in_fp16_are_not_trained_in_fp16(make_trainer, tiny_config):
-    with pytest.raises(UserError, match="fp16=True cannot train weights that are fp16 themselves: load") as error:
+    with pytest.raises(UserError, match="fp16=True: .* is not supported: load") as error:
         make_trainer(fp16=True, model=LlamaForCausalLM(tiny_config).half(), peft_config=None)
     assert "\n" not in str(error.value)
 
@@ -483,7 +485,7 @@ def test_a_signal_is_acted_on_only_where_all_processes_agreed(make_trainer):
     "options, message",
     [
         ({"kl_target": 1.0, "kl_horizon": 1}, "kl_horizon=1 is a fifth or less of a rollout's 8 completions"),
-        ({"max_kl": 0.0}, "max_kl must be positive, got 0.0: leave it out for no limit."),
+        ({"max_kl": 0.0}, "max_kl must be positive, got 0.0: set it to None for no limit."),
         ({"max_kl_action": "pray"}, "max_kl_action must be one of stop, raise_kl_coef, rollback, got 'pray'."),
         (
             {"max_kl_action": "raise_kl_coef", "kl_coef": 0.0},
@@ -493,8 +495,8 @@ def test_a_signal_is_acted_on_only_where_all_processes_agreed(make_trainer):
         ({"kl_placement": "loss", "kl_estimator": "k1"}, "the gradient of k1 in the loss is zero in expectation"),
         ({"critic": "oracle"}, "critic must be one of adapter, head, model, got 'oracle'."),
         ({"critic": "adapter", "peft_config": None}, "critic='adapter' needs a policy that is an adapter"),
-        ({"critic": "model"}, "critic='model' needs value_model="),
-        ({"ptx_coef": 0.1}, "PPO-ptx needs both ptx_dataset and a ptx_coef above 0"),
+        ({"critic": "model"}, "critic='model' needs value_model if"),
+        ({"ptx_coef": 0.1}, "PPO-ptx needs both ptx_dataset and ptx_coef above 0"),
         ({"length_target": -1}, "length_target must not be negative, got -1."),
     ],
 )
@@ -514,7 +516,7 @@ def test_updates_that_are_too_large_are_said(make_sharp, warnings, history_of):
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
 def test_sharding_that_accelerate_turned_on_is_refused_in_one_line(make_trainer, monkeypatch, variable):
-    """`accelerate launch` says so in the environment: the options stay empty."""
+    """`accelerate launch` sets environment variables, and the options stay empty."""
     args = make_trainer().args
     monkeypatch.setenv(variable, "true")
     with pytest.raises(UserError, match="deepspeed and fsdp out.*multi_gpu") as error:

@@ -1,4 +1,4 @@
-"""`kill -9` at random moments costs the steps since the last checkpoint, and not one bit of the result."""
+"""`kill -9` at random moments loses only the steps since the last checkpoint, and does not change the result."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""KL estimators against the exact KL, summed over a small vocabulary; the adaptive controller worked by hand."""
+"""KL estimators compared with the exact KL of a small vocabulary; the adaptive controller computed by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""PPO on a real small model learns a reward within a minute, under a KL penalty, and the completions still read."""
+"""PPO with a KL penalty learns a reward on a real small model in a minute, and completions are still readable."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from hf_rlhf_ext.modeling.loading import load_base_model
 
 
 def gold(completions, **kwargs):
-    """VADER's sentiment of a text, -1 to 1: thousands of words, of which the reward that is trained on knows six."""
+    """Sentiment of a text by VADER, -1 to 1, from thousands of words; the training reward uses six of them."""
     analyzer = SentimentIntensityAnalyzer()
     return [analyzer.polarity_scores(text)["compound"] for text in completions]
 
@@ -31,7 +31,7 @@ def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, make_sto
     # The first few completions, over the whole vocabulary: an estimate of the same, with less noise.
     assert 0.3 < after["eval_objective/kl_exact"] / (sum(row.kl_k3 for row in rows[:4]) / 4) < 3.0
     assert sum(explained[-5:]) / 5 > 0.3
-    # Text that reads: many distinct words, and stories of their own rather than one for all.
+    # Readable text: many distinct words, and different stories for different prompts.
     words = [row.completion.split() for row in rows]
     assert sum(len(set(text)) / len(text) for text in words) / len(words) > 0.6
     assert len({row.completion for row in rows}) > 55 and story not in {row.completion for row in rows}
@@ -41,7 +41,7 @@ def test_ppo_makes_stories_happier_and_keeps_them_stories(stories_path, make_sto
 
 @pytest.mark.slow
 def test_a_wrong_setting_is_stopped_before_it_writes_a_broken_best_checkpoint(stories_path, make_storyteller, caplog):
-    def spaces(completions, **kwargs):  # what a policy without a KL penalty can drive up for ever
+    def spaces(completions, **kwargs):  # a reward that a policy without a KL penalty can increase without limit
         return [float(text.count("e")) for text in completions]
 
     options = {"kl_coef": 0.0, "learning_rate": 9e-2, "max_kl": 40.0, "reward_funcs": spaces}  # 30 times the right one

@@ -1,4 +1,4 @@
-"""PPO's losses against numbers worked by hand, in float64, with nonsense in the padding."""
+"""PPO's losses compared with numbers computed by hand, in float64, with nonsense in the padding."""
 
 import math
 

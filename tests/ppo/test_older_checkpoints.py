@@ -99,7 +99,7 @@ def test_an_older_checkpoint_resumes_in_the_middle_of_its_rollout(make_resumable
     adapter = load_file(OLD / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B"
     assert torch.equal(trainer.model.get_parameter(f"{name}.default.weight"), adapter[f"{name}.weight"])
-    # The memory of the health warnings lay beside the guards' then.
+    # Version 0.1.0 stored the history of the health warnings with the state of the guards.
     history = history_of(trainer)
     assert history == saved["guards"]["history"] and len(history) == 2
 
@@ -118,6 +118,6 @@ def test_an_older_checkpoint_trains_on_and_saves_in_the_form_of_today(make_resum
 
 def test_an_older_checkpoint_of_another_geometry_is_refused_in_one_line(make_resumable):
     trainer, checkpoint = make_resumable(num_ppo_epochs=4)
-    with pytest.raises(UserError, match="num_ppo_epochs=2.*set 2") as error:
+    with pytest.raises(UserError, match="num_ppo_epochs=2.*set num_ppo_epochs=2") as error:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(error.value)

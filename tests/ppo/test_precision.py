@@ -27,7 +27,7 @@ def test_adapters_get_gradients_at_every_bf16_step_also_right_after_a_rollout(ma
 
 
 def test_autocast_really_keeps_stale_casts_so_the_contexts_matter(tiny_llama):
-    # The trap itself: if PyTorch ever drops its cache, mixed_precision's warning can go.
+    # The problem itself: if a future PyTorch drops this cache, the warning in `mixed_precision` can be removed.
     model = get_peft_model(tiny_llama, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     ids = torch.arange(3, 11)[None]
 

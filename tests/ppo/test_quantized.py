@@ -1,6 +1,6 @@
-"""PPO on a real NF4 base (bitsandbytes, CPU): it learns, the base stays as it was, and four roles share its bytes.
+"""PPO on a real NF4 base (bitsandbytes, CPU): it learns, the base does not change, and four roles share its memory.
 
-`python -m pytest tests/ppo/test_quantized.py -k whatever -s` prints the differences that docs/ppo.md reports.
+`python -m pytest tests/ppo/test_quantized.py -k whatever -s` prints the differences that docs/trainers/ppo.md reports.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ MEMORY = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "ppo_memo
 
 
 def digest(model):
-    """Of every bit of the base: packed weights and what is not quantized."""
+    """Digest of the whole base: packed weights and parameters that are not quantized."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if "lora_" not in name and "_head" not in name:

@@ -1,4 +1,4 @@
-"""A resumed run gives the weights of an uninterrupted one, to the bit."""
+"""A resumed run gives exactly the same weights as an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ KINDS = {
 
 
 class StopAt(TrainerCallback):
-    """Ends a run as a killed one ends: without the steps that were still to come."""
+    """Ends a run early, like a run that is killed."""
 
     def __init__(self, step):
         self.step = step
@@ -35,7 +35,7 @@ class StopAt(TrainerCallback):
 
 
 def everything(trainer):
-    """Weights, the value head included, and the optimizer's state."""
+    """Weights, including the value head, and the state of the optimizer."""
     found = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for number, state in trainer.optimizer.state_dict()["state"].items():
         found |= {f"optimizer/{number}/{name}": value for name, value in state.items()}
@@ -49,11 +49,11 @@ def assert_same(got, expected):
 
 
 def interrupted(make_trainer, step, **options):
-    """Trains to `step` with a checkpoint there, and on from it in a trainer of its own."""
+    """Trains to `step`, saves a checkpoint, and resumes from it in a new trainer."""
     first = make_trainer(folder="parts", save_steps=step, callbacks=[StopAt(step)], **(WHOLE | options))
     first.train()
     assert first.state.global_step == step
-    torch.rand(7)  # whatever a new process has drawn before
+    torch.rand(7)  # a new process may have drawn random numbers before
     second = make_trainer(folder="parts", save_steps=step, **(WHOLE | options))
     second.train(resume_from_checkpoint=True)
     return second
@@ -106,7 +106,7 @@ def test_another_kl_coef_counts_in_a_resumed_run(make_trainer, caplog):
     second.train(resume_from_checkpoint=True)
     used = [log["objective/kl_coef"] for log in second.state.log_history if "objective/kl_coef" in log]
     assert used == [0.2, 0.5] and "kl_coef was 0.2 (adapted to" in caplog.text
-    assert "in checkpoint-4: it is 0.5 from here on, as set now" in caplog.text
+    assert "in checkpoint-4: it is now 0.5, as set in the options" in caplog.text
 
 
 def test_other_sizes_of_a_rollout_are_refused_in_its_middle_only(make_trainer):
@@ -115,7 +115,7 @@ def test_other_sizes_of_a_rollout_are_refused_in_its_middle_only(make_trainer):
     folder = Path(make_trainer(**other).args.output_dir)
     with pytest.raises(UserError) as error:
         make_trainer(**other).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
-    message = "was saved in the middle of a rollout with gradient_accumulation_steps=2, it is 1 now: set 2, or resume"
+    message = "with gradient_accumulation_steps=2, but it is now 1: set gradient_accumulation_steps=2, or resume"
     assert message in str(error.value) and "\n" not in str(error.value)
     between = make_trainer(**other)
     between.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -208,7 +208,10 @@ def test_what_a_checkpoint_and_a_finished_run_hold(make_trainer, tiny_config, tm
     "resume, message",
     [
         (True, "resume_from_checkpoint: no complete checkpoint in"),
-        ("no/such/checkpoint-4", "resume_from_checkpoint: no folder no/such/checkpoint-4: give a checkpoint, or true."),
+        (
+            "no/such/checkpoint-4",
+            "resume_from_checkpoint: no folder no/such/checkpoint-4: give the folder of a checkpoint, or true",
+        ),
     ],
 )
 def test_nothing_to_resume_from_is_one_line(make_trainer, resume, message):
@@ -221,5 +224,5 @@ def test_a_checkpoint_without_state_is_one_line(make_trainer):
     trainer = make_trainer(save_steps=4, save_only_model=True, **(WHOLE | {"max_steps": 4}))
     trainer.train()
     assert json.loads((Path(trainer.args.output_dir) / "checkpoint-4" / "trainer_state.json").read_text())
-    with pytest.raises(UserError, match="has no ppo_state.json: it was saved with save_only_model=True"):
+    with pytest.raises(UserError, match="has no ppo_state.json.*save_only_model=True.*without resume_from_checkpoint"):
         make_trainer(save_steps=4, **WHOLE).train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""Reward functions as TRL's GRPOTrainer takes them, and every wrong answer by its text."""
+"""Reward functions with the interface of TRL's GRPOTrainer, and the error for every wrong return value."""
 
 import asyncio
 import functools
@@ -174,7 +174,7 @@ def test_a_row_without_token_rewards_is_left_to_the_other_functions():
 
 
 def test_token_rewards_need_the_tokens():
-    with pytest.raises(UserError, match="'<lambda>' returned token rewards: they need completion_ids"):
+    with pytest.raises(UserError, match="'<lambda>' returned token rewards, which need completion_ids"):
         RewardFunctions(lambda **kwargs: [[1.0]] * 3)(PROMPTS, COMPLETIONS)
 
 
@@ -187,7 +187,7 @@ def test_functions_with_their_weights():
     [
         ([], {}, "reward_funcs: give at least one callable, reward model or path."),
         (None, {"option": "eval_reward_funcs"}, "eval_reward_funcs: give at least one callable"),
-        (7, {}, "reward_funcs: 7 is neither callable, a model, nor a path."),
+        (7, {}, "reward_funcs: 7 is not a function, a model or a path."),
         ([length, length], {"reward_weights": [1.0]}, "reward_weights has 1 entries for 2 reward_funcs: give one"),
         ([length], {"processing_classes": [None, None]}, "reward_processing_classes has 2 entries for 1 reward_funcs"),
         ("./no/such/folder", {}, "reward model: no folder at ./no/such/folder: check the path, or give a Hub id."),

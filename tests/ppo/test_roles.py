@@ -1,4 +1,4 @@
-"""A reward adapter on the policy's own base: the scores of a separate model, and where the critic starts."""
+"""A reward adapter on the policy's base: the same scores as a separate model, and the start of the critic."""
 
 import copy
 import logging
@@ -22,7 +22,7 @@ ANSWERS = [" a happy fox", " words", "", " the lazy dog; numbers 0123456789"]
 
 @pytest.fixture
 def make_trainer(make_trainer):
-    """With the critic that PPOConfig chooses by itself."""
+    """A trainer with the default critic."""
     return lambda **options: make_trainer(**({"critic": None} | options))
 
 
@@ -36,7 +36,7 @@ def base(tiny_config, chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def reward(base, chat_tokenizer, tmp_path):
-    """A reward model that BradleyTerryTrainer trained and saved: longer answers are better."""
+    """A reward model from `BradleyTerryTrainer` that prefers longer answers."""
     rows = [{"prompt": p, "chosen": a + " many words, many", "rejected": a} for p in PROMPTS for a in ANSWERS]
     args = BradleyTerryConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False, max_steps=12, learning_rate=1e-2,
                               report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
@@ -105,7 +105,7 @@ def test_a_reward_of_another_precision_or_base_is_loaded_beside(make_trainer, ba
     with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext"):
         trainer = make_trainer(model=policy(base).bfloat16(), reward_funcs=str(reward))
     assert trainer.rewards.funcs[0].model is not trainer.model and "reward" not in trainer.stack.roles
-    assert "was trained on float32 weights, the policy has bfloat16: loaded beside it" in caplog.text
+    assert "was trained on float32 weights, but the policy has bfloat16: it is loaded on a separate base" in caplog.text
     other = make_trainer(reward_funcs=str(reward))  # a base without a name
     assert other.rewards.funcs[0].model is not other.model
 
@@ -125,7 +125,7 @@ def test_a_saved_run_has_policy_and_critic_and_not_the_reward(make_trainer, base
 
 
 def test_critics_of_their_own_learn(make_trainer, tiny_config):
-    with pytest.raises(UserError, match="value_model has 2 labels: load it with num_labels=1"):
+    with pytest.raises(UserError, match="value_model has 2 labels instead of 1: load it with num_labels=1"):
         make_trainer(value_model=LlamaForSequenceClassification(tiny_config))
     tiny_config.num_labels = 1
     for options in ({"critic": "model", "peft_config": None}, {"critic": "model", "value_model": None}):
@@ -158,7 +158,7 @@ def test_a_value_model_for_another_critic_is_one_line(make_trainer, tiny_config)
 
 
 class Forwards:
-    """How often the first layer of a model computes while it is trained."""
+    """Number of forward passes of the first layer of a model in training."""
 
     def __init__(self, model):
         self.calls = 0
@@ -206,14 +206,14 @@ def test_weights_that_are_trained_whole_are_fp32_or_it_is_said(make_trainer, bas
         make_trainer(model=model)  # an adapter on it: fp32 itself
         assert not caplog.text
         make_trainer(model=model, peft_config=None)
-        assert "model is trained whole and its weights are bfloat16: updates far smaller than a weight" in caplog.text
+        assert "model is trained without an adapter and its weights are bfloat16: small updates are lost" in caplog.text
         caplog.clear()
         make_trainer(critic="model", value_model=LlamaForCausalLM(tiny_config).bfloat16())
-        assert "value_model is trained whole and its weights are bfloat16" in caplog.text
+        assert "value_model is trained without an adapter and its weights are bfloat16" in caplog.text
 
 
 def test_a_quantized_critic_is_one_line(make_trainer, base):
-    with pytest.raises(UserError, match="value_model is trained whole, which quantized weights cannot be: load it"):
+    with pytest.raises(UserError, match="value_model: .* is not supported: load it in fp32"):
         make_trainer(critic="model", value_model=load_base_model(str(base), load_in_4bit=True))
 
 

@@ -1,4 +1,4 @@
-"""Rollouts: which prompts, how completions are sampled and where they stop, and how a rollout is stored."""
+"""Rollouts: their prompts, the sampling and the end of completions, and how a rollout is stored."""
 
 import math
 import weakref

@@ -1,4 +1,4 @@
-"""Running moments against those of everything seen at once, and the length penalty worked by hand."""
+"""Running moments compared with those of all values at once, and the length penalty computed by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The state of a run: which rows come next, what a checkpoint keeps, and how processes share."""
+"""The state of a run: the next rows, the content of a checkpoint, and the shares of processes."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from hf_rlhf_ext.ppo.state import PPOState, geometry, steps_in_all
 
 
 def ranks_of(count, index):
-    """One of several processes, as far as shares are concerned."""
+    """Stands for one of several processes when rows are shared."""
     fake = SimpleNamespace(num_processes=count, process_index=index, device=torch.device("cpu"))
     return Ranks(fake)
 

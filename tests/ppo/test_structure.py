@@ -18,14 +18,14 @@ FOLDER = Path(trainer_module.__file__).parent
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 STATE = "ppo"
-"""All that changes during a run, and what is below it."""
+"""Attributes that change during a run, with everything below them."""
 OF_TRAINER = {
     "hub_model_id",  # `init_hf_repo` sets it in Trainer too
     "control",  # what `callback_handler.on_evaluate` returns, as Trainer's own `evaluate` keeps it
     "control.should_training_stop",
     "control.should_save",
 }
-"""What Trainer's own hooks must set, because Trainer reads it there."""
+"""Attributes that methods of `Trainer` must set, as `Trainer` reads them."""
 
 
 def stores(function: ast.AST, owner: str) -> Iterator[tuple[int, str]]:
@@ -105,7 +105,7 @@ def test_methods_store_into_the_state_and_into_what_trainer_reads():
 
 
 def test_what_the_methods_may_store_is_all_used():
-    """An entry that no method needs any more leaves the list."""
+    """An entry that no method needs any more must be removed from the list."""
     tree = ast.parse(Path(trainer_module.__file__).read_text(encoding="utf-8"))
     stored = set()
     for node in ast.walk(tree):
@@ -115,7 +115,7 @@ def test_what_the_methods_may_store_is_all_used():
 
 
 def test_nothing_else_in_ppo_stores_into_a_trainer():
-    """State that one object sets for another to find: functions that take a trainer only read it."""
+    """Functions that get a trainer only read it: no object sets state on another one."""
     found = []
     for path in sorted(FOLDER.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -163,7 +163,7 @@ def test_ppo_has_no_mixin():
     assert names and [name for name in names if name.endswith("Mixin")] == []
 
 
-# The checker itself must be able to fail.
+# The check itself must be able to fail.
 
 METHOD = """
 class PPOTrainer:

@@ -399,7 +399,7 @@ def test_evaluation_metrics(make_trainer, prompts):
 
 
 def test_evaluation_needs_a_data_set(make_trainer):
-    with pytest.raises(UserError, match="evaluation needs an eval_dataset: pass one to the trainer"):
+    with pytest.raises(UserError, match="evaluation needs eval_dataset: pass one to the trainer"):
         make_trainer().evaluate()
 
 
@@ -474,7 +474,7 @@ def test_logged_means_do_not_depend_on_accumulation(make_trainer):
         assert logs[0][key] == pytest.approx(logs[1][key], abs=1e-4), key
 
 
-# Errors a newcomer will hit: one line each
+# Errors that a new user will see: one line each
 
 
 def rows(**columns):
@@ -484,20 +484,23 @@ def rows(**columns):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"train_dataset": None}, "train_dataset is required: rows with a column 'prompt'."),
+        ({"train_dataset": None}, "train_dataset is required: pass a dataset with a column 'prompt'."),
         ({"train_dataset": rows(question=["a"])}, "train_dataset has no column 'prompt', only ['question']: rename"),
         ({"train_dataset": rows(prompt=[])}, "train_dataset is empty: PPO needs at least one prompt."),
         ({"train_dataset": rows(prompt=["a", None])}, "train_dataset row 1: `prompt` is None, not text or a list of"),
-        ({"train_dataset": rows(prompt=[3])}, "train_dataset row 0: `prompt` is 3, not text or a list of messages."),
+        ({"train_dataset": rows(prompt=[3])}, "train_dataset row 0: `prompt` is 3, not text or a list of messages"),
         ({"train_dataset": rows(prompt=["a", ""])}, "train_dataset row 1: `prompt` has no tokens: remove the row"),
         ({"max_prompt_length": 4}, "train_dataset row 3: `prompt` has"),
         ({"max_prompt_length": 4}, "over the 4 that max_prompt_length leaves: change that option, or shorten or drop"),
         ({"max_completion_length": 510}, "over the 2 that max_completion_length of 512 positions leaves: change"),
-        ({"train_dataset": IterableDataset.from_generator(iter)}, "train_dataset is streamed: PPO needs to draw"),
+        (
+            {"train_dataset": IterableDataset.from_generator(iter)},
+            "train_dataset is streamed, which PPO does not support",
+        ),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 entries for 1 reward_funcs: give one each."),
         ({"reward_funcs": []}, "reward_funcs: give at least one callable, reward model or path."),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0: PPO needs sampled completions."),
-        ({"kl_target": 0.0}, "kl_target must be positive nats, got 0.0. For a fixed kl_coef, leave it out."),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"kl_target": 0.0}, "kl_target must be positive nats, got 0.0: leave it out for a fixed kl_coef."),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be positive when kl_target is set"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'."),
         ({"num_mini_batches": 0}, "num_mini_batches must be at least 1, got 0."),
@@ -520,7 +523,7 @@ def test_a_tokenizer_without_chat_template_or_pad_is_one_line(make_trainer, chat
 
 
 def test_a_second_adapter_is_one_line(make_trainer, sft_model):
-    with pytest.raises(UserError, match="peft_config was given, but the model has an adapter already: leave one"):
+    with pytest.raises(UserError, match="peft_config was given, but the model already has an adapter: leave one"):
         make_trainer(model=sft_model)
 
 

@@ -97,7 +97,7 @@ def test_sampling_that_differs_from_scoring_is_said(make_trainer, caplog):
         return caplog.text
 
     line = said(top_k=20, top_p=0.9)
-    assert "top_k=20, top_p=0.9: tokens are drawn from another distribution than the one that is scored" in line
+    assert "top_k=20, top_p=0.9: tokens are sampled from another distribution than the one that is scored" in line
     assert "importance_sampling_correction" in line
     assert not said() and not said(temperature=0.7) and not said(top_k=20, importance_sampling_correction=True)
 

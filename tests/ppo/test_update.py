@@ -1,4 +1,4 @@
-"""PPOTrainer's advantages, returns, losses, metrics and weights equal those of a second PPO (`reference_ppo.py`)."""
+"""Advantages, returns, losses, metrics and weights are equal to those of a second PPO (`reference_ppo.py`)."""
 
 import copy
 
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 class Recorder(TrainerCallback):
-    """Remembers what sampling gave, which a second PPO cannot know: completions, and the order of the inner epochs."""
+    """Records what a second PPO cannot compute: completions, and the order of the rows in each pass."""
 
     def __init__(self, dense=False):
         self.rollouts, self.orders, self.weights, self.dense = [], {}, [], dense

@@ -1,4 +1,4 @@
-"""Guards judge without acting: what a verdict says, and that nothing but the verdict comes out."""
+"""Guards return a verdict and change nothing."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_rollback_samples_again_with_twice_the_coefficient_a_few_times_at_most
     for rollbacks in range(MAX_ROLLBACKS):
         verdict = judge("rollback", rollbacks=rollbacks)
         assert (verdict.action, verdict.kl_coef, verdict.restore) == ("resample", 0.2, GOOD)
-        assert f"no. {rollbacks + 1}" in verdict.message
+        assert f"rollback {rollbacks + 1} of {MAX_ROLLBACKS}" in verdict.message
     assert judge("rollback", rollbacks=MAX_ROLLBACKS).action == "stop"
 
 

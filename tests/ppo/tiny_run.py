@@ -16,7 +16,7 @@ def reward(completions, **kwargs):
 
 
 def orders(trainer, size):
-    """Permutations of the inner epochs, a function of the rollout's number alone."""
+    """The order of the rows in each pass, which depends only on the number of the rollout."""
     import torch
 
     epochs = trainer.args.num_ppo_epochs

@@ -16,7 +16,7 @@ X = np.nan
 
 
 def votes_of_table(table):
-    """Votes of a table of labels, items x annotators, NaN where somebody did not judge."""
+    """Converts a table of labels (items, annotators) to votes. NaN means that there is no vote."""
     items, annotators = np.nonzero(~np.isnan(table))
     return votes_of(items, annotators, table[items, annotators])
 
@@ -29,7 +29,7 @@ percent_agreement, mean_cohen_kappa, fleiss_kappa, krippendorff_alpha, agreement
     partial(of_table, name)
     for name in ("percent_agreement", "mean_cohen_kappa", "fleiss_kappa", "krippendorff_alpha", "agreement_with_rest")
 )
-# Fleiss (1971) as every textbook shows it: 10 subjects, 14 raters, 5 categories; kappa = 0.210.
+# The textbook example of Fleiss (1971): 10 subjects, 14 raters, 5 categories; kappa = 0.210.
 FLEISS = [
     [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
     [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
@@ -103,7 +103,7 @@ def test_flip_rate_recovers_the_rate_that_labels_were_flipped_with(error):
     rng = np.random.default_rng(1)
     labels = (rng.random((200_000, 2)) < error).astype(float)  # the truth is 0
     assert flip_rate(percent_agreement(labels)) == pytest.approx(error, abs=0.01)
-    assert flip_rate(0.4) == 0.5  # less than chance
+    assert flip_rate(0.4) == 0.5  # below chance
 
 
 def test_nothing_to_compare_is_nan_not_an_error():

@@ -1,4 +1,4 @@
-"""Reliability weights and filters: known truth comes back, and every judgement taken out is counted."""
+"""Reliability weights and filters: the known truth is recovered, and every removed judgment is counted."""
 
 import random
 
@@ -20,7 +20,7 @@ def simulated(n=400, seed=0):
         votes = []
         for name, accuracy in ACCURACY.items():
             label = float(truth == (rng.random() < accuracy))
-            flip = rng.random() < 0.5  # shown the other way round
+            flip = rng.random() < 0.5  # shown in the opposite order
             votes.append({"annotator": name, "pair": [1, 0] if flip else [0, 1], "label": 1 - label if flip else label})
         first = [v["label"] if v["pair"] == [0, 1] else 1 - v["label"] for v in votes]
         pairs = {"pairs": [[0, 1]], "targets": [sum(first) / len(first)], "votes": votes, "row": k}
@@ -54,7 +54,7 @@ def test_pairs_without_votes_keep_their_target_and_no_votes_at_all_is_one_line()
 ROWS = [
     {"completions": ["a", "b", "c d e f"], "pairs": [[0, 1], [1, 0], [0, 2]], "targets": [1.0, 1.0, 0.0]},
     {"completions": ["a", "b"], "pairs": [[0, 1], [0, 1]], "targets": [1.0, 0.0]},
-    {"completions": ["a", "b"], "pairs": [[0, 1], [1, 0]], "targets": [1.0, 0.0]},  # twice the same answer
+    {"completions": ["a", "b"], "pairs": [[0, 1], [1, 0]], "targets": [1.0, 0.0]},  # the same answer twice
 ]
 ROWS = [{"prompt": str(k), "row": 10 + k, **row} for k, row in enumerate(ROWS)]
 
@@ -63,14 +63,14 @@ def test_contradictions_are_dropped_and_weights_are_shared_anew():
     kept, report = filter_comparisons(Dataset.from_list(ROWS), drop_contradictions=True)
     assert kept["pairs"][:] == [[[0, 1]], [[0, 1], [1, 0]]] and kept["weights"][:] == [[1.0], [0.5, 0.5]]
     assert kept["completions"][:] == [["a", "c d e f"], ["a", "b"]]  # nothing is left to compare "b" with
-    assert report.dropped == {"contradictory judgements": [11]} and (report.rows_in, report.kept) == (3, 2)
-    assert report.flagged == {"lost judgements: contradictory judgements": [10]}
+    assert report.dropped == {"contradictory judgments": [11]} and (report.rows_in, report.kept) == (3, 2)
+    assert report.flagged == {"lost judgments: contradictory judgments": [10]}
 
 
 def test_length_gap_is_in_words():
     kept, report = filter_comparisons(Dataset.from_list(ROWS), max_length_gap=2)
     assert kept[0]["pairs"] == [[0, 1], [1, 0]] and report.kept == 3
-    assert report.flagged == {"lost judgements: sides differ by more than 2 words": [10]}
+    assert report.flagged == {"lost judgments: sides differ by more than 2 words": [10]}
 
 
 def test_agreement_counts_the_votes_of_a_pair():
@@ -111,19 +111,19 @@ def test_a_removed_pair_takes_its_votes_completions_weights_and_flags_along():
         "targets": [1.0, 0.0, 0.2],
         "margins": [1.0, -2.0, -3.0],
         "weights": [0.5, 0.25, 0.25],
-        "votes": [vote("u", [2, 0]), vote("u", [1, 3], 0.0), vote("v", [0, 3])],  # 0 against 3 is no pair
+        "votes": [vote("u", [2, 0]), vote("u", [1, 3], 0.0), vote("v", [0, 3])],  # the row does not compare 0 and 3
         "flags": ["duplicated_row", "empty_completion"],
         "row": 4,
     }
     kept, report = filter_comparisons(Dataset.from_list([row]), max_length_gap=3)
-    assert report.flagged == {"lost judgements: sides differ by more than 3 words": [4]}
+    assert report.flagged == {"lost judgments: sides differ by more than 3 words": [4]}
     found = kept[0]
     assert found["completions"] == ["one", "two"] and found["pairs"] == [[1, 0], [0, 1]]
     assert (found["targets"], found["margins"]) == ([1.0, 0.2], [1.0, -3.0])
-    assert found["weights"] == [0.5, 0.25]  # the source's own; those of `with_defaults` are made anew
+    assert found["weights"] == [0.5, 0.25]  # weights of the source are kept; default weights are recomputed
     assert [(v["annotator"], v["pair"], v["label"]) for v in found["votes"]] == [("u", [0, 1], 0.0)]
     assert found["flags"] == ["duplicated_row"]
-    assert quality_report(kept).metrics["empty_completions"] == 0  # the filtered row is a comparison row
+    assert quality_report(kept).metrics["empty_completions"] == 0  # the filtered row is still a comparison row
     again, _ = filter_comparisons(Dataset.from_list([row | {"weights": [1 / 3] * 3}]), max_length_gap=3)
     assert again[0]["weights"] == [0.5, 0.5]
 

@@ -66,7 +66,7 @@ def test_circles_contradictions_ties_and_positions_worked_by_hand():
     rows = [
         triple | {"targets": [1.0, 1.0, 1.0]},
         triple | {"targets": [1.0, 1.0, 0.0]},  # a > b > c > a
-        triple | {"targets": [0.0, 0.0, 1.0]},  # the other way round
+        triple | {"targets": [0.0, 0.0, 1.0]},  # the reverse
         triple | {"targets": [1.0, 0.5, 0.0]},  # a tie: no full triple
         {"completions": ["x", "y"], "pairs": [[0, 1], [1, 0], [0, 1]], "targets": [1.0, 1.0, 0.5]},
         {"completions": ["x", "y"], "pairs": [[0, 1], [1, 0]], "targets": [1.0, 0.0]},
@@ -78,7 +78,7 @@ def test_circles_contradictions_ties_and_positions_worked_by_hand():
     assert metrics["longer_wins"] is None  # all of one length
 
 
-def test_random_judgements_give_a_quarter_of_circles():
+def test_random_judgments_give_a_quarter_of_circles():
     rng = random.Random(0)
     rows = [
         {"completions": list("abcd"), "pairs": [[i, j] for i in range(4) for j in range(i)]}
@@ -117,21 +117,21 @@ def test_label_noise_is_recovered_from_votes_and_from_repeats(repeats):
     assert report_of(again).metrics["label_noise"] == pytest.approx(metrics["label_noise"], abs=1e-12)
 
 
-def test_label_noise_pools_pairs_of_judgements_by_hand():
+def test_label_noise_pools_pairs_of_judgments_by_hand():
     rows = [
         {"completions": ["a", "b"], "pairs": [[0, 1]] * 4, "targets": [1.0, 0.9, 0.7, 0.0]},  # 3 of 6 pairs agree
         {"completions": ["a", "b"], "pairs": [[0, 1]] * 5 + [[1, 0]], "targets": [1.0] * 5 + [0.0]},  # 15 of 15
-        {"completions": ["a", "b"], "pairs": [[0, 1]] * 2, "targets": [0.5, 1.0]},  # one decided judgement: no pair
+        {"completions": ["a", "b"], "pairs": [[0, 1]] * 2, "targets": [0.5, 1.0]},  # one decided judgment: no pair
     ]
     metrics = report_of(rows).metrics
     assert metrics["label_noise"] == pytest.approx((1 - np.sqrt(2 * 18 / 21 - 1)) / 2)
     assert metrics["contradictions"] == pytest.approx(1 / 3)
     few = report_of(rows[:1])
-    assert few.metrics["label_noise"] is None and few.notes["label_noise"] == "6 repeated judgements are too few"
+    assert few.metrics["label_noise"] is None and few.notes["label_noise"] == "6 repeated judgments are too few"
 
 
 def trl_rows(truth, completions=("a", "bb")):
-    """A row of the source for each judgement: nobody knows whose."""
+    """Returns one source row per judgment, without annotators."""
     sides = [completions[:: 1 if label else -1] for labels in truth for label in labels]
     prompts = [f"what is number {k} good for today" for k, labels in enumerate(truth) for _ in labels]
     return Dataset.from_list(
@@ -147,12 +147,12 @@ def test_equal_rows_without_annotator_are_no_evidence_of_agreement():
     assert report.metrics["label_noise"] is None and "`votes` that name the annotator" in report.notes["label_noise"]
     assert "labels are wrong" not in report.verdict
     copies = [r for r in dataset if "duplicated_row" in r["flags"]]
-    swapped = pair() | {"pairs": [[0, 1], [1, 0]], "targets": [1.0, 0.0]}  # shown both ways round: judged twice
+    swapped = pair() | {"pairs": [[0, 1], [1, 0]], "targets": [1.0, 0.0]}  # shown in both orders: judged twice
     plain = [swapped | {"prompt": f"p{k}"} for k in range(30)]
     assert quality_report(as_dataset(plain)).metrics["label_noise"] == 0.0
     mixed = as_dataset(plain + copies)
     assert len(copies) == 60 and quality_report(mixed).metrics["label_noise"] is None
-    # Contradictions alone, after somebody else removed the copies: no better.
+    # Only contradictions, because the source removed the copies: also no evidence.
     assert quality_report(load_comparisons(trl_rows([[1.0, 0.0]] * 30))[0]).metrics["label_noise"] is None
 
 
@@ -291,7 +291,7 @@ def test_a_large_report_is_made_once(tmp_path, monkeypatch):
     ]
     dataset = to_comparisons(Dataset.from_list(rows))[0]
     first = quality_report(dataset)
-    assert first.figures is first.metrics  # the earlier name
+    assert first.figures is first.metrics  # the name in earlier versions
     (kept,) = (tmp_path / "hf_rlhf_ext").iterdir()  # no unfinished file beside it
     assert json.loads(kept.read_text())["metrics"] == first.metrics
     monkeypatch.setattr("hf_rlhf_ext.quality.report._measure", None)

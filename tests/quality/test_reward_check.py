@@ -1,4 +1,4 @@
-"""The check of a reward model, on scorers whose faults are known."""
+"""The reward model check, on scorers with known faults."""
 
 import math
 import random
@@ -17,7 +17,7 @@ GOOD = "The river runs north. It meets the sea near the old harbour."
 
 
 def rows(n=200, seed=0, kind="text"):
-    """The first completion wins with probability σ(hidden gap); its gap is written into the texts."""
+    """The first completion wins with probability σ(gap). The gap is written into its text."""
     rng = random.Random(seed)
     made = []
     for k in range(n):
@@ -33,7 +33,7 @@ def rows(n=200, seed=0, kind="text"):
 
 
 def honest(prompts, completions):
-    """The hidden gap where there is one, and little for everything else."""
+    """Scores the hidden gap if there is one, and gives a low score to everything else."""
     found = []
     for completion in completions:
         words = plain_text(completion).split()
@@ -46,10 +46,10 @@ def honest(prompts, completions):
 @pytest.mark.parametrize("kind", ["text", "messages"])
 def test_an_honest_scorer_passes(kind):
     checked = check_reward(honest, rows(600, kind=kind))
-    assert checked.figures is checked.metrics  # the earlier name
+    assert checked.figures is checked.metrics  # the name in earlier versions
     assert checked.metrics["accuracy"] > 0.7 and checked.metrics["ece"] < 0.08
     assert checked.probes == dict.fromkeys(PROBES, 0.0)
-    assert checked.verdict == "Nothing speaks against PPO."
+    assert not checked.problems and checked.verdict.startswith("Ready for PPO")
     assert sum(bin["n"] for bin in checked.reliability) == 600
     assert sum(found["n"] for found in checked.groups["length_gap"].values()) == 600
 
@@ -115,7 +115,7 @@ def test_the_probes_are_what_their_names_say():
 def test_margins_make_buckets_and_ties_alone_are_refused():
     data = [row | {"margins": [float(k % 3)]} for k, row in enumerate(rows(90))]
     assert sum(found["n"] for found in check_reward(honest, data).groups["margin"].values()) == 90
-    with pytest.raises(ValueError, match="every judgement is a tie"):
+    with pytest.raises(ValueError, match="every judgment is a tie"):
         check_reward(honest, [row | {"targets": [0.5]} for row in data])
 
 
@@ -161,18 +161,18 @@ def test_probes_that_a_model_has_no_positions_for_are_left_out_and_counted():
     assert "empty" not in checked.left_out
     short = [row for row in rows if len(row["prompt"].split()) <= 10]
     alone = check_reward(scorer.raw, short, fits=within(tokenizer, limit))
-    assert alone.probes["prompt copied"] == checked.probes["prompt copied"]  # the share of those that fit
+    assert alone.probes["prompt copied"] == checked.probes["prompt copied"]  # the share among those that fit
 
 
 def test_a_gain_that_may_be_chance_and_one_that_is_only_brevity_do_not_pass():
     data = rows(300)
     lengths = [[len(plain_text(c).split()) for c in row["completions"]] for row in data]
-    for row, (first, second) in zip(data, lengths, strict=True):  # the shorter one wins in four of five
+    for row, (first, second) in zip(data, lengths, strict=True):  # the shorter one wins in four of five pairs
         row["targets"] = [float((first < second) == (random.Random(str(row)).random() < 0.8))]
     brief = check_reward(lambda p, c: [-float(len(plain_text(text).split())) for text in c], data, probes=False)
-    assert brief.metrics["gain_low"] > 0.2  # beside "longer wins", it looks good
+    assert brief.metrics["gain_low"] > 0.2  # compared to "longer wins", it looks good
     assert brief.metrics["length_baseline"] == 1 - brief.metrics["longer_wins_baseline"] > 0.6
-    assert any("counting words may do as well" in problem for problem in brief.problems)
+    assert any("it may score length" in problem for problem in brief.problems)
 
     def unsure(prompts, completions):
         noise = [random.Random("0" + plain_text(completion)).gauss(0, 6) for completion in completions]
@@ -180,4 +180,4 @@ def test_a_gain_that_may_be_chance_and_one_that_is_only_brevity_do_not_pass():
 
     few = check_reward(unsure, rows(60), probes=False)
     assert few.metrics["gain"] > 0 >= few.metrics["length_gain_low"]
-    assert any("counting words may do as well" in problem for problem in few.problems)
+    assert any("it may score length" in problem for problem in few.problems)

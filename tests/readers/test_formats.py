@@ -1,4 +1,4 @@
-"""Readers of public formats: on rows as they are published, on real files, on anything that JSON can hold."""
+"""Readers of public formats, tested on published rows, on real files and on arbitrary JSON."""
 
 import copy
 import gzip
@@ -56,7 +56,7 @@ TREE = node(
     node("assistant", "b", rank=1),
 )  # fmt: skip
 
-# Format -> rows in its published schema, and the comparisons that they are: prompt, completions, and what is judged.
+# Format -> rows in the published schema, and the expected comparisons: prompt, completions and judgments.
 PREFERENCES = {
     "summarize-from-feedback": (
         [
@@ -274,7 +274,7 @@ def test_plain_text_demonstrations_stay_text_and_ratings_and_turns_survive(tmp_p
     assert (report.rows_in, report.kept) == (1, 1)
 
 
-# --- what is left out, and why ---------------------------------------------------------------------------------------
+# --- dropped rows, with the reason -----------------------------------------------------------------------------------
 
 
 def test_values_that_are_not_text_and_equal_completions_are_named(tmp_path):
@@ -293,7 +293,7 @@ def test_values_that_are_not_text_and_equal_completions_are_named(tmp_path):
         "fewer than two completions are text": [3],
         "instruction is not text": [4],
         "output is not a list of replies": [5],
-        "not a record": [6],
+        "not a JSON object": [6],
     }
     assert report.flagged == {"completion_not_text": [0], "equal_completions_merged": [1]}
     assert dataset[0]["completions"] == [A, B] and dataset[0]["targets"] == [1.0]
@@ -307,7 +307,7 @@ def test_unpaired_feedback_without_a_partner_is_dropped_with_that_reason(tmp_pat
     assert dataset[0]["completions"] == ["a", "b", "c"] and dataset[0]["pairs"] == [[0, 1], [2, 1]]
     assert report.dropped == {
         "label is not a finite number": [4],
-        "unpaired: its prompt has completions of one label only": [3],
+        "unpaired: all completions of the prompt have the same label": [3],
     }
 
 
@@ -326,8 +326,8 @@ def test_oasst_table_accounts_for_every_message(tmp_path):
     assert len(dataset) == 1 and report.kept == 3
     assert report.dropped == {
         "message_id is missing or repeated": [5],
-        "its parent is not in the table": [6, 7],
-        "not among two ranked replies, nor above them": [3, 4],
+        "parent message is not in the table": [6, 7],
+        "not part of a turn with two ranked replies": [3, 4],
     }
 
 
@@ -344,7 +344,7 @@ def test_pairs_of_a_prompt_become_one_row(tmp_path):
     assert first["completions"] == ["a", "b", "c"] and first["row"] == 0
     assert first["pairs"] == [[0, 1], [2, 0], [1, 0]] and first["weights"] == [pytest.approx(1 / 3)] * 3
     again, _ = load_comparisons(dataset)
-    assert again.to_list() == dataset.to_list()  # grouping what is grouped changes nothing
+    assert again.to_list() == dataset.to_list()  # grouping again changes nothing
 
 
 # --- real files ------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_pandalm_names_its_dirt_by_row(shared_data):
     assert sum((row["response1"] == "") + (row["response2"] == "") for row in rows) == 54
     assert len(dataset[0]["votes"]) == 3
     grouped, _ = load_comparisons(shared_data / "pandalm_testset.json")
-    assert len(grouped) == 170 and sum(map(len, grouped["pairs"])) == 993 - 96  # 96 rows say what another has said
+    assert len(grouped) == 170 and sum(map(len, grouped["pairs"])) == 993 - 96  # 96 rows are copies of another row
 
 
 def test_llama_factory_preference_files(shared_data):
@@ -382,7 +382,7 @@ def test_llama_factory_preference_files(shared_data):
     both = [found for found in labels.values() if len(set(found)) == 2]
     assert len(dataset) == len(both) and report.kept == sum(map(len, both))
     assert {reason: len(rows) for reason, rows in report.dropped.items()} == {
-        "unpaired: its prompt has completions of one label only": 300 - report.kept
+        "unpaired: all completions of the prompt have the same label": 300 - report.kept
     }
 
 
@@ -403,7 +403,7 @@ def test_real_demonstrations_lose_nothing(shared_data, name, rows):
         assert any(turn["role"] == "tool" for row in dataset for turn in row["prompt"])
 
 
-# --- anything --------------------------------------------------------------------------------------------------------
+# --- arbitrary JSON --------------------------------------------------------------------------------------------------
 
 NUMBERS = st.integers(-3, 3) | st.floats() | st.sampled_from([10**400, 2**63])
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text("aq \n\ud800", max_size=4)
@@ -413,7 +413,7 @@ FURTHER = "input system history prompt margin score_chosen score_rejected rating
 
 
 def places(value, path=()):
-    """Paths to everything inside a row."""
+    """Yields the paths of all values inside a row."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -421,7 +421,7 @@ def places(value, path=()):
 
 @st.composite
 def damaged(draw, rows):
-    """Published rows in which one thing, at any depth, is something else."""
+    """Published rows in which one value, at any depth, is replaced by another."""
     rows = copy.deepcopy(rows)
     *path, last = draw(st.sampled_from(list(places(rows))))
     inner = rows
@@ -442,7 +442,7 @@ def check_accounts(load, rows, name, path):
     path.write_text(json.dumps(rows))
     try:
         dataset, report = load(path, format=name)
-    except PreferenceDataError as error:  # ours, in one line
+    except PreferenceDataError as error:  # a user error is one line
         assert "\n" not in str(error)
         return
     assert report.rows_in == len(rows)
@@ -476,7 +476,7 @@ def test_arbitrary_json_in_demonstration_columns_is_accounted_for(fmt, tmp_path,
     check_accounts(load_demonstrations, data.draw(arbitrary(fmt, published)), fmt.name, tmp_path / "rows.json")
 
 
-# --- files that are no data ------------------------------------------------------------------------------------------
+# --- files that contain no data --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_arbitrary_json_in_demonstration_columns_is_accounted_for(fmt, tmp_path,
             "found columns prompt;chosen;rejected; .*delimiter a comma",
         ),
         ("cut.json", b'[{"chosen": "a", "rejected": "b"},', "cannot be read as json: line 1: "),
-        ("latin.jsonl", b'{"chosen": "caf\xe9", "rejected": "b"}', "line 1 is not UTF-8: convert the file"),
+        ("latin.jsonl", b'{"chosen": "\xe9", "rejected": "b"}', "line 1 is not UTF-8: convert the file"),
         ("empty.jsonl", b"", "cannot be read as json: it is empty"),
         ("numbers.json", b"[1, 2]", "found columns \\(none\\)"),
         ("deep.jsonl", b"[" * 100_000, "cannot be read as json"),
@@ -506,17 +506,17 @@ def test_a_gzip_file_that_was_cut_short_is_one_line(tmp_path):
     rows = "".join(json.dumps({"prompt": str(k), "chosen": "a", "rejected": "b"}) + "\n" for k in range(5000))
     whole = gzip.compress(rows.encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(PreferenceDataError, match=r"^cut.jsonl.gz: .* damaged or cut short"):
+    with pytest.raises(PreferenceDataError, match=r"^cut.jsonl.gz: .* damaged or incomplete: download it again"):
         load_comparisons(tmp_path / "cut.jsonl.gz")
 
 
 def test_a_giant_line_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_rlhf_ext.readers.sources.MAX_LINE", 1000)
     (tmp_path / "line.jsonl").write_text('{"chosen": "' + "a" * 5000)
-    with pytest.raises(PreferenceDataError, match="line 1 .*: write one row a line"):
+    with pytest.raises(PreferenceDataError, match="line 1 .*: write one row per line"):
         load_comparisons(tmp_path / "line.jsonl")
     (tmp_path / "array.json").write_text("[" + '"a",' * 5000)
-    with pytest.raises(PreferenceDataError, match="4,000 characters: write one row a line"):
+    with pytest.raises(PreferenceDataError, match="4,000 characters: write one row per line"):
         load_comparisons(tmp_path / "array.json")
 
 
@@ -536,7 +536,7 @@ def test_a_streamed_source_fills_its_report_while_it_is_read(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     dataset, report = load_comparisons(path, streaming=True)
     assert (report.rows_in, report.kept) == (0, 0)
-    for _ in range(2):  # a second pass counts afresh
+    for _ in range(2):  # a second pass counts from zero
         found = list(dataset)
         assert [row["row"] for row in found] == [0, 2, 3] and found[0]["weights"] == [1.0]
         assert (report.rows_in, report.kept, report.dropped) == (4, 3, {"chosen and rejected are equal": [1]})

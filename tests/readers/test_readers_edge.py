@@ -1,4 +1,4 @@
-"""Readers at their edges: prompts in unusual places, broken cells, mixed kinds, odd files, splits, configurations."""
+"""Edge cases of the readers: unusual prompt columns, broken cells, mixed kinds, odd files, splits, configurations."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def write(tmp_path):
     return to
 
 
-# --- where the prompt is ---------------------------------------------------------------------------------------------
+# --- finding the prompt ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_another_column_is_the_category(write, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     large = Dataset.from_list([{"instruction": "q", "output": "a", "category": "c", "topic": "t"}] * 10_000)
     found = [load_demonstrations(large, category_column=name)[0][0]["category"] for name in ("category", "topic")]
-    assert found == ["c", "t"]  # not yesterday's result of another column
+    assert found == ["c", "t"]  # not the cached result of another column
 
 
 @pytest.mark.parametrize("second, expected", [("code", "code"), (None, "code"), ("chat", None)])
@@ -135,7 +135,7 @@ def test_rows_that_are_read_together_keep_the_category_they_agree_on(write, seco
 
 # --- broken cells ----------------------------------------------------------------------------------------------------
 
-HALF = "holds half of a surrogate pair, which is not text"
+HALF = "contains half of a surrogate pair"
 DEEP = json.loads("[" * 300 + "]" * 300)
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_oasst_table_names_the_message(write):
         ({"votes": ["x"]}, "`votes` holds 'x': give annotator"),
         ({"votes": [{"annotator": "x", "pair": [0, 7], "label": 1}]}, "`votes` holds {"),
         ({"votes": [{"annotator": 3, "pair": [0, 1], "label": 1}]}, "`votes` holds {"),
-        ({"flags": [1]}, "`flags` holds [1]: flags are text"),
+        ({"flags": [1]}, "`flags` holds [1]: give a list of text"),
         ({"category": {}}, "`category` is {}: give a str, or leave it out"),
         ({"row": "x"}, "`row` is 'x': give an int"),
     ],
@@ -242,11 +242,11 @@ def test_the_rarer_kind_of_prompt_is_dropped(write):
     mixed = [*chats, *texts]
     dataset, report = load_comparisons(write(mixed))
     assert dataset["prompt"] == ["0", "1", "2"] and report.kept == 3
-    assert report.dropped == {"prompt is messages, not text as elsewhere": [0, 1]}
+    assert report.dropped == {"prompt is messages, but other prompts are text": [0, 1]}
     dataset, report = load_comparisons(write([*texts[:1], *chats]))
-    assert report.kept == 2 and report.dropped == {"prompt is text, not messages as elsewhere": [0]}
+    assert report.kept == 2 and report.dropped == {"prompt is text, but other prompts are messages": [0]}
     streamed, report = load_comparisons(write(mixed), streaming=True)
-    assert len(list(streamed)) == 2 and report.dropped == {"prompt is text, not messages as elsewhere": [2, 3, 4]}
+    assert len(list(streamed)) == 2 and report.dropped == {"prompt is text, but other prompts are messages": [2, 3, 4]}
 
 
 # --- detection -------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_an_empty_first_cell_does_not_hide_the_format(write, load, rows, prompt)
     assert dataset["prompt"] == [prompt] and report.rows_in == 2 and [*report.dropped.values()] == [[0]]
 
 
-# --- what a source says beside prompt and answer ---------------------------------------------------------------------
+# --- other fields of a source ----------------------------------------------------------------------------------------
 
 
 def test_tool_calls_survive_as_they_are(write, chat_tokenizer_factory):
@@ -358,7 +358,7 @@ def test_a_data_set_without_splits_is_its_own_train_split(tmp_path, write, split
     for source in (tmp_path / "saved", data, DatasetDict({"train": data, "test": data}), write(data.to_list())):
         found, report = load_comparisons(source, split=split)
         assert len(found) == report.rows_in == rows
-        assert found[-1]["row"] == rows - 1  # numbered as they were asked for
+        assert found[-1]["row"] == rows - 1  # numbered within the requested split
     both = load_rows(DatasetDict({"train": data, "test": data}), "train[:1]+test[1:3]")
     assert both["prompt"] == ["0", "1", "2"]
 
@@ -366,13 +366,13 @@ def test_a_data_set_without_splits_is_its_own_train_split(tmp_path, write, split
 @pytest.mark.parametrize(
     "kind, split, message",
     [
-        ("file", "train[abc]", r"^rows.jsonl: split 'train\[abc\]': Unrecognized .*slices are written 'train\[:500\]'"),
+        ("file", "train[abc]", r"^rows.jsonl: split 'train\[abc\]': Unrecognized .*write a slice as 'train\[:500\]'"),
         ("file", "train[", r"^rows.jsonl: split 'train\[': "),
         ("file", "train[:1]+test", r"^rows.jsonl: split .*Unknown split"),
-        ("file", "train[5:]", r"^rows.jsonl: split 'train\[5:\]' is none of its 2 rows"),
+        ("file", "train[5:]", r"^rows.jsonl: split 'train\[5:\]' selects none of the 2 rows"),
         ("saved", "train[abc]", r"^saved: split 'train\[abc\]': Unrecognized"),
         ("saved", "test", r"^saved: splits are train: .*\(got 'test'\)"),
-        ("stream", "train[:1]", r"^data set: splits are train: pass split= one of them \(got 'train\[:1\]'\)"),
+        ("stream", "train[:1]", r"^dataset: splits are train: pass one of them as split= \(got 'train\[:1\]'\)"),
     ],
 )
 def test_a_split_that_cannot_be_is_one_line(tmp_path, write, kind, split, message):
@@ -437,7 +437,7 @@ def test_an_object_nested_without_end_is_one_line(tmp_path):
 @pytest.mark.parametrize("before, line", [(0, 1), (2, 3), (5000, 5001)])
 def test_a_line_that_is_not_utf8_is_numbered(tmp_path, before, line):
     row = json.dumps(PAIR | {"prompt": "é" * 200}, ensure_ascii=False).encode() + b"\n"
-    (tmp_path / "rows.jsonl").write_bytes(row * before + b'{"prompt": "caf\xe9"}\n' + row)
+    (tmp_path / "rows.jsonl").write_bytes(row * before + b'{"prompt": "\xe9"}\n' + row)
     with pytest.raises(PreferenceDataError, match=f"line {line} is not UTF-8: convert the file"):
         load_comparisons(tmp_path / "rows.jsonl")
 

@@ -1,4 +1,4 @@
-"""recipes/reward.py --members, the check of what it trained, and PPO towards it."""
+"""recipes/reward.py --members, the check of what it trained, and PPO toward it."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
     assert (ensemble.combine, ensemble.penalty) == ("conservative", 0.5)
 
     refused = call("reward", output_dir=tmp_path / "other", members=0)
-    assert refused.code == 2 and "error: members: 0: train one or more" in refused.err
+    assert refused.code == 2 and "error: members: 0: use 1 or more" in refused.err
     rewarded = call("ppo", output_dir=tmp_path / "ppo", reward_model=tmp_path / "reward", train_rows=None)
     assert rewarded.code == 0, rewarded.err
 

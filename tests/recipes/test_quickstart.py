@@ -35,12 +35,13 @@ def progress(quickstart, tmp_path):
 
 def test_a_finished_stage_is_not_run_again(progress, capsys):
     first = progress()
-    assert first.run("data", lambda: {"train": 7}) == {"train": 7}
-    assert capsys.readouterr().out.splitlines()[0] == "[1/6] data"
+    assert first.run("data", "a few rows", lambda: {"train": 7}) == {"train": 7}
+    assert capsys.readouterr().out == "[1/6] data: a few rows (00:00 elapsed)\n"  # one line per stage
     second = progress()
-    assert second.run("data", lambda: pytest.fail("it ran again")) == {"train": 7}
-    assert capsys.readouterr().out == "[1/6] data: finished earlier, kept (FRESH=1 or --overwrite true starts afresh)\n"
-    assert second.run("sft", lambda: {}) == {} and second.seconds.keys() == {"data", "sft"}
+    assert second.run("data", "a few rows", lambda: pytest.fail("it ran again")) == {"train": 7}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("[1/6] data: finished earlier, kept") and "FRESH=1 or --overwrite true" in line
+    assert second.run("sft", "a few rows", lambda: {}) == {} and second.seconds.keys() == {"data", "sft"}
 
 
 def test_a_stage_that_fails_is_run_again(progress):
@@ -48,13 +49,13 @@ def test_a_stage_that_fails_is_run_again(progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        progress().run("data", stopped)  # the very first stage: nothing is finished yet
+        progress().run("data", "a few rows", stopped)  # the very first stage: nothing is finished yet
     assert progress().seconds == {}
-    assert progress().run("data", lambda: {"train": 7}) == {"train": 7}
+    assert progress().run("data", "a few rows", lambda: {"train": 7}) == {"train": 7}
 
 
 def test_other_settings_are_refused_before_anything_is_done(progress, tmp_path):
-    progress().run("data", lambda: {})
+    progress().run("data", "a few rows", lambda: {})
     before = (tmp_path / "progress.json").read_text()
     for changes in ({"seed": 1}, {"size": "full"}, {"noise": 0.0}):
         with pytest.raises(
@@ -66,25 +67,25 @@ def test_other_settings_are_refused_before_anything_is_done(progress, tmp_path):
 
 
 def test_progress_is_written_whole_or_not_at_all(progress, tmp_path):
-    progress().run("data", lambda: {"train": 7})
+    progress().run("data", "a few rows", lambda: {"train": 7})
     before = (tmp_path / "progress.json").read_text()
     with pytest.raises(TypeError):
-        progress().run("sft", lambda: {"not": object()})  # JSON has no such thing
+        progress().run("sft", "a few rows", lambda: {"not": object()})  # JSON has no such thing
     assert (tmp_path / "progress.json").read_text() == before
     (tmp_path / "progress.tmp").mkdir()  # stands for a disk that fails while the new state is written
     with pytest.raises(OSError):
-        progress().run("sft", dict)
+        progress().run("sft", "a few rows", dict)
     assert (tmp_path / "progress.json").read_text() == before
 
 
 def test_seconds_and_memory_are_those_of_all_runs(progress, tmp_path):
-    progress().run("data", dict)
+    progress().run("data", "a few rows", dict)
     state = json.loads((tmp_path / "progress.json").read_text())
     assert 0.05 < state["peak_memory_gb"] < 100 and 0 <= state["stages"]["data"]["seconds"] < 5
     state["peak_memory_gb"], state["stages"]["data"]["seconds"] = 1e6, 123.0
     (tmp_path / "progress.json").write_text(json.dumps(state))
     resumed = progress()
-    resumed.run("sft", dict)
+    resumed.run("sft", "a few rows", dict)
     assert resumed.state["peak_memory_gb"] == 1e6 and resumed.seconds["data"] == 123.0
 
 
@@ -208,6 +209,8 @@ def test_a_complete_run_ends_well_and_names_three_commands_that_work(finished, c
         arguments = getattr(recipe, "ARGUMENTS", None) or recipe.QuickstartArguments
         parse_recipe(arguments, options, defaults={} if name == "quickstart" else machine_defaults())
     assert commands == ["quickstart", "ppo", "reward"]
+    # One line per stage, the table and the next steps. With the lines of training, a small run has less than 60.
+    assert len(text.splitlines()) <= 32 and text.count("elapsed)") == 6
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_rlhf_ext import RewardScorer, load_policy
+from hf_rlhf_ext.cli.progress import LOG_FILE, MAX_WIDTH, read_log
 
 pytestmark = pytest.mark.xdist_group("recipes")
 
@@ -46,10 +47,36 @@ def adapter_bytes(folder: Path) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
-def test_it_ends_well_and_stderr_is_progress_bars_only(runs, recipe):
+def test_it_ends_well_and_captured_output_has_no_bar(runs, recipe):
     assert runs[recipe].code == 0, runs[recipe].err
-    assert runs[recipe].said == []
-    assert f"in runs/{recipe}" in runs[recipe].out.splitlines()[-1]
+    assert runs[recipe].err == ""
+    assert "\r" not in runs[recipe].out
+    assert any(line.startswith("Saved ") and f"in runs/{recipe}" in line for line in runs[recipe].out.splitlines()[-3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, shown",
+    [
+        ("sft", [r"trained 2 steps in .* s", r"step 2/2  evaluation: loss .*  token accuracy .* s"]),
+        ("reward", [r"trained 1 step in .* s", r"step 1/1  evaluation: loss .*  accuracy .* s"]),
+        (
+            "ppo",
+            [
+                r"step 4/4  reward .*  KL .* nats  loss .* s/step",
+                r"step 4/4  evaluation: reward .*  KL .* nats  .* s",
+                r"trained 4 steps in .* s",
+            ],
+        ),
+    ],
+)
+def test_the_terminal_has_a_short_line_per_log_and_the_file_has_all_metrics(runs, workspace, recipe, shown):
+    lines = [line for line in runs[recipe].out.splitlines() if line.startswith(("step ", "trained "))]
+    assert len(lines) == len(shown) and all(len(line) <= MAX_WIDTH for line in lines)
+    for line, pattern in zip(lines, shown, strict=True):
+        assert re.match(pattern, line), line
+    records = list(read_log(workspace / "runs" / recipe / LOG_FILE))
+    assert len(records) == len(lines) and all(record["time"] for record in records)
 
 
 @pytest.mark.slow
@@ -93,10 +120,13 @@ def test_ppo_trains_on_the_sft_adapter_towards_both_rewards(runs, workspace):
         and all(math.isfinite(measured[name]) for name in ("proxy_before", "proxy_after", "kl", "mean_length_after"))
     )
     card = (folder / "README.md").read_text()
-    assert f"| Gain in proxy reward | {measured['proxy_gain']:.3f} |" in card and "KL a completion (β = " in card
-    assert re.search(r"^\| KL to the policy .* \| -?[\d.]+ \| -?[\d.]+ to -?[\d.]+ \| 2 \|$", card, re.MULTILINE)
+    assert f"| Gain in proxy reward | {measured['proxy_gain']:.3f} |" in card
+    assert re.search(r"KL (a|per) completion \(β = ", card)
+    assert re.search(r"^\| KL to the initial policy.* \| -?[\d.]+ \| -?[\d.]+ to -?[\d.]+ \| 2 \|$", card, re.MULTILINE)
     assert "- SFT policy: local sft" in card and "the SFT policy, rewarded by" in card
-    assert "rewards/reward_model/mean" in runs["ppo"].out and "rewards/length/mean" in runs["ppo"].out
+    logged = {name for log in read_log(folder / LOG_FILE) for name in log}
+    assert {"rewards/reward_model/mean", "rewards/length/mean"} <= logged
+    assert "before PPO: reward " in runs["ppo"].out and "after PPO: reward " in runs["ppo"].out
     assert adapter_bytes(folder) != adapter_bytes(workspace / "runs" / "sft")
     model, _ = load_policy(str(folder))
     assert list(model.peft_config) == ["default"]  # the reference stays in the checkpoints
@@ -130,8 +160,11 @@ def test_a_finished_run_is_resumed_refused_or_overwritten(runs, call, workspace)
         before = adapter_bytes(workspace / "runs" / recipe)
         refused = call(recipe, **options)
         assert refused.code == 2 and f"error: runs/{recipe} is not empty: pass --resume_from_checkpoint" in refused.err
-        assert call(recipe, **options, resume_from_checkpoint="true").code == 0
-        assert adapter_bytes(workspace / "runs" / recipe) == before, recipe  # nothing was left to train
+        steps = [log["step"] for log in read_log(workspace / "runs" / recipe / LOG_FILE)]
+        resumed = call(recipe, **options, resume_from_checkpoint="true")
+        assert resumed.code == 0 and "nothing left to train" in resumed.out
+        assert adapter_bytes(workspace / "runs" / recipe) == before, recipe
+        assert [log["step"] for log in read_log(workspace / "runs" / recipe / LOG_FILE)] == steps  # none twice
     contradiction = call("sft", **given["sft"], resume_from_checkpoint="true", overwrite="true")
     assert contradiction.code == 2 and "contradict each other" in contradiction.err
     (workspace / "runs" / "reward" / "stale.txt").touch()
@@ -143,6 +176,7 @@ def test_a_finished_run_is_resumed_refused_or_overwritten(runs, call, workspace)
 @pytest.mark.slow
 def test_the_next_round_names_the_last_and_second_opinions_are_reported(runs, call, workspace):
     options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/ppo-2", "max_steps": 2}
+    options |= {"logging_steps": 8, "eval_strategy": "no"}  # a run without a log has no plot
     done = call("ppo", model_name_or_path="runs/ppo", eval_reward_funcs="my_rewards.vowels", **options)
     assert done.code == 0, done.err
     folder = workspace / "runs" / "ppo-2"
@@ -155,6 +189,9 @@ def test_the_next_round_names_the_last_and_second_opinions_are_reported(runs, ca
     low, high = measured["vowels_gain_ci95"]
     assert low <= measured["vowels_gain"] <= high
     assert f"| Gain in reward vowels, unseen by PPO | {measured['vowels_gain']:.3f} |" in card
+    assert "before PPO: reward " in done.out and ", vowels " in done.out
+    assert "No curves.png" in done.out and "--logging_steps" in done.out
+    assert not (folder / "curves.png").exists() and "![" not in card
 
 
 @pytest.mark.slow
@@ -163,10 +200,9 @@ def test_a_run_that_a_guard_stopped_says_so(runs, call, workspace):
     done = call("ppo", max_kl=1e-3, learning_rate=0.05, **options)
     assert done.code == 0, done.err
     why = report(workspace / "runs" / "stopped")["ppo"]["stop_reason"]
-    assert "above max_kl = 0.001" in why and f"A guard ended training before its time: {why}." in done.out
-    assert (
-        "- A guard ended training before its time: KL is" in (workspace / "runs" / "stopped" / "README.md").read_text()
-    )
+    assert "above max_kl = 0.001" in why and f"A guard stopped training early: {why}." in done.out
+    card = (workspace / "runs" / "stopped" / "README.md").read_text()
+    assert re.search(r"^- A guard .*: KL is", card, re.MULTILINE)
 
 
 @pytest.mark.slow

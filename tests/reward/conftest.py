@@ -11,7 +11,7 @@ from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
 @pytest.fixture
 def seqcls(tiny_config):
-    """A random two-layer reward model in fp32, the same weights every time."""
+    """A random two-layer reward model in fp32, always with the same weights."""
     tiny_config.num_labels = 1
     torch.manual_seed(0)
     return LlamaForSequenceClassification(tiny_config)

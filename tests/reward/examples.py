@@ -8,7 +8,7 @@ WORDS = ["sunny", "garden", "happy", "lazy dog", "fox jumps", "words", "day", "q
 
 
 def comparisons(n, *, seed=0, k=None):
-    """Ragged comparisons of 2 to 4 completions with soft targets, margins and uneven weights."""
+    """Comparisons of 2 to 4 completions with soft targets, margins and different weights."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
@@ -28,7 +28,7 @@ def trainable(model):
 
 
 def independent_scores(model, tokenizer, row):
-    """Each completion alone, without padding: the head on the last position of the backbone."""
+    """Scores each completion by itself, without padding: the head at the last position of the backbone."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     scores = []
     for text in row["completions"]:

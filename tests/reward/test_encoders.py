@@ -1,4 +1,4 @@
-"""Reward models on encoders: plain rows, one score a row, and every new layer saved with the adapter."""
+"""Reward models on encoders: plain rows, one score per row, and every new layer saved with the adapter."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ ENCODERS = {
 
 @pytest.fixture
 def base(tmp_path):
-    """Makes a folder with an encoder that has no classification head yet, as published ones, and its tokenizer."""
+    """Makes a folder with an encoder without a classification head, like published ones, and its tokenizer."""
 
     def make(name):
         folder = tmp_path / name
@@ -53,7 +53,7 @@ def base(tmp_path):
 
 
 def rows(kind="text"):
-    """The happy answer is preferred."""
+    """Pairs in which the happy answer is preferred."""
     made = []
     for k in range(48):
         other, prompt = WORDS[k % 8], WORDS[(k // 8) % 8]

@@ -1,4 +1,4 @@
-"""Ensembles of reward models, merged exports, and other people's trainers: real adapters of one base."""
+"""Ensembles of reward models, merged exports, and the use in TRL's trainers, with real adapters of one base."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ COMPLETIONS = ["a sunny day", "", "the lazy dog " * 7, "happy"]
 
 @pytest.fixture
 def train(tiny_config, chat_tokenizer, tmp_path):
-    """Trains members of one saved base, each with its own seed; returns their folders."""
+    """Trains members on one saved base, each with its own seed; returns their folders."""
     tiny_config.num_labels = 1
 
     def run(n=1, base="base", bf16=False):
@@ -81,7 +81,7 @@ def test_members_on_one_base_score_as_each_alone_to_the_bit(train, tmp_path):
 def test_members_of_other_bases_are_loaded_on_their_own_and_refusals_are_one_line(train, caplog):
     one, other = train()[0], train(base="other")[0]
     ensemble = RewardEnsemble.from_pretrained([one, other], combine="conservative", penalty=2.0, device="cpu")
-    assert ensemble.members[0].model is not ensemble.members[1].model and "loaded on its own" in caplog.text
+    assert ensemble.members[0].model is not ensemble.members[1].model and "loaded on a separate base" in caplog.text
     alone = [RewardScorer.from_pretrained(folder, device="cpu")(PROMPTS, COMPLETIONS) for folder in (one, other)]
     np.testing.assert_allclose(ensemble(PROMPTS, COMPLETIONS), np.mean(alone, 0) - 2 * np.std(alone, 0))
     with pytest.raises(UserError, match="^members: .*two or more.* 1"):
@@ -140,7 +140,7 @@ def test_merging_after_qlora_reports_what_quantization_did(train, tmp_path):
 def test_what_cannot_be_merged_is_one_line(train, tmp_path):
     folder = train()[0]
     loaded = RewardScorer.from_pretrained(folder, device="cpu").model.get_base_model()
-    with pytest.raises(UserError, match="^export_merged: .*pass base= by its name"):
+    with pytest.raises(UserError, match="^export_merged: .*pass base= as a name"):
         export_merged(folder, tmp_path / "merged", base=loaded)
     with pytest.raises(UserError, match="^pad_token: '<pad>' .*vocabulary"):
         export_merged(folder, tmp_path / "merged", pad_token="<pad>", device="cpu")
@@ -152,7 +152,7 @@ def test_a_pad_token_of_its_own(chat_tokenizer):
     chat_tokenizer.pad_token = chat_tokenizer.eos_token
     assert own_pad_token(chat_tokenizer) == "<|pad|>"  # not <|im_start|>: the template writes it
     chat_tokenizer.chat_template += "<|pad|>"
-    with pytest.raises(UserError, match="^tokenizer .*pass pad_token="):
+    with pytest.raises(UserError, match="^tokenizer .*pass pad_token"):
         own_pad_token(chat_tokenizer)
 
 

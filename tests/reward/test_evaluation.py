@@ -1,4 +1,4 @@
-"""BradleyTerryTrainer's evaluation: exact over the whole set, however it is batched."""
+"""Evaluation of `BradleyTerryTrainer`: exact over the whole set, independent of the batches."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.reward.examples import comparisons, independent_scores, trainable
 
 
 def independent_metrics(model, tokenizer, rows):
-    """Loss, accuracy and the rest, one pair at a time with the math module."""
+    """Loss, accuracy and the other metrics, computed for one pair at a time with the math module."""
     right, decided, nll, total, loss, longer = 0, 0, 0.0, 0.0, 0.0, 0.0
     for row in rows:
         scores = independent_scores(model, tokenizer, row)

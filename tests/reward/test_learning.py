@@ -1,4 +1,4 @@
-"""Real training on a tiny model that tells stories: it learns a rule, in fp32 and in 4 bits."""
+"""Training of a tiny model: it learns a rule, in fp32 and in 4 bits."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
 
 def story_comparisons(tokenizer, n, *, k, seed):
-    """Completions of random story words; more mentions of "happy" always wins."""
+    """Completions of random story words. The completion with more words "happy" is better."""
     rng = np.random.default_rng(seed)
     words = ["dog", "cat", "park", "ball", "sad", "big", "red", "tree", "play", "run"]
     rows = []

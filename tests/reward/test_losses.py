@@ -1,4 +1,4 @@
-"""The Bradley-Terry loss against numbers worked by hand, and its gradient against finite differences."""
+"""The Bradley-Terry loss compared with numbers computed by hand, and its gradient with finite differences."""
 
 import math
 from itertools import combinations, permutations
@@ -86,7 +86,7 @@ def test_tie_models_share_soft_targets_and_refuse_nonsense():
     parts = [tie_model_loss(i, j, f64(t), w, model="davidson", threshold=1.0) for t in (1.0, 0.0, 0.75)]
     torch.testing.assert_close(parts[2], 0.75 * parts[0] + 0.25 * parts[1])
     for options in ({"model": "soft", "threshold": 1.0}, {"model": "davidson", "threshold": 0.0}):
-        with pytest.raises(ValueError, match="with a positive threshold"):
+        with pytest.raises(ValueError, match="and a positive threshold"):
             tie_model_loss(i, j, w, w, **options)
 
 

@@ -1,4 +1,4 @@
-"""Folders that version 0.1 saved, before its modules moved, load and give the scores that were recorded then."""
+"""Folders saved by version 0.1 can be loaded and give the scores that were recorded then."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ RECORDED = json.loads((SAVED / "recorded_scores.json").read_text())
 
 @pytest.fixture
 def base(tiny_config, chat_tokenizer, tmp_path):
-    """The base that those adapters were trained on: weights by a formula, so that they depend on no random numbers."""
+    """The base of those adapters, with weights from a formula, so that they do not depend on random numbers."""
     tiny_config.num_labels = 1
     model = LlamaForSequenceClassification(tiny_config)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def base(tiny_config, chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def saved(base, chat_tokenizer, tmp_path):
-    """A copy of the saved ensemble whose members name that base, with their tokenizers."""
+    """A copy of the saved ensemble. Its members name that base and have tokenizers."""
     folder = tmp_path / "reward_v0"
     shutil.copytree(SAVED, folder)
     for member in sorted(folder.glob("member-*")):

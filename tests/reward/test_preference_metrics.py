@@ -1,4 +1,4 @@
-"""Preference metrics against counts made by hand."""
+"""Preference metrics compared with counts by hand."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_accuracy_interval_resamples_prompts_not_pairs():
     with_ties = bootstrap_accuracy_ci(
         np.append(deltas, 5.0), np.append(np.ones(240), 0.5), np.append(np.repeat(np.arange(40), 6), 40)
     )
-    assert with_ties == (low, high)  # a row labelled a tie does not count
+    assert with_ties == (low, high)  # a row labeled a tie does not count
     assert all(np.isnan(bootstrap_accuracy_ci(np.ones(3), np.ones(3), np.zeros(3))))  # one prompt says nothing
 
 

@@ -1,4 +1,4 @@
-"""What BradleyTerryTrainer settles before training: options, layout, head, long rows; and what it refuses."""
+"""The setup of `BradleyTerryTrainer` before training: options, layout, head, long rows, and errors."""
 
 import copy
 import re
@@ -66,9 +66,9 @@ def test_a_model_that_is_trained_whole_has_fp32_weights_or_a_warning(seqcls, cha
     chat_tokenizer.save_pretrained(tmp_path / "base")
     args = BradleyTerryConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
     trainer = BradleyTerryTrainer(str(tmp_path / "base"), args, comparisons(4))
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32} and "rounded away" not in caplog.text
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32} and "lost by rounding" not in caplog.text
     BradleyTerryTrainer(seqcls, args, comparisons(4), processing_class=chat_tokenizer)
-    assert re.search("weights are bfloat16: .*rounded away.*dtype='float32'.*peft_config", caplog.text)
+    assert re.search("weights are bfloat16: .*lost by rounding.*dtype='float32'.*peft_config", caplog.text)
 
 
 def test_other_refusals(make_trainer, seqcls, tiny_llama, chat_tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""How BradleyTerryTrainer reaches the Hub: through the publisher that it is given, and not at all without one."""
+"""`BradleyTerryTrainer` pushes to the Hub through its publisher, and not at all without one."""
 
 import pytest
 from datasets import Dataset
@@ -12,7 +12,7 @@ from tests.reward.examples import comparisons
 
 
 class Journal:
-    """A publisher that writes down what it is asked for."""
+    """A publisher that records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -34,7 +34,7 @@ class Journal:
 
 @pytest.fixture
 def set_publisher():
-    """Sets what makes publishers in one test."""
+    """Sets the factory of publishers for one test."""
     factory = publishing._factory
     yield publishing.set_publisher
     publishing.set_publisher(factory)

@@ -1,4 +1,4 @@
-"""What a saved reward model records, and what must not cost a finished run: scale, precision, options, heads."""
+"""The record of a saved reward model, and errors that must not lose a finished run: scale, precision, heads."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def test_precision_is_recorded_without_a_normalization_and_in_checkpoints(make_t
         trainer.processing_class.save_pretrained(folder)
         again = RewardScorer.from_pretrained(folder)
         assert again.raw(PROMPTS, COMPLETIONS) == again(PROMPTS, COMPLETIONS) == expected
-    assert "without a normalization: scores are raw" in caplog.text
+    assert "without a normalization: rewards are the raw scores" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["deviation", "memory"])
@@ -54,7 +54,7 @@ def test_a_normalization_that_fails_does_not_cost_the_run(make_trainer, monkeypa
     found = json.loads((Path(trainer.args.output_dir) / "reward_normalization.json").read_text())
     assert (found["mean"], found["std"], found["n"], found["base_dtype"]) == (0.0, 1.0, 0, "float32")
     n = sum(map(len, trainer.train_dataset["completion_ids"]))
-    reasons = {"memory": "OutOfMemoryError: CUDA out of memory", "deviation": f"{n} scores have deviation 0.0"}
+    reasons = {"memory": "OutOfMemoryError: CUDA out of memory", "deviation": f"{n} scores have standard deviation 0.0"}
     assert re.search(f"normalize_rewards: .*raw scores: {reasons[fault]}", caplog.text)
 
 
@@ -122,23 +122,23 @@ def test_a_prompt_that_the_budget_cannot_bound_is_counted(make_trainer, caplog):
     data = comparisons(6, k=2).to_list() + comparisons(1, k=4, seed=3).to_list()
     data[-1]["completions"] = [text + " many words" * 30 for text in data[-1]["completions"]]
     make_trainer(Dataset.from_list(data), max_tokens_per_batch=120)
-    assert "max_tokens_per_batch=120 does not bound 1 of 7 prompts" in caplog.text
+    assert "max_tokens_per_batch=120 is exceeded by 1 of 7 prompts" in caplog.text
     caplog.clear()
     make_trainer(Dataset.from_list(data[:-1]), max_tokens_per_batch=120)
-    assert "does not bound" not in caplog.text
+    assert "is exceeded by" not in caplog.text
 
 
 def test_losing_the_shared_prefix_is_a_warning_for_decoders_only(make_trainer, tiny_config, chat_tokenizer, caplog):
     tiny_config.num_labels, tiny_config._attn_implementation = 1, "flex_attention"  # no backward pass on a CPU
     assert make_trainer(comparisons(2), model=LlamaForSequenceClassification(tiny_config)).layout == "plain"
-    said = [record for record in caplog.records if record.getMessage().startswith("layout: plain rows, since")]
+    said = [record for record in caplog.records if record.getMessage().startswith("layout: plain rows are used, since")]
     assert [record.levelname for record in said] == ["WARNING"]
     caplog.clear()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = BertForSequenceClassification(BertConfig(vocab_size=len(chat_tokenizer), num_labels=1, **sizes))
     with caplog.at_level("INFO"):
         make_trainer(comparisons(2), model=encoder, peft=None)
-    said = [record for record in caplog.records if record.getMessage().startswith("layout: plain rows, since")]
+    said = [record for record in caplog.records if record.getMessage().startswith("layout: plain rows are used, since")]
     assert [record.levelname for record in said] == ["INFO"]
 
 

@@ -1,4 +1,4 @@
-"""RewardScorer: a reload, in this process or another, gives the same scores to the bit."""
+"""RewardScorer: loading, in this process or in another one, gives exactly the same scores."""
 
 import json
 import os
@@ -31,7 +31,7 @@ print(json.dumps(RewardScorer.from_pretrained(folder, batch_size=5, device="cpu"
 
 @pytest.fixture
 def train(tiny_config, chat_tokenizer, tmp_path):
-    """Trains a few steps from a base saved on disk, as a user would have it; returns the trainer, saved."""
+    """Trains a few steps from a base on disk, saves the result, and returns the trainer."""
     tiny_config.num_labels = 1
 
     def run(*, peft=True, dtype=torch.float32, bf16=False, normalization=None):
@@ -148,7 +148,7 @@ def test_without_the_file_scores_are_raw_and_it_is_said(train, caplog):
     os.remove(trainer.args.output_dir + f"/{NORMALIZATION_FILE}")
     scorer = RewardScorer.from_pretrained(trainer.args.output_dir, dtype="float32", device="cpu")
     assert scorer(["p"], ["c"]) == scorer.raw(["p"], ["c"])
-    assert "has no reward_normalization.json: scores are raw" in caplog.text
+    assert "has no reward_normalization.json: rewards are the raw scores" in caplog.text
 
 
 def test_a_loaded_base_can_be_passed(train):

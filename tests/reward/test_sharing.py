@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base that is loaded already: name, PEFT type, dtype, quantization, autocast."""
+"""Whether an adapter can share a loaded base: name, PEFT type, dtype, quantization, autocast."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def base(tiny_llama, tmp_path):
 
 @pytest.fixture
 def save_adapter(tiny_config, base, tmp_path):
-    """Saves an untrained reward adapter of that base with what training would have recorded."""
+    """Saves an untrained reward adapter of that base with the record of a training."""
     tiny_config.num_labels = 1
 
     def save(name, *, config=LORA, record=RECORD, base_name=None, revision=None):
@@ -42,7 +42,7 @@ def save_adapter(tiny_config, base, tmp_path):
 
 @pytest.fixture
 def policy(base):
-    """Loads a policy with a LoRA adapter of its own on that base."""
+    """Loads a policy with a new LoRA adapter on that base."""
 
     def load(**options):
         model = load_base_model(str(base), **({"dtype": "float32"} | options))
@@ -85,7 +85,7 @@ def test_another_precision_is_not_shareable_and_said(save_adapter, policy, caplo
     folder = save_adapter("reward")
     assert shareable_adapter(folder, policy(dtype=dtype, load_in_4bit=load_in_4bit), name="my/reward") is None
     shown = "4-bit" if load_in_4bit else dtype
-    assert f"my/reward was trained on float32 weights, the policy has {shown}: loaded beside it" in caplog.text
+    assert f"my/reward was trained on float32 weights, but the policy has {shown}: it is loaded on a" in caplog.text
 
 
 def test_on_4_bit_weights_the_dtype_of_the_other_layers_is_not_worth_a_second_base(save_adapter, policy):
@@ -126,7 +126,7 @@ def test_precision_of_a_loaded_model_is_compared_as_far_as_it_is_known(tiny_llam
     changed = Precision.of_model(tiny_llama.to(torch.bfloat16))
     assert precision_mismatch(trained, changed) == "float32 weights, here bfloat16"
     both = [Precision(dtype, "4-bit") for dtype in ("float32", "bfloat16")]
-    assert precision_mismatch(*both) == "4-bit weights beside float32 ones, here bfloat16"
+    assert precision_mismatch(*both) == "4-bit weights with other layers in float32, here bfloat16"
     assert precision_mismatch(Precision.recorded(None), changed) is None
 
 

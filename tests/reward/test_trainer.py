@@ -1,4 +1,4 @@
-"""BradleyTerryTrainer's loss: the formula, however it is batched, laid out, resumed or spread over processes."""
+"""The loss of `BradleyTerryTrainer` is the formula, independent of batches, layout, resuming and processes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.reward.examples import comparisons, trainable
 
 @pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
 def test_losses_of_the_options_are_those_of_the_equations(make_trainer, layout):
-    """One batch, each option against the formula on scores read from the model."""
+    """One batch: each option compared with the formula on scores from the model."""
     ranked = {"prompt": "Tell day:", "completions": ["a sunny day", "day", "happy fox"]}
     ranked["pairs"] = [[0, 1], [0, 2], [1, 2]]
     rows = [ranked | {"targets": [1.0, 0.0, 0.0]}, {**ranked, "pairs": [[0, 1]], "targets": [0.5]}]  # 2 > 0 > 1; a tie

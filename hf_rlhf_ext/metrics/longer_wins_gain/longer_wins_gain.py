@@ -1,18 +1,18 @@
-"""What a reward model knows beyond "the longer one is better", for `evaluate.load`."""
+"""Accuracy of a reward model beyond always preferring the longer completion, for `evaluate.load`."""
 
 import evaluate
 
 from hf_rlhf_ext.metrics.info import preference_info
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_gain_ci, longer_wins_baseline, pairwise_accuracy
 
-_DESCRIPTION = """Accuracy minus that of "the longer completion is better" on the same decided pairs."""
+_DESCRIPTION = """Accuracy minus the accuracy of always preferring the longer completion, on pairs without a tie."""
 
-_INPUTS = """length_deltas: length of i minus length of j, in any unit.
-prompts (optional): number of each pair's prompt, for a 95 % bootstrap interval over prompts."""
+_INPUTS = """length_deltas: length of i minus length of j for each pair, in any unit.
+prompts (optional): index of the prompt of each pair, for a 95 % bootstrap interval over prompts."""
 
 
 class LongerWinsGain(evaluate.Metric):
-    """`longer_wins_baseline`, `gain`, and with `prompts` also `gain_low`, `gain_high`."""
+    """Computes `longer_wins_baseline` and `gain`, and with `prompts` also `gain_low` and `gain_high`."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)

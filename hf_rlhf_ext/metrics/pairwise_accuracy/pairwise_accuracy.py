@@ -5,13 +5,14 @@ import evaluate
 from hf_rlhf_ext.metrics.info import preference_info
 from hf_rlhf_ext.reward.preference_metrics import accuracy_with_ties, bootstrap_accuracy_ci, pairwise_accuracy
 
-_DESCRIPTION = """Share of decided pairs whose preferred side scores higher; accuracy_ties also counts the ties."""
+_DESCRIPTION = """accuracy: fraction of pairs without a tie in which the preferred completion scores higher.
+accuracy_ties: fraction of all pairs predicted correctly as first, second or tie."""
 
-_INPUTS = """prompts (optional): number of each pair's prompt, for a 95 % bootstrap interval over prompts."""
+_INPUTS = """prompts (optional): index of the prompt of each pair, for a 95 % bootstrap interval over prompts."""
 
 
 class PairwiseAccuracy(evaluate.Metric):
-    """`accuracy`, `accuracy_ties`, and with `prompts` also `accuracy_low`, `accuracy_high`."""
+    """Computes `accuracy` and `accuracy_ties`, and with `prompts` also `accuracy_low` and `accuracy_high`."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)

@@ -7,11 +7,11 @@ from hf_rlhf_ext.reward.preference_metrics import brier_score, calibration_error
 
 _DESCRIPTION = """Brier score and expected calibration error (Guo et al. 2017) of the probabilities sigma(r_i - r_j)."""
 
-_INPUTS = """n_bins (optional): bins of the calibration error, 10."""
+_INPUTS = """n_bins (optional): number of bins of the calibration error, default 10."""
 
 
 class PreferenceCalibration(evaluate.Metric):
-    """`brier`, `ece`, and `reliability`: the bins of a reliability diagram with `n`, `confidence` and `accuracy`."""
+    """Computes `brier`, `ece` and `reliability`, the bins of a reliability diagram (`n`, `confidence`, `accuracy`)."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)

@@ -6,15 +6,17 @@ import numpy as np
 from hf_rlhf_ext.metrics.info import preference_info
 from hf_rlhf_ext.reward.preference_metrics import JudgedPairs
 
-_DESCRIPTION = """Accuracy on decided pairs by category, and by quartile of the length gap and of the margin."""
+_DESCRIPTION = (
+    """Accuracy on pairs without a tie, by category and by quartile of the length difference and the margin."""
+)
 
-_INPUTS = """categories (optional): name of each pair's, "" where it has none.
-length_deltas (optional): length of i minus length of j, in any unit.
-margins (optional): how much better i is, in any unit."""
+_INPUTS = """categories (optional): name of the category of each pair, "" for none.
+length_deltas (optional): length of i minus length of j for each pair, in any unit.
+margins (optional): how much better i is than j, in any unit."""
 
 
 class PreferenceGroups(evaluate.Metric):
-    """`accuracy/<group>/<name>` and `n/<group>/<name>`, as `BradleyTerryTrainer` logs and counts them."""
+    """Computes `accuracy/<group>/<name>` and `n/<group>/<name>`, like `BradleyTerryTrainer`."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)
@@ -29,7 +31,7 @@ class PreferenceGroups(evaluate.Metric):
     ):
         n_pairs = len(predictions)
         zeros = np.zeros(n_pairs)
-        # Without names, gaps or margins there are no groups by them.
+        # Constant values make no groups.
         if categories is None:
             categories = [""] * n_pairs
         if length_deltas is None:
@@ -37,7 +39,7 @@ class PreferenceGroups(evaluate.Metric):
         if margins is None:
             margins = zeros
         judged = JudgedPairs(
-            scores_i=np.asarray(predictions),  # only the difference of the two scores counts
+            scores_i=np.asarray(predictions),  # only the difference of the two scores is used
             scores_j=zeros,
             targets=np.asarray(references),
             weights=np.ones(n_pairs),

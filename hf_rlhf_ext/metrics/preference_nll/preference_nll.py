@@ -7,11 +7,11 @@ from hf_rlhf_ext.reward.preference_metrics import preference_nll
 
 _DESCRIPTION = """Bradley-Terry negative log-likelihood in nats per pair; log 2 is chance."""
 
-_INPUTS = """weights (optional): of each pair."""
+_INPUTS = """weights (optional): weight of each pair."""
 
 
 class PreferenceNLL(evaluate.Metric):
-    """`nll`, weighted if `weights` are given."""
+    """Computes `nll`, a weighted mean if `weights` are given."""
 
     def _info(self):
         return preference_info(_DESCRIPTION, _INPUTS)

@@ -1,0 +1,404 @@
+"""Writes the tables of README and docs: numbers from the committed JSON, options and metrics from the code.
+
+make tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a function of `TABLES`.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+SEEDS = (0, 1, 2)
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], align: str = "") -> str:
+    """A Markdown table; `align` has `r` for each column of numbers, `l` for others (default: all `l`)."""
+    header = list(header)
+    align = align or "l" * len(header)
+    ruler = ["---:" if letter == "r" else "---" for letter in align]
+    lines = [header, ruler, *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def study(name: str) -> dict[str, Any]:
+    return json.loads((DOCS / "study" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quickstart_reports() -> list[dict[str, Any]]:
+    return [json.loads((DOCS / "quickstart" / f"seed{seed}.json").read_text(encoding="utf-8")) for seed in SEEDS]
+
+
+def arrow(before: float, after: float, digits: int) -> str:
+    return f"{before:.{digits}f} → {after:.{digits}f}"
+
+
+def interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    text = f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return text.replace("-", "−")
+
+
+# The quickstart
+
+
+def quickstart(page: Path) -> str:
+    reports = quickstart_reports()
+    rows: dict[str, list[str]] = {
+        "Reward model: accuracy on held-out judgments (baseline: the longer one)": [],
+        "Gold reward on held-out prompts, SFT → PPO": [],
+        "KL to the SFT policy, nats per completion": [],
+        "Minutes, peak memory": [],
+    }
+    for report in reports:
+        model = report["reward_model"]
+        ppo = report["ppo"]
+        minutes = sum(report["seconds"].values()) / 60
+        cells = (
+            f"{model['accuracy']:.3f} ({model['longer_wins_baseline']:.3f})",
+            arrow(ppo["gold_before"], ppo["gold_after"], 2),
+            f"{ppo['kl']:.1f}",
+            f"{minutes:.0f} min, {report['peak_memory_gb']:.1f} GB",
+        )
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
+    header = ["", *(f"seed {report['seed']}" for report in reports)]
+    return markdown_table(header, ([label, *cells] for label, cells in rows.items()))
+
+
+def quickstart_details(page: Path) -> str:
+    header = (
+        "seed",
+        "reward model accuracy (95% interval)",
+        "highest possible accuracy",
+        "gold reward gain (95% interval)",
+        "tokens per completion",
+    )
+    rows = []
+    for report in quickstart_reports():
+        model = report["reward_model"]
+        ppo = report["ppo"]
+        rows.append(
+            [
+                str(report["seed"]),
+                interval(model["accuracy"], *model["accuracy_ci95"]),
+                f"{model['annotator_ceiling']:.3f}",
+                interval(ppo["gold_gain"], *ppo["gold_gain_ci95"]),
+                arrow(ppo["mean_length_before"], ppo["mean_length_after"], 1),
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def quickstart_seconds(page: Path) -> str:
+    reports = quickstart_reports()
+    rows = []
+    for stage in reports[0]["seconds"]:
+        rows.append([f"`{stage}`", *(f"{report['seconds'][stage]:.0f}" for report in reports)])
+    return markdown_table(["stage", *(f"seed {report['seed']}" for report in reports)], rows, "lrrr")
+
+
+def quickstart_categories(page: Path) -> str:
+    """All seeds together, each prompt counted once."""
+    reports = quickstart_reports()
+    rows = []
+    for name in reports[0]["categories"]:
+        of_seed = [report["categories"][name] for report in reports]
+        n = sum(category["n"] for category in of_seed)
+        before = sum(category["gold_before"] * category["n"] for category in of_seed) / n
+        after = sum(category["gold_after"] * category["n"] for category in of_seed) / n
+        rows.append([name, str(n), f"{before:+.2f}", f"{after:+.2f}"])
+    return markdown_table(["use case", "prompts", "gold before", "gold after"], rows, "lrrr")
+
+
+# Benchmarks
+
+
+REWARD_BENCHMARK = (
+    # label, dtype, TRL's run, ours
+    ("pairs, TRL's micro-batch 16", "bfloat16", "trl, micro-batch 16", "ours, 16 prompts"),
+    ("the same, gradient checkpointing", "bfloat16", "trl, 16, checkpointing", "ours, 16, checkpointing"),
+    ("the same, gradient checkpointing", "float32", "trl, 16, checkpointing", "ours, 16, checkpointing"),
+    ("pairs, TRL's micro-batch 4", "bfloat16", "trl, micro-batch 4", "ours, 16 prompts"),
+    ("pairs, TRL's micro-batch 4", "float32", "trl, micro-batch 4", "ours, 16 prompts"),
+    ("pairs, TRL's micro-batch 1", "float32", "trl, micro-batch 1", "ours, 16 prompts"),
+    ("K = 4, short prompts", "bfloat16", "trl, K = 4 as pairs", "ours, K = 4"),
+    ("K = 4, conversations", "float32", "trl, K = 4 as pairs", "ours, K = 4"),
+    ("K = 9, short prompts", "bfloat16", "trl, K = 9 as pairs", "ours, K = 9"),
+    ("K = 9, conversations", "float32", "trl, K = 9 as pairs", "ours, K = 9"),
+)
+
+
+def reward_benchmark(page: Path) -> str:
+    measured = study("reward_benchmark")
+    rows = []
+    for label, dtype, trl_run, our_run in REWARD_BENCHMARK:
+        trl = measured[dtype]["runs"][trl_run]
+        ours = measured[dtype]["runs"][our_run]
+        # Both sides trained on the same rows, and the label says on which.
+        assert trl["rows"] == ours["rows"] and ("harmless" in trl["rows"]) == ("conversations" in label)
+        rows.append(
+            [
+                label,
+                {"bfloat16": "bf16", "float32": "fp32"}[dtype],
+                f"{trl['pairs_per_s']:.2f}",
+                f"{ours['pairs_per_s']:.2f}",
+                f"{ours['pairs_per_s'] / trl['pairs_per_s']:.1f}",
+                arrow(trl["peak_gb"], ours["peak_gb"], 1),
+            ]
+        )
+    header = ("", "dtype", "TRL, pairs/s", "ours, pairs/s", "ratio", "peak GB, TRL → ours")
+    return markdown_table(header, rows, "llrrrr")
+
+
+def ppo_benchmark(page: Path) -> str:
+    runs = study("ppo_benchmark")["runs"]
+    rows = []
+    for label, name in (
+        ("TRL 1.12.0", "trl"),
+        ("TRL 1.12.0, micro-batches of 4", "trl, micro-batch 4"),
+        ('ours, `critic="head"`', "ours, head"),
+        ('ours, `critic="adapter"` (the default)', "ours, adapter"),
+    ):
+        run = runs[name]
+        ratio = runs["trl"]["seconds"] / run["seconds"]
+        rows.append([label, f"{run['seconds']:.1f}", f"{ratio:.2f}", f"{run['peak_gb']:.2f}"])
+    return markdown_table(("", "seconds per update", "times as fast", "peak GB"), rows, "lrrr")
+
+
+def ppo_benchmark_stages(page: Path) -> str:
+    """Seconds of a stage, relative to bare passes of the same model over the same tokens."""
+    stages = study("ppo_benchmark")["results"]["stages"]
+    rows = []
+    for critic, measured in stages.items():
+        rows.append([f"`{critic}`", *(f"{measured[stage]['ratio']:.2f}" for stage in ("generate", "score", "update"))])
+    return markdown_table(("critic", "sampling", "scoring", "training"), rows, "lrrr")
+
+
+# Studies
+
+
+def reward_study(page: Path) -> str:
+    summary = study("reward_model")["summary"]
+    rows = []
+    for seed in summary["seeds"]:
+        rows.append([str(seed), interval(*summary[f"ours-{seed}"]), interval(*summary[f"trl-{seed}"])])
+    return markdown_table(("seed", "ours (95% interval)", "TRL (95% interval)"), rows)
+
+
+def label_noise(page: Path) -> str:
+    accuracy = study("label_noise")["accuracy"]
+    rows = []
+    for level in ("0.0", "0.1", "0.2", "0.3", "0.4"):
+        cells = []
+        for method in ("single", "split", "reliability"):
+            values = [accuracy[f"{level}|{method}|{seed}"] for seed in SEEDS]
+            cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}")
+        rows.append([f"{float(level):.0%}", *cells])
+    header = ("flipped votes", "one vote per pair", "mean of three votes", "weighted by reliability")
+    return markdown_table(header, rows, "rrrr")
+
+
+def ppo_study_stories(page: Path) -> str:
+    summary = study("ppo")["summary"]
+    rows = []
+    for seed in SEEDS:
+        run = summary[f"stories260K-{seed}"]
+        rows.append(
+            [
+                str(seed),
+                arrow(*run["gold_before_after"], 2),
+                arrow(*run["score_before_after"], 2),
+                f"{run['kl_mean']:.2f}",
+                f"{run['moving_mean_within_25']:.0%}",
+                f"{run['explained_variance']:.2f}",
+            ]
+        )
+    header = ("seed", "gold reward", "reward", "mean KL", "KL means within ±25 %", "explained variance")
+    return markdown_table(header, rows, "rrrrrr")
+
+
+def ppo_study_smollm2(page: Path) -> str:
+    summary = study("ppo")["summary"]
+    rows = []
+    for seed in SEEDS:
+        run = summary[f"smollm2-{seed}"]
+        cells = [arrow(*run[f"{name}_before_after"], 2) for name in ("gold", "score", "kl")]
+        rows.append([str(seed), *cells])
+    return markdown_table(("seed", "gold reward", "reward", "KL, nats per completion"), rows, "rrrr")
+
+
+def at_a_glance(page: Path) -> str:
+    """One row per result, each with a link to how it was measured."""
+    benchmarks = os.path.relpath(DOCS / "results" / "benchmarks.md", page.parent)
+    studies = os.path.relpath(DOCS / "results" / "studies.md", page.parent)
+    reward = study("reward_benchmark")
+    bf16 = reward["bfloat16"]
+    pairs_trl = bf16["runs"]["trl, micro-batch 16"]["peak_gb"]
+    pairs_ours = bf16["runs"]["ours, 16 prompts"]["peak_gb"]
+    fp32 = reward["float32"]["results"]
+    model = study("reward_model")["summary"]
+    ppo = study("ppo_benchmark")
+    noise = study("label_noise")["accuracy"]
+    single = fmean(noise[f"0.4|single|{seed}"] for seed in SEEDS)
+    reliability = fmean(noise[f"0.4|reliability|{seed}"] for seed in SEEDS)
+    control = study("ppo")["summary"]
+    kl = ", ".join(f"{control[f'stories260K-{seed}']['kl_mean']:.2f}" for seed in SEEDS)
+    difference = interval(*model["ours_minus_trl"])
+    rows = [
+        [
+            "Reward model, speed against TRL 1.16 at its micro-batch 16, and at its fastest (bf16)",
+            f"{bf16['results']['pairs_ratio']:.1f}× ({arrow(pairs_trl, pairs_ours, 1)} GB), "
+            f"{bf16['results']['pairs_ratio_best']:.1f}×",
+            f"[benchmark]({benchmarks}#reward-model)",
+        ],
+        [
+            "K = 9 completions per prompt against all pairs, short prompts and conversations",
+            f"{bf16['results']['k9_ratio']:.0f}× and {fp32['k9_ratio']:.0f}×",
+            f"[benchmark]({benchmarks}#reward-model)",
+        ],
+        [
+            "Reward model, accuracy minus TRL's, three seeds (95% interval)",
+            difference,
+            f"[study]({studies}#reward-model)",
+        ],
+        [
+            "PPO, speed against TRL 1.12, with the critic as a head, and as an adapter (the default)",
+            f"{ppo['results']['head_ratio']:.1f}× "
+            f"({arrow(ppo['runs']['trl']['peak_gb'], ppo['runs']['ours, head']['peak_gb'], 1)} GB), "
+            f"{ppo['results']['adapter_ratio']:.1f}×",
+            f"[benchmark]({benchmarks}#ppo)",
+        ],
+        ["PPO, mean KL with `kl_target=6`, three seeds", f"{kl} nats", f"[study]({studies}#kl-control)"],
+        [
+            "40% of the votes flipped: accuracy with one vote per pair → weighted by reliability",
+            arrow(single, reliability, 2),
+            f"[study]({studies}#label-noise)",
+        ],
+    ]
+    return markdown_table(("", "measured", ""), rows)
+
+
+# From the code
+
+
+def metrics(page: Path) -> str:
+    from hf_rlhf_ext.metrics.names import METRICS
+
+    return markdown_table(
+        ("metric", "unit", "meaning"),
+        ([f"`{name}`", metric.unit, escaped(metric.meaning)] for name, metric in METRICS.items()),
+    )
+
+
+def formats(page: Path) -> str:
+    from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS
+
+    rows = []
+    for kind, of_kind in (("comparisons", COMPARISONS), ("demonstrations", DEMONSTRATIONS)):
+        for fmt in of_kind:
+            columns = ", ".join(f"`{column}`" for column in fmt.columns)
+            rows.append([f"`{fmt.name}`", kind, fmt.example, columns])
+    return markdown_table(("format", "becomes", "an example", "columns it must have"), rows)
+
+
+def options_ppo(page: Path) -> str:
+    from hf_rlhf_ext import PPOConfig
+
+    return options_table(PPOConfig)
+
+
+def options_reward(page: Path) -> str:
+    from hf_rlhf_ext import BradleyTerryConfig
+
+    return options_table(BradleyTerryConfig)
+
+
+def options_table(config: type) -> str:
+    """Options that TRL's configuration does not have, or whose default differs."""
+    (base,) = config.__bases__
+    inherited = {field.name: field for field in dataclasses.fields(base)}
+    rows = []
+    for field in dataclasses.fields(config):
+        known = inherited.get(field.name)
+        if known is not None and default_of(known) == default_of(field):
+            continue
+        rows.append([f"`{field.name}`", f"`{default_of(field)!r}`", escaped(help_of(field))])
+    return markdown_table(("option", "default", "meaning"), rows)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def help_of(field: dataclasses.Field) -> str:
+    return " ".join(field.metadata.get("help", "").split()).replace("%%", "%")
+
+
+def escaped(text: str) -> str:
+    """For a cell of a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    table.__name__: table
+    for table in (
+        at_a_glance,
+        formats,
+        label_noise,
+        metrics,
+        options_ppo,
+        options_reward,
+        ppo_benchmark,
+        ppo_benchmark_stages,
+        ppo_study_smollm2,
+        ppo_study_stories,
+        quickstart,
+        quickstart_categories,
+        quickstart_details,
+        quickstart_seconds,
+        reward_benchmark,
+        reward_study,
+    )
+}
+
+
+def filled(page: Path) -> str:
+    """The page's text with its tables as they should be.
+
+    Raises:
+        KeyError: the page names a table that is not in `TABLES`.
+    """
+
+    def fill(place: re.Match) -> str:
+        start, name, _, end = place.groups()
+        return start + TABLES[name](page) + end
+
+    return PLACE.sub(fill, page.read_text(encoding="utf-8"))
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def main() -> int:
+    for page in pages():
+        text = filled(page)
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
