@@ -9,8 +9,9 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -299,15 +300,131 @@ def metrics(page: Path) -> str:
     )
 
 
-def formats(page: Path) -> str:
+def comparison_formats(page: Path) -> str:
+    from hf_rlhf_ext.readers.registry import COMPARISONS
+
+    return formats_table(COMPARISONS)
+
+
+def demonstration_formats(page: Path) -> str:
+    from hf_rlhf_ext.readers.registry import DEMONSTRATIONS
+
+    return formats_table(DEMONSTRATIONS)
+
+
+def formats_table(formats: Iterable[Any]) -> str:
+    rows = [[f"`{fmt.name}`", fmt.example, column_list(fmt.columns)] for fmt in formats]
+    return markdown_table(("format", "an example", "columns it must have"), rows)
+
+
+def column_list(columns: Sequence[str]) -> str:
+    """The names of columns as code. Of many, such as `response_1` to `response_32`, the first two and the last."""
+    names = [f"`{column}`" for column in columns]
+    if len(names) > 8:
+        names = [*names[:2], "…", names[-1]]
+    return ", ".join(names)
+
+
+# From the tests: published data sets and how each one is read
+
+
+PUBLISHED_SETS = ROOT / "tests" / "readers" / "published.py"
+CHECKS = {
+    "file": "a real file",
+    "card": "the data set's card",
+    "code": "code that reads it",
+    "documentation": "documentation",
+    "example": "an example row",
+    "memory": "memory",
+}
+"""How the columns of a published set were found out -> its name in the tables."""
+
+
+def published_shapes(page: Path) -> str:
+    """How many sets of each kind were checked in which way."""
+    rows = []
+    for check, label in CHECKS.items():
+        counts = []
+        for kind in ("comparisons", "demonstrations"):
+            counts.append(str(sum(check_of(entry.source) == check for entry in published(kind))))
+        rows.append([label, *counts])
+    return markdown_table(("columns known from", "comparisons", "demonstrations"), rows, "lrr")
+
+
+def published_comparisons(page: Path) -> str:
+    return published_table("comparisons")
+
+
+def published_demonstrations(page: Path) -> str:
+    return published_table("demonstrations")
+
+
+def published(kind: str) -> list[Any]:
+    entries = runpy.run_path(str(PUBLISHED_SETS))["PUBLISHED"]
+    return [entry for entry in entries if entry.kind == kind]
+
+
+def check_of(source: str) -> str:
+    """The kind of a source, a key of `CHECKS`."""
+    for check in ("file", "memory", "example", "code"):
+        if source.startswith(check):
+            return check
+    return "card" if "card of" in source or source.startswith("dataset card") else "documentation"
+
+
+def published_table(kind: str) -> str:
+    rows = []
+    for entry in published(kind):
+        check = check_of(entry.source)
+        known_from = CHECKS[check]
+        if check != "memory" and "memory" in entry.source:
+            known_from += ", partly memory"
+        rows.append([escaped(entry.name), escaped(read_as(entry)), known_from])
+    return markdown_table(("data set", "read as", "columns known from"), rows)
+
+
+def read_as(entry: Any) -> str:
+    """The roles that the library finds for the columns of a set, or why it does not read the set."""
+    from hf_rlhf_ext.readers.formats import resolve
+    from hf_rlhf_ext.readers.profile import profile_of
     from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS
 
-    rows = []
-    for kind, of_kind in (("comparisons", COMPARISONS), ("demonstrations", DEMONSTRATIONS)):
-        for fmt in of_kind:
-            columns = ", ".join(f"`{column}`" for column in fmt.columns)
-            rows.append([f"`{fmt.name}`", kind, fmt.example, columns])
-    return markdown_table(("format", "becomes", "an example", "columns it must have"), rows)
+    if entry.expect.refused:
+        return f"refused: `{entry.expect.refused}` holds media"
+    formats = COMPARISONS if entry.kind == "comparisons" else DEMONSTRATIONS
+    reading = resolve(profile_of(entry.rows), formats, entry.name)
+    if reading.format.roles is None:
+        return f"reader `{reading.format.name}`: {column_list(reading.format.columns)}"
+    if entry.kind == "comparisons":
+        return roles_in_words(reading.format.roles)
+    parts = [roles_in_words(reading.convert.roles)]
+    if reading.convert.label_columns:
+        parts.append(f"label ← {column_list(reading.convert.label_columns)}")
+    if reading.convert.numbered:
+        parts.append(f"later turns ← {column_list(reading.convert.numbered)}")
+    return "; ".join(parts)
+
+
+def roles_in_words(roles: Any) -> str:
+    """Each role with its columns. A role whose column has the same name is only named."""
+    mapping = roles.as_mapping()
+    meaning = mapping.pop("verdict_is", None)
+    parts = []
+    for role, columns in mapping.items():
+        if role in ("as_text", "repeats"):  # these say how columns are read, and are no part of a row
+            continue
+        part = f"`{role}`" if columns in (role, [role]) else f"{role} ← {column_list(as_list(columns))}"
+        if role in ("verdict", "votes") and meaning:
+            part += f" ({meaning})"
+            meaning = None
+        parts.append(part)
+    if meaning:  # no column has the verdict: it is the order of the answers
+        parts.append(f"verdict ← {meaning}")
+    return "; ".join(parts)
+
+
+def as_list(columns: str | list[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else columns
 
 
 def options_ppo(page: Path) -> str:
@@ -354,7 +471,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     table.__name__: table
     for table in (
         at_a_glance,
-        formats,
+        comparison_formats,
+        demonstration_formats,
         label_noise,
         metrics,
         options_ppo,
@@ -363,6 +481,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
         ppo_benchmark_stages,
         ppo_study_smollm2,
         ppo_study_stories,
+        published_comparisons,
+        published_demonstrations,
+        published_shapes,
         quickstart,
         quickstart_categories,
         quickstart_details,

@@ -3,7 +3,7 @@
 Train a reward model:
 
 - `load_comparisons` reads preference data in the public formats into comparison rows, and `load_demonstrations` reads
-  data for SFT. `quality_report` checks the labels before training.
+  data for SFT; `register_format` adds a format of your own. `quality_report` checks the labels before training.
 - `BradleyTerryTrainer`, with its options `BradleyTerryConfig`, trains a reward model on pairs and K-wise comparisons.
   `DataCollatorForComparisons` builds its batches.
 - `RewardScorer` loads a trained reward model as a reward function for PPO or for TRL's trainers. `RewardEnsemble` does
@@ -18,7 +18,7 @@ Train a policy:
 Share the result:
 
 - `write_card` writes a model card with the measured results, `push_run` pushes a run to the Hub, and `push_comparisons`
-  pushes a data set of comparisons.
+  pushes a dataset of comparisons.
 
 A mistake in an option, a file or a row raises `UserError`: one line with what is wrong and how to fix it.
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .ppo.trainer import PPOTrainer
     from .quality.report import quality_report
     from .readers.formats import load_comparisons, load_demonstrations
+    from .readers.registry import register_format
     from .reward.config import BradleyTerryConfig
     from .reward.ensemble import RewardEnsemble
     from .reward.export import export_merged
@@ -68,6 +69,7 @@ _HOMES = {
     "push_comparisons": "hub.dataset",
     "push_run": "hub.push",
     "quality_report": "quality.report",
+    "register_format": "readers.registry",
     "write_card": "hub.card",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "push_comparisons",
     "push_run",
     "quality_report",
+    "register_format",
     "write_card",
 ]
 

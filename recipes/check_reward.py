@@ -95,7 +95,9 @@ def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Datas
     same options. Otherwise, they are all rows of the file.
     """
     split = data.dataset_test_split or data.dataset_train_split
-    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
+    rows, report = load_comparisons(
+        data.dataset_name, split=split, category_column=comparisons.category_column, **data.reading()
+    )
     print(report.summary())
     if data.dataset_test_split:  # recipes/reward.py does not filter a test split
         n_rows = data.eval_rows or len(rows)
@@ -110,8 +112,8 @@ def check_ensemble(ensemble: RewardEnsemble, rows: Dataset, fits: Fits) -> Rewar
     """Checks the combined reward. The metrics include the members' mean disagreement on the rows."""
     disagreements: list[float] = []
 
-    def combined_reward(prompts: list, completions: list) -> list[float]:
-        return ensemble(prompts, completions, log_metric=lambda name, value: disagreements.append(value))
+    def combined_reward(prompts: list, completions: list, **columns: list) -> list[float]:
+        return ensemble(prompts, completions, log_metric=lambda name, value: disagreements.append(value), **columns)
 
     checked = check_reward(ensemble.raw, rows, reward=combined_reward, fits=fits)
     # The rows are scored first and then the probes, so the first disagreement is that on the rows.

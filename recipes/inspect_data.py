@@ -48,14 +48,12 @@ ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)
 def inspect_data(data: DataArguments, comparisons: ComparisonArguments, args: InspectArguments) -> dict[str, Any]:
     """Reads and filters comparisons, and writes report.json and report.html. Returns the content of report.json."""
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
-    rows, load_report = read_split(data, data.dataset_train_split)
+    rows, load_report = read_split(data, data.dataset_train_split, comparisons.category_column)
     test = None
     if data.dataset_test_split:
-        test, _ = read_split(data, data.dataset_test_split)
+        test, _ = read_split(data, data.dataset_test_split, comparisons.category_column)
     train, heldout = train_and_heldout(refine(rows, comparisons), data, test)
-    report = quality_report(
-        train, heldout, source=load_report.source, seed=args.seed, order_known=load_report.order_known
-    )
+    report = quality_report(train, heldout, seed=args.seed, load_report=load_report)
 
     content = {
         "load": asdict(load_report),
@@ -74,9 +72,9 @@ def inspect_data(data: DataArguments, comparisons: ComparisonArguments, args: In
     return content
 
 
-def read_split(data: DataArguments, split: str) -> tuple[Dataset, LoadReport]:
+def read_split(data: DataArguments, split: str, category_column: str | None = None) -> tuple[Dataset, LoadReport]:
     """Reads the comparisons of one split, and prints a summary."""
-    rows, report = load_comparisons(data.dataset_name, split=split, **data.reading())
+    rows, report = load_comparisons(data.dataset_name, split=split, category_column=category_column, **data.reading())
     print(report.summary())
     return rows, report
 

@@ -46,7 +46,7 @@ from hf_rlhf_ext.hub.push import later_command
 from hf_rlhf_ext.hub.report import base_precision
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.readers.formats import load_rows
+from hf_rlhf_ext.readers.formats import load_rows, with_prompts
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 
 PLOT = "curves.png"
@@ -204,6 +204,11 @@ def read_prompts(data: DataArguments) -> tuple[Dataset, Dataset]:
         heldout = load_rows(
             data.dataset_name, data.dataset_test_split, data.dataset_revision, config=data.dataset_config
         )
+    columns = data.column_roles()
+    if columns is not None:
+        rows = with_prompts(rows, columns, source=data.dataset_name)
+        if heldout is not None:
+            heldout = with_prompts(heldout, columns, source=data.dataset_name)
     return train_and_heldout(rows, data, heldout)
 
 

@@ -41,7 +41,7 @@ from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.data.text import decode_completion, encode_prompt
+from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL, preferred_dtype
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
@@ -393,7 +393,7 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
     batch_size = 64 // k  # prompts
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc="sampling in batches of 64", leave=False, disable=None):  # None: on terminals only
-        batch = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
+        batch = [encode_generation_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
         ids = engine.generate(batch, sampling, n=k).ids
         for completion in ids:
             answer = {"role": "assistant", "content": decode_completion(tokenizer, completion)}

@@ -41,6 +41,7 @@ from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.progress import show_progress
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import check_heldout, refine, train_and_heldout
+from hf_rlhf_ext.data.text import Unrenderable
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenize_row
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
@@ -107,7 +108,7 @@ def train_reward(
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
-    train, heldout = read_comparisons(data, comparisons)
+    train, heldout, rows_read = read_comparisons(data, comparisons)
     check_heldout(args, heldout)
     dataset = hub_dataset(data)
 
@@ -136,18 +137,25 @@ def train_reward(
     options = (data, comparisons, model_args, args)
     seconds = time.monotonic() - start
     return finish_run(
-        args, "reward_model", {"reward_model": measured}, options, seconds=seconds, card={**dataset, **card}
+        args,
+        "reward_model",
+        {"reward_model": measured},
+        options,
+        seconds=seconds,
+        card={**dataset, **card, "rows_read": [rows_read]},
     )
 
 
-def read_comparisons(data: DataArguments, comparisons: ComparisonArguments) -> tuple[Dataset, Dataset]:
-    """Returns comparisons to train on, and held-out comparisons."""
-    rows, report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **data.reading())
+def read_comparisons(data: DataArguments, comparisons: ComparisonArguments) -> tuple[Dataset, Dataset, str]:
+    """Returns comparisons to train on, held-out comparisons, and one line on what was read and dropped."""
+    reading = data.reading() | {"category_column": comparisons.category_column}
+    rows, report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **reading)
     print(report.summary())
     test = None
     if data.dataset_test_split:
-        test, _ = load_comparisons(data.dataset_name, split=data.dataset_test_split, **data.reading())
-    return train_and_heldout(refine(rows, comparisons), data, test)
+        test, _ = load_comparisons(data.dataset_name, split=data.dataset_test_split, **reading)
+    train, heldout = train_and_heldout(refine(rows, comparisons), data, test)
+    return train, heldout, report.summary()
 
 
 def evaluate(trainer: BradleyTerryTrainer, args: BradleyTerryConfig, *, n_heldout: int) -> dict[str, Any]:
@@ -226,7 +234,7 @@ def train_ensemble(
         RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
     PartialState().wait_for_everyone()  # all of them read it below
 
-    train, heldout = read_comparisons(data, comparisons)
+    train, heldout, rows_read = read_comparisons(data, comparisons)
     measured = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
     if len(heldout):
         measured.update(evaluate_ensemble(heldout, args, ensemble))
@@ -235,7 +243,12 @@ def train_ensemble(
     options = (data, comparisons, ensemble, model_args, args)
     seconds = time.monotonic() - start
     return finish_run(
-        args, "reward_model", {"reward_model": measured}, options, seconds=seconds, card={**dataset, **card}
+        args,
+        "reward_model",
+        {"reward_model": measured},
+        options,
+        seconds=seconds,
+        card={**dataset, **card, "rows_read": [rows_read]},
     )
 
 
@@ -299,9 +312,9 @@ def check_ensemble(ensemble: RewardEnsemble, heldout: Dataset, args: BradleyTerr
     combined = combine_rewards(rewards, ensemble.combine, ensemble.penalty)
     # `check_reward` asks for the scores of all rows at once, in this order.
     checked = check_reward(
-        lambda prompts, completions: raw.mean(0).tolist(),
+        lambda prompts, completions, **columns: raw.mean(0).tolist(),
         rows,
-        reward=lambda prompts, completions: combined.tolist(),
+        reward=lambda prompts, completions, **columns: combined.tolist(),
         probes=False,
         length=lambda text: len(first.tokenizer(text)["input_ids"]),
     )
@@ -315,7 +328,10 @@ def fitting_sequences(
     rows = []
     sequences = []
     for number, row in enumerate(heldout):
-        ids = tokenize_row(row, tokenizer)
+        try:
+            ids = tokenize_row(row, tokenizer)
+        except Unrenderable:  # the trainer has reported it
+            continue
         if limit is not None:
             ids = fit_row(
                 ids,

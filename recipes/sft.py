@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -34,7 +34,9 @@ from hf_rlhf_ext.cli.options import (
 from hf_rlhf_ext.cli.progress import show_progress
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, train_and_heldout
-from hf_rlhf_ext.data.text import check_tokenizer, is_messages
+from hf_rlhf_ext.data.text import check_tokenizer, is_messages, without_start
+from hf_rlhf_ext.data.tokenization import drop_unrenderable
+from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.report import base_precision
 from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
@@ -42,7 +44,16 @@ from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.readers.formats import UnknownFormat, load_demonstrations, load_rows
 
 ARGUMENTS = (DataArguments, DemonstrationArguments, TerminalArguments, ModelArguments, SFTConfig)
-TRAINED_COLUMNS = ("prompt", "completion", "messages", "tools", "text", "input_ids", "labels")
+TRAINED_COLUMNS = (
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "chat_template_kwargs",
+    "text",
+    "input_ids",
+    "labels",
+)
 """Columns that SFTTrainer reads."""
 
 
@@ -60,7 +71,7 @@ def train_sft(
     start = time.monotonic()
     if demonstrations is None:
         demonstrations = DemonstrationArguments()
-    train, heldout, chosen = read_rows(data, args, demonstrations)
+    train, heldout, chosen, rows_read = read_rows(data, args, demonstrations)
     dataset = hub_dataset(data)
 
     tokenizer = load_tokenizer(
@@ -68,6 +79,9 @@ def train_sft(
     )
     first_prompt = train[0].get("messages", train[0].get("prompt"))
     check_tokenizer(tokenizer, needs_chat_template=is_messages(first_prompt))
+    train = rows_for_trl(train, tokenizer, args.dataset_text_field, source=data.dataset_name)
+    if len(heldout):
+        heldout = rows_for_trl(heldout, tokenizer, args.dataset_text_field, source=f"{data.dataset_name} (held out)")
     trainer = PublishingSFTTrainer(
         load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
         args=args,
@@ -88,6 +102,7 @@ def train_sft(
         },
         "relation": "adapter" if model_args.use_peft else "finetune",
         "chat": tokenizer.chat_template is not None,
+        "rows_read": rows_read,
         **base_precision(trainer.model),
         **dataset,
     }
@@ -98,22 +113,22 @@ def train_sft(
 
 def read_rows(
     data: DataArguments, args: SFTConfig, demonstrations: DemonstrationArguments
-) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    """Returns rows to train on, held-out rows, and the report's part on how the rows were chosen."""
-    rows = read_demonstrations(data, data.dataset_train_split, args.dataset_text_field, demonstrations)
+) -> tuple[Dataset, Dataset, dict[str, Any], list[str]]:
+    """Returns rows to train on, held-out rows, the report's part on how they were chosen, and what was read."""
+    rows, rows_read = read_demonstrations(data, data.dataset_train_split, args.dataset_text_field, demonstrations)
     test = None
     if data.dataset_test_split:
-        test = read_demonstrations(data, data.dataset_test_split, args.dataset_text_field, demonstrations)
+        test, _ = read_demonstrations(data, data.dataset_test_split, args.dataset_text_field, demonstrations)
     rows, chosen = choose_demonstrations(rows, demonstrations)
     train, heldout = train_and_heldout(rows, data, test)
     check_heldout(args, heldout)
-    return train, heldout, chosen
+    return train, heldout, chosen, rows_read
 
 
 def read_demonstrations(
     data: DataArguments, split: str, text_field: str, demonstrations: DemonstrationArguments
-) -> Dataset:
-    """Reads demonstrations. Plain text and token ids, which SFTTrainer accepts too, are returned unchanged."""
+) -> tuple[Dataset, list[str]]:
+    """Reads demonstrations, with a line on what was read. Text and token ids, for SFTTrainer, are left as they are."""
     try:
         rows, report = load_demonstrations(
             data.dataset_name,
@@ -126,9 +141,30 @@ def read_demonstrations(
         rows = load_rows(data.dataset_name, split, data.dataset_revision, config=data.dataset_config)
         is_text_or_ids = {text_field, "input_ids"} & set(rows.column_names)
         if data.dataset_format is None and is_text_or_ids:
-            return rows
+            return rows, []
         raise
     print(report.summary())
+    return rows, [report.summary()]
+
+
+def rows_for_trl(rows: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, *, source: str) -> Dataset:
+    """Drops rows that the chat template cannot render, and removes BOS from texts, which SFTTrainer adds itself.
+
+    Raises:
+        UserError: no row is left.
+    """
+    if {"prompt", "completion"} <= set(rows.column_names):
+        rows, report = drop_unrenderable(rows, tokenizer, source=source)
+        if not len(rows):
+            raise UserError(f"{report.summary()}: no row is left: use a model whose chat template renders these rows.")
+        if report.dropped:
+            print(report.summary())
+
+    for name in ("prompt", text_field):
+        if name in rows.column_names and rows.features[name] == Value("string"):
+            texts = [text and without_start(tokenizer, text) for text in rows[name]]
+            if texts != list(rows[name]):
+                rows = rows.remove_columns(name).add_column(name, texts)
     return rows
 
 

@@ -1,15 +1,18 @@
 """Options that the recipes share, in addition to TRL's configs."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
 from ..errors import UserError
 from ..modeling.loading import EMBEDDED_MODEL, preferred_dtype
+from .config_file import read_config
 
 
 @dataclass
@@ -27,6 +30,18 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration (subset) of a dataset on the Hub, where it has several."}
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which column has which role, as YAML or JSON text or a .yaml file, for data in no known format: "
+            "'{prompt: query, answers: [a, b], verdict: label, verdict_is: 1 or 2}'. If `None`, the roles are found by "
+            "the names of the columns."
+        },
+    )
+    ignore: str | None = field(
+        default=None,
+        metadata={"help": "Columns that need not be read although they look as if they mattered, as a,b."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
@@ -50,7 +65,36 @@ class DataArguments:
 
     def reading(self) -> dict[str, Any]:
         """Arguments of the readers, without name and split."""
-        return {"format": self.dataset_format, "revision": self.dataset_revision, "config": self.dataset_config}
+        return {
+            "format": self.dataset_format,
+            "revision": self.dataset_revision,
+            "config": self.dataset_config,
+            "columns": self.column_roles(),
+            "ignore": self.ignored_columns(),
+        }
+
+    def column_roles(self) -> dict[str, Any] | None:
+        """The roles of the columns that `--columns` gives. Raises `UserError` if it is no mapping."""
+        columns: Any = self.columns
+        if columns is None or isinstance(columns, dict):  # a mapping in the config file
+            return columns
+        if Path(columns).suffix in (".yaml", ".yml", ".json"):
+            return read_config(columns)
+        try:
+            mapping = yaml.safe_load(columns)
+        except yaml.YAMLError:
+            mapping = None
+        if not isinstance(mapping, dict):
+            raise UserError(f"--columns: {columns!r} is no mapping: write '{{prompt: query, completion: reply}}'.")
+        return mapping
+
+    def ignored_columns(self) -> list[str]:
+        """The columns of `--ignore`."""
+        ignore: Any = self.ignore
+        if isinstance(ignore, list):  # a list in the config file
+            return list(map(str, ignore))
+        names = (ignore or "").split(",")
+        return [name.strip() for name in names if name.strip()]
 
 
 @dataclass
@@ -71,6 +115,13 @@ class ComparisonArguments:
     min_agreement: float | None = field(
         default=None,
         metadata={"help": "Leave out pairs with a smaller share of agreeing votes (0.5 to 1). If `None`, keep all."},
+    )
+    category_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the category of a row, by which accuracy is reported. If `None`, the one of the "
+            "format, or `category`."
+        },
     )
 
 

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from .cells import as_label
+from .json_columns import without_arrow_fill
 from .schema import Comparison, LoadReport, PreferenceDataError, Row, Unusable, settle, without_missing
+from .templates import template_columns
 
 Reader = Callable[[Row, int], Comparison | list[Comparison]]
 """Converts a source row, given with its row number."""
@@ -57,11 +59,11 @@ def require_rows(dataset: Any, source: str) -> None:
         raise PreferenceDataError(f"{name}: the dataset has no rows: check path, split and filters.")
 
 
-def list_columns(columns: Iterable[Any]) -> str:
-    """Lists the first twelve column names in sorted order, each with at most 40 characters, and counts the rest."""
+def list_columns(columns: Iterable[Any], most: int = 12) -> str:
+    """Lists the first column names in sorted order, each with at most 40 characters, and counts the rest."""
     names = sorted(map(str, columns))
     shown = []
-    for name in names[:12]:
+    for name in names[:most]:
         # A message is one line, so a line break or half a surrogate pair in a name is escaped.
         if not name.isprintable():
             name = repr(name)
@@ -79,8 +81,11 @@ def list_columns(columns: Iterable[Any]) -> str:
 
 
 def readable_rows(rows: Iterable[Row | str], report: LoadReport) -> Iterator[tuple[int, Row]]:
-    """Yields (number, row). A string in place of a row is the reason why it could not be read, and is reported."""
-    for index, row in enumerate(rows):
+    """Yields (number, row). A string in place of a row is the reason why it could not be read, and is reported.
+
+    What Arrow filled into the records of a dataset is removed.
+    """
+    for index, row in enumerate(without_arrow_fill(rows)):
         report.rows_in += 1
         if isinstance(row, str):
             report.drop(row, index)
@@ -114,12 +119,21 @@ def with_labels(
     row: Row,
     category_column: str = "category",
 ) -> Comparison | list[Comparison]:
-    """Adds `category` and `source` of the source row to the result, unless the result has its own."""
-    category = as_label(row.get(category_column))
-    labels = {"category": category, "source": as_label(row.get("source"))}
+    """Adds category, source and what the chat template reads of the source row, unless the result has its own."""
+    flags: list[str] = []
+    labels = template_columns(row, flags)
+    labels["category"] = as_label(row.get(category_column))
+    labels["source"] = as_label(row.get("source"))
+
+    def labeled(one: Comparison) -> Comparison:
+        together = labels | without_missing(one)
+        if flags:
+            together["flags"] = [*(together.get("flags") or ()), *flags]
+        return together
+
     if isinstance(result, list):
-        return [labels | without_missing(one) for one in result]
-    return labels | without_missing(result)
+        return list(map(labeled, result))
+    return labeled(result)
 
 
 # --- finishing and counting ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Optional columns:
 - `margins`: How much better i is than j, in units of reward, one number per pair. The default is 0.
 - `votes`: Judgments of single annotators: `annotator`, `pair`, `label` (P(i ≻ j)) and optionally `confidence`.
 - `flags`: Properties of a row worth knowing, such as `empty_completion`.
+- `tools`, `chat_template_kwargs`: Function schemas (JSON text of a list) and arguments for the chat template.
 - `category`, `source`: Labels, such as a use case and the name of the dataset.
 - `row`: Row number in the source.
 """
@@ -24,9 +25,11 @@ from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from ..errors import UserError
+from .json_columns import as_json_column, json_text
+from .templates import TEMPLATE_COLUMNS, template_kwargs, tools_text
 from .text import Messages, is_text, text_key
 
 Row = dict[str, Any]
@@ -51,6 +54,8 @@ _FIXED_FEATURES = {
     "category": Value("string"),
     "source": Value("string"),
     "row": Value("int64"),
+    "tools": Value("string"),
+    "chat_template_kwargs": Json(),
 }
 
 
@@ -75,6 +80,8 @@ class LoadReport:
         dropped: Reason -> numbers of the dropped rows.
         flagged: Flag -> numbers of the rows that were kept with this flag, such as `empty_completion`.
         order_known: Whether the first completion of a pair is the one that annotators saw first.
+        unread: Column that was not read -> what it looks like, such as "metadata" or "text". A column that repeats what
+            was read counts as read. ", ignored" follows if the column looked as if it mattered, and the user waived it.
     """
 
     source: str = ""
@@ -83,6 +90,7 @@ class LoadReport:
     dropped: dict[str, list[int]] = field(default_factory=dict)
     flagged: dict[str, list[int]] = field(default_factory=dict)
     order_known: bool = False
+    unread: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
         """Counts a dropped row."""
@@ -100,7 +108,42 @@ class LoadReport:
             parts.append(_summarize("dropped", reason, rows))
         for reason, rows in self.flagged.items():
             parts.append(_summarize("flagged", reason, rows))
+        if unread := self.unread_in_words():
+            parts.append(f"not read: {unread}")
         return "; ".join(parts)
+
+    def unread_in_words(self, most: int = 5) -> str:
+        """Lists the columns that were not read by what they look like, at most `most` of each. Empty ones are left out.
+
+        Columns that the user waived come first, then text, as the reader may miss these most.
+        """
+        by_meaning: dict[str, list[str]] = {}
+        for column, meaning in self.unread.items():
+            by_meaning.setdefault(meaning, []).append(_printable(column))
+        by_meaning.pop("empty", None)
+        parts = []
+        for meaning in sorted(by_meaning, key=_importance):
+            columns = by_meaning[meaning]
+            shown = ", ".join(columns[:most])
+            if len(columns) > most:
+                shown += f" and {len(columns) - most} more"
+            parts.append(f"{shown} ({meaning})")
+        return ", ".join(parts)
+
+    @property
+    def waived(self) -> list[str]:
+        """Columns that looked as if they mattered, and that were not read because the user waived them."""
+        return [column for column, meaning in self.unread.items() if meaning.endswith(", ignored")]
+
+
+def _importance(meaning: str) -> tuple[bool, bool, bool]:
+    """Sorts waived columns first, then text, and metadata last."""
+    return not meaning.endswith(", ignored"), meaning != "text", meaning == "metadata"
+
+
+def _printable(column: str) -> str:
+    # The summary is one line, so a line break in a name is escaped.
+    return column if column.isprintable() else repr(column)
 
 
 def _summarize(verb: str, reason: str, rows: list[int]) -> str:
@@ -399,7 +442,7 @@ def without_missing(row: Row) -> Row:
 
 
 def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) -> list[Comparison]:
-    """Merges rows with the same prompt and category into one row with distinct completions and all judgments.
+    """Merges rows with the same prompt, category and tools into one row with distinct completions and all judgments.
 
     Prompts and completions that differ only in white space count as equal. A row that equals an earlier one (same
     prompt, sides, order, targets and votes) is a copy, not a second judgment. It is dropped, and flagged
@@ -411,8 +454,9 @@ def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) ->
     report = report or LoadReport()
     groups: dict[Any, list[Comparison]] = {}
     for row in rows:
-        category = str(row.get("category"))
-        key = (text_key(row["prompt"]), category)
+        # With other tools, or other arguments of the chat template, the question is another one.
+        labels = [str(row.get(column)) for column in ("category", *TEMPLATE_COLUMNS)]
+        key = (text_key(row["prompt"]), *labels)
         groups.setdefault(key, []).append(row)
 
     grouped = []
@@ -488,7 +532,7 @@ def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
     _check_one_kind(rows, source)
     columns = _columns(rows)
     try:
-        return Dataset.from_dict(columns, features=_features(columns))
+        return dataset_of(columns)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         where = source or "dataset"
         names = ", ".join(columns)
@@ -530,18 +574,33 @@ def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
     return columns
 
 
-def _features(columns: dict[str, list[Any]]) -> Features:
-    """Returns the types of the schema, and inferred types for other columns."""
-    unknown = {}
+def dataset_of(columns: dict[str, list[Any]]) -> Dataset:
+    """Returns the columns as a dataset: the types of the schema, JSON for records that differ, others inferred.
+
+    Raises:
+        TypeError, ValueError, OverflowError, RecursionError: A column cannot be stored.
+    """
+    stored: dict[str, list[Any]] = {}
+    types: dict[str, Any] = {}
+    inferred: dict[str, list[Any]] = {}
     for name, values in columns.items():
-        if name not in _FIXED_FEATURES:
-            unknown[name] = values
-    # Messages differ in their keys, for example with tool calls. Stored as JSON, they keep them.
-    inferred = Dataset.from_dict(unknown, on_mixed_types="use_json").features
-    features = {}
-    for name in columns:
-        features[name] = _FIXED_FEATURES.get(name) or inferred[name]
-    return Features(features)
+        as_json = None
+        if name == "tools":
+            values = list(map(tools_text, values))
+        elif name == "chat_template_kwargs":
+            # TRL's trainers unpack it, so rows without arguments have an empty record.
+            values = [json_text(template_kwargs(value)) for value in values]
+        elif name not in _FIXED_FEATURES:
+            as_json = as_json_column(values)
+        stored[name] = values
+        if as_json is not None:
+            stored[name], types[name] = as_json
+        elif name in _FIXED_FEATURES:
+            types[name] = _FIXED_FEATURES[name]
+        else:
+            inferred[name] = values
+    types |= Dataset.from_dict(inferred, on_mixed_types="use_json").features
+    return Dataset.from_dict(stored, features=Features({name: types[name] for name in stored}))
 
 
 def with_defaults(row: Comparison) -> Comparison:

@@ -1,16 +1,29 @@
 """Tokenization of prompts and completions: one convention for training, scoring and rollouts.
 
 A prompt is a string, or a list of messages that is rendered by the tokenizer's chat template with the generation
-prompt. A completion is a string or a list of messages. It is tokenized separately, as a policy generates it after the
-prompt's last token, and ends with exactly one stop token, `tokenizer.eos_token_id`.
+prompt. A completion is a string or a list of messages, of which the text is what the template adds to the prompt. It is
+tokenized separately, as a policy generates it after the prompt's last token, and ends with exactly one stop token,
+`tokenizer.eos_token_id`.
 """
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from os.path import commonprefix
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
 Messages = list[dict[str, Any]]
+
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a message with the thoughts before the answer. A chat template renders one of them, or none."""
+
+_MARK = "thoughtmark"
+_ANSWER = "answermark"
+_SPACES = ("▁", "Ġ")
+"""How tokenizers write a space at the start of a token."""
+_CONTEXT = 8
+"""Tokens of a prompt with which a completion is decoded."""
 
 
 def is_messages(value: Any) -> bool:
@@ -80,20 +93,68 @@ def check_tokenizer(tokenizer, *, needs_chat_template: bool) -> None:
         )
 
 
-def render_prompt(tokenizer, prompt: str | Messages) -> str:
-    """Returns the text that the policy continues: the prompt itself, or messages rendered by the chat template."""
+def start_ids(tokenizer) -> set[int]:
+    """Returns the tokens that start a text. A truncated prompt keeps them."""
+    return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+class Unrenderable(UserError):
+    """Raised for messages that the chat template cannot render. `reason` is short, for the report on the rows."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}: change or drop the row, or set another `tokenizer.chat_template`.")
+        self.reason = reason
+
+
+def render_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
+    """Returns the text before a completion: the prompt itself, or messages rendered by the chat template.
+
+    It ends with the template's generation prompt, up to where every completion begins. Some generation prompts go on:
+    `<think>` opens a thought, which a completion may have or not have. `render_generation_prompt` returns all of it.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        prompt: Text or messages.
+        options: Arguments of the chat template, see `data.templates.template_options`.
+
+    Raises:
+        Unrenderable: The template refuses these messages, or leaves out their tool calls.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    whole = render_generation_prompt(tokenizer, prompt, options)
+    return whole.removesuffix(generation_opener(tokenizer, prompt, options))
+
+
+def render_generation_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
+    """Returns the text that a policy continues: the prompt itself, or messages with the whole generation prompt."""
     if isinstance(prompt, str):
         return prompt
     check_tokenizer(tokenizer, needs_chat_template=True)
     # With the generation prompt, the first generated token is the first token of the answer.
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return _render(tokenizer, prompt, options, add_generation_prompt=True)
 
 
-def encode_prompt(tokenizer, prompt: str | Messages) -> list[int]:
-    """Returns the token ids of a prompt. Special tokens are added to plain text only; a chat template has its own."""
-    if not isinstance(prompt, str):
-        return tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
+def encode_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
+    """Returns the token ids of `render_prompt`. Special tokens are added to text only; a chat template has its own."""
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt)
+    return _plain_ids(tokenizer, render_prompt(tokenizer, prompt, options))
+
+
+def encode_generation_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
+    """Returns the token ids that a policy continues, see `render_generation_prompt`."""
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt)
+    return _plain_ids(tokenizer, render_generation_prompt(tokenizer, prompt, options))
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Returns the token ids of plain text with the special tokens that start it, and without a stop token."""
+    ids = without_second_start(tokenizer, tokenizer(text)["input_ids"])
     # T5's tokenizer appends a stop token to every text, which a prompt must not have. An encoder's separator is kept.
     has_separator = tokenizer.sep_token_id is not None
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_separator:
@@ -101,45 +162,318 @@ def encode_prompt(tokenizer, prompt: str | Messages) -> list[int]:
     return ids
 
 
-def completion_text(tokenizer, prompt: str | Messages, completion: str | Messages) -> str:
-    """Returns the completion as the policy would write it, without the final stop token.
+def without_second_start(tokenizer, ids: list[int]) -> list[int]:
+    """Removes the token that the tokenizer put before text that began with it, as rendered chat templates do."""
+    is_twice = len(ids) > 1 and ids[0] == ids[1]
+    return ids[1:] if is_twice and ids[0] in start_ids(tokenizer) else ids
 
-    For a single assistant message, this is its content. For several messages (tool calls, further turns), it is the
-    text that the chat template renders after the prompt, up to the last stop token.
+
+def without_start(tokenizer, text: str) -> str:
+    """Removes BOS from the start of text if the tokenizer adds it, for trainers that tokenize the text themselves."""
+    start = tokenizer.bos_token
+    adds_start = start and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(start) if adds_start else text
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- completions -----------------------------------------------------------------------------------------------------
+
+
+def completion_text(
+    tokenizer,
+    prompt: str | Messages,
+    completion: str | Messages,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Returns what the policy would write after the prompt, without the final stop token.
+
+    For messages, it is exactly what the chat template adds to `render_prompt`: with headers, an empty thought, or
+    trimmed, as the template has it. Only a thought in the text of the single message is kept as it is where the
+    template would leave it out, as the one of DeepSeek-R1 does.
+
+    Raises:
+        Unrenderable: The template refuses the messages, or leaves out a tool call or a thought.
     """
     if isinstance(completion, str):
         return completion
-    if len(completion) == 1 and not completion[0].get("tool_calls"):
-        content = completion[0].get("content")
-        if isinstance(content, str):
-            return content
-    before = render_prompt(tokenizer, prompt)
-    conversation = [*prompt, *completion]
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    if isinstance(prompt, str):  # not a conversation, so there is nothing to render
+        return plain_text(completion)
+    try:
+        return rendered_completion(tokenizer, prompt, completion, options)
+    except _LostThought:
+        if len(completion) > 1 or completion[0].get("tool_calls"):
+            raise
+        return completion[0]["content"]
+
+
+def rendered_completion(
+    tokenizer,
+    prompt: Messages,
+    completion: Messages,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Returns what the chat template adds to `render_prompt`, without the final stop token.
+
+    Raises:
+        Unrenderable: The template refuses the messages, or leaves out a tool call or a thought.
+    """
+    before = render_prompt(tokenizer, prompt, options)
+    if _ends_with_separator(tokenizer, before):
+        return _text_of_its_own(completion)
+    whole = _render(tokenizer, [*prompt, *completion], options)
     if not whole.startswith(before):
-        raise UserError(
-            "the chat template renders this prompt differently when a completion follows it: pass prompts and "
-            "completions as plain text."
-        )
+        raise Unrenderable("the chat template renders the prompt differently when this completion follows it")
+    _check_thoughts(tokenizer, prompt, completion, options)
     # Templates write the stop token, and some write a line break after it, which a policy does not generate.
     written = whole.removeprefix(before)
-    return written.rsplit(tokenizer.eos_token, 1)[0]
+    text, stop, rest = written.rpartition(tokenizer.eos_token)
+    return text if stop and not rest.strip() else written
+
+
+def _ends_with_separator(tokenizer, rendered_prompt: str) -> bool:
+    """True for an encoder, which reads the prompt and the completion as two texts with a separator between them."""
+    return tokenizer.sep_token is not None and rendered_prompt.endswith(tokenizer.sep_token)
+
+
+def _text_of_its_own(completion: Messages) -> str:
+    """Returns the text of a single message, for an encoder. Raises `Unrenderable` if there is more than text."""
+    first, *others = completion
+    for name in ("tool_calls", *THOUGHT_FIELDS):
+        if first.get(name):
+            raise Unrenderable(f"the chat template of an encoder does not render {name} of a completion")
+    if others or not isinstance(first.get("content"), str):
+        raise Unrenderable("an encoder takes completions of one message")
+    return first["content"]
 
 
 def encode_completion(
     tokenizer,
     prompt: str | Messages,
     completion: str | Messages,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Returns the token ids of a completion, which end with exactly one stop token, even if the text is empty."""
-    text = completion_text(tokenizer, prompt, completion)
+    text = completion_text(tokenizer, prompt, completion, options)
     text = text.removesuffix(tokenizer.eos_token)  # some sources include it; there must be only one
     ids = []
     if text:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = _continuation_ids(tokenizer, prompt, text, options)
     return [*ids, tokenizer.eos_token_id]
 
 
-def decode_completion(tokenizer, ids: list[int]) -> str:
-    """Decodes generated tokens without special tokens, for reward functions and people."""
-    return tokenizer.decode(ids, skip_special_tokens=True)
+def _continuation_ids(tokenizer, prompt: str | Messages, text: str, options: Mapping[str, Any] | None) -> list[int]:
+    """Returns the token ids of text that continues the prompt.
+
+    A SentencePiece tokenizer puts a space before every text. After a prompt there is none, so the ids are those at the
+    end of prompt and completion together, unless a token would reach over the border.
+    """
+    if not puts_space_before_text(tokenizer):
+        return _plain_ids(tokenizer, text)
+    prompt_ids = encode_prompt(tokenizer, prompt, options)
+    joined = render_prompt(tokenizer, prompt, options) + text
+    if isinstance(prompt, str):
+        joined_ids = encode_text(tokenizer, joined)
+    else:
+        joined_ids = _plain_ids(tokenizer, joined)
+    if joined_ids[: len(prompt_ids)] == prompt_ids:
+        return joined_ids[len(prompt_ids) :]
+    for start in ("\n", ".", "0"):  # a text with which the completion shares no token
+        begun = _plain_ids(tokenizer, start)
+        ids = _plain_ids(tokenizer, start + text)
+        if ids[: len(begun)] == begun:
+            return ids[len(begun) :]
+    return _plain_ids(tokenizer, text)
+
+
+def puts_space_before_text(tokenizer) -> bool:
+    """True for the tokenizer of a decoder that puts a space before every text, as SentencePiece does."""
+    if tokenizer.sep_token_id is not None:  # an encoder's completion is a text of its own
+        return False
+    first = tokenizer.convert_ids_to_tokens(_plain_ids(tokenizer, "a")[:1])
+    return bool(first) and first[0].startswith(_SPACES)
+
+
+def decode_completion(tokenizer, ids: list[int], prompt_ids: list[int] | None = None) -> str:
+    """Decodes generated tokens without special tokens, for reward functions and people.
+
+    With the tokens of a text prompt, a space between prompt and completion is kept, which SentencePiece tokenizers
+    leave out at the start of a text.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if not prompt_ids or not puts_space_before_text(tokenizer):
+        return text
+    context = prompt_ids[-_CONTEXT:]
+    before = tokenizer.decode(context, skip_special_tokens=True)
+    joined = tokenizer.decode(context + ids, skip_special_tokens=True)
+    if before and joined.startswith(before):
+        return joined.removeprefix(before)
+    return text
+
+
+# --- the chat template -----------------------------------------------------------------------------------------------
+
+
+def _render(
+    tokenizer,
+    messages: Messages,
+    options: Mapping[str, Any] | None,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Renders messages. Raises `Unrenderable` if the template refuses them or leaves out a tool call."""
+
+    def render(messages: Messages) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
+            )
+        except Exception as error:  # a template may raise any error, for example when it adds text to a record
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise Unrenderable(f"the chat template refuses the messages ({lines[0].strip()[:100]})") from error
+
+    if not any(message.get("tool_calls") for message in messages):
+        return render(messages)
+    # Some templates render tool calls only in messages without text, and some read empty text as no text.
+    for candidate in (messages, _without_empty_texts(messages)):
+        marked, marks = _mark_tool_calls(candidate)
+        if all(mark in render(marked) for mark in marks):
+            return render(candidate)
+    raise Unrenderable("the chat template does not render tool_calls")
+
+
+def _without_empty_texts(messages: Messages) -> Messages:
+    changed = []
+    for message in messages:
+        if message.get("tool_calls") and not message.get("content"):
+            message = message | {"content": None}
+        changed.append(message)
+    return changed
+
+
+def _mark_tool_calls(messages: Messages) -> tuple[Messages, list[str]]:
+    """Returns the messages with a mark as the name of each function, and the marks."""
+    marked = []
+    marks: list[str] = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            mark = f"called{len(marks)}here"
+            marks.append(mark)
+            if isinstance(call.get("function"), dict):
+                call = call | {"function": call["function"] | {"name": mark}}
+            else:
+                call = call | {"name": mark}
+            calls.append(call)
+        if calls:
+            message = message | {"tool_calls": calls}
+        marked.append(message)
+    return marked, marks
+
+
+class _LostThought(Unrenderable):
+    """Raised if the template leaves out a thought that is part of a message's text."""
+
+
+def _check_thoughts(tokenizer, prompt: Messages, completion: Messages, options: Mapping[str, Any] | None) -> None:
+    """Raises `Unrenderable` if the template leaves out a thought: answers that differ only there would be equal."""
+    for place, message in enumerate(completion):
+        thoughts = []
+        for name in THOUGHT_FIELDS:
+            value = message.get(name)
+            if isinstance(value, str) and value.strip():
+                lost = Unrenderable(f"the chat template does not render {name} of a completion")
+                thoughts.append((message | {name: _MARK}, lost))
+        content = _with_marked_thought(message.get("content"))
+        if content is not None:
+            lost = _LostThought("the chat template does not render the <think> part of a completion")
+            thoughts.append((message | {"content": content}, lost))
+        for marked, lost in thoughts:
+            changed = [*completion[:place], marked, *completion[place + 1 :]]
+            if _MARK not in _render(tokenizer, [*prompt, *changed], options):
+                raise lost
+
+
+def _with_marked_thought(content: Any) -> str | None:
+    """Returns the text with a mark in place of its thought, or None if it has none or an empty one."""
+    if not isinstance(content, str):
+        return None
+    before, close, answer = content.partition("</think>")
+    opening, _, thought = before.rpartition("<think>")  # the prompt may have opened it
+    if not close or not thought.strip():
+        return None
+    return f"{opening}<think>\n{_MARK}\n</think>{answer}"
+
+
+# --- the generation prompt -------------------------------------------------------------------------------------------
+
+
+class _Opening(NamedTuple):
+    """The end of a generation prompt.
+
+    Attributes:
+        optional: What not every completion goes on with, such as "<think>\\n\\n</think>\\n\\n".
+        thought: "<think>" with what follows, if the thought is left open.
+    """
+
+    optional: str
+    thought: str
+
+
+_openings: dict[tuple, _Opening] = {}
+
+
+def generation_opener(tokenizer, prompt: Messages, options: Mapping[str, Any] | None = None) -> str:
+    r"""Returns the end of the generation prompt with which not every completion goes on, such as "<think>\n", or "".
+
+    It is found by rendering the prompt with completions of one and of several messages.
+    """
+    return _opening(tokenizer, prompt, options).optional
+
+
+def open_thought(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
+    r"""Returns "<think>\n" if the generation prompt opens a thought, which then belongs to the text of the answer."""
+    if isinstance(prompt, str):
+        return ""
+    return _opening(tokenizer, prompt, options).thought
+
+
+def _opening(tokenizer, prompt: Messages, options: Mapping[str, Any] | None) -> _Opening:
+    # It depends on the template and its options only, except that some templates open no answer after a tool's message.
+    key = (
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+        json.dumps(options or {}, sort_keys=True, default=str),
+        prompt[-1].get("role"),
+    )
+    if key not in _openings:
+        if len(_openings) >= 1000:  # rows with options of their own
+            _openings.clear()
+        _openings[key] = _find_opening(tokenizer, prompt, options)
+    return _openings[key]
+
+
+def _find_opening(tokenizer, prompt: Messages, options: Mapping[str, Any] | None) -> _Opening:
+    opened = _render(tokenizer, prompt, options, add_generation_prompt=True)
+    if _ends_with_separator(tokenizer, opened):
+        return _Opening("", "")
+    shared = [opened]
+    answer = make_message("assistant", _ANSWER)
+    for completion in ([answer], [answer, make_message("user", "Why?"), answer]):
+        try:
+            text = _render(tokenizer, [*prompt, *completion], options)
+        except Unrenderable:  # a row with such a completion is refused later
+            continue
+        if _ANSWER not in text:  # templates of vision models take lists of parts
+            raise Unrenderable("the chat template does not render the text of messages")
+        shared.append(text)
+
+    begin = commonprefix([opened, _render(tokenizer, prompt, options)])
+    common = commonprefix(shared)
+    # Less in common than the prompt itself: it is rendered differently with a completion, which is refused later.
+    optional = opened[len(common) :] if len(common) >= len(begin) else ""
+    added = opened.removeprefix(begin)
+    thought = added[added.rindex("<think>") :] if "<think>" in added else ""
+    return _Opening(optional, "" if "</think>" in thought else thought)

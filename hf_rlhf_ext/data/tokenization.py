@@ -1,13 +1,22 @@
 """Tokenizes comparison rows, and drops or truncates rows that are too long."""
 
 from collections.abc import Collection
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
 from ..errors import UserError
 from .schema import LoadReport, Row
-from .text import check_tokenizer, encode_completion, encode_prompt
+from .templates import template_options
+from .text import (
+    Unrenderable,
+    check_tokenizer,
+    encode_completion,
+    encode_prompt,
+    is_messages,
+    rendered_completion,
+    start_ids,
+)
 
 Overflow = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
@@ -17,21 +26,25 @@ TOKENIZED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weight
 
 
 def tokenize_row(row: Row, tokenizer) -> dict[str, list]:
-    """Returns `prompt_ids` (tokens of the prompt) and `completion_ids` (K lists that end with the stop token)."""
+    """Returns `prompt_ids` (tokens of the prompt) and `completion_ids` (K lists that end with the stop token).
+
+    `tools` and `chat_template_kwargs` of the row are passed to the chat template.
+
+    Raises:
+        Unrenderable: The chat template cannot render the row.
+    """
     prompt = row["prompt"]
-    completion_ids = [encode_completion(tokenizer, prompt, completion) for completion in row["completions"]]
-    return {"prompt_ids": encode_prompt(tokenizer, prompt), "completion_ids": completion_ids}
+    options = template_options(row)
+    completion_ids = []
+    for completion in row["completions"]:
+        completion_ids.append(encode_completion(tokenizer, prompt, completion, options))
+    return {"prompt_ids": encode_prompt(tokenizer, prompt, options), "completion_ids": completion_ids}
 
 
 def longest(row: Row) -> int:
     """Returns the number of tokens of the prompt with its longest completion."""
     longest_completion = max(map(len, row["completion_ids"]))
     return len(row["prompt_ids"]) + longest_completion
-
-
-def start_ids(tokenizer) -> set[int]:
-    """Returns the tokens that start a text. A truncated prompt keeps them."""
-    return {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
 
 
 # --- too long --------------------------------------------------------------------------------------------------------
@@ -104,8 +117,8 @@ def tokenize_comparisons(
 ) -> Dataset:
     """Tokenizes comparison rows. The result has the columns `TOKENIZED_COLUMNS`, and `category_code` if present.
 
-    Rows longer than `max_length` tokens are handled as `overflow` specifies, and `report` counts truncated and dropped
-    rows. If `max_length` is None, rows keep their length.
+    Rows that the chat template cannot render are dropped. Rows longer than `max_length` tokens are handled as
+    `overflow` specifies. `report` counts truncated and dropped rows. If `max_length` is None, rows keep their length.
 
     Raises:
         UserError: A row is too long and `overflow` is "error", truncation leaves nothing of a text, or no row is left.
@@ -116,8 +129,12 @@ def tokenize_comparisons(
     first_prompt = dataset[0]["prompt"]
     check_tokenizer(tokenizer, needs_chat_template=not isinstance(first_prompt, str))
     tokenized = dataset.map(
-        tokenize_row, fn_kwargs={"tokenizer": tokenizer}, num_proc=num_proc, desc=f"Tokenizing {name} dataset"
+        _tokenize_or_say_why_not,
+        fn_kwargs={"tokenizer": tokenizer},
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
     )
+    tokenized, numbers = _without_unusable(tokenized, numbers, report)
     columns = list(TOKENIZED_COLUMNS)
     if CATEGORY_CODE in tokenized.column_names:
         columns.append(CATEGORY_CODE)
@@ -144,6 +161,65 @@ def tokenize_comparisons(
     if not kept:
         raise UserError(f"{report.summary()}: no row is left: raise max_length.")
     return tokenized.map(replace, with_indices=True).select(kept)
+
+
+def drop_unrenderable(demonstrations: Dataset, tokenizer, *, source: str) -> tuple[Dataset, LoadReport]:
+    """Drops demonstrations that the chat template refuses, or of which it leaves out a thought or a tool call.
+
+    TRL's trainers stop at the former, and train on the rest of the latter.
+
+    Args:
+        demonstrations: Rows with `prompt` and `completion`, and optionally `tools` and `chat_template_kwargs`.
+        tokenizer: The tokenizer, with its chat template.
+        source: Name of the dataset, for the report.
+
+    Returns:
+        The other rows, and a report on which rows were dropped and why. There may be no rows left.
+    """
+    report = LoadReport(source=source, rows_in=len(demonstrations))
+    numbers = list(demonstrations["row"]) if "row" in demonstrations.column_names else range(len(demonstrations))
+    kept = []
+    for k, row in enumerate(demonstrations):
+        try:
+            if is_messages(row["prompt"]) and is_messages(row["completion"]):
+                rendered_completion(tokenizer, row["prompt"], row["completion"], template_options(row))
+        except Unrenderable as error:
+            report.drop(error.reason, numbers[k])
+        else:
+            kept.append(k)
+    report.kept = len(kept)
+    return demonstrations if len(kept) == len(demonstrations) else demonstrations.select(kept), report
+
+
+_PROBLEM = "why_not_tokenized"
+"""Column with the reason why a row could not be tokenized, or ""."""
+
+
+def _tokenize_or_say_why_not(row: Row, tokenizer) -> dict[str, Any]:
+    try:
+        ids = tokenize_row(row, tokenizer)
+    except Unrenderable as error:
+        return {"prompt_ids": [], "completion_ids": [], _PROBLEM: error.reason}
+    n_distinct = len(set(map(tuple, ids["completion_ids"])))
+    if n_distinct < len(ids["completion_ids"]):
+        return ids | {_PROBLEM: "two completions are the same tokens, so there is nothing to compare"}
+    return ids | {_PROBLEM: ""}
+
+
+def _without_unusable(tokenized: Dataset, numbers: list[int], report: LoadReport) -> tuple[Dataset, list[int]]:
+    """Drops rows that could not be tokenized, with their reasons. Also returns the numbers of the other rows."""
+    kept = []
+    for k, problem in enumerate(tokenized[_PROBLEM]):
+        if problem:
+            report.drop(problem, numbers[k])
+            report.kept -= 1
+        else:
+            kept.append(k)
+    if not kept:
+        raise UserError(f"{report.summary()}: no row is left: use a tokenizer whose chat template renders these rows.")
+    if len(kept) == len(tokenized):
+        return tokenized, numbers
+    return tokenized.select(kept), [numbers[k] for k in kept]
 
 
 def _count_long_rows(

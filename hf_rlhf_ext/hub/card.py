@@ -259,6 +259,7 @@ def _provenance(options: CardOptions, report: RunReport) -> dict[str, Any]:
     """Returns how the model was made: lineage, command, versions, configuration, hardware and time."""
     return {
         "lineage": _stripped(options.lineage or {}),
+        "rows_read": [strip_local_paths(line) for line in options.rows_read],
         "versions": _stripped(report.versions),
         "command": strip_local_paths(str(report.command or "not recorded")),
         "config": strip_local_paths(_config_text(options)),

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ def push_comparisons(
     report: LoadReport | None = None,
     quality: QualityReport | None = None,
     title: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
     keep_annotators: bool = False,
     private: bool = True,
     token: str | None = None,
@@ -65,9 +67,12 @@ def push_comparisons(
         repo_id: `owner/name`, or only a name in your own namespace.
         licenses: License of each source by its name, such as
             `{"Anthropic/hh-rlhf": "mit", "our annotators": "cc-by-4.0"}`. Required.
-        report: Report of `load_comparisons`, for the counts in the card.
+        report: Report of `load_comparisons`, for the counts and the columns that were not read. For rows in another
+            format, the card also has the report of their conversion.
         quality: Report of `quality_report`, for agreement and other metrics in the card.
         title: Title of the card; the default is the name of the repository.
+        columns: Roles of the columns, as in `load_comparisons`, for rows in another format.
+        ignore: Columns to leave out, as in `load_comparisons`, for rows in another format.
         keep_annotators: Whether to publish the names of annotators. By default they are numbered.
         private: Whether the repository is private if it is created now. An existing one is not changed.
         token: Access token; the default is `HF_TOKEN` or the token stored by `hf auth login`.
@@ -88,13 +93,19 @@ def push_comparisons(
         raise UserError("push_comparisons: licenses is empty: give the license of each source by its name.")
     repo_id = check_access(repo_id, token)
     public = hub_owners(repo_id, *licenses)
-    splits = _public_splits(dataset, keep_annotators)
+    # The rows are from the only licensed source. Of several, it is not known from which one.
+    source = next(iter(licenses)) if len(licenses) == 1 else ""
+    splits, reports = _comparisons_of(dataset, source, columns=columns, ignore=ignore)
+    if not keep_annotators:
+        splits = _with_numbered_annotators(splits)
+    if report is not None:
+        reports = {"": report, **reports}
     allowed = set(allow)
     _refuse_leaks(splits, allowed, public)
     card = dataset_card(
         splits,
         licenses=licenses,
-        report=report,
+        report=reports,
         quality=quality,
         title=title,
         repo_id=repo_id,
@@ -123,7 +134,7 @@ def dataset_card(
     splits: Mapping[str, Dataset],
     *,
     licenses: Licenses | None = None,
-    report: LoadReport | None = None,
+    report: LoadReport | Mapping[str, LoadReport] | None = None,
     quality: QualityReport | None = None,
     repo_id: str,
     title: str | None = None,
@@ -133,7 +144,8 @@ def dataset_card(
     """Renders the card of a dataset of comparisons.
 
     The license of the dataset is that of the sources if they all have the same, else `other`. The arguments are those
-    of `push_comparisons`, except that `splits` holds the comparison rows as they are published.
+    of `push_comparisons`, except that `splits` holds the comparison rows as they are published, and that `report` may
+    map each split to its report.
     """
     licenses = _licenses("dataset_card", licenses, licences)
     title = title or repo_id.rsplit("/", 1)[-1]
@@ -145,8 +157,7 @@ def dataset_card(
         splits={name: (len(rows), _n_pairs(rows)) for name, rows in splits.items()},
         columns={column: MEANINGS.get(column, "as in the source") for column in columns},
         licenses=licenses,
-        report=report,
-        source=strip_local_paths(report.source) if report else "",
+        reports=_shown_reports(report),
         quality=_shown_metrics(quality, keep_annotators),
     )
     header = _card_data(splits, licenses, title)
@@ -162,17 +173,28 @@ def _licenses(caller: str, licenses: Licenses | None, licences: Licenses | None)
     return licenses or {}
 
 
-def _public_splits(dataset: Dataset | DatasetDict, keep_annotators: bool) -> dict[str, Dataset]:
-    """Converts the splits to comparison rows. Annotators are numbered unless their names are kept."""
+def _comparisons_of(
+    dataset: Dataset | DatasetDict,
+    source: str,
+    *,
+    columns: Mapping[str, Any] | None,
+    ignore: Sequence[str],
+) -> tuple[dict[str, Dataset], dict[str, LoadReport]]:
+    """Converts the splits to comparison rows. Also returns the reports of those that were converted."""
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
-    numbers: dict[str, str] = {}  # one numbering over all splits
+    reports = {}
     for name, rows in splits.items():
         if not _JUDGED <= set(rows.column_names):  # TRL's format or another public format
-            rows, _ = to_comparisons(rows, source=name)
-        if "votes" in rows.column_names and not keep_annotators:
-            rows = _numbered(rows, numbers)
-        splits[name] = rows
-    return splits
+            splits[name], reports[name] = to_comparisons(rows, source=source, columns=columns, ignore=ignore)
+    return splits, reports
+
+
+def _with_numbered_annotators(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    numbers: dict[str, str] = {}  # one numbering over all splits
+    numbered = {}
+    for name, rows in splits.items():
+        numbered[name] = _numbered(rows, numbers) if "votes" in rows.column_names else rows
+    return numbered
 
 
 def _numbered(rows: Dataset, numbers: dict[str, str]) -> Dataset:
@@ -236,6 +258,18 @@ def _size_category(n_rows: int) -> str:
 
 def _n_pairs(rows: Dataset) -> int:
     return sum(len(pairs) for pairs in rows["pairs"])
+
+
+def _shown_reports(report: LoadReport | Mapping[str, LoadReport] | None) -> list[dict[str, Any]]:
+    """Returns what the card shows of each report: whose rows they are, the counts, and the columns not read."""
+    if report is None:
+        return []
+    reports = {"": report} if isinstance(report, LoadReport) else report
+    shown = []
+    for split, of_split in reports.items():
+        source = strip_local_paths(of_split.source)
+        shown.append({"split": split, "source": source, "counts": of_split})
+    return shown
 
 
 def _shown_metrics(quality: QualityReport | None, keep_annotators: bool) -> list[tuple[str, str]]:

@@ -138,6 +138,7 @@ class CardOptions:
         caption: Caption of the plot; the default describes the usual plot of this kind of model.
         limits: Additional sentences for the section "Limits".
         lineage: What the model was made from, such as `{"reward model": "alice/reward"}`. Hub ids become links.
+        rows_read: How the training data were read, one line per source: `LoadReport.summary()`.
         relation: Relation to the base: `"adapter"`, `"merge"` (a merged adapter) or `"finetune"` (all weights).
         notes: Sentences on how the model was measured.
         system_prompt: System message that the model was trained with, for the code snippet.
@@ -159,6 +160,7 @@ class CardOptions:
     caption: str | None = None
     limits: Sequence[str] = ()
     lineage: Mapping[str, str] | None = None
+    rows_read: Sequence[str] = ()
     relation: str = "adapter"
     notes: Sequence[str] = ()
     system_prompt: str | None = None

@@ -104,7 +104,7 @@ class Evaluator:
         self, examples: list[dict[str, Any]], prompt_ids: list[list[int]], trainer_state: TrainerState
     ) -> list[EvaluatedCompletion]:
         completion_ids = self.tools.sample(prompt_ids).ids
-        judged = self._judge(examples, completion_ids, trainer_state)
+        judged = self._judge(examples, prompt_ids, completion_ids, trainer_state)
 
         scored = self.tools.roles.score(self.tools.pack(prompt_ids, completion_ids), reference=True)
         # Both log-probabilities are zero in the padding, so the estimates are zero there too.
@@ -131,7 +131,11 @@ class Evaluator:
         return rows
 
     def _judge(
-        self, examples: list[dict[str, Any]], completion_ids: list[list[int]], trainer_state: TrainerState
+        self,
+        examples: list[dict[str, Any]],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        trainer_state: TrainerState,
     ) -> _Judged:
         """Scores a batch with the reward functions of training and of evaluation."""
         logged: dict[str, list[float]] = defaultdict(list)
@@ -145,6 +149,7 @@ class Evaluator:
                 self.tools.tokenizer,
                 examples,
                 completion_ids,
+                prompt_ids,
                 trainer_state=trainer_state,
                 log_metric=lambda name, value: logged[name].append(value),
                 log_extra=log_extra,

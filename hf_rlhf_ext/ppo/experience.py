@@ -201,6 +201,7 @@ class ExperienceMaker:
             self.tools.tokenizer,
             examples,
             samples.ids,
+            prompt_ids,
             trainer_state=trainer_state,
             log_metric=lambda name, value: logged.append((name, value)),
             log_extra=log_extra,

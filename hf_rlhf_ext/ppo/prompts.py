@@ -10,7 +10,10 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ..data.text import check_tokenizer, encode_prompt, is_messages
+from ..data.json_columns import RowsWithoutFill
+from ..data.schema import LoadReport
+from ..data.templates import TEMPLATE_COLUMNS, template_options
+from ..data.text import Unrenderable, check_tokenizer, encode_generation_prompt, is_messages
 from ..errors import UserError
 from .config import PPOConfig
 
@@ -42,8 +45,11 @@ SAMPLING_OPTIONS = {
 class Prompts:
     """The rows of a dataset with the token ids of their prompts.
 
+    Rows that the chat template cannot render are dropped, with a warning that names them and the reason.
+
     Args:
-        dataset: dataset with a column `prompt`.
+        dataset: dataset with a column `prompt`, and optionally `tools` and `chat_template_kwargs`, which the chat
+            template gets.
         tokenizer: tokenizer of the policy.
         args: options of the run.
         split: `train` or `eval`, for error messages.
@@ -62,8 +68,12 @@ class Prompts:
         split: str,
         max_positions: int,
     ):
-        self._dataset = dataset
-        self._encoded = encode_prompts(dataset, tokenizer, args, split, max_positions)
+        encoded = encode_prompts(dataset, tokenizer, args, split, max_positions)
+        kept = [row for row, ids in enumerate(encoded) if ids is not None]
+        if len(kept) < len(encoded):
+            dataset = dataset.select(kept)
+        self._rows = RowsWithoutFill(dataset)
+        self._encoded = [encoded[row] for row in kept]
 
     def __len__(self) -> int:
         return len(self._encoded)
@@ -75,27 +85,40 @@ class Prompts:
 
     def rows(self, indices: list[int] | range) -> tuple[list[dict[str, Any]], list[list[int]]]:
         """The rows with these indices, and the token ids of their prompts."""
-        examples = [self._dataset[index] for index in indices]
+        examples = [self._rows.clean(self._rows.dataset[index]) for index in indices]
         prompt_ids = [self._encoded[index] for index in indices]
         return examples, prompt_ids
 
 
 def encode_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
-) -> list[list[int]]:
-    """Checks the dataset and tokenizes its prompts; raises `UserError` with split and row. See `Prompts`."""
+) -> list[list[int] | None]:
+    """Checks the dataset and tokenizes its prompts; raises `UserError` with split and row. See `Prompts`.
+
+    Returns:
+        The token ids of each prompt, or `None` for a prompt that the chat template cannot render.
+    """
     _check_dataset(dataset, split)
     check_tokenizer(tokenizer, needs_chat_template=is_messages(dataset[0]["prompt"]))
     room = max_positions - args.max_completion_length
     limit = room
     if args.max_prompt_length is not None:
         limit = min(room, args.max_prompt_length)
-    encoded = []
-    for row, prompt in enumerate(dataset["prompt"]):
+    encoded: list[list[int] | None] = []
+    report = LoadReport(source=f"{split}_dataset", rows_in=len(dataset), kept=len(dataset))
+    columns = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]
+    for row, example in enumerate(RowsWithoutFill(dataset.select_columns(columns))):
+        prompt = example["prompt"]
         where = f"{split}_dataset row {row}"
         if not isinstance(prompt, str) and not is_messages(prompt):
             raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages: fix or drop the row.")
-        ids = encode_prompt(tokenizer, prompt)
+        try:
+            ids = encode_generation_prompt(tokenizer, prompt, template_options(example))
+        except Unrenderable as error:
+            report.drop(error.reason, row)
+            report.kept -= 1
+            encoded.append(None)
+            continue
         if not ids:
             raise UserError(f"{where}: `prompt` has no tokens: remove the row or add a begin token.")
         if len(ids) > limit:
@@ -107,6 +130,10 @@ def encode_prompts(
                 "change that option, or shorten or drop the row."
             )
         encoded.append(ids)
+    if report.dropped:
+        if report.kept == 0:
+            raise UserError(f"{report.summary()}: no prompt is left: use a policy whose chat template renders them.")
+        logger.warning(report.summary())
     return encoded
 
 

@@ -1,18 +1,24 @@
 """PPO-ptx (InstructGPT): adds the language-model loss of texts to the update, so that the policy forgets less."""
 
+import logging
 from dataclasses import dataclass
 
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.text import encode_completion, encode_prompt, is_messages
+from ..data.json_columns import without_arrow_fill
+from ..data.schema import LoadReport
+from ..data.templates import template_options
+from ..data.text import Unrenderable, encode_completion, encode_prompt, is_messages, without_second_start
 from ..errors import UserError
 from .batching import budget_chunks
 from .config import PPOConfig
 from .prompts import prompt_indices
 from .ranks import Ranks
 from .rollout import Sequences, pack_sequences
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -113,8 +119,14 @@ def encode_texts(
             "'completion', or to 'messages'."
         )
     encoded = []
-    for row, example in enumerate(dataset):
-        context, targets = _encode_row(example, row, tokenizer)
+    report = LoadReport(source="ptx_dataset", rows_in=len(dataset), kept=len(dataset))
+    for row, example in enumerate(without_arrow_fill(dataset)):
+        try:
+            context, targets = _encode_row(example, row, tokenizer)
+        except Unrenderable as error:
+            report.drop(error.reason, row)
+            report.kept -= 1
+            continue
         targets = targets[: max(0, max_positions - len(context))]
         if not context or not targets:
             raise UserError(
@@ -122,6 +134,10 @@ def encode_texts(
                 "row."
             )
         encoded.append((context, targets))
+    if report.dropped:
+        if not encoded:
+            raise UserError(f"{report.summary()}: no text is left: use a policy whose chat template renders them.")
+        logger.warning(report.summary())
     if not encoded:
         raise UserError("ptx_dataset is empty: give it rows, or leave it out.")
     return encoded
@@ -129,7 +145,7 @@ def encode_texts(
 
 def _encode_row(example: dict, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     if "text" in example:
-        ids = tokenizer(example["text"] or "")["input_ids"]
+        ids = without_second_start(tokenizer, tokenizer(example["text"] or "")["input_ids"])
         return ids[:1], ids[1:]  # the first token has no context to be predicted from
     if "messages" in example:
         messages = example["messages"]
@@ -142,4 +158,5 @@ def _encode_row(example: dict, row: int, tokenizer: PreTrainedTokenizerBase) -> 
     else:
         prompt = example["prompt"]
         completion = example["completion"]
-    return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion)
+    options = template_options(example)
+    return encode_prompt(tokenizer, prompt, options), encode_completion(tokenizer, prompt, completion, options)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..compat import get_callable_name, is_async_callable
-from ..data.text import decode_completion
+from ..data.templates import template_options
+from ..data.text import decode_completion, open_thought
 from ..errors import UserError
 from ..modeling.loading import load_tokenizer
 from ..reward.ensemble import RewardEnsemble, load_reward
@@ -181,15 +182,19 @@ def score_completions(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, Any]],
     completion_ids: list[list[int]],
+    prompt_ids: list[list[int]] | None = None,
     **hooks: Any,
 ) -> Scores:
     """Decodes completions and scores them. The functions get text, or messages if the prompt is a list of messages.
+
+    If the generation prompt opens a thought (`<think>`), the text of the message begins with it, as in data.
 
     Args:
         rewards: the reward functions.
         tokenizer: tokenizer of the policy.
         examples: B rows of the dataset. Their columns other than `prompt` are passed to the functions.
         completion_ids: token ids of the completion of each row.
+        prompt_ids: token ids of the prompt of each row, with which a space between text and completion is kept.
         hooks: further arguments of the functions: `trainer_state`, `log_metric` and `log_extra`, as in TRL.
 
     Returns:
@@ -200,13 +205,14 @@ def score_completions(
     """
     prompts = [example["prompt"] for example in examples]
     completions: list[Any] = []
-    for prompt, ids in zip(prompts, completion_ids, strict=True):
-        completion = decode_completion(tokenizer, ids)
-        if not isinstance(prompt, str):
-            completion = [{"role": "assistant", "content": completion}]
-        completions.append(completion)
+    for i, (prompt, ids) in enumerate(zip(prompts, completion_ids, strict=True)):
+        if isinstance(prompt, str):
+            completions.append(decode_completion(tokenizer, ids, prompt_ids[i] if prompt_ids else None))
+            continue
+        opening = open_thought(tokenizer, prompt, template_options(examples[i]))
+        completions.append([{"role": "assistant", "content": opening + decode_completion(tokenizer, ids)}])
     # Columns with these names would replace the arguments of the same name.
-    taken = ("prompt", "completion", "completion_ids")
+    taken = ("prompt", "prompts", "completion", "completions", "completion_ids")
     columns = {name: [example[name] for example in examples] for name in examples[0] if name not in taken}
     return rewards.score(prompts, completions, completion_ids=completion_ids, **columns, **hooks)
 

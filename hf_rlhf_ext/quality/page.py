@@ -12,14 +12,14 @@ from .report import QualityReport
 
 
 def write_quality_page(report: QualityReport, path: str | Path, load_report: LoadReport | None = None) -> Path:
-    """Writes an HTML page with the metrics, their meanings, the dropped and flagged rows, and histograms.
+    """Writes an HTML page with metrics, their meanings, dropped and flagged rows, columns not read, and histograms.
 
     Text from the data is escaped.
 
     Args:
         report: Result of `quality_report`.
         path: File to write. Missing folders are created.
-        load_report: Report of `load_comparisons`, for the dropped and flagged rows.
+        load_report: Report of `load_comparisons`, for dropped and flagged rows and unread columns.
 
     Returns:
         The path of the page.

@@ -15,7 +15,7 @@ from datasets import Dataset, config
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
-from ..data.schema import PreferenceDataError
+from ..data.schema import LoadReport, PreferenceDataError
 from . import agreement
 from .duplicates import near_duplicates, question_of
 from .tally import Tally, reasons_for_gaps
@@ -54,9 +54,11 @@ MEANINGS = {
 
 VOTE_METRICS = ("agreement", "cohen_kappa", "fleiss_kappa", "krippendorff_alpha", "annotators")
 
-_CACHE_VERSION = 3  # version of the stored report; increase it when fields or their meaning change
+_CACHE_VERSION = 4  # version of the stored report; increase it when fields or their meaning change
 _CACHED_FROM_ROWS = 10_000
 _BAR_FROM_ROWS = 5000
+_MANY_CONTRADICTIONS = 0.1
+_MANY_TIES = 0.5
 _FEW_REPEATS = 20  # with fewer pairs of judgments, label noise is not estimated
 _SHOWN_SHARES = 8  # annotators or languages shown in one table cell
 
@@ -71,12 +73,14 @@ class QualityReport:
             metrics.
         notes: Metric -> reason why it has no value.
         histograms: Title -> `edges` (N + 1) and `counts` (N) of the bins.
+        waived: Columns that looked as if they mattered, and that were not read because the user waived them.
     """
 
     source: str
     metrics: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
     histograms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    waived: list[str] = field(default_factory=list)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -90,6 +94,8 @@ class QualityReport:
         noise = self.metrics["label_noise"]
         by_length = self.metrics["length_only_accuracy"]
         leaked = self.metrics["leaked_prompts"]
+        contradictions = self.metrics["contradictions"]
+        ties = self.metrics["ties"]
         doubts = []
         if n_prompts == 1:
             doubts.append("one prompt is not enough")
@@ -99,8 +105,16 @@ class QualityReport:
             doubts.append(f"about {noise:.0%} of the labels are wrong")
         if by_length is not None and by_length > 0.65:
             doubts.append(f"length alone reaches {by_length:.2f}")
+        # Where label noise is known, it says more: with many judgments per pair, some contradict each other.
+        if noise is None and contradictions is not None and contradictions > _MANY_CONTRADICTIONS:
+            doubts.append(f"{contradictions:.0%} of the pairs were judged both ways")
+        if ties is not None and ties > _MANY_TIES:
+            doubts.append(f"{ties:.0%} of the judgments are ties")
         if leaked is not None and leaked > 0.01:
             doubts.append(f"{leaked:.1%} of the held-out prompts are also in the training rows")
+        if self.waived:
+            shown = ", ".join(self.waived[:4])
+            doubts.append(f"columns that may matter were ignored ({shown})")
         if doubts:
             return "Doubtful: " + "; ".join(doubts) + "."
         return "No problem found in the prompts and labels."
@@ -127,6 +141,7 @@ def quality_report(
     source: str = "",
     seed: int = 0,
     order_known: bool | None = None,
+    load_report: LoadReport | None = None,
 ) -> QualityReport:
     """Measures the quality of comparison rows: size, duplicates, leaks, bias, agreement and label noise.
 
@@ -141,7 +156,9 @@ def quality_report(
         source: Name of the dataset, for the report and for messages.
         seed: Seed for the sample of prompts whose language is detected.
         order_known: Whether the first completion of each pair is the one that annotators saw first, as in
-            `LoadReport.order_known`. Otherwise `first_wins` has no value.
+            `LoadReport.order_known`. Otherwise `first_wins` has no value. None takes it from `load_report`.
+        load_report: Report of `load_comparisons`: for the name of the source, the order of the completions, and columns
+            that were ignored, which the verdict mentions.
 
     Returns:
         A `QualityReport`. `report.verdict` is a one-line summary, and `report.rows()` is the table of metrics.
@@ -157,7 +174,22 @@ def quality_report(
         )
     if heldout is not None and not len(heldout):
         heldout = None  # an empty dataset counts as not given
-    order_known = bool(order_known)
+    if load_report is not None:
+        source = source or load_report.source
+        order_known = load_report.order_known if order_known is None else order_known
+    report = _cached_report(dataset, heldout, source, seed, bool(order_known))
+    report.waived = load_report.waived if load_report is not None else []
+    return report
+
+
+def _cached_report(
+    dataset: Dataset,
+    heldout: Dataset | None,
+    source: str,
+    seed: int,
+    order_known: bool,
+) -> QualityReport:
+    """Measures the rows, unless the report on as many rows is in the cache."""
     if len(dataset) <= _CACHED_FROM_ROWS:
         return _measure(dataset, heldout, source, seed, order_known)
 

@@ -1,6 +1,7 @@
 """Checks whether a reward model is ready for PPO: accuracy compared to length alone, calibration, and exploits."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,19 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.text import plain_text
+from ..data.templates import TEMPLATE_COLUMNS
+from ..data.text import Unrenderable, plain_text
 from ..data.tokenization import longest, tokenize_row
 from ..errors import UserError
 from ..reward import preference_metrics as preference
 
-Scorer = Callable[[list, list], list[float]]
-"""(prompts, completions) -> raw scores, like `RewardScorer.raw`. Normalized rewards are not log-odds."""
+Scorer = Callable[..., list[float]]
+"""(prompts, completions) -> raw scores, like `RewardScorer.raw`. Normalized rewards are not log-odds.
 
-Fits = Callable[[Any, Any], bool]
+If rows have `tools` or `chat_template_kwargs`, these are passed too, as lists by name.
+"""
+
+Fits = Callable[..., bool]
 """(prompt, completion) -> whether both fit into the model's input."""
 
 
@@ -215,10 +220,10 @@ def _length_metrics(judged: preference.JudgedPairs, longer_wins: float) -> dict[
 def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
     """Makes a function that tells whether prompt and completion have at most `limit` tokens. None means no limit."""
 
-    def fits(prompt: Any, completion: Any) -> bool:
+    def fits(prompt: Any, completion: Any, **columns: Any) -> bool:
         if limit is None:
             return True
-        row = {"prompt": prompt, "completions": [completion]}
+        row = {"prompt": prompt, "completions": [completion], **columns}
         return longest(tokenize_row(row, tokenizer)) <= limit
 
     return fits
@@ -227,21 +232,41 @@ def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
 def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
     """Keeps rows in which every completion, with its prompt, has at most `limit` tokens. Prints the number of others.
 
+    Rows that the chat template cannot render are left out too.
+
     Raises:
         UserError: No row fits.
     """
-    fits = within(tokenizer, limit)
+    reasons: Counter[str] = Counter()
+    kept = []
+    for k, row in enumerate(rows):
+        try:
+            n_tokens = longest(tokenize_row(row, tokenizer))
+        except Unrenderable as error:
+            reasons[error.reason] += 1
+            continue
+        if limit is not None and n_tokens > limit:
+            reasons[f"over {limit} tokens"] += 1
+        else:
+            kept.append(k)
+    if not kept:
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise UserError(
+            f"check_reward: no row can be scored ({listed}): give rows that the model's template and its "
+            "limit of tokens allow."
+        )
+    for reason, count in reasons.items():
+        print(f"{count} of {len(rows)} rows skipped: {reason}")
+    return rows.select(kept)
 
-    def every_completion_fits(row: dict[str, Any]) -> bool:
-        return all(fits(row["prompt"], completion) for completion in row["completions"])
 
-    kept = rows.filter(every_completion_fits, desc="Measuring")
-    n_left_out = len(rows) - len(kept)
-    if n_left_out == len(rows):
-        raise UserError(f"check_reward: every row has more than {limit} tokens, the model's limit: give shorter rows.")
-    if n_left_out:
-        print(f"{n_left_out} of {len(rows)} rows skipped: over {limit} tokens")
-    return kept
+def _template_columns(rows: list[dict[str, Any]], repeats: list[int]) -> dict[str, list[Any]]:
+    """Returns `tools` and `chat_template_kwargs` if any row has them, with each entry repeated."""
+    columns: dict[str, list[Any]] = {}
+    for name in TEMPLATE_COLUMNS:
+        if any(row.get(name) for row in rows):
+            columns[name] = [row.get(name) for row, n in zip(rows, repeats, strict=True) for _ in range(n)]
+    return columns
 
 
 def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
@@ -252,7 +277,8 @@ def _score_all(scorer: Scorer, rows: list[dict[str, Any]]) -> list[list[float]]:
     for row in rows:
         prompts += [row["prompt"]] * len(row["completions"])
         completions += row["completions"]
-    scores = scorer(prompts, completions)
+    columns = _template_columns(rows, [len(row["completions"]) for row in rows])
+    scores = scorer(prompts, completions, **columns)
     n_not_finite = int((~np.isfinite(np.array(scores, float))).sum())
     if n_not_finite:
         raise UserError(
@@ -308,7 +334,7 @@ def judged_pairs(
 class _ChosenAnswer:
     """The answer that probes are made from and compared to."""
 
-    prompt: Any
+    row: dict[str, Any]
     text: str
     score: float
 
@@ -321,22 +347,26 @@ def _probe_wins(
     wins: dict[str, float] = {}
     left_out: dict[str, int] = {}
     for name, make_probe in PROBES.items():
-        prompts = []
+        probed = []
         answers = []
         scores_to_beat = []
         for chosen in chosen_answers:
-            answer: Any = make_probe(_last_turn(chosen.prompt), chosen.text)
+            prompt = chosen.row["prompt"]
+            answer: Any = make_probe(_last_turn(prompt), chosen.text)
             # If the prompt is messages, the answer must be messages too.
-            if not isinstance(chosen.prompt, str):
+            if not isinstance(prompt, str):
                 answer = [{"role": "assistant", "content": answer}]
-            if fits is None or fits(chosen.prompt, answer):
-                prompts.append(chosen.prompt)
+            columns = {column: chosen.row[column] for column in TEMPLATE_COLUMNS if chosen.row.get(column)}
+            if fits is None or fits(prompt, answer, **columns):
+                probed.append(chosen.row)
                 answers.append(answer)
                 scores_to_beat.append(chosen.score)
-        if len(prompts) < len(chosen_answers):
-            left_out[name] = len(chosen_answers) - len(prompts)
-        if prompts:
-            beats = np.array(scorer(prompts, answers)) > np.array(scores_to_beat)
+        if len(probed) < len(chosen_answers):
+            left_out[name] = len(chosen_answers) - len(probed)
+        if probed:
+            prompts = [row["prompt"] for row in probed]
+            scores_of_probes = scorer(prompts, answers, **_template_columns(probed, [1] * len(probed)))
+            beats = np.array(scores_of_probes) > np.array(scores_to_beat)
             wins[name] = float(np.mean(beats))
     return wins, left_out
 
@@ -352,7 +382,7 @@ def _chosen_answers(rows: list[dict[str, Any]], scores: list[list[float]]) -> li
             if target > 0.5:
                 winner = i
             text = plain_text(row["completions"][winner])
-            chosen_answers.append(_ChosenAnswer(row["prompt"], text, row_scores[winner]))
+            chosen_answers.append(_ChosenAnswer(row, text, row_scores[winner]))
             break
     return chosen_answers
 

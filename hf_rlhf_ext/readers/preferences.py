@@ -1,31 +1,23 @@
-"""Public preference formats: each function converts one source row to comparison rows, or raises `Unusable`.
+"""Preference formats that roles cannot say: each function converts one source row to comparisons, or raises `Unusable`.
 
 `registry.py` names a published dataset for each format. Prompts become messages unless the source is plain text.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
-from ..data.cells import alike, as_label, ask, is_absent, number, optional_number, reply, text_or_messages
+from ..data.cells import is_absent, number, optional_number
+from ..data.conversations import ask, reply, to_messages
 from ..data.conversion import Reading
 from ..data.schema import Comparison, Row, Unusable, is_number
-from ..data.text import Messages, text_key
-from ..data.transcripts import is_transcript, read_transcript, split_messages
-from ..data.trl_rows import pair_row, preference_row
-from .cells import instruction, records, text_cell, text_list, to_messages, with_system
-
-_PANDALM_TARGETS = {0: 0.5, 1: 1.0, 2: 0.0}
-"""Label of an annotator -> P(first is better). Labels are 0 for a tie, 1 for the first and 2 for the second."""
-_ARENA_TARGETS = {
-    "modela": 1.0,
-    "modelb": 0.0,
-    "tie": 0.5,
-    "tiebothbad": 0.5,
-    "bothbad": 0.5,
-}
+from ..data.text import Messages
+from ..data.transcripts import split_messages
+from ..data.trl_rows import pair_row
+from .by_role import shared_labels
+from .cells import records, text_cell, text_list
 
 
 def ranked(prompt: Any, completions: list, scores: list[float], *, margins: bool = False) -> Comparison:
@@ -71,15 +63,6 @@ def single_vote(row: Row, column: str, target: float, **further: Any) -> list[Ro
 
 
 # --- one function per format -----------------------------------------------------------------------------------------
-
-
-def asked(column: str) -> Callable[[Row], Comparison]:
-    """Makes a reader for `chosen` and `rejected` with the question in `column`, and `input`, `system` and `history`."""
-
-    def read(row: Row) -> Comparison:
-        return preference_row(row, instruction(row, column), may_be_whole=True)
-
-    return read
 
 
 def ultrafeedback(row: Row) -> Comparison:
@@ -166,73 +149,11 @@ def _scores_of_ranks(nodes: list[Row]) -> list[float]:
     return [-float(node["rank"]) for node in nodes]
 
 
-def ranked_outputs(row: Row) -> Comparison:
-    """Reads a list of replies, with the best one first."""
-    outputs = row["output"]
-    if not isinstance(outputs, list):
-        raise Unusable("output is not a list of replies")
-    scores = [-place for place in range(len(outputs))]
-    completions = list(map(reply, outputs))
-    return ranked(instruction(row), completions, scores)
-
-
-def pandalm(row: Row) -> Comparison:
-    first = reply(text_cell(row, "response1"))
-    second = reply(text_cell(row, "response2"))
-    votes = []
-    for column in sorted(row):
-        if not re.fullmatch(r"annotator\d+", column) or is_absent(row[column]):
-            continue
-        label = _PANDALM_TARGETS.get(number(row, column))
-        if label is None:
-            raise Unusable(f"{column} is not 0, 1 or 2")
-        votes.append(vote(column, label))
-    if not votes:
-        raise Unusable("no annotator gave a label")
-    # The mean of the labels. It is between 0 and 1 if annotators disagree.
-    target = sum(cast["label"] for cast in votes) / len(votes)
-    category = as_label(row.get("motivation_app"))
-    return pair_row(instruction(row), first, second, target, votes=votes, category=category)
-
-
-def alpaca_farm(row: Row) -> Comparison:
-    """Reads `preference`: 1 prefers the first, 2 the second, values in between are probabilities, and 0 is a tie."""
-    preference = number(row, "preference")
-    if preference != 0 and not 1 <= preference <= 2:
-        raise Unusable("preference is not between 1 and 2")
-    # 1 means that the first is better for sure, 2 that the second is.
-    target = 2 - preference if preference else 0.5
-    first = reply(text_cell(row, "output_1"))
-    second = reply(text_cell(row, "output_2"))
-    votes = single_vote(row, "annotator", target)
-    return pair_row(instruction(row), first, second, target, votes=votes)
-
-
-def shp(row: Row) -> Comparison:
-    """Reads `labels`, which is 1 if A was preferred."""
-    label = number(row, "labels")
-    if label not in (0, 1):
-        raise Unusable("labels is not 0 or 1")
-    first = reply(text_cell(row, "human_ref_A"))
-    second = reply(text_cell(row, "human_ref_B"))
-    prompt = ask(text_cell(row, "history"))
-    category = as_label(row.get("domain"))
-    return pair_row(prompt, first, second, label, category=category)
-
-
 def stack_exchange(row: Row) -> Comparison:
     answers = records(row, "answers")
     scores = [number(answer, "pm_score") for answer in answers]
     prompt = ask(text_cell(row, "question"))
     return ranked(prompt, _replies(answers, "text"), scores)
-
-
-def stack_paired(row: Row) -> Comparison:
-    """Reads pairs in which response j has more votes than response k."""
-    first = reply(text_cell(row, "response_j"))
-    second = reply(text_cell(row, "response_k"))
-    prompt = ask(text_cell(row, "question"))
-    return pair_row(prompt, first, second, 1.0)
 
 
 def summarize_from_feedback(row: Row) -> Comparison:
@@ -270,32 +191,6 @@ def _summary_prompt(info: Row) -> str:
     return "\n\n".join([*parts, "TL;DR:"])
 
 
-def nectar(row: Row) -> Comparison:
-    prompt = text_cell(row, "prompt")
-    answers = records(row, "answers")
-    if is_transcript(prompt):
-        turns = read_transcript(prompt.strip().removesuffix("Assistant:"))
-    else:
-        turns = ask(prompt)
-    scores = [-number(answer, "rank") for answer in answers]  # rank 1 is the best
-    return ranked(turns, _replies(answers, "answer"), scores)
-
-
-def arena(row: Row) -> Comparison:
-    """Reads two conversations and `winner`: model_a, model_b, tie, or tie (bothbad), which is kept and flagged."""
-    # Datasets spell it in several ways: "tie (both bad)", "tie (bothbad)", "both_bad".
-    winner = re.sub(r"[^a-z]", "", str(row["winner"]).lower())
-    target = _ARENA_TARGETS.get(winner)
-    if target is None:
-        raise Unusable("winner is not model_a, model_b or a tie")
-    conversation_a = to_messages(row["conversation_a"], "conversation_a")
-    conversation_b = to_messages(row["conversation_b"], "conversation_b")
-    prompt, first, second = _split_conversations(conversation_a, conversation_b)
-    flags = ["both_bad"] if "bad" in winner else []
-    votes = single_vote(row, "judge", target)
-    return pair_row(prompt, first, second, target, flags=flags, votes=votes)
-
-
 def arena_responses(row: Row) -> Comparison:
     """Reads the format of the Kaggle competition: JSON lists of turns in text cells, and one-hot winners."""
     target = number(row, "winner_model_a") + 0.5 * number(row, "winner_tie")
@@ -326,85 +221,7 @@ def _split_conversations(first: Messages, second: Messages) -> tuple[Messages, M
     return prompt, first_answer, second_answer
 
 
-def share_gpt(row: Row) -> Comparison:
-    chosen = to_messages([row["chosen"]], "chosen")
-    rejected = to_messages([row["rejected"]], "rejected")
-    prompt = with_system(to_messages(row["conversations"]), row)
-    return pair_row(prompt, chosen, rejected, 1.0)
-
-
 # --- formats that need several rows for one comparison ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _LabeledAnswer:
-    index: int
-    row: Row
-    prompt: Any
-    completion: Any
-    is_good: bool
-
-
-def gather_unpaired(rows: Iterable[tuple[int, Row]]) -> Iterator[Reading]:
-    """Pairs KTO rows (`label` with `prompt` and `completion`, or with `messages`) if a prompt has both labels."""
-    by_prompt: dict[str, list[_LabeledAnswer]] = {}
-    for index, row in rows:
-        try:
-            is_good = number(row, "label") > 0.5
-            prompt, completion = split_demonstration(row)
-            answer = _LabeledAnswer(index, row, prompt, completion, is_good)
-            by_prompt.setdefault(text_key(prompt), []).append(answer)
-        except Unusable as reason:
-            yield Reading([index], reason)
-    for answers in by_prompt.values():
-        indices = [answer.index for answer in answers]
-        yield Reading(indices, _unpaired_comparison(answers))
-
-
-def _unpaired_comparison(answers: list[_LabeledAnswer]) -> Comparison | Unusable:
-    """Compares each answer with a true label to each answer with a false label."""
-    good = []
-    bad = []
-    for k, answer in enumerate(answers):
-        if answer.is_good:
-            good.append(k)
-        else:
-            bad.append(k)
-    if not good or not bad:
-        return Unusable("unpaired: all completions of the prompt have the same label")
-    pairs = list(map(list, product(good, bad)))
-    comparison = {
-        "prompt": answers[0].prompt,
-        "completions": [answer.completion for answer in answers],
-        "pairs": pairs,
-        "targets": [1.0] * len(pairs),
-    }
-    comparison |= shared_labels([answer.row for answer in answers])
-    return comparison
-
-
-def shared_labels(rows: list[Row]) -> dict[str, str]:
-    """Returns `category` and `source` if all rows that have one agree on it."""
-    agreed = {}
-    for column in ("category", "source"):
-        labels = {as_label(row.get(column)) for row in rows}
-        labels.discard(None)
-        if len(labels) == 1:
-            agreed[column] = labels.pop()
-    return agreed
-
-
-def split_demonstration(row: Row) -> tuple[Any, Any]:
-    """Returns (prompt, completion) of a row with `messages`, or with `prompt` and `completion`."""
-    if row.get("messages") is not None:
-        turns = to_messages(row["messages"], "messages")
-        is_answered = turns[-1]["role"] == "assistant"
-        if not is_answered or len(turns) < 2:
-            raise Unusable("messages do not end with an answer")
-        return turns[:-1], turns[-1:]
-    prompt = text_or_messages(row.get("prompt"), "prompt")
-    completion = text_or_messages(row.get("completion"), "completion")
-    return alike(prompt, completion)
 
 
 @dataclass(frozen=True)

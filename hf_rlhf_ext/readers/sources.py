@@ -1,14 +1,9 @@
 """Reads rows from files, saved datasets, the Hub or memory, without converting them. Unreadable rows are marked."""
 
-import codecs
-import csv
-import gzip
-import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import (
     Dataset,
@@ -18,32 +13,26 @@ from datasets import (
     ReadInstruction,
     concatenate_datasets,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.fingerprint import Hasher
 
 from ..data.schema import PreferenceDataError, Row
+from .columns import holds_text
+from .files import KINDS, kind_of, rows_of, table_rows
 
-# Read these columns as text: pandas would read the reply "42" as a number and "NA" as missing.
-_CSV_CONVERTERS = {
-    "prompt": str,
-    "chosen": str,
-    "rejected": str,
-    "category": str,
-}
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-MAX_LINE = 2**28
-"""Longest line that is read, in characters. A line needs several times its size in memory."""
+_PARQUET = ".parquet"
+_KNOWN = ", ".join([*(ending for ending in KINDS if ending != ".txt"), _PARQUET])
+_MISSING = ["", "NA", "N/A", "#N/A", "<NA>", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "None"]
+"""Cells of a csv file that are missing values, in columns that hold no text."""
 _MANY_ROWS = 10_000
 _MANY_BYTES = 2**23
 """A larger source is converted once and cached."""
 
 AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+AnySource = str | Path | AnyDataset | list[Row] | Any
+"""A dataset, a list of rows, a pandas DataFrame, a path, or an id on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ class Source:
 
 
 def open_source(
-    source: str | Path | AnyDataset,
+    source: AnySource,
     split: str | None = None,
     revision: str | None = None,
     *,
@@ -76,8 +65,18 @@ def open_source(
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         name = path.name
-        if path.is_file() and _builder(path) in ("json", "csv"):
+        if path.is_file() and kind_of(path) == "text":
+            raise PreferenceDataError(
+                f"{name}: a .txt file has one prompt per line and no answers; for answers, known are {_KNOWN}."
+            )
+        if path.is_file() and kind_of(path):
             return _open_file(path, split, config)
+        if path.is_dir() and not _is_saved(path):
+            files = _files_of_folder(path, config)
+            if files:
+                return _open_files(path.name, files, split)
+    elif is_table(source):
+        return Source(name, _rows_of_table(source, split), large=len(source) >= _MANY_ROWS)
     # Everything else is read by the library `datasets`.
     rows = load_rows(source, split, revision, config=config, streaming=streaming)
     # The length of a stream is not known before its end.
@@ -90,14 +89,73 @@ def open_source(
 
 def _open_file(path: Path, split: str | None, config: str | None) -> Source:
     _check_file(path, split, config)
-    stat = path.stat()
-    identity = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, split)
-    is_large = stat.st_size > _MANY_BYTES
-    return Source(path.name, _FileRows(path, split), Hasher.hash(identity), large=is_large)
+    return _open_files(path.name, {"train": (path,)}, split, config)
+
+
+def _open_files(name: str, files: "_Files", split: str | None, sheet: str | None = None) -> Source:
+    split = _known_split(split, files, name)
+    identity: list[Any] = [split, sheet]
+    n_bytes = 0
+    for paths in files.values():
+        for path in paths:
+            stat = path.stat()
+            n_bytes += stat.st_size
+            identity += [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    rows = _FileRows(name, files, split, sheet)
+    return Source(name, rows, Hasher.hash(tuple(identity)), large=n_bytes > _MANY_BYTES)
+
+
+def _files_of_folder(path: Path, config: str | None) -> "_Files | None":
+    """Returns the files of each split of a folder of JSON or CSV files. None if `datasets` has to read the folder.
+
+    `datasets` finds the splits, from the names of the files or from the folder's README.
+    """
+    try:
+        builder = load_dataset_builder(str(path), config)
+    except Exception:  # `load_rows` raises the same error with a remedy
+        return None
+    plain = type(builder.config)()
+    if builder.name not in ("json", "csv"):
+        return None
+    # Another delimiter or the like may be set in the README.
+    options = ("sep", "delimiter", "names", "column_names", "skiprows", "encoding", "field", "features")
+    if any(getattr(builder.config, option, None) != getattr(plain, option, None) for option in options):
+        return None
+    files: dict[str, tuple[Path, ...]] = {}
+    for split, names in (builder.config.data_files or {}).items():
+        files[str(split)] = tuple(map(Path, names))
+    every_file = [file for paths in files.values() for file in paths]
+    if not every_file or not all(file.is_file() and kind_of(file) == builder.name for file in every_file):
+        return None
+    return files
+
+
+def is_table(source: Any) -> bool:
+    """True for a list of rows, and for a DataFrame of pandas."""
+    if isinstance(source, list):
+        return True
+    return type(source).__module__.split(".")[0] == "pandas" and hasattr(source, "itertuples")
+
+
+def _rows_of_table(source: Any, split: str | None) -> list[Row | str]:
+    """Returns the rows of a list or DataFrame, which count as the split "train"."""
+    rows: list[Row | str] = []
+    for row in source if isinstance(source, list) else table_rows(source):
+        rows.append(row if isinstance(row, dict) else "not a dict")
+    if not rows:
+        raise PreferenceDataError("dataset: there are no rows: check how they were made.")
+    if split in (None, "train"):
+        return rows
+    if not _is_sliced(split):
+        raise _no_split(split, ["train"], "dataset")
+    picked = []
+    for part in _cut(split, {"train": len(rows)}, "dataset"):
+        picked += rows[part.rows.start : part.rows.stop]
+    return picked
 
 
 def load_rows(
-    source: str | Path | AnyDataset,
+    source: AnySource,
     split: str | None = None,
     revision: str | None = None,
     *,
@@ -107,12 +165,14 @@ def load_rows(
     """Loads rows from a file, a folder, the Hub or memory, without converting them.
 
     Args:
-        source: Dataset in memory, path of a file (`.json`, `.jsonl`, `.parquet` or `.csv`, each also with `.gz`), path
-            of a folder written by `save_to_disk`, path of a folder with one file per split, or dataset id on the Hub.
+        source: Dataset in memory, list of dicts, pandas DataFrame, path of a file (`.json`, `.jsonl`, `.parquet`,
+            `.csv`, `.tsv`, or `.txt` with one prompt per line, each also with `.gz`; `.xlsx` needs openpyxl), path of a
+            folder written by `save_to_disk`, path of a folder with one file per split, or dataset id on the Hub.
         split: Split to load. A file, or a dataset without splits, is the split `"train"`. Slices such as
             `"train[:500]"` are supported except for streams. It may be `None` if there is only one split.
         revision: Branch, tag or commit of a dataset on the Hub.
-        config: Configuration ("subset") of a dataset on the Hub or in a folder, if it has several.
+        config: Configuration ("subset") of a dataset on the Hub or in a folder, or sheet of an xlsx file, if it has
+            several.
         streaming: Whether to read while iterating, for data that does not fit into memory.
 
     Returns:
@@ -125,8 +185,14 @@ def load_rows(
     if isinstance(source, Dataset | DatasetDict | IterableDataset | IterableDatasetDict):
         _refuse_config("dataset", config)
         return _pick(source, split, "dataset")
+    if is_table(source):
+        _refuse_config("dataset", config)
+        return _as_dataset(_rows_of_table(source, split), "dataset", streaming)
     if not isinstance(source, str | Path):
-        raise PreferenceDataError(f"dataset: expected a dataset, a path or a Hub id, got {type(source).__name__}.")
+        kind = type(source).__name__
+        raise PreferenceDataError(
+            f"dataset: expected a dataset, a list of dicts, a DataFrame, a path or a Hub id, got {kind}."
+        )
 
     path = Path(source).expanduser()
     if _is_saved(path):
@@ -141,11 +207,45 @@ def load_rows(
     else:
         name = str(source)
     try:
-        rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+        options = _csv_options_of(name, config, revision)
+        rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming, **options)
     except Exception as error:  # each builder and the Hub client raise errors of their own
         reason = _first_line(error)
         raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
     return _pick(rows, None, str(source))
+
+
+def _as_dataset(rows: Iterable[Row | str], name: str, streaming: bool) -> Dataset | IterableDataset:
+    """Returns rows that were read one by one as a dataset. Rows that could not be read are left out."""
+    readable = [row for row in rows if isinstance(row, dict)]
+    try:
+        dataset = Dataset.from_list(readable, on_mixed_types="use_json")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PreferenceDataError(f"{name}: the rows fit into no table: {_first_line(error)}") from error
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _csv_options_of(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    """Returns the options for a folder or dataset of csv files, so that the answers "42" and "None" stay text."""
+    builder = load_dataset_builder(name, config, revision=revision)
+    if builder.name != "csv":
+        return {}
+    rows = builder.as_streaming_dataset()
+    first_split = next(iter(rows.values()))
+    return _csv_options(next(iter(first_split), {}))
+
+
+def _csv_options(columns: Iterable[str]) -> dict[str, Any]:
+    """Returns options for pandas: "42" and "None" are text in columns that hold text, and missing values elsewhere."""
+    text = []
+    other = []
+    for column in columns:
+        (text if holds_text(column) else other).append(column)
+    return {
+        "converters": dict.fromkeys(text, str),
+        "na_values": dict.fromkeys(other, _MISSING),
+        "keep_default_na": False,
+    }
 
 
 def _is_saved(path: Path) -> bool:
@@ -156,7 +256,7 @@ def _is_saved(path: Path) -> bool:
 def _looks_like_path(source: str | Path) -> bool:
     """True if the source cannot be an id on the Hub."""
     path = Path(source).expanduser()
-    if path.is_absolute() or _builder(path):
+    if path.is_absolute() or kind_of(path) or _is_parquet(path):
         return True
     return str(source).startswith((".", "~"))
 
@@ -179,13 +279,14 @@ def _refuse_config(name: str, config: str | None) -> None:
         )
 
 
-def _builder(path: Path) -> str | None:
-    return _BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix)
+def _is_parquet(path: Path) -> bool:
+    return path.name.removesuffix(".gz").lower().endswith(_PARQUET)
 
 
 def _check_file(path: Path, split: str | None, config: str | None) -> None:
     """Raises if a split other than "train" or a configuration is requested of a file, before any row is read."""
-    _refuse_config(path.name, config)
+    if kind_of(path) != "xlsx":  # whose sheets are configurations
+        _refuse_config(path.name, config)
     name = "train" if split is None else split.split("[")[0]
     if name != "train":
         raise PreferenceDataError(f"{path.name}: a file has no split {split!r}: leave it out, or pass 'train[:500]'.")
@@ -209,7 +310,7 @@ def _cut(
     try:
         instructions = ReadInstruction.from_spec(split or "train").to_absolute(sizes)
     except (AssertionError, ValueError) as error:  # raised by `datasets` for a slice that it cannot parse
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise PreferenceDataError(f"{name}: split {split!r}: {reason}: write a slice as 'train[:500]'.") from error
     return [_Slice(part.splitname, range(part.from_, part.to)) for part in instructions]
 
@@ -220,18 +321,31 @@ def _load_file(
     config: str | None,
     streaming: bool,
 ) -> Dataset | IterableDataset:
-    builder = _builder(path)
-    if builder is None:
-        known = ", ".join(_BUILDERS)
-        raise PreferenceDataError(f"{path.name}: unknown ending; known are {known}, each also with .gz.")
+    kind = kind_of(path)
+    if kind is None and not _is_parquet(path):
+        raise PreferenceDataError(f"{path.name}: unknown ending; known are {_KNOWN}, .txt, each also with .gz.")
     _check_file(path, split, config)
-    options = {"converters": _CSV_CONVERTERS} if builder == "csv" else {}
+    if kind in ("text", "xlsx"):  # for `datasets`, the column of a text file would be `text`
+        return _as_dataset(_open_file(path, split, config).rows, path.name, streaming)
+    builder = {None: "parquet", "tsv": "csv"}.get(kind, kind)
+    options = _csv_options(_header(path)) if builder == "csv" else {}
+    if kind == "tsv":
+        options["sep"] = "\t"
     try:
         return load_dataset(builder, data_files=str(path), split=split or "train", streaming=streaming, **options)
     except Exception as error:  # each builder raises errors of its own
         lines = str(error.__cause__ or error).splitlines()
         reason = lines[0] if lines else "it is empty"
         raise PreferenceDataError(f"{path.name}: cannot be read as {builder}: {reason}") from error
+
+
+def _header(path: Path) -> list[str]:
+    """Returns the columns of a csv file. An unreadable file has none here; the error comes when it is read."""
+    try:
+        row = next(rows_of(path), {})
+    except PreferenceDataError:
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | IterableDataset:
@@ -245,11 +359,9 @@ def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | Iterab
     if split in splits:
         return splits[split]
 
-    is_sliced = split is not None and ("[" in split or "+" in split)
     is_stream = any(isinstance(rows, IterableDataset) for rows in splits.values())
-    if not is_sliced or is_stream:
-        known = ", ".join(splits)
-        raise PreferenceDataError(f"{name}: splits are {known}: pass one of them as split= (got {split!r}).")
+    if not _is_sliced(split) or is_stream:
+        raise _no_split(split, splits, name)
     sizes = {key: len(rows) for key, rows in splits.items()}
     chosen = []
     for part in _cut(split, sizes, name):
@@ -258,173 +370,57 @@ def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | Iterab
     return concatenate_datasets(chosen)
 
 
-# --- files of json, jsonl and csv, row by row ------------------------------------------------------------------------
+def _is_sliced(split: str | None) -> bool:
+    return split is not None and ("[" in split or "+" in split)
+
+
+def _no_split(split: str | None, splits: Iterable[str], name: str) -> PreferenceDataError:
+    known = ", ".join(splits)
+    return PreferenceDataError(f"{name}: splits are {known}: pass one of them as split= (got {split!r}).")
+
+
+# --- files, row by row ------------------------------------------------------------------------------------------------
+
+_Files = Mapping[str, tuple[Path, ...]]
+"""Split -> its files."""
+
+
+def _known_split(split: str | None, files: _Files, name: str) -> str:
+    """Returns the split to read, the only one for None. Raises if there is no such split."""
+    if split is None and len(files) == 1:
+        return next(iter(files))
+    if split is None or (split not in files and not _is_sliced(split)):
+        raise _no_split(split, files, name)
+    return split
 
 
 @dataclass(frozen=True)
 class _FileRows:
-    """Rows of a JSON, JSONL or CSV file, which may be compressed (`.gz`). `split` may slice them ("train[:500]")."""
+    """Rows of one split of some files, or of slices of splits ("train[:500]+test")."""
 
-    path: Path
-    split: str | None
+    name: str
+    files: _Files
+    split: str
+    sheet: str | None = None
 
     def __iter__(self) -> Iterator[Row | str]:
-        if self.split in (None, "train"):
-            yield from self._rows()
+        if self.split in self.files:
+            yield from self._rows(self.split)
             return
-        rows = list(self._rows())  # percentages need the number of rows
-        slices = _cut(self.split, {"train": len(rows)}, self.path.name)
+        # Percentages need the number of rows.
+        any_size = dict.fromkeys(self.files, 2**62)
+        rows = {}
+        for part in _cut(self.split, any_size, self.name):
+            rows[part.split] = list(self._rows(part.split))
+        sizes = {name: len(of_split) for name, of_split in rows.items()}
+        slices = _cut(self.split, sizes, self.name)
         if not any(part.rows for part in slices):
-            name = self.path.name
-            raise PreferenceDataError(f"{name}: split {self.split!r} selects none of the {len(rows)} rows.")
+            n_rows = sum(sizes.values())
+            raise PreferenceDataError(f"{self.name}: split {self.split!r} selects none of the {n_rows} rows.")
         for part in slices:
             for n in part.rows:
-                yield rows[n]
+                yield rows[part.split][n]
 
-    def _rows(self) -> Iterator[Row | str]:
-        kind = _builder(self.path)
-        # The csv module handles line breaks itself, including those inside quotes.
-        newline = "" if kind == "csv" else None
-        read = _csv_rows if kind == "csv" else _json_rows
-        try:
-            with self._open("rt", encoding="utf-8-sig", newline=newline) as file:
-                yield from read(file)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise self._refusal(kind, "the gzip file is damaged or incomplete: download it again") from error
-        except UnicodeDecodeError as error:
-            raise self._refusal(kind, f"line {self._broken_line()} is not UTF-8: convert the file to UTF-8") from error
-        except (_BadFile, csv.Error) as error:
-            raise self._refusal(kind, str(error)) from error
-
-    def _open(self, mode: str, **options: Any) -> IO:
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        return opener(self.path, mode, **options)
-
-    def _broken_line(self) -> int:
-        """Returns the number of the first line that is not UTF-8. The decoder only knows positions in its buffer."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        line = 1
-        with self._open("rb") as file:
-            while part := file.read(2**20):
-                try:
-                    decoder.decode(part)
-                except UnicodeDecodeError as error:
-                    return line + error.object[: error.start].count(b"\n")
-                line += part.count(b"\n")
-        return line  # the file ends in the middle of a character
-
-    def _refusal(self, kind: str | None, reason: str) -> PreferenceDataError:
-        return PreferenceDataError(f"{self.path.name}: cannot be read as {kind}: {reason}")
-
-
-class _BadFile(Exception):
-    """Why the content of a whole file does not match its extension."""
-
-
-_WRAPPERS = ("data", "rows", "train", "examples", "instances")
-"""Keys under which a JSON object may hold all rows of a file."""
-
-
-def _json_rows(file: IO[str]) -> Iterator[Row | str]:
-    """Yields the objects of a JSON array, or one object per line."""
-    first = _first_character(file)
-    file.seek(0)
-    if not first:
-        raise _BadFile("it is empty")
-    if first == "{":
-        is_document = _is_object_of_many_lines(file)
-    else:
-        is_document = first == "["
-    file.seek(0)
-    if is_document:
-        yield from _document_rows(file)
-    else:
-        yield from _line_rows(file)
-
-
-def _first_character(file: IO[str]) -> str:
-    """Returns the first character that is not white space, or ""."""
-    while character := file.read(1):
-        if not character.isspace():
-            return character
-    return ""
-
-
-def _is_object_of_many_lines(file: IO[str]) -> bool:
-    """True for a file that is a single JSON object, not one object per line.
-
-    A single object on one line counts as a row, unless it contains a list of rows.
-    """
-    line = file.readline(MAX_LINE).strip("\ufeff")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        goes_on = ("{", "[", ",")
-        return line.rstrip().endswith(goes_on)
-    if not _is_wrapper(value):
-        return False
-    return not file.read().strip()  # nothing follows
-
-
-def _is_wrapper(value: Row) -> bool:
-    """True for an object with a list of rows under one of the usual keys, and at most one other entry."""
-    has_rows = any(isinstance(value.get(key), list) for key in _WRAPPERS)
-    return has_rows and len(value) <= 2
-
-
-def _document_rows(file: IO[str]) -> Iterator[Row | str]:
-    """Yields the rows of a file that is one JSON value: an array, an object with an array inside, or a single row."""
-    text = file.read(4 * MAX_LINE)
-    if len(text) >= 4 * MAX_LINE:
-        raise _BadFile(f"one JSON value of more than {4 * MAX_LINE:,} characters: write one row per line")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", "?")
-        raise _BadFile(f"line {line}: {_reason(error)}") from error
-    if isinstance(value, dict):
-        lists = [entry for entry in value.values() if isinstance(entry, list)]
-        if len(lists) == 1 and len(value) <= 2:
-            value = lists[0]
-        else:
-            value = [value]
-    for row in value:
-        yield _record(row)
-
-
-def _record(value: Any) -> Row | str:
-    return value if isinstance(value, dict) else "not a JSON object"
-
-
-def _reason(error: Exception) -> str:
-    """Returns the message of a JSON error, without the position in the file."""
-    return str(getattr(error, "msg", error))
-
-
-def _line_rows(file: IO[str]) -> Iterator[Row | str]:
-    number = 0
-    while line := file.readline(MAX_LINE):
-        number += 1
-        if len(line) >= MAX_LINE:
-            raise _BadFile(f"line {number} is longer than {MAX_LINE:,} characters: write one row per line")
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == 1:  # not a file of JSON at all
-                html = ", it looks like HTML" if line.lstrip().startswith("<") else ""
-                raise _BadFile(f"line 1 is not JSON{html}: {_reason(error)}") from error
-            yield "not JSON"
-        else:
-            yield _record(row)
-
-
-def _csv_rows(file: IO[str]) -> Iterator[Row | str]:
-    csv.field_size_limit(MAX_LINE)  # Python's default limit of 131,072 characters is too low for some conversations
-    reader = csv.DictReader(file, strict=True)
-    if not reader.fieldnames:
-        raise _BadFile("it is empty")
-    for row in reader:
-        has_more_cells = None in row  # the reader stores extra cells under the key None
-        yield "more cells than columns" if has_more_cells else row
+    def _rows(self, split: str) -> Iterator[Row | str]:
+        for path in self.files[split]:
+            yield from rows_of(path, self.sheet)

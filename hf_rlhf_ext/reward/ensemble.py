@@ -162,27 +162,27 @@ class RewardEnsemble:
             prompts: N prompts, as text or as messages.
             completions: N completions, as text or as messages.
             log_metric: function of a trainer that logs a metric; `None` logs nothing.
-            columns: not used; trainers pass further columns.
+            columns: `tools` and `chat_template_kwargs`, as for `RewardScorer`; others are not used.
 
         Returns:
             N rewards.
         """
-        rewards = self.rewards(prompts, completions)
+        rewards = self.rewards(prompts, completions, **columns)
         if log_metric is not None and rewards.size:  # an empty batch has no mean
             log_metric("reward_disagreement", float(rewards.std(0).mean()))
         return combine_rewards(rewards, self.combine, self.penalty).tolist()
 
-    def rewards(self, prompts: list, completions: list) -> np.ndarray:
+    def rewards(self, prompts: list, completions: list, **columns: Any) -> np.ndarray:
         """Normalized rewards (M, N), one row per member, of N completions given their prompts."""
-        return np.array([member(prompts, completions) for member in self.members])
+        return np.array([member(prompts, completions, **columns) for member in self.members])
 
-    def raw(self, prompts: list, completions: list) -> list[float]:
+    def raw(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Mean of the members' raw scores, N numbers in log-odds."""
-        return np.mean([member.raw(prompts, completions) for member in self.members], 0).tolist()
+        return np.mean([member.raw(prompts, completions, **columns) for member in self.members], 0).tolist()
 
-    def disagreement(self, prompts: list, completions: list) -> np.ndarray:
+    def disagreement(self, prompts: list, completions: list, **columns: Any) -> np.ndarray:
         """Standard deviation (N,) (population) over the members' normalized rewards."""
-        return self.rewards(prompts, completions).std(0)
+        return self.rewards(prompts, completions, **columns).std(0)
 
 
 def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | RewardEnsemble:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import DataCollatorForComparisons
+from ..data.templates import TEMPLATE_COLUMNS
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit, untrained_layers
@@ -228,6 +229,8 @@ def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:
         prompt = row.get("prompt")
         completion = row.get("completion")
     comparison = {"prompt": prompt, "completions": [completion], "row": number}
+    for name in TEMPLATE_COLUMNS:
+        comparison[name] = row.get(name)
     return comparison | {"pairs": [], "targets": [], "weights": [], "margins": None}
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import pad_right
+from ..data.templates import TEMPLATE_COLUMNS, template_options
 from ..data.text import (
     Messages,
+    Unrenderable,
     check_tokenizer,
     completion_text,
     encode_completion,
@@ -178,7 +180,8 @@ class RewardScorer:
         Args:
             prompts: N prompts, as text or as messages.
             completions: N completions, as text or as messages.
-            columns: not used; trainers pass further columns.
+            columns: `tools` and `chat_template_kwargs` with N entries each, see `raw`. Others are not used; trainers
+                pass all columns of the dataset.
 
         Returns:
             N rewards, (score - mean) / std.
@@ -186,21 +189,31 @@ class RewardScorer:
         Raises:
             UserError: see `raw`.
         """
-        return [(score - self.mean) / self.std for score in self.raw(prompts, completions)]
+        columns = {name: values for name, values in columns.items() if name in TEMPLATE_COLUMNS}
+        return [(score - self.mean) / self.std for score in self.raw(prompts, completions, **columns)]
 
-    def raw(self, prompts: list, completions: list) -> list[float]:
+    def raw(
+        self,
+        prompts: list,
+        completions: list,
+        *,
+        tools: list | None = None,
+        chat_template_kwargs: list | None = None,
+    ) -> list[float]:
         """Raw scores of completions, without the normalization.
 
         Args:
             prompts: N prompts, as text or as messages.
             completions: N completions, as text or as messages.
+            tools: N lists of function schemas, or their JSON text, for the chat template; `None` means no tools.
+            chat_template_kwargs: N dicts of arguments of the chat template, or their JSON text; `None` means none.
 
         Returns:
             N scores, in log-odds.
 
         Raises:
-            UserError: if the numbers of prompts and completions differ, if an entry is not text or messages, or if a
-                sequence is longer than the model supports.
+            UserError: if the numbers of entries differ, if an entry is not text or messages or cannot be rendered by
+                the chat template, or if a sequence is longer than the model supports.
         """
         if len(prompts) != len(completions):
             raise UserError(
@@ -209,10 +222,15 @@ class RewardScorer:
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             _check_is_text("prompts", index, prompt)
             _check_is_text("completions", index, completion)
+        options = _template_options(len(prompts), {"tools": tools, "chat_template_kwargs": chat_template_kwargs})
         sequences = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids = encode_prompt(self.tokenizer, prompt)
-            sequences.append(prompt_ids + encode_completion(self.tokenizer, prompt, completion))
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                prompt_ids = encode_prompt(self.tokenizer, prompt, options[index])
+                completion_ids = encode_completion(self.tokenizer, prompt, completion, options[index])
+            except Unrenderable as error:
+                raise UserError(f"completions[{index}]: {error}") from error
+            sequences.append(prompt_ids + completion_ids)
         return self.score_ids(sequences)
 
     @torch.no_grad()
@@ -270,16 +288,18 @@ class RewardScorer:
             with active_adapter(self.model, self.adapter):
                 yield
 
-    def text(self, prompt: str | Messages, completion: str | Messages) -> str:
+    def text(self, prompt: str | Messages, completion: str | Messages, **columns: Any) -> str:
         """The text that is scored, as one string, for `pipeline("text-classification")` with a merged model.
 
         Args:
             prompt: a prompt, as text or as messages.
             completion: a completion, as text or as messages.
+            columns: `tools` and `chat_template_kwargs` of the row.
         """
         tokenizer = self.tokenizer
-        before = render_prompt(tokenizer, prompt)
-        after = completion_text(tokenizer, prompt, completion)
+        options = template_options(columns)
+        before = render_prompt(tokenizer, prompt, options)
+        after = completion_text(tokenizer, prompt, completion, options)
         if is_encoder(bare_model(self.model)):  # its tokenizer adds the first and the last special token
             before = before.removeprefix(tokenizer.cls_token)
             if isinstance(prompt, str):  # for messages, the chat template adds the separator
@@ -294,6 +314,19 @@ class RewardScorer:
 def _check_is_text(option: str, index: int, value: Any) -> None:
     if not isinstance(value, str) and not is_messages(value):
         raise UserError(f"{option}[{index}] is a {type(value).__name__}: give a string or a list of messages.")
+
+
+def _template_options(n: int, columns: dict[str, list | None]) -> list[dict[str, Any]]:
+    """Arguments of the chat template for each of the `n` completions."""
+    rows: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name, values in columns.items():
+        if values is None:
+            continue
+        if len(values) != n:
+            raise UserError(f"{name}: {len(values)} entries for {n} completions: give one for each.")
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    return list(map(template_options, rows))
 
 
 def _check_lengths(sequences: list[list[int]], limit: int) -> None:

@@ -18,7 +18,8 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_utils import TrainOutput
 from trl import RewardTrainer
 
-from ..data.schema import LoadReport
+from ..data.json_columns import without_arrow_fill
+from ..data.schema import LoadReport, dataset_of
 from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, tokenize_comparisons
 from ..data.trl_rows import read_comparisons
 from ..errors import UserError
@@ -203,10 +204,10 @@ class BradleyTerryTrainer(RewardTrainer):
         are_demonstrations = {"prompt", "completion"} <= columns or "messages" in columns
         if not are_demonstrations:
             return self._prepare_dataset(dataset, self.processing_class, self.args, "normalization")
-        rows = [single_row(row, number) for number, row in zip(numbers, dataset, strict=True)]
+        rows = [single_row(row, number) for number, row in zip(numbers, without_arrow_fill(dataset), strict=True)]
         report = LoadReport(source="normalization", rows_in=len(rows), kept=len(rows))
         with self.args.main_process_first(desc="normalization dataset"):
-            return self._tokenize(Dataset.from_list(rows), report, self.processing_class, self.args)
+            return self._tokenize(_as_columns(rows), report, self.processing_class, self.args)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:  # `Trainer` removes all other columns before the collator gets the rows
@@ -468,6 +469,11 @@ class BradleyTerryTrainer(RewardTrainer):
     def _finish_current_push(self):
         if self.publisher is not None:
             self.publisher.finish()
+
+
+def _as_columns(rows: list[dict[str, Any]]) -> Dataset:
+    """The rows as a dataset in which tool calls keep their types."""
+    return dataset_of({name: [row[name] for row in rows] for name in rows[0]})
 
 
 def _micro_batches(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -5,11 +5,8 @@ import re
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hf_rlhf_ext.data.schema import PreferenceDataError, renumbered, validate_comparison
-from hf_rlhf_ext.data.transcripts import split_text
 from hf_rlhf_ext.readers.formats import load_comparisons, to_comparisons
 
 
@@ -113,10 +110,10 @@ def test_trl_rows_with_prompt():
         "margins": [1.5], "flags": [], "category": "qa", "source": "f.jsonl", "row": 0,
     }  # fmt: skip
     assert dataset[1]["flags"] == ["empty_completion"] and list(dataset["row"]) == [0, 2]
-    assert report.dropped == {"chosen and rejected are equal": [1], "chosen is not text": [3]}
+    assert report.dropped == {"chosen and rejected are equal": [1], "chosen is missing": [3]}
     assert report.summary() == (
         "f.jsonl: 2 of 4 rows kept; 1 dropped: chosen and rejected are equal (row 1); "
-        "1 dropped: chosen is not text (row 3); 1 flagged: empty_completion (row 2)"
+        "1 dropped: chosen is missing (row 3); 1 flagged: empty_completion (row 2)"
     )
 
 
@@ -155,31 +152,13 @@ def test_transcripts_split_at_the_common_history():
     assert report.flagged == {"empty_completion": [1], "histories_differ": [2]}
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text("ab ", max_size=8), st.text("ab ", max_size=8), st.text("ab ", max_size=8))
-def test_split_text_loses_nothing_and_keeps_completions_apart(prefix, left, right):
-    chosen, rejected = prefix + left, prefix + right
-    prompt, a, b = split_text(chosen, rejected)
-    assert (prompt + a, prompt + b) == (chosen, rejected)
-    assert (a == b) == (chosen == rejected)
-
-
-def test_split_text_agrees_with_trl_where_trl_is_right():
-    from trl import extract_prompt
-
-    for chosen, rejected in [("The sky is blue.", "The sky is green."), ("ab", "abc"), ("a b", "a c"), ("xy", "xz")]:
-        expected = extract_prompt({"chosen": chosen, "rejected": rejected})
-        assert split_text(chosen, rejected) == (expected["prompt"], expected["chosen"], expected["rejected"])
-    assert split_text("b ", "a") == ("", "b ", "a")  # TRL compares the character at index -1
-
-
 @pytest.mark.parametrize(
     "data, message",
     [
         (Dataset.from_dict({"chosen": [], "rejected": []}), "check path, split and filters"),
         (
             Dataset.from_dict({"text": ["a"], "better": ["b"]}),
-            "better, text; looked for comparisons (prompt,",
+            "better, text, no known comparisons: did you mean columns={",
         ),
         (Dataset.from_dict({"prompt": ["p"], "chosen": ["a"], "rejected": ["a"]}), "check the source"),
         (DatasetDict(), "DatasetDict: pick one split"),

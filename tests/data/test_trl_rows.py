@@ -50,7 +50,35 @@ READABLE = {
         | {"chosen": [*Q, *A], "rejected": [*Q, *B]}
         for c, r in ((8.5, 6.0), (7.0, 7.0), (None, 7.0))
     ],
-    "a question beside a prompt": [{"question": "title", "prompt": "p", "chosen": "a", "rejected": "b"}],
+    "a question that repeats the prompt": [{"question": "p", "prompt": "p", "chosen": "a", "rejected": "b"}],
+    "speakers of other sets": [
+        {
+            "chosen": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}],
+            "rejected": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "b"}],
+        }
+    ],
+    "system and tools": [
+        {"system": "s", "prompt": "q", "chosen": "a", "rejected": "b", "tools": '[{"name": "f"}]'},
+        {"system": None, "prompt": "r", "chosen": "a", "rejected": "b", "tools": "[]"},
+        {"system": "s", "prompt": "t", "chosen": "a", "rejected": "b", "tools": "["},
+    ],
+    "a prompt that is repeated": [
+        {"prompt": "q?", "chosen": "q? a", "rejected": "q? b"},
+        {"prompt": "4", "chosen": "42", "rejected": "43"},
+        {"prompt": "q?", "chosen": "q? a", "rejected": "b"},
+    ],
+    "messages that are repeated": [
+        {"prompt": [*Q, *A, *Q], "chosen": [*Q, *A, *Q, *A], "rejected": [*Q, *A, *Q, *B]},
+        {"prompt": [{"role": "system", "content": "s"}, *Q], "chosen": [*Q, *A], "rejected": [*Q, *B]},
+    ],
+    "a prompt that is missing": [
+        {"prompt": "p", "chosen": "the a", "rejected": "the b"},
+        {"prompt": None, "chosen": "the a", "rejected": "the b"},
+    ],
+    "rendered texts": [
+        {"chosen": f"<|prompter|>6*7?<|assistant|>{a}", "rejected": f"<|prompter|>6*7?<|assistant|>{b}"}
+        for a, b in (("It is 42", "It is 43"), ("4", "42"))
+    ],
     "comparison rows": [
         OWN | {"votes": None, "category": "qa", "source": "web", "row": 8, "weights": [0.5, 0.5], "margins": None},
         OWN | {"votes": [{"annotator": "x", "pair": [0, 1], "label": 0.0}], "category": None, "source": None, "row": 9}
@@ -97,6 +125,12 @@ def test_the_rarer_kind_of_prompt_is_dropped_and_named():
     [
         {"question": "q", "chosen": "a", "rejected": "b"},
         {"question": "q", "prompt": "", "chosen": "a", "rejected": "b"},  # the prompt is empty
+        {"question": "title", "prompt": "p", "chosen": "a", "rejected": "b"},
+        {"query": "q", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
+        {"messages": Q, "chosen": "The answer is 4.", "rejected": "The answer is 5."},
+        {"prompt": "p", "context": "c", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "history": [["x", "y"]], "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "images": ["x.png"], "chosen": "a", "rejected": "b"},
         {"instruction": "q", "chosen": "a", "rejected": "b"},
         {"input": "q", "system": "s", "chosen": "a", "rejected": "b"},
         {"conversations": [{"from": "human", "value": "q"}], "chosen": A[0], "rejected": B[0]},
@@ -135,3 +169,77 @@ def test_unusable_data_sets_are_refused_in_one_line(dataset, remedy):
     with pytest.raises(PreferenceDataError) as caught:
         read_comparisons(dataset, source="mine")
     assert remedy in str(caught.value) and str(caught.value).startswith("mine") and "\n" not in str(caught.value)
+
+
+# --- the prompt of both sides ----------------------------------------------------------------------------------------
+
+
+S = {"role": "system", "content": "s"}
+COMMON = ["prompt_from_common_words"]
+
+
+@pytest.mark.parametrize(
+    "row, prompt, completions, flags",
+    [
+        ({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, [S, *Q], [A, B], []),
+        ({"system": " ", "prompt": "q", "chosen": "a", "rejected": "b"}, "q", ["a", "b"], []),
+        ({"system_prompt": "s", "chosen": [*Q, *A], "rejected": [*Q, *B]}, [S, *Q], [A, B], []),
+        ({"system": "s", "chosen": [S, *Q, *A], "rejected": [S, *Q, *B]}, [S, *Q], [A, B], []),
+        ({"prompt": Q, "chosen": [S, *Q, *A], "rejected": [S, *Q, *B]}, [S, *Q], [A, B], []),
+        ({"prompt": Q, "chosen": [*Q, *A], "rejected": [*Q, *B]}, Q, [A, B], []),
+        ({"prompt": Q, "chosen": A[0], "rejected": B[0]}, Q, [A, B], []),
+        ({"prompt": json.dumps(Q), "chosen": json.dumps(A), "rejected": json.dumps(B)}, Q, [A, B], []),
+        ({"prompt": "q? ", "chosen": " q? a", "rejected": "q? b"}, "q? ", [" a", " b"], []),
+        ({"prompt": "q?", "chosen": "q? a", "rejected": "b"}, "q?", ["q? a", "b"], []),
+        ({"prompt": "4", "chosen": "42", "rejected": "43"}, "4", ["42", "43"], []),
+        ({"prompt": "title", "chosen": [*Q, *A], "rejected": [*Q, *B]}, Q, [A, B], ["prompt_not_in_conversation"]),
+        ({"prompt": "q", "chosen": [*Q, *A], "rejected": [*Q, *B]}, Q, [A, B], []),
+        ({"prompt": None, "chosen": [*Q, *A], "rejected": [*Q, *B]}, Q, [A, B], []),
+        ({"prompt": "Write one.", "chosen": "User: x\nAssistant: y", "rejected": "User: x\nAssistant: z"}, "Write one.",
+         ["User: x\nAssistant: y", "User: x\nAssistant: z"], []),
+        ({"chosen": "The sky", "rejected": "The sky is blue"}, "The", [" sky", " sky is blue"], COMMON),
+        ({"chosen": "It is 3.5 m", "rejected": "It is 3.75 m"}, "It is", [" 3.5 m", " 3.75 m"], COMMON),
+    ],
+)  # fmt: skip
+def test_the_prompt_and_the_answers_without_it(row, prompt, completions, flags):
+    dataset, report = read_comparisons(Dataset.from_list([row]))
+    assert (dataset[0]["prompt"], dataset[0]["completions"], dataset[0]["flags"]) == (prompt, completions, flags)
+    assert report.kept == 1
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"system": "t", "chosen": [S, *Q, *A], "rejected": [S, *Q, *B]}, "system differs"),
+        ({"system": "s", "prompt": "<|user|>q<|assistant|>", "chosen": "a", "rejected": "b"}, "system or"),
+        ({"chosen": "unbelievable", "rejected": "unbearable"}, "the two sides share no prompt"),
+        ({"chosen": "Yes", "rejected": "Yes, of course"}, "the two sides share no prompt"),
+        ({"chosen": "<|user|>q<|assistant|>a", "rejected": "q a"}, "the two sides share no prompt"),
+        ({"prompt": [user([{"type": "image"}])], "chosen": A, "rejected": B}, "prompt has a part that is not"),
+    ],
+)  # fmt: skip
+def test_a_row_without_a_sure_prompt_is_dropped(row, reason):
+    for load in (read_comparisons, load_comparisons):
+        with pytest.raises(PreferenceDataError, match=f"1 dropped: {reason}"):
+            load(Dataset.from_list([row]))
+
+
+def test_texts_that_mostly_share_no_words_are_refused_as_a_whole():
+    rows = [{"chosen": f"I think {k}", "rejected": f"You know {k}"} for k in range(3)]
+    rows.append({"chosen": "I am here", "rejected": "I am there"})
+    for load in (read_comparisons, load_comparisons):
+        with pytest.raises(PreferenceDataError, match=r"no common prompt in 3 of the first 4 rows.*columns=\{'prompt'"):
+            load(Dataset.from_list(rows))
+
+
+def test_tools_and_template_options_are_kept():
+    row = {
+        "prompt": Q,
+        "chosen": A,
+        "rejected": B,
+        "tools": '[{"name":  "f"}]',
+        "chat_template_kwargs": {"think": False},
+    }
+    dataset, report = read_comparisons(Dataset.from_list([row, row | {"tools": "["}]))
+    assert dataset["tools"] == ['[{"name":  "f"}]', None] and report.flagged == {"bad_tools": [1]}
+    assert "think" in str(dataset[0]["chat_template_kwargs"])

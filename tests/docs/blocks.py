@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 from markdown_it import MarkdownIt
@@ -160,15 +161,25 @@ def run_page(blocks: list[Block]) -> None:
 
     All Python blocks share one namespace; `hf-rlhf` runs in this process.
     """
-    before = set(sys.modules)
+    before = dict(sys.modules)
     try:
         _run_in_order(blocks)
     finally:
-        # Modules that the page wrote: another test may import one of the same name.
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file is not None and Path(file).is_relative_to(Path.cwd()):
-                del sys.modules[name]
+        _forget_modules_of_the_page(before)
+
+
+def _forget_modules_of_the_page(before: dict[str, ModuleType]) -> None:
+    """Another test may import a module of the same name, before or after the page."""
+    for name, module in list(sys.modules.items()):
+        if before.get(name) is module:
+            continue
+        file = getattr(module, "__file__", None)
+        is_written_here = file is not None and Path(file).is_relative_to(Path.cwd())
+        is_made_by_hand = getattr(module, "__spec__", None) is None
+        if name in before:
+            sys.modules[name] = before[name]
+        elif is_written_here or is_made_by_hand:
+            del sys.modules[name]
 
 
 def _run_in_order(blocks: list[Block]) -> None:

@@ -1,6 +1,8 @@
 """Every code block of README and site runs, or is marked as not run and parsed."""
 
 import re
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -10,6 +12,7 @@ from tests.docs.blocks import (
     NOT_CHECKED,
     PAGES,
     ROOT,
+    Block,
     as_hf_rlhf,
     blocks_of,
     check,
@@ -55,6 +58,15 @@ def test_no_block_hides_from_the_parser(page):
 def test_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(BLOCKS[page])
+
+
+def test_a_page_leaves_no_module_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = ModuleType("taken")
+    monkeypatch.setitem(sys.modules, "taken", first)
+    code = "import sys, types\nfor name in ('taken', 'fresh'):\n    sys.modules[name] = types.ModuleType(name)\n"
+    run_page([Block(page="x.md", line=1, language="python", code=code, title="")])
+    assert sys.modules["taken"] is first and "fresh" not in sys.modules
 
 
 def test_the_checks_find_what_is_wrong():

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer, load_base_model
+from hf_rlhf_ext.data.schema import LoadReport
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.card import KINDS, card_from_report, escape_markdown, render_card, write_card
 from hf_rlhf_ext.hub.privacy import COMMON_NAMES, strip_local_paths
@@ -551,3 +552,13 @@ def test_a_trainer_pushed_from_python_has_a_card_with_its_last_evaluation(
     if not policy:
         assert "](evaluation.png)" in text and hub.files("alice/out")["evaluation.png"].startswith(b"\x89PNG")
         assert re.search(r"^\| length gap \| .* \| \d\.\d{3} \| 4 \|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "sft"])
+def test_the_card_says_which_rows_and_columns_were_read(kind):
+    read = LoadReport("/home/jane/pairs.csv", 3, 2, {"chosen is not text": [1]}, unread={"system": "text, ignored"})
+    card = render_card(kind, {}, rows_read=[read.summary()])
+    (line,) = [line for line in card.splitlines() if "rows kept" in line]
+    assert "2 of 3 rows kept" in line and "dropped: chosen is not text" in line and "not read: system" in line
+    assert "jane" not in card
+    assert "columns read" not in render_card(kind, {})

@@ -98,3 +98,62 @@ def test_the_older_name_of_licenses_works_and_says_the_new_one(hub, rows, caplog
     assert len(caplog.records) == 1 and older == dataset_card(
         {"train": rows}, licenses=LICENSES, repo_id="alice/judged"
     )
+
+
+RAW = [
+    {"prompt": "Name a blue thing.", "chosen": "The sky.", "rejected": "No idea.", "note": "x", "id": 1},
+    {"prompt": "Name a blue thing.", "chosen": "same", "rejected": "same", "note": "y", "id": 2},
+    {"prompt": "Name a blue thing.", "chosen": None, "rejected": "No idea.", "note": "z", "id": 3},
+]
+
+
+def pushed_rows(hub, tmp_path, split="train", repo="alice/judged"):
+    path = hf_hub_download(repo, f"data/{split}-00000-of-00001.parquet", repo_type="dataset")
+    return load_dataset("parquet", data_files=path, split="train", cache_dir=tmp_path / split).to_list()
+
+
+def test_the_card_says_what_was_dropped_and_not_read_of_rows_in_another_format(hub, tmp_path):
+    splits = DatasetDict({"train": Dataset.from_list(RAW), "test": Dataset.from_list(RAW[:1])})
+    push_comparisons(splits, "judged", licenses={"alice/pairs": "mit"})
+    text = DatasetCard.load("alice/judged").text.replace("\\", "")
+    assert "Of 3 rows of alice/pairs (split train), 1 were kept." in text
+    assert "Of 1 rows of alice/pairs (split test), 1 were kept." in text
+    assert text.count("- dropped: chosen ") == 2
+    assert text.count("- columns that were not read: note (text), id (metadata)") == 2
+    # The source is the licensed data set, not the split.
+    for split in splits:
+        assert {row["source"] for row in pushed_rows(hub, tmp_path, split)} == {"alice/pairs"}
+
+
+def test_the_source_of_rows_from_several_sources_is_the_one_they_name(hub, tmp_path):
+    rows = [RAW[0] | {"source": "them"}, RAW[0] | {"prompt": "q"}]
+    push_comparisons(Dataset.from_list(rows), "judged", licenses={"us": "mit", "them": "mit"})
+    assert [row["source"] for row in pushed_rows(hub, tmp_path)] == ["them", None]
+
+
+def test_the_card_has_the_report_of_the_load_and_its_waived_columns(hub, tmp_path):
+    rows = [row | {"system": f"Be {number}."} for number, row in enumerate(RAW)]
+    comparisons, report = load_comparisons(rows, columns={"prompt": "prompt", "system": "system"})
+    assert "system" not in report.unread
+    comparisons, report = load_comparisons([row | {"images": ["1.jpg"]} for row in rows], ignore=["images"])
+    report.source = "alice/pairs"
+    push_comparisons(comparisons, "judged", licenses={"alice/pairs": "mit"}, report=report)
+    text = DatasetCard.load("alice/judged").text.replace("\\", "")
+    assert "Of 3 rows of alice/pairs, 1 were kept." in text
+    assert "- columns that were not read: images (media, ignored), note (text), id (metadata)" in text
+
+
+def test_a_column_that_matters_stops_the_push_unless_it_is_waived(hub):
+    rows = Dataset.from_list([row | {"images": ["1.jpg"]} for row in RAW])
+    with pytest.raises(UserError, match=r'alice/pairs: column images .*ignore=\["images"\]'):
+        push_comparisons(rows, "judged", licenses={"alice/pairs": "mit"})
+    assert hub.repos == {}
+    push_comparisons(rows, "judged", licenses={"alice/pairs": "mit"}, ignore=["images"])
+    assert "images (media, ignored)" in DatasetCard.load("alice/judged").text.replace("\\", "")
+
+
+def test_roles_say_how_other_columns_are_read(hub, tmp_path):
+    rows = Dataset.from_list([{"ask": "q?", "good": "a", "bad": "b"}])
+    roles = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    push_comparisons(rows, "judged", licenses={"alice/pairs": "mit"}, columns=roles)
+    assert len(pushed_rows(hub, tmp_path)) == 1

@@ -13,10 +13,11 @@ from datasets import Dataset
 from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats import inter_rater
 
-from hf_rlhf_ext.data.schema import PreferenceDataError, as_dataset, group_by_prompt
+from hf_rlhf_ext.data.schema import LoadReport, PreferenceDataError, as_dataset, group_by_prompt
 from hf_rlhf_ext.quality.duplicates import PromptIndex, near_duplicates, question_of, words_of
 from hf_rlhf_ext.quality.page import write_quality_page
 from hf_rlhf_ext.quality.report import MEANINGS, quality_report
+from hf_rlhf_ext.quality.reward_check import check_reward
 from hf_rlhf_ext.readers.formats import load_comparisons, to_comparisons
 
 
@@ -391,3 +392,77 @@ def test_twenty_thousand_of_anything_take_seconds(shape, monkeypatch, tmp_path):
     assert time.process_time() - start < 60  # each took minutes, or all memory, when it was quadratic
     if shape is almost_equal:
         assert metrics["near_duplicate_prompts"] == pytest.approx(1, abs=1e-4)
+
+
+# --- what the verdict weighs -----------------------------------------------------------------------------------------
+
+
+def verdict_of(share_contradicted, share_tied=0.0, load_report=None, votes=False):
+    """The verdict on 600 pairs, of which a share was judged both ways and a share is tied."""
+    rows = []
+    for k in range(600):
+        # Prompts and answers of equal length differ in many words, so that nothing else is doubtful.
+        row = pair(f"answer {k:04} one", f"answer {k:04} two") | {"prompt": f"about {k * 7919 % 1009} and {k}"}
+        if k < share_tied * 600:
+            row |= {"targets": [0.5]}
+        elif k >= (1 - share_contradicted) * 600:
+            row |= {"pairs": [[0, 1], [0, 1]], "targets": [1.0, 0.0]}
+        if votes:
+            row["votes"] = [{"annotator": name, "pair": [0, 1], "label": 1.0} for name in "ab"]
+        rows.append(row)
+    return quality_report(as_dataset(rows), load_report=load_report).verdict
+
+
+@pytest.mark.parametrize("share, is_doubtful", [(0.0, False), (0.05, False), (0.2, True), (0.5, True)])
+def test_pairs_judged_both_ways_make_data_doubtful(share, is_doubtful):
+    verdict = verdict_of(share)
+    assert verdict.startswith("Doubtful") == is_doubtful
+    assert ("both ways" in verdict) == is_doubtful
+
+
+def test_where_label_noise_is_known_it_says_more_than_contradictions():
+    assert "both ways" not in verdict_of(0.3, votes=True)
+
+
+@pytest.mark.parametrize("share, is_doubtful", [(0.3, False), (0.7, True)])
+def test_many_ties_make_data_doubtful(share, is_doubtful):
+    assert ("70% of the judgments are ties" in verdict_of(0.0, share)) == is_doubtful
+
+
+def test_a_column_that_was_waived_makes_data_doubtful_and_others_do_not():
+    harmless = LoadReport("mine", unread={"id": "metadata", "note": "text"})
+    assert not verdict_of(0.0, load_report=harmless).startswith("Doubtful")
+    waived = LoadReport("mine", unread={"system": "prompt material, ignored", "note": "text"})
+    assert "ignored (system)" in verdict_of(0.0, load_report=waived)
+
+
+def test_the_load_report_gives_source_and_order():
+    rows = as_dataset([pair(f"a {k}", f"b {k}") | {"prompt": f"p{k}"} for k in range(30)])
+    report = quality_report(rows, load_report=LoadReport("mine", order_known=True))
+    assert report.source == "mine" and report.metrics["first_wins"] is not None
+    report = quality_report(rows, source="yours", order_known=False, load_report=LoadReport("mine", order_known=True))
+    assert report.source == "yours" and report.metrics["first_wins"] is None
+
+
+def test_the_page_lists_columns_that_were_not_read(tmp_path):
+    report = report_of([pair()])
+    load_report = LoadReport("mine", 1, 1, unread={"<b>": "text", "system": "prompt material, ignored"})
+    page = write_quality_page(report, tmp_path / "report.html", load_report).read_text()
+    assert "Columns that were not read" in page and "prompt material, ignored" in page
+    assert "&lt;b&gt;" in page and "<td><b></td>" not in page
+    assert "not read" not in write_quality_page(report, tmp_path / "r.html", LoadReport("mine", 1, 1)).read_text()
+
+
+def test_the_category_of_comparisons_reaches_the_accuracy_by_category():
+    rows = [
+        {"prompt": f"p{k}", "chosen": f"good {k}", "rejected": f"bad {k}", "domain": "code" if k % 2 else "chat"}
+        for k in range(40)
+    ]
+    dataset, report = load_comparisons(rows, category_column="domain")
+    assert "domain" not in report.unread
+
+    def prefers_good(prompts, completions):
+        return [float("good" in str(completion)) for completion in completions]
+
+    checked = check_reward(prefers_good, dataset, probes=False)
+    assert {name: group["n"] for name, group in checked.groups["category"].items()} == {"chat": 20, "code": 20}

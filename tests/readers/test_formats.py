@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_rlhf_ext.data.schema import PreferenceDataError, validate_comparison
+from hf_rlhf_ext.data.text import plain_text
+from hf_rlhf_ext.readers.columns import UnreadColumn
 from hf_rlhf_ext.readers.formats import UnknownFormat, load_comparisons, load_demonstrations
-from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS
+from hf_rlhf_ext.readers.profile import SAMPLE
+from hf_rlhf_ext.readers.registry import COMPARISONS, DEMONSTRATIONS, register_format
 
 
 def user(text):
@@ -213,6 +216,95 @@ PREFERENCES = {
         [{"system": "s", "question": "q", "chosen": "a", "rejected": "b"}],
         [{"prompt": [{"role": "system", "content": "s"}, *Q], "completions": [A, B], "targets": [1.0]}],
     ),
+    "safe-rlhf": (
+        [
+            {
+                "prompt": "q",
+                "response_0": "a",
+                "response_1": "b",
+                "is_response_0_safe": True,
+                "is_response_1_safe": False,
+                "better_response_id": 1,
+                "safer_response_id": 0,
+            }
+        ],
+        [{"prompt": Q, "completions": [A, B], "targets": [0.0]}],
+    ),
+    "helpsteer": (
+        [
+            {"prompt": "q", "response": text, "helpfulness": rating, "correctness": 4, "coherence": 4}
+            for text, rating in (("a", 1), ("b", 4))
+        ],
+        [{"prompt": Q, "completions": [A, B], "targets": [0.0], "margins": [-3.0]}],
+    ),
+    "helpsteer-preference": (
+        [{"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -2}],
+        [{"prompt": Q, "completions": [A, B], "targets": [1.0], "margins": [2.0]}],
+    ),
+    "preference-collection": (
+        [
+            {
+                "instruction": "Compare the answers.",
+                "output": "A is better.",
+                "orig_instruction": "q",
+                "orig_response_A": "a",
+                "orig_response_B": "b",
+                "orig_preference": "A",
+                "orig_score_A": "5",
+                "orig_score_B": "2",
+            }
+        ],
+        [{"prompt": Q, "completions": [A, B], "targets": [1.0], "margins": [3.0]}],
+    ),
+    "argilla-orca": (
+        [
+            {
+                "system": "",
+                "input": "q",
+                "chosen": "a",
+                "rejected": "b",
+                "generations": ["b", "a"],
+                "rating": ratings,
+                "status": status,
+            }
+            for ratings, status in (([4.0, 9.0], "unchanged"), ([9.0, 9.0], "tie"))
+        ],
+        [
+            {"prompt": Q, "completions": [A, B], "targets": [1.0], "margins": [5.0]},
+            {"prompt": Q, "completions": [A, B], "targets": [0.5]},
+        ],
+    ),
+    "argilla-capybara": (
+        [
+            {
+                "prompt": "q",
+                "chosen": [*Q, *A],
+                "rejected": [*Q, *B],
+                "rating_chosen": 5,
+                "rating_rejected": 2,
+                "conversation": [{"input": "q", "output": "older"}],
+                "generation_prompt": ["q"],
+            }
+        ],
+        [{"prompt": Q, "completions": [A, B], "targets": [1.0], "margins": [3.0]}],
+    ),
+    "step-dpo": (
+        [{"prompt": "q", "initial_reason_steps": "Step 1", "chosen": " a", "rejected": " b"}],
+        [{"prompt": "q\nStep 1", "completions": [" a", " b"], "targets": [1.0]}],
+    ),
+    "ppe-best-of-k": (
+        [
+            {"prompt": "q", "scores": [number == 2 for number in range(1, 33)]}
+            | {f"response_{number}": f"r{number}" for number in range(1, 33)}
+        ],
+        [
+            {
+                "prompt": Q,
+                "pairs": [[0, 1], *([1, number] for number in range(2, 32))],
+                "targets": [0.0, *[1.0] * 30],
+            }
+        ],
+    ),
     "unpaired": (
         [{"messages": [*Q, *B], "label": False}, {"messages": [*Q, *A], "label": True}],
         [{"prompt": Q, "completions": [B, A], "pairs": [[1, 0]], "targets": [1.0]}],
@@ -292,7 +384,7 @@ def test_values_that_are_not_text_and_equal_completions_are_named(tmp_path):
         "completions are equal": [2],
         "fewer than two completions are text": [3],
         "instruction is not text": [4],
-        "output is not a list of replies": [5],
+        "output is not a list of answers": [5],
         "not a JSON object": [6],
     }
     assert report.flagged == {"completion_not_text": [0], "equal_completions_merged": [1]}
@@ -306,7 +398,7 @@ def test_unpaired_feedback_without_a_partner_is_dropped_with_that_reason(tmp_pat
     dataset, report = load_comparisons(write(tmp_path / "rows.jsonl", rows))
     assert dataset[0]["completions"] == ["a", "b", "c"] and dataset[0]["pairs"] == [[0, 1], [2, 1]]
     assert report.dropped == {
-        "label is not a finite number": [4],
+        "label is neither yes nor no": [4],
         "unpaired: all completions of the prompt have the same label": [3],
     }
 
@@ -486,10 +578,15 @@ def test_arbitrary_json_in_demonstration_columns_is_accounted_for(fmt, tmp_path,
         (
             "semicolons.csv",
             b"prompt;chosen;rejected\np;a;b\n",
-            "found columns prompt;chosen;rejected; .*delimiter a comma",
+            "cannot be read as csv: the header is one column, .*save it with commas",
         ),
         ("cut.json", b'[{"chosen": "a", "rejected": "b"},', "cannot be read as json: line 1: "),
         ("latin.jsonl", b'{"chosen": "\xe9", "rejected": "b"}', "line 1 is not UTF-8: convert the file"),
+        (
+            "twice.csv",
+            b"prompt,chosen,rejected,chosen\np,a,b,c\n",
+            "two columns have the name 'chosen': rename or remove one",
+        ),
         ("empty.jsonl", b"", "cannot be read as json: it is empty"),
         ("numbers.json", b"[1, 2]", "found columns \\(none\\)"),
         ("deep.jsonl", b"[" * 100_000, "cannot be read as json"),
@@ -511,7 +608,7 @@ def test_a_gzip_file_that_was_cut_short_is_one_line(tmp_path):
 
 
 def test_a_giant_line_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_rlhf_ext.readers.sources.MAX_LINE", 1000)
+    monkeypatch.setattr("hf_rlhf_ext.readers.files.MAX_LINE", 1000)
     (tmp_path / "line.jsonl").write_text('{"chosen": "' + "a" * 5000)
     with pytest.raises(PreferenceDataError, match="line 1 .*: write one row per line"):
         load_comparisons(tmp_path / "line.jsonl")
@@ -559,3 +656,115 @@ def test_a_large_source_is_converted_once(tmp_path, monkeypatch):
     assert second.to_list() == first.to_list() and len(first) == 9_999
     with pytest.raises(TypeError):
         load_comparisons(data.select(range(9_999, -1, -1)))  # other rows have another fingerprint
+
+
+# --- columns that are ignored, that come late, or that only some rows fill --------------------------------------------
+
+ASKED = {"prompt": "Name a blue thing.", "chosen": "The sky.", "rejected": "No idea at all."}
+KTO = [{"prompt": "p", "completion": text, "label": liked} for text, liked in (("a b", True), ("c d", False))]
+LATE = [ASKED | {"prompt": f"Name blue thing {n}."} for n in range(SAMPLE + 5)] + [ASKED | {"system": "Be rude."}]
+
+
+@pytest.mark.parametrize("ignore", ["margin", ["margin"], ("margin",)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_ignored_column_is_not_read(ignore, streaming):
+    dataset, report = load_comparisons([ASKED | {"margin": 3}], ignore=ignore, streaming=streaming)
+    assert next(iter(dataset))["margins"] in (None, [0.0]) and report.unread == {"margin": "rating, ignored"}
+    dataset, _ = load_comparisons([ASKED | {"margin": 3}], streaming=streaming)
+    assert next(iter(dataset))["margins"] == [3.0]
+
+
+def test_an_ignored_label_or_tool_of_any_reader_is_not_read():
+    dataset, report = load_demonstrations(KTO, ignore="label")
+    assert len(dataset) == 2 and report.unread == {"label": "label, ignored"}
+    dataset, report = load_comparisons([ASKED | {"tools": [{"name": "f"}]}], ignore="tools")
+    assert "tools" not in dataset.column_names and report.unread == {"tools": "tools, ignored"}
+    ours = load_comparisons([ASKED | {"margin": 3}])[0].to_list()
+    assert load_comparisons(ours, ignore="margins")[0]["margins"][0] in (None, [0.0])
+    with pytest.raises(UnknownFormat, match="did you mean"):
+        load_comparisons(KTO, ignore="label")
+
+
+@pytest.mark.parametrize("load, rows", [(load_comparisons, [ASKED]), (load_demonstrations, KTO)])
+def test_ignoring_a_column_that_is_none_is_refused(load, rows):
+    with pytest.raises(PreferenceDataError, match=r"^dataset: ignore: 'persna' is no column; found .*prompt"):
+        load(rows, ignore="persna")
+    with pytest.raises(PreferenceDataError, match="columns and ignore both name 'prompt'"):
+        load(rows, columns={"prompt": "prompt"}, ignore="prompt")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_comes_late_can_be_used_or_ignored(tmp_path, streaming):
+    source = write(tmp_path / "rows.jsonl", LATE)
+    with pytest.raises(UnreadColumn, match="column system"):
+        list(load_comparisons(source)[0])
+    dataset, report = load_comparisons(source, columns={"system": "system"}, streaming=streaming)
+    assert list(dataset)[-1]["prompt"][0] == {"role": "system", "content": "Be rude."} and report.kept == len(LATE)
+    dataset, report = load_comparisons(source, ignore="system", streaming=streaming)
+    assert list(dataset)[-1]["prompt"] == ASKED["prompt"] and report.kept == len(LATE)
+    with pytest.raises(PreferenceDataError, match="system is 'the_system', which is no column"):
+        load_comparisons(source, columns={"system": "the_system"})
+
+
+FEW_ROWS = settings(max_examples=15, deadline=None)
+PART_OF_PROMPT = st.sampled_from([{"system": "Be rude."}, {"history": [["hi", "ho"]]}, {"context": "It is noon."}])
+
+
+@FEW_ROWS
+@given(parts=st.lists(st.none() | PART_OF_PROMPT, min_size=1, max_size=4), streaming=st.booleans())
+def test_a_part_of_the_prompt_in_some_rows_costs_no_row(parts, streaming):
+    rows = [{"prompt": f"Question {n}?"} | (part or {}) for n, part in enumerate(parts)]
+    pairs = [row | {"chosen": "The sky.", "rejected": "No idea."} for row in rows]
+    for load, source in (
+        (load_comparisons, pairs),
+        (load_demonstrations, [row | {"completion": "x y"} for row in rows]),
+    ):
+        dataset, report = load(source, streaming=streaming)
+        assert len(list(dataset)) == report.kept == len(rows)
+
+
+# --- labels and meanings that cannot be what they are taken for -------------------------------------------------------
+
+
+@given(grades=st.lists(st.integers(0, 4), min_size=2, max_size=6).filter(lambda grades: max(grades) > 1))
+@FEW_ROWS
+def test_grades_are_no_label(grades):
+    rows = [{"prompt": "p", "completion": f"text {n}", "label": grade} for n, grade in enumerate(grades)]
+    with pytest.raises(PreferenceDataError, match='neither yes nor no: .*"ratings": "label"'):
+        load_comparisons(rows)
+    by_rating = {"answer": "completion", "ratings": "label"}
+    dataset, _ = load_comparisons(rows, columns=by_rating)
+    assert dataset[0]["completions"] == [row["completion"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "columns, options, message",
+    [
+        ("chosen", {}, "no dictionary"),
+        (["prompt"], {}, "no dictionary"),
+        ({"chosen": "good", "rejected": "bad"}, {"kind": ["a"]}, "neither comparisons nor demonstrations"),
+        ({"answers": ["a", "b"], "verdict": "v", "verdict_is": "whichever"}, {}, "'whichever' is not understood"),
+    ],
+)
+def test_a_format_that_cannot_work_is_refused_at_once(columns, options, message):
+    with pytest.raises(PreferenceDataError, match=message):
+        register_format("never", columns, **options)
+    if not isinstance(columns, dict):
+        with pytest.raises(PreferenceDataError, match=message):
+            load_comparisons([ASKED], columns=columns)
+
+
+# --- a question that the answers repeat -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "question", "instruction", "query"])
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("response_a", "response_b")])
+def test_a_question_that_both_answers_repeat_is_taken_off(prompt, sides):
+    question = ASKED["prompt"]
+    row = {prompt: question, "winner": "A"} if sides[0] == "response_a" else {prompt: question}
+    row |= {side: f"{question}\n{text}" for side, text in zip(sides, ("The sky.", "No idea."), strict=True)}
+    completions = load_comparisons([row])[0][0]["completions"]
+    assert [plain_text(text).strip() for text in completions] == ["The sky.", "No idea."]
+    one_quotes = row | {sides[1]: "No idea."}
+    completions = load_comparisons([one_quotes])[0][0]["completions"]
+    assert plain_text(completions[0]) == row[sides[0]]

@@ -127,7 +127,7 @@ def test_files_that_cannot_be_read(refusal, file, recipe):
     broken = file("broken.jsonl", '{"prompt": "a"\n')
     reason = "JSON parse error" if recipe == "ppo" else "line 1 is not JSON: "
     assert refusal(recipe, dataset_name=broken).startswith(f"broken.jsonl: cannot be read as json: {reason}")
-    assert refusal(recipe, dataset_name=file("rows.xlsx", "x")).startswith("rows.xlsx: unknown ending; known are .json")
+    assert refusal(recipe, dataset_name=file("rows.docx", "x")).startswith("rows.docx: unknown ending; known are .json")
 
 
 @pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
@@ -138,17 +138,17 @@ def test_an_empty_data_set(refusal, file, recipe):
 
 def test_columns_that_are_missing(refusal, write_jsonl, file, tmp_path):
     questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": f"What is {i}?"} for i in range(8)])
-    for recipe, looked_for in {"sft": "orca (system_prompt, ", "reward": "comparisons (prompt, completions, "}.items():
+    for recipe, kind in {"sft": "demonstrations", "reward": "comparisons"}.items():
         line = refusal(recipe, dataset_name=questions)
-        assert line.startswith(f"questions.jsonl: found columns question; looked for {looked_for}")
-        assert line.endswith(": rename yours.")
+        assert line.startswith(f"questions.jsonl: found columns question, no known {kind}: did you mean columns=")
+        assert '"prompt": "question"' in line and line.endswith("(--columns)?")
     unknown = refusal("sft", dataset_name=questions, dataset_format="alpca")
     assert unknown.startswith("questions.jsonl: no format 'alpca'; known are orca, dolly, alpaca, ")
     assert refusal("ppo", dataset_name=questions, config=None) == (
         "train_dataset has no column 'prompt', only ['question']: rename yours to 'prompt'."
     )
     page = file("page.csv", HTML)  # to a csv reader a web page is a table
-    assert refusal("sft", dataset_name=page).startswith("page.csv: found columns <!DOCTYPE html>; looked for orca")
+    assert refusal("sft", dataset_name=page).endswith("it looks like HTML: download the file again.")
 
 
 def test_more_held_out_rows_than_there_are(refusal):
