@@ -77,7 +77,8 @@ lint: $(STAMP)  ## what CI checks before the tests: style, complexity, spelling;
 density: $(STAMP)  ## a table of the library's size and readability: lines, comments, syntax-tree nodes a line
 	@$(PY) tests/density.py
 
-docs: $(STAMP)  ## builds the documentation into site/, offline; a broken link or anchor is an error. Open site/index.html
+docs: $(STAMP)  ## builds the documentation into site/, offline; a broken link or a row without a test is an error. Open site/index.html
+	$(OFFLINE) $(PY) tests/support/table.py
 	$(PY) -m zensical build --clean --strict
 
 tables: $(STAMP)  ## writes the tables of README and docs from the committed JSON and from the code

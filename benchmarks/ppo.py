@@ -68,7 +68,7 @@ def write_job(path: Path) -> None:
     """Writes the folder of the model and the prompts, as messages and as token ids, for every process."""
     from hf_rlhf_ext import load_comparisons, load_tokenizer
     from hf_rlhf_ext.data.text import encode_prompt
-    from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL, resolve_location
+    from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL, resolve_location
 
     tokenizer = load_tokenizer()
     rows = load_comparisons(str(SHARED / "data" / "hh_harmless_test.jsonl.gz"), split="train", group=False)[0]
@@ -272,7 +272,8 @@ def bare_stages(trainer, prompt_ids, completion_ids, critic: str) -> dict[str, f
     """Seconds of a minimal loop over these tokens, without rewards, advantages, PPO loss and optimizer."""
     import torch
 
-    from hf_rlhf_ext.modeling.adapters import active_adapter, bare_model, evaluating, merged_adapter, mixed_precision
+    from hf_rlhf_ext.modeling.adapters import active_adapter, bare_model, merged_adapter, mixed_precision
+    from hf_rlhf_ext.modeling.probing import evaluating
 
     model, dtype = trainer.model, torch.bfloat16
     batches = padded_batches(prompt_ids, completion_ids)

@@ -132,7 +132,7 @@ def main() -> None:
     from peft import LoraConfig
 
     from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_tokenizer
-    from hf_rlhf_ext.modeling.loading import EMBEDDED_MODEL
+    from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
 
     model = load_base_model(load_in_4bit=True)
     one_base = distinct_bytes(state_tensors(model))

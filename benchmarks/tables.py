@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `tests.support`, whose rows are tables too
 DOCS = ROOT / "docs"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 SEEDS = (0, 1, 2)
@@ -433,6 +434,12 @@ def options_ppo(page: Path) -> str:
     return options_table(PPOConfig)
 
 
+def options_without_effect(page: Path) -> str:
+    from tests.ppo.test_trainer_options import HARMLESS_OPTIONS
+
+    return markdown_table(("option", "why"), ([f"`{name}`", reason] for name, reason in HARMLESS_OPTIONS.items()))
+
+
 def options_reward(page: Path) -> str:
     from hf_rlhf_ext import BradleyTerryConfig
 
@@ -477,6 +484,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         metrics,
         options_ppo,
         options_reward,
+        options_without_effect,
         ppo_benchmark,
         ppo_benchmark_stages,
         ppo_study_smollm2,
@@ -492,6 +500,16 @@ TABLES: dict[str, Callable[[Path], str]] = {
         reward_study,
     )
 }
+
+
+def support_tables() -> dict[str, Callable[[Path], str]]:
+    """What is supported: a row per test in `tests/support`."""
+    from tests.support.table import table_functions
+
+    return table_functions(markdown_table)
+
+
+TABLES |= support_tables()
 
 
 def filled(page: Path) -> str:

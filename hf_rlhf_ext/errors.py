@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -10,6 +11,31 @@ class UserError(ValueError):
     The message is one line: what is wrong, where (file, row, column or option), and how to fix it. It is a subclass of
     `ValueError`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an exception, for a message of our own, without its final period.
+
+    Args:
+        error: the exception. Of one without a message, the name of its type is returned.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(". ")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line, as `first_line`: PyTorch names there what does not fit."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().rstrip(". ")
+
+
+def refuse_words(message: str) -> NoReturn:
+    """The `error` of an `argparse` parser, which reports a mistake on the command line in one line, without its usage.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(f"{message} (see --help)")
 
 
 def renamed_options(names: Mapping[str, str]) -> Callable[[type], type]:

@@ -23,12 +23,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
-from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments, check_at_least
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import refine, train_and_heldout
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
-from hf_rlhf_ext.modeling.heads import position_limit
+from hf_rlhf_ext.modeling.heads import learned_positions
 from hf_rlhf_ext.quality.reward_check import Fits, RewardCheck, check_reward, fitting, within
 from hf_rlhf_ext.reward.ensemble import RewardEnsemble, load_reward
 
@@ -51,6 +51,7 @@ class CheckArguments:
     def __post_init__(self):
         if self.reward_model is None:
             raise UserError("reward_model is required: a folder or a Hub id (--reward_model runs/reward).")
+        check_at_least(self, batch_size=1)
 
 
 ARGUMENTS = (DataArguments, ComparisonArguments, CheckArguments)
@@ -62,7 +63,7 @@ def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArgu
     rows = read_heldout(data, comparisons or ComparisonArguments())
     scorer = load_reward(args.reward_model, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code)
     first = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
-    limit = position_limit(bare_model(first.model))
+    limit = learned_positions(bare_model(first.model))
     rows = fitting(rows, first.tokenizer, limit)
     fits = within(first.tokenizer, limit)
     if isinstance(scorer, RewardEnsemble):

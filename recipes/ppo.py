@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -34,9 +35,16 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
+from hf_rlhf_ext.checkpointing import resolve_checkpoint
 from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, machine_defaults
+from hf_rlhf_ext.cli.options import (
+    DataArguments,
+    ModelArguments,
+    TerminalArguments,
+    check_at_least,
+    machine_defaults,
+)
 from hf_rlhf_ext.cli.output import print_metrics
 from hf_rlhf_ext.cli.progress import readable, show_progress
 from hf_rlhf_ext.cli.quiet import library_output
@@ -96,6 +104,7 @@ class RewardArguments:
     def __post_init__(self):
         if not self.reward_model and not self.reward_funcs:
             raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs package.module.function.")
+        check_at_least(self, final_rows=0, early_stopping_patience=1)
 
     def load(self) -> list[str | Callable]:
         """The rewards of training, as `PPOTrainer` takes them."""
@@ -147,10 +156,12 @@ def train_ppo(
         eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
     """
     check_push(args, model_args)
+    model_args.check_task_type("CAUSAL_LM")
     start = time.monotonic()
     reward_funcs = rewards.load()  # first, so that a wrong import path is found before the policy is loaded
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     train, heldout = read_prompts(data)
     test = rewards.final_prompts(heldout if test is None else test)
     dataset = hub_dataset(data)
@@ -175,7 +186,7 @@ def train_ppo(
     show_progress(trainer, verbose=verbose, eval_rewards=eval_reward_names(trainer))
     # The same prompts and the same seed before and after, so that the gains are differences of pairs.
     before = sample_and_score(trainer, test, "before PPO")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
     after = sample_and_score(trainer, test, "after PPO")
     has_plot = draw_plot(trainer, args)
@@ -248,7 +259,7 @@ def draw_plot(trainer: PPOTrainer, args: PPOConfig) -> bool:
             plot_ppo_run(logs, plot)
         else:
             plot.unlink(missing_ok=True)  # of an earlier run
-            print(f"No {PLOT}: the run ended before its first log. Lower --logging_steps to get one.")
+            print(f"No {PLOT}: the run has no log. Set --logging_strategy steps to get one.")
     return has_metrics
 
 
@@ -403,16 +414,24 @@ def imported_function(path: str, option: str) -> Callable:
     working_folder = os.getcwd()
     sys.path.insert(0, working_folder)  # Python adds only the script's own folder
     try:
-        return getattr(import_module(module), name)
+        function = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{option}: cannot import {path!r} ({error}): give package.module.function.") from error
+    except Exception as error:  # raised by the user's file itself
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f", line {place.lineno} of {Path(place.filename).name}" if place.filename.endswith(".py") else ""
+        problem = f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else where}"
+        raise UserError(f"{option}: cannot import {path!r} ({problem}): correct the file.") from error
     finally:
         sys.path.remove(working_folder)
+    if not callable(function):
+        raise UserError(f"{option}: {path!r} is a {type(function).__name__}, not a function: name a function.")
+    return function
 
 
 def main() -> None:
     data, rewards, terminal, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/ppo"}
+        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/ppo", "unrenderable": "drop"}
     )
     with library_output(verbose=terminal.verbose):
         result = train_ppo(data, rewards, model_args, args, verbose=terminal.verbose)

@@ -38,12 +38,13 @@ from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import write_report_and_card
 from hf_rlhf_ext.cli.lineage import lineage_of
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
-from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL, preferred_dtype
+from hf_rlhf_ext.modeling.loading import preferred_dtype
+from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
 from hf_rlhf_ext.readers.formats import load_rows
 from hf_rlhf_ext.recipes.ppo import PPOResult, RewardArguments, train_ppo
@@ -135,6 +136,9 @@ class QuickstartArguments:
         metadata={"help": "Noise of the simulated annotator, in units of the gold reward. 0 gives no errors."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Start from the beginning and delete finished stages."})
+
+    def __post_init__(self):
+        check_at_least(self, seed=0, noise=0)
 
 
 ARGUMENTS = (QuickstartArguments, TerminalArguments)
@@ -317,6 +321,7 @@ class Quickstart:
             save_strategy="no",
             max_length=256,
             layout="plain",  # as in the runs whose results are in docs/quickstart
+            unrenderable="drop",
         )
         data = DataArguments(
             dataset_name=str(self.data / "comparisons"),
@@ -357,6 +362,7 @@ class Quickstart:
             save_steps=16,
             save_total_limit=1,
             resume_from_checkpoint=last_complete_checkpoint(output_dir),
+            unrenderable="drop",
         )
         data = DataArguments(
             dataset_name=str(self.data / "prompts"),
@@ -549,7 +555,7 @@ def precision_of_stage(folder: Path) -> dict[str, Any]:
         card = json.loads((folder / "report.json").read_text())["card"]
     except (OSError, KeyError):
         return {}
-    return {name: card[name] for name in ("base_dtype", "load_in_4bit") if name in card}
+    return {name: card[name] for name in ("base_dtype", "load_in_4bit", "quantization") if name in card}
 
 
 def notes(args: QuickstartArguments) -> tuple[str, str]:

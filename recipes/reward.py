@@ -34,6 +34,7 @@ from hf_rlhf_ext.cli.options import (
     DataArguments,
     ModelArguments,
     TerminalArguments,
+    check_at_least,
     machine_defaults,
 )
 from hf_rlhf_ext.cli.output import print_metrics
@@ -46,6 +47,7 @@ from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenize_row
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
+from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
 from hf_rlhf_ext.quality.reward_check import RewardCheck, check_reward
 from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble, combine_rewards
 from hf_rlhf_ext.reward.model_setup import length_limit
@@ -77,6 +79,7 @@ class EnsembleArguments:
     def __post_init__(self):
         if self.members < 1:
             raise UserError(f"members: {self.members}: use 1 or more.")
+        check_at_least(self, penalty=0)
 
 
 ARGUMENTS = (
@@ -105,6 +108,7 @@ def train_reward(
     """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report."""
     check_push(args, model_args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
@@ -126,7 +130,7 @@ def train_reward(
         normalization_dataset=normalization_dataset,
     )
     show_progress(trainer, verbose=verbose)
-    trainer.train(resume_from_checkpoint=resolve_checkpoint(args.resume_from_checkpoint, args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
@@ -349,8 +353,9 @@ def fitting_sequences(
 
 
 def main() -> None:
+    defaults = machine_defaults() | {"output_dir": "runs/reward", "unrenderable": "drop"}
     data, comparisons, ensemble, terminal, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/reward"}
+        ARGUMENTS, description=__doc__, defaults=defaults
     )
     set_seed(args.seed)  # the head is initialized when the model is loaded
     verbose = terminal.verbose
@@ -364,9 +369,12 @@ def main() -> None:
     if "accuracy" not in measured:
         print("No rows were held out, so nothing was measured: see --eval_rows and --dataset_test_split.")
     print(f"Saved the reward model in {args.output_dir}. Next, with your own prompts:")
+    policy = f"--model_name_or_path {model_args.model_name_or_path}"
+    if model_args.model_name_or_path == EMBEDDED_MODEL:
+        policy = "--config smollm2-135m/ppo.yaml"
     print(
-        f"  {how_to_run('ppo')} --config smollm2-135m/ppo.yaml --reward_model {args.output_dir} "
-        "--dataset_name YOUR_PROMPTS.jsonl --output_dir runs/ppo"
+        f"  {how_to_run('ppo')} {policy} --reward_model {args.output_dir} --dataset_name YOUR_PROMPTS.jsonl "
+        "--output_dir runs/ppo"
     )
 
 

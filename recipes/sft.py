@@ -42,8 +42,14 @@ from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.readers.formats import UnknownFormat, load_demonstrations, load_rows
+from hf_rlhf_ext.training.optimizers import require_optimizer
+from hf_rlhf_ext.training.refused_options import in_one_line
+from hf_rlhf_ext.training.sft_config import CheckedSFTConfig
 
-ARGUMENTS = (DataArguments, DemonstrationArguments, TerminalArguments, ModelArguments, SFTConfig)
+EVALUATED = ("loss", "mean_token_accuracy", "entropy", "num_tokens")
+"""Metrics of SFTTrainer's evaluation."""
+
+ARGUMENTS = (DataArguments, DemonstrationArguments, TerminalArguments, ModelArguments, CheckedSFTConfig)
 TRAINED_COLUMNS = (
     "prompt",
     "completion",
@@ -67,7 +73,11 @@ def train_sft(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`."""
     check_push(args, model_args)
+    model_args.check_task_type("CAUSAL_LM")
+    check_metric(args)
+    require_optimizer(args)
     prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     start = time.monotonic()
     if demonstrations is None:
         demonstrations = DemonstrationArguments()
@@ -82,16 +92,20 @@ def train_sft(
     train = rows_for_trl(train, tokenizer, args.dataset_text_field, source=data.dataset_name)
     if len(heldout):
         heldout = rows_for_trl(heldout, tokenizer, args.dataset_text_field, source=f"{data.dataset_name} (held out)")
-    trainer = PublishingSFTTrainer(
-        load_base_model(model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)),
-        args=args,
-        train_dataset=trained_columns(train),
-        eval_dataset=trained_columns(heldout) if len(heldout) else None,
-        processing_class=tokenizer,
-        peft_config=model_args.peft_config("CAUSAL_LM"),
+    model = load_base_model(
+        model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)
     )
+    with in_one_line():  # what TRL refuses: a token that is not in the vocabulary, a template that does not fit
+        trainer = PublishingSFTTrainer(
+            model,
+            args=args,
+            train_dataset=trained_columns(train),
+            eval_dataset=trained_columns(heldout) if len(heldout) else None,
+            processing_class=tokenizer,
+            peft_config=model_args.peft_config("CAUSAL_LM"),
+        )
     show_progress(trainer, verbose=verbose)
-    metrics = train_and_evaluate(trainer, args, n_heldout=len(heldout))
+    metrics = train_and_evaluate(trainer, args, checkpoint, n_heldout=len(heldout))
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
@@ -173,9 +187,17 @@ def trained_columns(rows: Dataset) -> Dataset:
     return rows.select_columns([name for name in rows.column_names if name in TRAINED_COLUMNS])
 
 
-def train_and_evaluate(trainer: PublishingSFTTrainer, args: SFTConfig, *, n_heldout: int) -> dict[str, Any]:
-    """Trains, from a checkpoint if asked to. Returns the metrics of training and of the held-out rows."""
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+def check_metric(args: SFTConfig) -> None:
+    """Raises for a metric that SFTTrainer's evaluation does not have. Trainer would do so at the first evaluation."""
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if name not in EVALUATED:
+        raise UserError(f"metric_for_best_model: evaluations have no {name!r}: choose one of {', '.join(EVALUATED)}.")
+
+
+def train_and_evaluate(
+    trainer: PublishingSFTTrainer, args: SFTConfig, checkpoint: str | None, *, n_heldout: int
+) -> dict[str, Any]:
+    """Trains, from a checkpoint if one is given. Returns the metrics of training and of the held-out rows."""
     with adapters_in_autocast_dtype(trainer.model, enabled=args.bf16 or args.fp16):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if n_heldout:

@@ -1,5 +1,6 @@
 """Shared fixtures: real tiny models and tokenizers, and the shared data where it is present."""
 
+import gc
 import os
 import random
 import re
@@ -76,6 +77,13 @@ def _same_random_numbers():
             module.manual_seed(0)
         else:
             module.random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast_garbage_collection():
+    """`Trainer` collects garbage in every training, and would walk through all imported modules each time."""
+    gc.collect()
+    gc.freeze()
 
 
 CHAT_TEMPLATE = (

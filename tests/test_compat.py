@@ -119,18 +119,6 @@ def test_contract_of_get_callable_name():
     ]
 
 
-def test_contract_of_is_async_callable():
-    async def later():
-        pass
-
-    class Later:
-        async def __call__(self):
-            pass
-
-    assert all(compat.is_async_callable(func) for func in (later, functools.partial(later), Later()))
-    assert not any(compat.is_async_callable(func) for func in (len, functools.partial(len)))
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_entropy", [True, False])
 def test_contract_of_selective_log_softmax_and_entropy(temperature, with_entropy):
@@ -170,6 +158,9 @@ SIGNATURES = {
     "_clip_grad_norm": ["self", "model"],
     "_determine_best_metric": ["self", "metrics", "trial"],
     "_finish_current_push": ["self"],
+    "_get_dataloader": ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+    "_get_eval_sampler": ["self", "eval_dataset"],
+    "_get_train_sampler": ["self", "train_dataset"],
     "_load_best_model": ["self"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_maybe_log_save_evaluate": [
@@ -199,6 +190,7 @@ SIGNATURES = {
     "get_train_dataloader": ["self"],
     "init_hf_repo": ["self", "token", "private"],
     "log": ["self", "logs", "start_time"],
+    "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
     "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],

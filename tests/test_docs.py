@@ -294,8 +294,23 @@ def test_messages_of_the_troubleshooting_page_exist():
     root = DOCS.parent
     sources = [*(root / "hf_rlhf_ext").rglob("*.py"), *(root / "recipes").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    rows = table((DOCS / "troubleshooting.md").read_text(encoding="utf-8"), 3)
-    assert len(rows) > 50
-    for row in rows:
+    fragments = fragments_of_messages()
+    assert len(fragments) > 150
+    for fragment in fragments:
+        assert fragment in code, fragment
+
+
+def test_each_fragment_of_the_troubleshooting_page_leads_to_one_row():
+    fragments = fragments_of_messages()
+    for number, fragment in enumerate(fragments):
+        for other in fragments[:number] + fragments[number + 1 :]:
+            assert fragment not in other, f"{fragment!r} is a part of {other!r}: use words that tell them apart"
+
+
+def fragments_of_messages() -> list[str]:
+    """The fragments in the first column of the tables. A cell has one or more."""
+    found = []
+    for row in table((DOCS / "troubleshooting.md").read_text(encoding="utf-8"), 3):
         if row[0].startswith("`"):
-            assert row[0].strip("`") in code, row[0]
+            found += quoted(row[0])
+    return found

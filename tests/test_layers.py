@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_rlhf_ext"
 
-CORE = ["errors", "compat", "checkpointing", "publishing", "data", "modeling", "reward", "ppo"]
+CORE = ["errors", "compat", "checkpointing", "publishing", "data", "modeling", "training", "reward", "ppo"]
 """What a trainer needs, lowest first."""
 KIT = ["metrics", "readers", "quality", "hub", "collect", "study"]
 """What surrounds training, lowest first; the core imports none of it."""

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 
 from ..compat import versions
+from ..errors import refuse_words
 from .requirements import missing_optional_packages, unmet_requirements
 
 
@@ -61,7 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    make_parser().parse_args(argv)
+    parser = make_parser()
+    parser.error = refuse_words
+    parser.parse_args(argv)
     print("```text")
     for name, value in environment():
         print(f"{name}: {value}")

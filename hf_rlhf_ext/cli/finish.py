@@ -18,7 +18,8 @@ from ..hub.card import hardware, write_card
 from ..hub.privacy import strip_local_paths
 from ..hub.publisher import push_options
 from ..hub.push import check_access, try_push
-from ..modeling.loading import adapter_base, resolve_location
+from ..modeling.loading import adapter_base
+from ..modeling.locations import resolve_location
 from .options import ModelArguments
 from .program import command_line
 

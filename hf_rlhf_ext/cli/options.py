@@ -10,9 +10,18 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config
 
-from ..errors import UserError
-from ..modeling.loading import EMBEDDED_MODEL, preferred_dtype
+from ..errors import UserError, renamed_options
+from ..modeling.loading import preferred_dtype
+from ..modeling.locations import EMBEDDED_MODEL
 from .config_file import read_config
+
+
+def check_at_least(options: Any, **smallest: float) -> None:
+    """Raises `UserError` for an option below its smallest value, or one that is NaN; None is always allowed."""
+    for name, least in smallest.items():
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{name} must be at least {least}, got {value}.")
 
 
 @dataclass
@@ -62,6 +71,7 @@ class DataArguments:
     def __post_init__(self):
         if self.dataset_name is None:
             raise UserError("dataset_name is required: a Hub id, a file, or a folder (--dataset_name data.jsonl).")
+        check_at_least(self, train_rows=1, eval_rows=0)
 
     def reading(self) -> dict[str, Any]:
         """Arguments of the readers, without name and split."""
@@ -124,6 +134,11 @@ class ComparisonArguments:
         },
     )
 
+    def __post_init__(self):
+        check_at_least(self, max_length_gap=0, min_agreement=0.5)
+        if self.min_agreement is not None and self.min_agreement > 1:
+            raise UserError(f"min_agreement must be at most 1, got {self.min_agreement}.")
+
 
 @dataclass
 class DemonstrationArguments:
@@ -164,6 +179,12 @@ class DemonstrationArguments:
         },
     )
 
+    def __post_init__(self):
+        check_at_least(self, mix_rows=1)
+        for name in ("mix_rows", "category_rules"):
+            if self.mix is None and getattr(self, name) is not None:
+                raise UserError(f"{name} is a part of the mix, and there is none: add --mix, or leave it out.")
+
 
 @dataclass
 class TerminalArguments:
@@ -180,6 +201,11 @@ class TerminalArguments:
     )
 
 
+_TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS")
+"""Values of `lora_task_type`; the first one is TRL's default."""
+
+
+@renamed_options({"torch_dtype": "dtype"})
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's `ModelConfig` with defaults for one small GPU: the embedded model, LoRA on every linear layer.
@@ -207,6 +233,14 @@ class ModelArguments(ModelConfig):
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get LoRA."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, lora_r=1, lora_alpha=1, lora_dropout=0)
+        if self.lora_task_type not in _TASK_TYPES:
+            raise UserError(f"lora_task_type: {self.lora_task_type!r} is not known: leave it out: the command sets it.")
+        if self.lora_dropout > 1:
+            raise UserError(f"lora_dropout must be at most 1, got {self.lora_dropout}.")
+
     def base_options(self, args: TrainingArguments) -> dict[str, Any]:
         """Arguments for `load_base_model` and `load_policy`, without the name.
 
@@ -230,8 +264,14 @@ class ModelArguments(ModelConfig):
             return None
         return self.model_revision
 
+    def check_task_type(self, task_type: str) -> None:
+        """Raises `UserError` if `lora_task_type` is set to another one than that of the recipe."""
+        if self.lora_task_type not in (_TASK_TYPES[0], task_type):
+            raise UserError(f"lora_task_type={self.lora_task_type!r}: this command trains {task_type}: leave it out.")
+
     def peft_config(self, task_type: str) -> PeftConfig | None:
         """The adapter's configuration for `CAUSAL_LM` or `SEQ_CLS`; None if all weights are trained."""
+        self.check_task_type(task_type)
         self.lora_task_type = task_type
         config = get_peft_config(self)
         if config is not None:

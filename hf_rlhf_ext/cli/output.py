@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpointing import require_writable
 from ..compat import versions
 from ..errors import UserError
 
@@ -25,18 +26,17 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
         overwrite: delete the files (checkpoints, weights, `log.jsonl`, the report), if the folder has the marker.
 
     Raises:
-        UserError: the folder is not empty and neither option is set, both are set, or the folder has no marker.
+        UserError: the folder is not empty and neither option is set, both are set, the folder has no marker, or it
+            cannot be made or written.
     """
     if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate
         return
+    require_writable(output_dir)
     folder = Path(output_dir)
     # The command line passes text on: `--resume_from_checkpoint false` arrives as "false".
     resume = bool(resume) and str(resume).lower() != "false"
     if resume and overwrite:
         raise UserError("resume_from_checkpoint and overwrite contradict each other: pass one of them")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: pass another --output_dir")
-
     content = _content(folder)
     if content and resume:
         return  # no marker: someone else may have made it

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, refuse_words
 from . import quiet  # noqa: F401  # hides messages of libraries that are imported later
 from .config_file import expected_instead, read_config
 from .program import program_name
@@ -151,7 +151,7 @@ def parse_recipe(
         if action.option_strings[0] == f"--no_{action.dest}":
             # `--use_peft false` is enough, and the help of `--no_use_peft` shows a wrong default.
             action.help = SUPPRESS
-    parser.error = _raise_user_error  # argparse would also print its usage
+    parser.error = refuse_words  # argparse would also print its usage
     parser.set_defaults(**(defaults or {}))
 
     if argv is None:
@@ -174,7 +174,8 @@ def parse_recipe(
         *parsed, rest = parser.parse_args_and_config(words, return_remaining_strings=True)
     except UserError:
         raise
-    except ValueError as error:  # from a dataclass's __post_init__, often in several lines
+    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
+        # From a dataclass's __post_init__, often in several lines.
         raise UserError(" ".join(str(error).split())) from None
     if rest:
         raise UserError(f"unexpected argument `{rest[0]}`{_hint_for_stray(rest[0], parser)}")
@@ -184,10 +185,6 @@ def parse_recipe(
 def _epilog(types: Iterable[type]) -> str:
     trains = any(hasattr(dataclass_type, "per_device_train_batch_size") for dataclass_type in types)
     return EPILOG + EPILOG_FOR_TRAINING if trains else EPILOG
-
-
-def _raise_user_error(message: str) -> None:
-    raise UserError(f"{message} (see --help)")
 
 
 def _hint_for_stray(word: str, parser: "ArgumentParser") -> str:

@@ -65,7 +65,7 @@ def show_progress(trainer: Trainer, *, verbose: bool = False, eval_rewards: Sequ
     trainer.add_callback(TerminalProgress(eval_rewards))
 
 
-# The terminal
+# ---- The terminal ----
 
 
 class TerminalProgress(TrainerCallback):
@@ -82,7 +82,7 @@ class TerminalProgress(TrainerCallback):
         self._evaluation_bar: tqdm | None = None
         self._around_bar = contextlib.ExitStack()
 
-    # The bars
+    # ---- The bars ----
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.first_step = state.global_step
@@ -130,7 +130,7 @@ class TerminalProgress(TrainerCallback):
             self._training_bar = None
         self._around_bar.close()
 
-    # The lines
+    # ---- The lines ----
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -266,7 +266,7 @@ def short_line(fields: Sequence[str]) -> str:
     return line
 
 
-# The file
+# ---- The file ----
 
 
 class LogFile(TrainerCallback):

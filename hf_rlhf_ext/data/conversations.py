@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .media import TEXT_PARTS, media_field
 from .schema import Row, Unusable, is_list_of
 from .speakers import required_role, role_of
 from .text import THOUGHT_FIELDS, Messages, make_message
@@ -30,10 +31,6 @@ _WRAPPERS = ("messages", "conversations", "conversation")
 _TEMPLATE_FIELDS = ("name", "tool_call_id", *THOUGHT_FIELDS)
 """Fields of a message that chat templates use in addition to role, content and tool calls."""
 
-_MEDIA_FIELDS = frozenset(
-    "image images image_url input_image video videos video_url audio audios audio_url input_audio file".split()
-)
-_TEXT_PARTS = (None, "text", "input_text", "output_text")
 _REASONING_PARTS = {"reasoning": "reasoning_content", "thinking": "thinking"}
 """Type of a part -> field of the message that chat templates read."""
 
@@ -81,9 +78,9 @@ def chat_message(
 
 def _refuse_media(record: Row, column: str) -> None:
     """Raises `Unusable` for a picture, sound or film: the text alone would be a different question."""
-    for field in _MEDIA_FIELDS.intersection(record):
-        if record[field]:
-            raise Unusable(f"{column} has a part that is not text: {field}")
+    field = media_field(record)
+    if field is not None:
+        raise Unusable(f"{column} has a part that is not text: {field}")
 
 
 def _read_parts(parts: list[Any], column: str) -> tuple[str | None, dict[str, Any]]:
@@ -112,7 +109,7 @@ def _read_parts(parts: list[Any], column: str) -> tuple[str | None, dict[str, An
 
 def _text_of_part(part: Row, kind: Any) -> str | None:
     """Returns the words of a part: in `text`, or in `value`, as LLaMA-Factory's v1 files have it."""
-    if kind not in (*_TEXT_PARTS, *_REASONING_PARTS, "tool_call"):
+    if kind not in (*TEXT_PARTS, *_REASONING_PARTS, "tool_call"):
         return None
     for field in ("text", "value", kind):
         words = part.get(field)

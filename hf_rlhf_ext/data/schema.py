@@ -27,7 +27,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .json_columns import as_json_column, json_text
 from .templates import TEMPLATE_COLUMNS, template_kwargs, tools_text
 from .text import Messages, is_text, text_key
@@ -536,8 +536,7 @@ def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         where = source or "dataset"
         names = ", ".join(columns)
-        reason = str(error).splitlines()[0]
-        raise PreferenceDataError(f"{where}: columns {names}: {reason}.") from error
+        raise PreferenceDataError(f"{where}: columns {names}: {first_line(error)}.") from error
 
 
 def _check_one_kind(rows: list[Comparison], source: str) -> None:

@@ -4,14 +4,20 @@ A prompt is a string, or a list of messages that is rendered by the tokenizer's 
 prompt. A completion is a string or a list of messages, of which the text is what the template adds to the prompt. It is
 tokenized separately, as a policy generates it after the prompt's last token, and ends with exactly one stop token,
 `tokenizer.eos_token_id`.
+
+A conversation that ends with a turn of the assistant is continued by the policy, as in TRL's `apply_chat_template`: the
+turn is left open, and what is generated belongs to it. Completions in data are messages of their own, which follow the
+prompt's messages, as in TRL's `RewardTrainer`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from .media import media_of_message, text_of_parts
+from .message_forms import FoundForm, find_form, shape_of
 
 Messages = list[dict[str, Any]]
 
@@ -22,6 +28,8 @@ _MARK = "thoughtmark"
 _ANSWER = "answermark"
 _SPACES = ("▁", "Ġ")
 """How tokenizers write a space at the start of a token."""
+_MAX_CACHED = 1000
+"""Number of chat templates with their options, or of shapes of conversations, of which the properties are kept."""
 _CONTEXT = 8
 """Tokens of a prompt with which a completion is decoded."""
 
@@ -72,7 +80,9 @@ def plain_text(value: str | Messages) -> str:
 
 
 def _content(message: dict[str, Any]) -> str:
-    return str(message.get("content") or "")
+    content = message.get("content")
+    text = text_of_parts(content)
+    return str(content or "") if text is None else text
 
 
 def check_tokenizer(tokenizer, *, needs_chat_template: bool) -> None:
@@ -109,6 +119,19 @@ class Unrenderable(UserError):
         self.reason = reason
 
 
+def refused_row(where: str, reason: str) -> UserError:
+    """Returns the error for a row that a chat template cannot render, where rows are not dropped.
+
+    Args:
+        where: Name of the dataset and number of the row.
+        reason: `Unrenderable.reason`.
+    """
+    return UserError(
+        f"{where}: {reason}: change or drop the row, set another `tokenizer.chat_template`, or pass "
+        "unrenderable='drop' to leave out such rows with a warning."
+    )
+
+
 def render_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
     """Returns the text before a completion: the prompt itself, or messages rendered by the chat template.
 
@@ -121,21 +144,72 @@ def render_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] 
         options: Arguments of the chat template, see `data.templates.template_options`.
 
     Raises:
-        Unrenderable: The template refuses these messages, or leaves out their tool calls.
+        Unrenderable: The template refuses these messages, or leaves out their texts or tool calls.
     """
     if isinstance(prompt, str):
         return prompt
-    whole = render_generation_prompt(tokenizer, prompt, options)
+    check_tokenizer(tokenizer, needs_chat_template=True)
+    whole = _render_with_generation_prompt(tokenizer, prompt, options)
     return whole.removesuffix(generation_opener(tokenizer, prompt, options))
 
 
 def render_generation_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
-    """Returns the text that a policy continues: the prompt itself, or messages with the whole generation prompt."""
+    """Returns the text that a policy continues: the prompt itself, or messages with the whole generation prompt.
+
+    A last turn of the assistant is left open instead, so that the policy continues it.
+    """
     if isinstance(prompt, str):
         return prompt
     check_tokenizer(tokenizer, needs_chat_template=True)
+    if prefill_of(prompt) is not None:
+        return _render(tokenizer, prompt, options, continue_final_message=True)
     # With the generation prompt, the first generated token is the first token of the answer.
+    return _render_with_generation_prompt(tokenizer, prompt, options)
+
+
+def _render_with_generation_prompt(tokenizer, prompt: Messages, options: Mapping[str, Any] | None) -> str:
     return _render(tokenizer, prompt, options, add_generation_prompt=True)
+
+
+def prefill_of(prompt: str | Messages) -> str | None:
+    """Returns the text of the assistant's turn at the end of a conversation, which a policy continues, or None.
+
+    None for text, and for a last message of another role, with tool calls, or without text.
+    """
+    if isinstance(prompt, str) or prompt[-1].get("role") != "assistant" or prompt[-1].get("tool_calls"):
+        return None
+    content = prompt[-1]["content"]
+    if isinstance(content, list):  # parts, of which the last one is continued
+        last = content[-1] if content else None
+        content = last.get("text") if isinstance(last, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def with_prefill(
+    tokenizer, prompt: Messages, generated: str, options: Mapping[str, Any] | None = None
+) -> tuple[Messages, Messages]:
+    """Moves the assistant's turn at the end of a prompt into the completion, where the policy has continued it.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        prompt: Messages that end with a turn of the assistant, see `prefill_of`.
+        generated: The text with which the turn goes on.
+        options: Arguments of the chat template.
+
+    Returns:
+        The earlier messages, and the whole turn as the only message of the completion. If there are no earlier
+            messages, the prompt is unchanged, and the completion is only the text that was generated.
+    """
+    prefill = prefill_of(prompt)
+    if prefill is None or len(prompt) == 1:
+        return prompt, [make_message("assistant", generated)]
+    # Many templates trim a message, so that the policy goes on right after its last word.
+    if not render_generation_prompt(tokenizer, prompt, options).endswith(prefill):
+        prefill = prefill.strip()
+    content: Any = prefill + generated
+    if isinstance(prompt[-1]["content"], list):
+        content = [*prompt[-1]["content"][:-1], prompt[-1]["content"][-1] | {"text": content}]
+    return prompt[:-1], [prompt[-1] | {"content": content}]
 
 
 def encode_prompt(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> list[int]:
@@ -206,7 +280,7 @@ def completion_text(
     except _LostThought:
         if len(completion) > 1 or completion[0].get("tool_calls"):
             raise
-        return completion[0]["content"]
+        return _content(completion[0])
 
 
 def rendered_completion(
@@ -244,9 +318,10 @@ def _text_of_its_own(completion: Messages) -> str:
     for name in ("tool_calls", *THOUGHT_FIELDS):
         if first.get(name):
             raise Unrenderable(f"the chat template of an encoder does not render {name} of a completion")
-    if others or not isinstance(first.get("content"), str):
+    content = first.get("content")
+    if others or not (isinstance(content, str) or text_of_parts(content) is not None):
         raise Unrenderable("an encoder takes completions of one message")
-    return first["content"]
+    return _content(first)
 
 
 def encode_completion(
@@ -322,18 +397,20 @@ def _render(
     options: Mapping[str, Any] | None,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
 ) -> str:
-    """Renders messages. Raises `Unrenderable` if the template refuses them or leaves out a tool call."""
+    """Renders messages. Raises `Unrenderable` if the template refuses them or leaves out a text or a tool call."""
+    how = {"add_generation_prompt": add_generation_prompt}
+    if continue_final_message:
+        how["continue_final_message"] = True
 
     def render(messages: Messages) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
-            )
+            return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(options or {}))
         except Exception as error:  # a template may raise any error, for example when it adds text to a record
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise Unrenderable(f"the chat template refuses the messages ({lines[0].strip()[:100]})") from error
+            raise Unrenderable(f"the chat template refuses the messages ({first_line(error)[:100]})") from error
 
+    messages = _in_readable_form(tokenizer, messages, render, how | dict(options or {}))
     if not any(message.get("tool_calls") for message in messages):
         return render(messages)
     # Some templates render tool calls only in messages without text, and some read empty text as no text.
@@ -342,6 +419,53 @@ def _render(
         if all(mark in render(marked) for mark in marks):
             return render(candidate)
     raise Unrenderable("the chat template does not render tool_calls")
+
+
+_forms: dict[tuple, FoundForm] = {}
+
+
+def _in_readable_form(
+    tokenizer,
+    messages: Messages,
+    render: Callable[[Messages], str],
+    arguments: Mapping[str, Any],
+) -> Messages:
+    """Returns messages in the form that the chat template reads: with texts, or with lists of parts.
+
+    Raises:
+        Unrenderable: A message has a picture, sound or film, or the template leaves out the text of a message.
+    """
+    has_lists = any(isinstance(message.get("content"), list) for message in messages)
+    for message in messages:
+        media = media_of_message(message) if has_lists else None
+        if media is not None:
+            raise Unrenderable(f"images, audio and video are not supported, but a message has a part {media!r}")
+    key = (*_template_key(tokenizer, arguments), shape_of(messages))
+    if key not in _forms:
+        if len(_forms) >= _MAX_CACHED:
+            _forms.clear()
+        _forms[key] = find_form(messages, lambda marked: _rendered_or_none(render, marked))
+    found = _forms[key]
+    if found.lost_role is not None:
+        render(found.form(messages))  # for the template's own reason, if it refuses them
+        raise Unrenderable(f"the chat template does not render the text of a message of role {found.lost_role!r}")
+    return found.form(messages)
+
+
+def _rendered_or_none(render: Callable[[Messages], str], messages: Messages) -> str | None:
+    try:
+        return render(messages)
+    except Unrenderable:
+        return None
+
+
+def _template_key(tokenizer, arguments: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Returns what a rendering depends on besides the messages."""
+    return (
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+        json.dumps(arguments, sort_keys=True, default=str),
+    )
 
 
 def _without_empty_texts(messages: Messages) -> Messages:
@@ -398,6 +522,9 @@ def _check_thoughts(tokenizer, prompt: Messages, completion: Messages, options: 
 
 def _with_marked_thought(content: Any) -> str | None:
     """Returns the text with a mark in place of its thought, or None if it has none or an empty one."""
+    text = text_of_parts(content)
+    if text is not None:
+        content = text
     if not isinstance(content, str):
         return None
     before, close, answer = content.partition("</think>")
@@ -435,21 +562,16 @@ def generation_opener(tokenizer, prompt: Messages, options: Mapping[str, Any] | 
 
 def open_thought(tokenizer, prompt: str | Messages, options: Mapping[str, Any] | None = None) -> str:
     r"""Returns "<think>\n" if the generation prompt opens a thought, which then belongs to the text of the answer."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or prefill_of(prompt) is not None:
         return ""
     return _opening(tokenizer, prompt, options).thought
 
 
 def _opening(tokenizer, prompt: Messages, options: Mapping[str, Any] | None) -> _Opening:
     # It depends on the template and its options only, except that some templates open no answer after a tool's message.
-    key = (
-        str(tokenizer.chat_template),
-        str(tokenizer.special_tokens_map),
-        json.dumps(options or {}, sort_keys=True, default=str),
-        prompt[-1].get("role"),
-    )
+    key = (*_template_key(tokenizer, options or {}), prompt[-1].get("role"))
     if key not in _openings:
-        if len(_openings) >= 1000:  # rows with options of their own
+        if len(_openings) >= _MAX_CACHED:  # rows with options of their own
             _openings.clear()
         _openings[key] = _find_opening(tokenizer, prompt, options)
     return _openings[key]

@@ -14,9 +14,14 @@ from .text import (
     encode_completion,
     encode_prompt,
     is_messages,
+    prefill_of,
+    refused_row,
     rendered_completion,
     start_ids,
 )
+
+Unrenderables = Literal["error", "drop"]
+UNRENDERABLES: tuple[str, ...] = get_args(Unrenderables)
 
 Overflow = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
@@ -114,14 +119,17 @@ def tokenize_comparisons(
     overflow: Overflow,
     report: LoadReport,
     num_proc: int | None = None,
+    unrenderable: Unrenderables = "drop",
 ) -> Dataset:
     """Tokenizes comparison rows. The result has the columns `TOKENIZED_COLUMNS`, and `category_code` if present.
 
-    Rows that the chat template cannot render are dropped. Rows longer than `max_length` tokens are handled as
-    `overflow` specifies. `report` counts truncated and dropped rows. If `max_length` is None, rows keep their length.
+    Rows that the chat template cannot render are dropped, or refused if `unrenderable` is "error". Rows longer than
+    `max_length` tokens are handled as `overflow` specifies. `report` counts truncated and dropped rows. If `max_length`
+    is None, rows keep their length.
 
     Raises:
-        UserError: A row is too long and `overflow` is "error", truncation leaves nothing of a text, or no row is left.
+        UserError: A row is too long and `overflow` is "error", the chat template cannot render a row and `unrenderable`
+            is "error", truncation leaves nothing of a text, or no row is left.
     """
     name = report.source or "dataset"
     numbers = list(dataset["row"])
@@ -134,6 +142,9 @@ def tokenize_comparisons(
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+    _flag_two_turns(dataset, numbers, report)
+    if unrenderable == "error":
+        _refuse_unrenderable(tokenized, numbers, name)
     tokenized, numbers = _without_unusable(tokenized, numbers, report)
     columns = list(TOKENIZED_COLUMNS)
     if CATEGORY_CODE in tokenized.column_names:
@@ -193,6 +204,7 @@ def drop_unrenderable(demonstrations: Dataset, tokenizer, *, source: str) -> tup
 
 _PROBLEM = "why_not_tokenized"
 """Column with the reason why a row could not be tokenized, or ""."""
+_EQUAL = "two completions are the same tokens, so there is nothing to compare"
 
 
 def _tokenize_or_say_why_not(row: Row, tokenizer) -> dict[str, Any]:
@@ -202,8 +214,25 @@ def _tokenize_or_say_why_not(row: Row, tokenizer) -> dict[str, Any]:
         return {"prompt_ids": [], "completion_ids": [], _PROBLEM: error.reason}
     n_distinct = len(set(map(tuple, ids["completion_ids"])))
     if n_distinct < len(ids["completion_ids"]):
-        return ids | {_PROBLEM: "two completions are the same tokens, so there is nothing to compare"}
+        return ids | {_PROBLEM: _EQUAL}
     return ids | {_PROBLEM: ""}
+
+
+def _flag_two_turns(dataset: Dataset, numbers: list[int], report: LoadReport) -> None:
+    """Flags rows whose prompt ends with a turn of the assistant: the completions are a second turn, as in TRL.
+
+    A policy would continue the turn of such a prompt instead.
+    """
+    for k, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str) and prefill_of(prompt) is not None:
+            report.flag("prompt_ends_with_assistant", numbers[k])
+
+
+def _refuse_unrenderable(tokenized: Dataset, numbers: list[int], name: str) -> None:
+    """Raises `UserError` for the first row that the chat template cannot render."""
+    for k, problem in enumerate(tokenized[_PROBLEM]):
+        if problem and problem != _EQUAL:
+            raise refused_row(f"{name} row {numbers[k]}", problem)
 
 
 def _without_unusable(tokenized: Dataset, numbers: list[int], report: LoadReport) -> tuple[Dataset, list[int]]:

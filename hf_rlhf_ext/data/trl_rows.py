@@ -3,6 +3,7 @@
 Other public formats are converted by `load_comparisons` before.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from .cells import is_absent, optional_number
 from .conversations import alike, text_or_messages
 from .conversion import collect, convert, list_columns, read_each, readable_rows, require_rows, with_labels
+from .media import MEDIA_COLUMNS, refuse_media_columns
 from .prompting import SYSTEM_COLUMNS, build_prompt, common_words, put_system_first, system_text, take_off_prompts
 from .schema import (
     REQUIRED,
@@ -26,14 +28,15 @@ from .schema import (
 from .text import Messages, plain_text, text_key
 from .transcripts import is_marked, is_transcript, read_marked, read_transcript, split_marked, split_messages, style_of
 
+logger = logging.getLogger(__name__)
+
 SIDES = ("chosen", "rejected")
+MARGIN_COLUMNS = ("margin", "score_chosen", "score_rejected")
 QUESTION_COLUMNS = (
     "instruction", "question", "input", "query", "problem", "messages", "conversation", "conversations", "trajectory",
     "context", "history", "inputs", "user", "human",
 )  # fmt: skip
 """Columns that hold the prompt of `chosen` and `rejected`, or a part of it, in other formats."""
-MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
-"""Columns that are a part of the prompt, which a text model cannot read."""
 
 
 def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, LoadReport]:
@@ -57,7 +60,9 @@ def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, Lo
     require_rows(dataset, source)
     # Check for comparison rows first: they may have additional columns from their source.
     rows_are_ours = set(REQUIRED) <= set(dataset.column_names)
-    if not rows_are_ours:
+    if rows_are_ours:
+        refuse_media_columns(dataset, where=source or "dataset")
+    else:
         _check_columns(dataset, source or "dataset")
 
     def read(row: Row, index: int) -> Comparison:
@@ -73,6 +78,27 @@ def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, Lo
     readings = read_each(readable_rows(dataset, report), read)
     rows = collect(convert(readings, report, valid=rows_are_ours), report)
     return as_dataset(rows, source), report
+
+
+def warn_of_nan_margins(dataset: Dataset, *, source: str) -> None:
+    """Logs a warning that names the rows whose margin, or a score of which it is made, is NaN: they have no margin.
+
+    NaN is how pandas writes a missing number, but as often it is the result of a computation that went wrong.
+    """
+    for column in MARGIN_COLUMNS:
+        if column not in dataset.column_names:
+            continue
+        rows = [row for row, value in enumerate(dataset[column]) if isinstance(value, float) and value != value]
+        if rows:
+            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+            logger.warning(
+                "%s: %s is NaN in %d of %d rows (row %s), which have no margin: correct these rows, or set None.",
+                source,
+                column,
+                len(rows),
+                len(dataset),
+                shown,
+            )
 
 
 def _check_columns(dataset: Dataset, where: str) -> None:

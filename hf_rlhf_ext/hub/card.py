@@ -1,5 +1,6 @@
 """Model cards with measured results, from one Jinja template per kind of model, without local paths or names."""
 
+import json
 import re
 import shutil
 import sys
@@ -21,6 +22,17 @@ __all__ = ["KINDS", "card_from_report", "escape_markdown", "hardware", "render_c
 
 EMBEDDED_BASES = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Name of an embedded model -> its id on the Hub."""
+_NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+"""The quantization of `load_in_4bit`, in reports that do not record it."""
+
+_QUANTIZATION_NAMES = {4: "four_bit", 8: "eight_bit"}
+"""The variable of the quantization in code snippets."""
+
 _LOAD_IN_4BIT = re.compile(r"^\s*load_in_4bit:\s*true\b", re.MULTILINE | re.IGNORECASE)
 
 
@@ -250,7 +262,10 @@ def _shown_options(options: CardOptions, report: RunReport) -> dict[str, Any]:
         "chat": options.chat,
         "base_dtype": options.base_dtype,
         "autocast": options.autocast,
-        "four_bit": _is_4bit(options),
+        "bits": _bits(options),
+        "quantization_name": _QUANTIZATION_NAMES.get(_bits(options)),
+        "quantization_type": _quantization_type(options),
+        "quantization_arguments": _quantization_arguments(options),
         "base_options": _base_options(options),
     }
 
@@ -299,8 +314,49 @@ def _base_options(options: CardOptions) -> str:
     arguments = ""
     if options.base_dtype is not None:
         arguments += f', dtype="{options.base_dtype}"'
+    if _bits(options) is not None:
+        arguments += f", quantization_config={_QUANTIZATION_NAMES[_bits(options)]}"
+    return arguments
+
+
+def _bits(options: CardOptions) -> int | None:
+    """4 or 8 if bitsandbytes quantized the base in training; None otherwise."""
     if _is_4bit(options):
-        arguments += ", quantization_config=four_bit"
+        return 4
+    if (options.quantization or {}).get("load_in_8bit"):
+        return 8
+    return None
+
+
+def _quantization(options: CardOptions) -> Mapping[str, Any]:
+    """The recorded quantization, or that of `load_in_4bit` in reports that do not record it."""
+    return options.quantization or _NF4
+
+
+def _quantization_type(options: CardOptions) -> str:
+    if _bits(options) == 8:
+        return "LLM.int8"
+    return f"{str(_quantization(options).get('bnb_4bit_quant_type', 'fp4')).upper()}, QLoRA"
+
+
+def _quantization_arguments(options: CardOptions) -> list[str]:
+    """Returns arguments of `BitsAndBytesConfig`, as source code, that quantize the base as it was in training."""
+    recorded = _quantization(options)
+    # The heads are never quantized in this library.
+    skipped = ["lm_head", "score"]
+    for name in recorded.get("llm_int8_skip_modules") or ():
+        if name not in skipped:
+            skipped.append(name)
+    if _bits(options) == 8:
+        arguments = ["load_in_8bit=True"]
+        if recorded.get("llm_int8_threshold", 6.0) != 6.0:
+            arguments.append(f"llm_int8_threshold={recorded['llm_int8_threshold']}")
+    else:
+        arguments = ["load_in_4bit=True", f'bnb_4bit_quant_type="{recorded.get("bnb_4bit_quant_type", "fp4")}"']
+        if recorded.get("bnb_4bit_use_double_quant"):
+            arguments.append("bnb_4bit_use_double_quant=True")
+        arguments.append(f"bnb_4bit_compute_dtype=torch.{recorded.get('bnb_4bit_compute_dtype', 'float32')}")
+    arguments.append(f"llm_int8_skip_modules={json.dumps(skipped)}")
     return arguments
 
 

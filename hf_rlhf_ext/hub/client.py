@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .privacy import hub_owners
 from .scan import Files, refuse_findings, scan
 
@@ -283,11 +283,3 @@ def _response(error: BaseException | None) -> Any:
 
 def _status(error: BaseException) -> int | None:
     return getattr(_response(error), "status_code", None)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error message that is not empty."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip().rstrip(".")
-    return type(error).__name__

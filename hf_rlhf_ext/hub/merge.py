@@ -8,8 +8,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..errors import UserError
-from ..modeling.loading import attach_adapter, base_and_revision, load_base_model, load_tokenizer
+from torch import Tensor
+
+from ..checkpointing import require_writable
+from ..errors import UserError, refuse_words
+from ..modeling.loading import attach_adapter, base_and_revision, load_base_model, load_tokenizer, resolve_dtype
+from ..modeling.merging import merge_into_base
+from ..modeling.probing import LOGPROB_ROUNDING, mean_difference, probe_logprobs
 from ..reward.export import export_merged
 from ..reward.normalization import NORMALIZATION_FILE
 from .report import REPORT_FILE, MergeRecord, RunReport
@@ -33,7 +38,7 @@ def merge_run(
         `output_dir`.
 
     Raises:
-        UserError: `folder` has no adapter, or the base is quantized.
+        UserError: `folder` has no adapter, the base is quantized, or `output_dir` cannot be written.
     """
     folder = Path(folder)
     output_dir = Path(output_dir)
@@ -45,6 +50,7 @@ def merge_run(
         raise UserError(f"merge: {folder} holds no adapter: there is nothing to merge.")
     if output_dir.resolve() == folder.resolve():
         raise UserError(f"merge: {output_dir} is the adapter's own folder: give another one for the merged model.")
+    require_writable(output_dir)
     difference = None
     if (folder / NORMALIZATION_FILE).is_file():  # a reward model, whose head is merged too
         difference = export_merged(folder, output_dir, dtype=dtype, base=base_model)
@@ -60,9 +66,25 @@ def _merge_policy(folder: Path, output_dir: Path, base_id: str, revision: str | 
     base = load_base_model(base_id, dtype=dtype, load_in_4bit=False, revision=revision)
     if getattr(base, "is_quantized", False):
         raise UserError(f"merge: {base_id} is itself quantized: give the unquantized model as base_model.")
-    merged = attach_adapter(base, folder).merge_and_unload()  # the same weights, changed in place
-    merged.save_pretrained(output_dir)
+    policy = attach_adapter(base, folder)
+    before = probe_logprobs(policy)
+    merge_into_base(policy, "merge", "load the adapter with load_policy").save_pretrained(output_dir)
     load_tokenizer(str(folder)).save_pretrained(output_dir)
+    del base, policy  # frees memory before the merged model is loaded
+    _check_merged(before, output_dir, dtype)
+
+
+def _check_merged(before: Tensor, output_dir: Path, dtype: str) -> None:
+    """Raises `UserError` if the model that was written computes something else than the adapter on its base."""
+    merged = load_base_model(str(output_dir), dtype=dtype)
+    difference = mean_difference(probe_logprobs(merged), before)
+    limit = LOGPROB_ROUNDING[resolve_dtype(dtype)]
+    if not difference <= limit:
+        raise UserError(
+            f"merge: the model in {output_dir} is not the adapter on its base: log-probabilities differ by "
+            f"{difference:.2g} nats on average, where {dtype} explains {limit:g}: remove it, and load the adapter with "
+            "load_policy."
+        )
 
 
 def _public_name(base_id: str, revision: str | None) -> str:
@@ -113,8 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """`hf-rlhf merge`; `argv` are the words after it."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    parser.error = refuse_words
     try:
+        args = parser.parse_args(argv)
         merged = merge_run(args.folder, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

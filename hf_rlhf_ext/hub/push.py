@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .client import PushError, check_access, create_private_repo, first_line, push_files
+from ..errors import UserError, first_line, refuse_words
+from .client import PushError, check_access, create_private_repo, push_files
 from .run_files import LEFT_OUT, PUSHED_FILE, content_digest, run_files
 
 __all__ = [
@@ -166,8 +166,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """`hf-rlhf push`; `argv` are the words after it."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    parser.error = refuse_words
     try:
+        args = parser.parse_args(argv)
         url = push_run(
             args.folder,
             args.repo,

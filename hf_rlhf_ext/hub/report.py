@@ -145,6 +145,8 @@ class CardOptions:
         chat: Whether the tokenizer has a chat template. If not, the code snippet uses plain text.
         base_dtype: Data type of the base in training, such as `"bfloat16"`, for the code snippet. None if not known.
         load_in_4bit: Whether the base was in 4 bits in training.
+        quantization: The whole quantization of the base in training, as `reward_normalization.json` has it. None if the
+            base was not quantized; in reports of earlier versions, 4 bits were NF4 with double quantization.
         autocast: Data type in which a reward model computes its scores. None means the data type of the weights.
     """
 
@@ -167,6 +169,7 @@ class CardOptions:
     chat: bool = True
     base_dtype: str | None = None
     load_in_4bit: bool = False
+    quantization: Mapping[str, Any] | None = None
     autocast: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -295,21 +298,26 @@ def as_report(report: RunReport | Mapping[str, Any]) -> RunReport:
 
 
 def base_precision(model: Any) -> dict[str, Any]:
-    """Returns `base_dtype` and `load_in_4bit` of a loaded model, for its card."""
-    from ..reward.normalization import dtype_name, is_4bit  # imports torch, which a loaded model needs anyway
+    """Returns `base_dtype`, `load_in_4bit` and `quantization` of a loaded model, for its card."""
+    from ..modeling.quantization import quantization_record  # imports torch, which a loaded model needs anyway
+    from ..reward.normalization import dtype_name, is_4bit
 
-    return {"base_dtype": dtype_name(model), "load_in_4bit": is_4bit(model)}
+    return {
+        "base_dtype": dtype_name(model),
+        "load_in_4bit": is_4bit(model),
+        "quantization": quantization_record(model),
+    }
 
 
 def recorded_precision(folder: Path, relation: str) -> dict[str, Any]:
-    """Returns `base_dtype`, `load_in_4bit` and `autocast` from `reward_normalization.json` of a reward adapter."""
+    """Returns the precision of a reward adapter's training, from its `reward_normalization.json`, as card options."""
     path = folder / _NORMALIZATION_FILE
     if relation != "adapter" or not path.is_file():
         return {}
     recorded = json.loads(path.read_text(encoding="utf-8"))
     if recorded.get("base_dtype", "auto") == "auto":  # a model that was not trained with this library
         return {}
-    names = ("base_dtype", "load_in_4bit", "autocast")
+    names = ("base_dtype", "load_in_4bit", "quantization", "autocast")
     return {name: recorded[name] for name in names if name in recorded}
 
 

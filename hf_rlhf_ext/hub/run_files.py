@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .card import EMBEDDED_BASES, card_from_report
-from .client import first_line
 from .report import REPORT_FILE, RunReport
 from .scan import PICKLES
 

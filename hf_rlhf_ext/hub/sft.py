@@ -1,14 +1,28 @@
 """TRL's SFT trainer with the safe `push_to_hub` of this library."""
 
+import copy
+import os
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
-from trl import SFTTrainer
+from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer, clone_chat_template
 
+from ..modeling.adapter_start import attached_or_refused, warn_of_unmatched_names
+from ..modeling.adapters import autocast_dtype, saved_as_one_adapter
+from ..modeling.base_record import BaseRecord
+from ..modeling.embeddings import token_layers
 from ..publishing import new_publisher, require_publisher
 
 
 class PublishingSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer` that pushes a model card, and neither pickles nor local names.
+
+    Embeddings that were resized or trained are saved with an adapter without asking the Hub, also of a GGUF base.
 
     It has the arguments of `SFTTrainer`. What is pushed, and where, is set by `push_to_hub`, `hub_model_id`,
     `hub_strategy` (`end` or `every_save`) and the other options of `Trainer`.
@@ -19,7 +33,23 @@ class PublishingSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         # Before `Trainer.__init__`, which creates the repository if `push_to_hub` is set.
         self.publisher = new_publisher()
-        super().__init__(*args, **kwargs)
+        arguments = signature(SFTTrainer).bind(*args, **kwargs).arguments
+        if isinstance(arguments["model"], Path):
+            arguments["model"] = str(arguments["model"])
+        arguments = _with_tokens_of_template(arguments)
+        peft_config = arguments.get("peft_config")
+        with attached_or_refused("peft_config", arguments["model"], peft_config):
+            super().__init__(**arguments)
+        if isinstance(arguments["model"], str):  # which was loaded inside the context
+            warn_of_unmatched_names("peft_config", self.model, peft_config)
+        _give_wrapped_head_a_bias(self.model)
+        self._base_record = BaseRecord.of_model(self.model, autocast_dtype(self.args))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with saved_as_one_adapter(self.model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and self._base_record is not None:
+            self._base_record.save(output_dir or self.args.output_dir)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)
@@ -42,3 +72,46 @@ class PublishingSFTTrainer(SFTTrainer):
     def _finish_current_push(self) -> None:
         if self.publisher is not None:
             self.publisher.finish()
+
+
+def _with_tokens_of_template(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds the tokens of `chat_template_path` to a model whose output head is tied to its embedding.
+
+    For an adapter, TRL makes the new rows of the embedding and a copy of the output head trainable. On a tied model,
+    PEFT 0.21 then fails in the first forward pass. There, only the rows of the embedding are made trainable, which are
+    those of the head too.
+    """
+    model = arguments.get("model")
+    args = arguments.get("args")
+    peft_config = arguments.get("peft_config")
+    path = getattr(args, "chat_template_path", None)
+    is_base = isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel)
+    tokenizer = arguments.get("processing_class")
+    if path is None or os.path.isfile(path) or not is_base or tokenizer is None:
+        return arguments
+    if not isinstance(peft_config, PeftConfig) or not model.config.get_text_config().tie_word_embeddings:
+        return arguments
+    if not hasattr(peft_config, "trainable_token_indices"):
+        return arguments
+
+    model, tokenizer, added_tokens = clone_chat_template(model, tokenizer, path)
+    args = copy.copy(args)
+    args.chat_template_path = None  # used here
+    if added_tokens:
+        peft_config = copy.deepcopy(peft_config)
+        indices = peft_config.trainable_token_indices or {}
+        embedding = token_layers(model)[0].name.rsplit(".", 1)[-1]
+        if not isinstance(indices, dict):
+            indices = {embedding: list(indices)}
+        indices[embedding] = [*indices.get(embedding, []), *added_tokens]
+        peft_config.trainable_token_indices = indices
+    return arguments | {"model": model, "args": args, "processing_class": tokenizer, "peft_config": peft_config}
+
+
+def _give_wrapped_head_a_bias(model: nn.Module) -> None:
+    """Lets TRL 1.16 compute its loss with a tied head whose new rows are trained: it reads `bias` of the head."""
+    if not isinstance(model, PeftModel):
+        return
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
+        head.bias = None  # PEFT's wrapper does not pass it on

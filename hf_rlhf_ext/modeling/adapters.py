@@ -4,21 +4,44 @@ PEFT's `set_adapter` and `disable_adapter` keep `requires_grad` for the active a
 the gradients of parameters whose flag is off in the backward pass. Every function here therefore restores all flags.
 """
 
-import copy
+import logging
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
 
 from ..compat import use_adapter
-from ..errors import UserError
+from ..errors import UserError, first_line, last_line
+from .adapter_files import refuse_lost_weights
+from .adapter_kinds import (
+    config_of_copy,
+    config_without_start,
+    merging_layers,
+    shared_weight,
+    split_start,
+    without_start,
+)
+from .embeddings import embeddings_to_save, load_embeddings
+from .ownership import adapter_state
+from .resizing import was_resized
+
+logger = logging.getLogger(__name__)
+
+_unmerged: WeakSet[PeftModel] = WeakSet()
+"""Models of which a warning said that their adapter cannot be merged."""
+
+PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
+"""Encoder of virtual tokens (P-tuning), which a checkpoint needs; PEFT itself saves only the tokens."""
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -60,46 +83,77 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
         target: name of the copy.
 
     Raises:
-        UserError: if PEFT supports only one adapter of this type per model.
+        UserError: if PEFT supports only one adapter of this type per model, or makes a copy that lacks weights.
     """
     # `add_adapter` and `set_adapter` change the flags of other adapters. They are restored at the end.
     flags_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = model.active_adapter
     try:
-        model.add_adapter(target, copy.deepcopy(model.peft_config[source]))
+        model.add_adapter(target, config_of_copy(model.peft_config[source]))
     except (ValueError, TypeError) as error:
         kind = model.peft_config[source].peft_type.value
         raise UserError(
-            f"PEFT does not support two adapters of type {kind} on one base, so the frozen reference cannot be added: "
-            f"merge the adapter into the base, or use LoRA ({str(error).splitlines()[0]})"
+            f"PEFT does not support two adapters of type {kind} on one base, so that the frozen reference or the "
+            f"critic cannot be added: merge the adapter into the base, or use LoRA ({first_line(error)})"
         ) from error
-    state = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
-    copied_weights = {key: value.clone() for key, value in state.items()}
-    set_peft_model_state_dict(model, copied_weights, adapter_name=target)
+    if model.peft_config[source].is_prompt_learning:
+        # PEFT's state has only the virtual tokens, without the encoder that makes them (P-tuning).
+        model.prompt_encoder[target].load_state_dict(model.prompt_encoder[source].state_dict())
+    else:
+        state = adapter_state(model, source)
+        copied_weights = {key: value.clone() for key, value in state.items()}
+        result = set_peft_model_state_dict(model, copied_weights, adapter_name=target)
+        if result.unexpected_keys:
+            kind = model.peft_config[source].peft_type.value
+            raise UserError(
+                f"PEFT cannot hold a copy of this adapter of type {kind} on the same base, which the reference and the "
+                f"critic need, as the copy has no place for {result.unexpected_keys[0]}: merge the adapter into the "
+                "base, or use LoRA on other layers."
+            )
     model.set_adapter(active)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags_before.get(name, False))
 
 
-def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
+def save_adapter(
+    model: PeftModel,
+    name: str,
+    folder: str | Path,
+    *,
+    start: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Writes one adapter as an ordinary PEFT folder with safetensors, which `PeftModel.from_pretrained` can load.
+
+    Embeddings that were resized or trained are saved too, see `embeddings_to_save`.
 
     Args:
         model: model with adapters.
         name: name of the adapter.
         folder: folder to write; it is created if missing.
+        start: name of the adapter that an initialization such as PiSSA took out of the base. What is written is then an
+            ordinary LoRA of twice the rank for the original base.
+        state_dict: the weights of the model by name, where they are gathered from several devices.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state = adapter_state(model, name, state_dict)
+    config = model.peft_config[name]
+    if start is not None and start != name:
+        start_state = adapter_state(model, start, state_dict)
+        state = without_start(state, start_state)
+        config = config_without_start(config)
+    resized = was_resized(model, name)
+    state = state | embeddings_to_save(model, name, resized=resized, start=start, state_dict=state_dict)
     tensors = {}
     for key, value in state.items():
         # Cloned, as safetensors does not accept tied tensors, which share storage.
         tensors[key] = value.detach().cpu().clone().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    _save_prompt_encoder(model, name, folder)
 
     # An adapter that is loaded from the folder starts frozen. The adapter in memory does not change.
-    config = model.peft_config[name]
     was_inference = config.inference_mode
     config.inference_mode = True
     # An adapter that was created in memory may not name its base yet.
@@ -108,43 +162,101 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
     config.inference_mode = was_inference
 
 
-def load_adapter_weights(model: PeftModel, name: str, folder: str | Path) -> None:
+def load_adapter_weights(model: PeftModel, name: str, folder: str | Path, *, start: str | None = None) -> None:
     """Reads an adapter folder into an existing adapter, in place.
 
     Args:
         model: model with adapters.
         name: name of the existing adapter.
         folder: folder of the saved adapter.
+        start: as in `save_adapter`.
 
     Raises:
-        UserError: if names or shapes of the weights do not match.
+        UserError: if names or shapes of the weights do not match, or if the adapter was trained on a base that was
+            changed in another way.
     """
     # Loaded on the CPU, and then copied into the existing weights on their device.
     weights = load_peft_weights(str(folder), device="cpu")
+    if start is not None and start != name:
+        weights, start_weights = split_start(weights)
+        _check_same_start(model, start, start_weights, folder)
+    load_embeddings(model, weights, name, start=start)
+    refuse_lost_weights(folder, model, name, weights)
+    has_prompt_encoder = _has_prompt_encoder(model, name)
+    if has_prompt_encoder:
+        # The saved virtual tokens are the output of the encoder, which may have another shape than its input. PEFT gets
+        # the present input, and the whole encoder is read below.
+        weights["prompt_embeddings"] = model.prompt_encoder[name].embedding.weight.detach().clone()
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
-        raise UserError(
-            f"{folder}: this adapter does not fit the model: {str(error).splitlines()[-1].strip()}"
-        ) from error
+        raise UserError(f"{folder}: this adapter does not fit the model: {last_line(error)}.") from error
+    if model.peft_config[name].is_prompt_learning:
+        result.unexpected_keys.remove("prompt_embeddings")  # loaded under another name
     if result.unexpected_keys:
         raise UserError(f"{folder}: the adapter has weights that the model lacks, first {result.unexpected_keys[0]!r}.")
-    # PEFT does not report weights that are missing in the file.
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    missing = state.keys() - weights.keys()
-    if missing:
-        raise UserError(f"{folder}: the adapter lacks weights that the model has, first {min(missing)!r}.")
+    if has_prompt_encoder:
+        _load_prompt_encoder(model, name, folder)
+
+
+def _has_prompt_encoder(model: PeftModel, name: str) -> bool:
+    """Whether more than the virtual tokens is trained: layers that compute them, or with CPT a change of them."""
+    return model.peft_config[name].is_prompt_learning and len(model.prompt_encoder[name].state_dict()) > 1
+
+
+def _save_prompt_encoder(model: PeftModel, name: str, folder: Path) -> None:
+    """Writes what makes the virtual tokens of an adapter, if that is more than PEFT saves (P-tuning)."""
+    if _has_prompt_encoder(model, name):
+        save_file(model.prompt_encoder[name].state_dict(), folder / PROMPT_ENCODER_FILE)
+
+
+def _load_prompt_encoder(model: PeftModel, name: str, folder: str | Path) -> None:
+    path = Path(folder) / PROMPT_ENCODER_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: lacks {PROMPT_ENCODER_FILE}, without which its virtual tokens cannot be trained further: start "
+            "without a checkpoint."
+        )
+    model.prompt_encoder[name].load_state_dict(load_file(path))
 
 
 @contextmanager
-def evaluating(model: nn.Module):
-    """Inside the context, the model is in eval mode; afterward the previous mode is restored."""
-    was_training = model.training
-    model.eval()
+def saved_as_one_adapter(model: nn.Module):
+    """Inside the context, `save_pretrained` of a `PeftModel` writes its active adapter as `save_adapter` does.
+
+    PEFT's own would write every adapter, those with another name than `default` in folders of their own, and it asks
+    the Hub whether the embeddings were resized. `Trainer` calls it when it saves.
+
+    Args:
+        model: the model of a trainer, also inside wrappers. Models without adapters are not changed.
+    """
+    peft_model = extract_model_from_parallel(model)
+    if not isinstance(peft_model, PeftModel):
+        yield
+        return
+
+    def save_pretrained(folder, state_dict=None, is_main_process=True, **kwargs) -> None:
+        if is_main_process:
+            save_adapter(peft_model, peft_model.active_adapter, folder, state_dict=state_dict)
+            peft_model.create_or_update_model_card(str(folder))
+
+    peft_model.save_pretrained = save_pretrained
     try:
         yield
     finally:
-        model.train(was_training)
+        del peft_model.save_pretrained
+
+
+def _check_same_start(model: PeftModel, start: str, saved: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """Raises `UserError` if an initialization such as PiSSA took another adapter out of the base than the saved one."""
+    present = adapter_state(model, start)
+    for key, value in saved.items():
+        if key not in present or not torch.allclose(present[key].float().cpu(), value.float(), rtol=1e-3, atol=1e-4):
+            raise UserError(
+                f"{folder}: the base was decomposed in another way when this adapter was initialized "
+                f"(init_lora_weights={model.peft_config[start].init_lora_weights!r}): start with the same base, "
+                "peft_config and seed."
+            )
 
 
 @contextmanager
@@ -190,7 +302,8 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
 
     Afterward the base is restored exactly, from copies of the changed weights, as subtracting the update would leave
     rounding errors in bf16. Nothing is merged if the model has no adapter that can be merged, or if the base is
-    quantized, as merging would quantize it again.
+    quantized, as merging would quantize it again. If the adapter cannot be merged into this base, a warning says so
+    once.
 
     Args:
         model: the model.
@@ -208,22 +321,45 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
         for parameter in layer.get_base_layer().parameters(recurse=False):
             originals.append((parameter, parameter.detach().clone()))
     try:
-        for layer in layers:
-            layer.merge(adapter_names=[model.active_adapter])
+        try:
+            for layer in layers:
+                layer.merge(adapter_names=[model.active_adapter])
+        except Exception as error:  # each kind of adapter refuses in its own way
+            _restore(layers, originals)
+            _say_unmerged(model, first_line(error))
         yield
     finally:
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-        with torch.no_grad():
-            for parameter, original in originals:
-                parameter.data.copy_(original)
+        _restore(layers, originals)
+
+
+def _restore(layers: list[BaseTunerLayer], originals: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+    with torch.no_grad():
+        for parameter, original in originals:
+            parameter.data.copy_(original)
 
 
 def _mergeable_layers(model: nn.Module) -> list[BaseTunerLayer]:
     # Prompt learning changes the input instead of the weights.
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
         return []
-    if getattr(model.get_base_model(), "is_quantized", False):
+    if model in _unmerged or getattr(model.get_base_model(), "is_quantized", False):
         return []
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "merge")]
+    layers = merging_layers(model)
+    shared = shared_weight(model, layers)
+    if shared is not None:
+        _say_unmerged(model, f"{shared} is shared (tied) with another layer, which merging would change too")
+        return []
+    return layers
+
+
+def _say_unmerged(model: PeftModel, reason: str) -> None:
+    """Warns once for each model, and does not try again."""
+    _unmerged.add(model)
+    logger.warning(
+        "merge_for_generation: the adapter cannot be merged into its base (%s): completions are sampled with the "
+        "unmerged adapter, which is slower.",
+        reason,
+    )

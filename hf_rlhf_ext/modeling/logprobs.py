@@ -6,42 +6,109 @@ tokens of the vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from ..compat import selective_log_softmax_and_entropy
-from ..errors import UserError
-from .adapters import evaluating
+from ..errors import UserError, first_line
+from .adapters import bare_model
+from .embeddings import plain_layer
+from .probing import evaluating
+
+_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""Options of configs for a constant factor of the logits: Granite, Cohere, Falcon H1."""
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Options of configs for a soft cap of the logits: Gemma 2, RecurrentGemma, xLSTM."""
+
+_MEASURED = "_logit_transform"
+"""Attribute of a model that `check_output_head` sets. A copy of the model has it too."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the output of its head: logits = cap · tanh(scale · output / cap).
+
+    Attributes:
+        scale: constant factor; `None` means 1.
+        softcap: limit of the absolute value; `None` means no limit.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) fp32 from outputs of the head (..., V) fp32."""
+        if self.scale is not None:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+UNCHANGED = LogitTransform()
+"""The logits are the output of the head, as in most models."""
 
 
 @contextmanager
 def captured_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states of a causal LM, before the output head.
+    """Collects the last hidden states of a causal LM: the input of its output head.
 
-    It uses a hook instead of calling the backbone, so that forward passes go through the wrappers of PEFT and DDP.
+    It uses a hook instead of calling the backbone, so that forward passes go through the wrappers of PEFT and DDP. The
+    hook is on the head, as some models (OPT, the decoders of BART) project the states of their backbone or bypass it.
+
+    Inside the context, the head computes the logits of the last position only, as those of all positions (B, L, V) are
+    not needed and would be the largest tensor of the model.
 
     Args:
-        model: a causal LM, also inside PEFT.
+        model: a causal LM, also inside PEFT. Of a model without an output head, such as a reward model that is used as
+            a critic, the output of its backbone is collected.
 
     Yields:
         A list to which every forward pass inside the context appends a tensor (B, L, H).
     """
-    causal_lm = model
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper
-        causal_lm = model.get_base_model()
     captured: list[Tensor] = []
 
-    def capture(module, args, output) -> None:
+    def capture_input(module, args) -> tuple[Tensor]:
+        captured.append(args[0])
+        return (args[0][:, -1:].contiguous(),)
+
+    def capture_output(module, args, output) -> None:
         captured.append(output.last_hidden_state)
 
-    handle = causal_lm.base_model.register_forward_hook(capture)
+    head = model.get_output_embeddings()
+    if head is not None:
+        handle = head.register_forward_pre_hook(capture_input)
+    else:
+        handle = bare_model(model).base_model.register_forward_hook(capture_output)
     try:
         yield captured
     finally:
         handle.remove()
+
+
+def hidden_width(model: nn.Module) -> int:
+    """H, the size of the hidden states that `captured_hidden_states` collects.
+
+    It is the input size of the output head or score head, which differs from `hidden_size` in models that project the
+    last states, such as OPT-350m.
+
+    Args:
+        model: a causal LM or a sequence-classification model, also inside PEFT.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        head = getattr(bare_model(model), "score", None)
+    # PEFT's copy of a head that is tied to the embedding (`ensure_weight_tying`) has its sizes the wrong way around.
+    width = getattr(plain_layer(head), "in_features", None)
+    if width is None:
+        return model.config.get_text_config().hidden_size
+    return width
 
 
 @contextmanager
@@ -93,13 +160,11 @@ def completion_hidden_states(
     lengths = prompt_lengths + mask.sum(1)  # (B,)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     attention_mask = (positions[None] < lengths[:, None]).long()  # (B, L)
-    with captured_hidden_states(unwrapped) as captured, contiguous_head_inputs(unwrapped):
-        # `logits_to_keep=1`, as the logits (B, L, V) of the model are not needed and would be its largest tensor.
+    with captured_hidden_states(unwrapped) as captured:
         model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            logits_to_keep=1,
             **forward,
         )
     hidden = captured[0][:, -input_ids.shape[1] :]  # prompt-learning adapters put virtual tokens before the sequence
@@ -114,7 +179,7 @@ def chunked_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
+    transform: LogitTransform = UNCHANGED,
     chunk_size: int = 128,
     entropy_requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +193,7 @@ def chunked_logprobs(
         head: output head of the model, from (n, H) to logits (n, V).
         targets: (N,) int64 ids of the tokens.
         temperature: logits are divided by it.
-        softcap: see `final_softcap`.
+        transform: what the model does to the output of its head, see `logit_transform`.
         chunk_size: number of rows of logits at one time.
         entropy_requires_grad: whether entropies have a gradient, which an entropy bonus needs.
 
@@ -137,7 +202,7 @@ def chunked_logprobs(
     """
 
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _capped_logits(head, hidden, softcap)
+        logits = transform(head(hidden).float())
         return selective_log_softmax_and_entropy(
             logits,
             targets,
@@ -163,14 +228,6 @@ def chunked_logprobs(
     return torch.cat(logprob_chunks), torch.cat(entropy_chunks)
 
 
-def _capped_logits(head: Callable[[Tensor], Tensor], hidden: Tensor, softcap: float | None) -> Tensor:
-    """fp32 logits (n, V) of hidden states (n, H), with the soft cap of Gemma 2 if there is one."""
-    logits = head(hidden).float()
-    if softcap is None:
-        return logits
-    return softcap * torch.tanh(logits / softcap)
-
-
 @torch.no_grad()
 def chunked_kl(
     hidden: Tensor,
@@ -179,7 +236,7 @@ def chunked_kl(
     ref_head: Callable[[Tensor], Tensor],
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
+    transform: LogitTransform = UNCHANGED,
     chunk_size: int = 128,
 ) -> Tensor:
     """Exact KL(policy ‖ reference) over the whole vocabulary at each position, computed in chunks to save memory.
@@ -190,7 +247,7 @@ def chunked_kl(
         head: output head of the policy, from (n, H) to logits (n, V).
         ref_head: output head of the reference.
         temperature: logits are divided by it.
-        softcap: see `final_softcap`.
+        transform: what the model does to the output of its head, see `logit_transform`.
         chunk_size: number of rows of logits at one time.
 
     Returns:
@@ -200,52 +257,110 @@ def chunked_kl(
     chunks = []
     for start in range(0, len(hidden), chunk_size):
         rows = slice(start, start + chunk_size)
-        logprobs = torch.log_softmax(_capped_logits(head, hidden[rows], softcap) / temperature, -1)
-        ref_logprobs = torch.log_softmax(_capped_logits(ref_head, ref_hidden[rows], softcap) / temperature, -1)
+        logprobs = torch.log_softmax(transform(head(hidden[rows]).float()) / temperature, -1)
+        ref_logprobs = torch.log_softmax(transform(ref_head(ref_hidden[rows]).float()) / temperature, -1)
         chunks.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
     return torch.cat(chunks)
 
 
-def final_softcap(model: nn.Module) -> float | None:
-    """Returns `final_logit_softcapping` of the model's config (Gemma 2); `None` for most models."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+def logit_transform(model: nn.Module) -> LogitTransform:
+    """What a causal LM does to the output of its head, such as the scale of Granite and the soft cap of Gemma 2.
+
+    `check_output_head` measures it. Of a model that was not checked and whose config has options for it, it is measured
+    here.
+
+    Args:
+        model: a causal LM, also inside PEFT.
+
+    Raises:
+        UserError: if the model changes the output of its head in another way.
+    """
+    causal_lm = bare_model(model)
+    measured = getattr(causal_lm, _MEASURED, None)
+    if measured is not None:
+        return measured
+    if len(_possible_transforms(causal_lm.config)) == 1:
+        return UNCHANGED
+    return check_output_head(model, list(range(16)))
+
+
+def _possible_transforms(config: PretrainedConfig) -> list[LogitTransform]:
+    """The transforms that options of the config may stand for, the most likely ones first, and at last none."""
+    config = config.get_text_config()
+    caps = [cap for name in _CAPS if _is_number(cap := getattr(config, name, None))]
+    factors = []
+    for name in _SCALES:
+        value = getattr(config, name, None)
+        if _is_number(value) and value != 1:
+            # Families differ: Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it.
+            factors += [value, 1 / value]
+
+    transforms = []
+    for cap in [*caps, None]:
+        for factor in [*factors, None]:
+            transforms.append(LogitTransform(factor, cap))
+    return transforms
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 @torch.no_grad()
-def check_output_head(model: nn.Module, ids: list[int]) -> None:
+def check_output_head(model: nn.Module, ids: list[int]) -> LogitTransform:
     """Checks that the logits of the model are the output of its head, as `chunked_logprobs` assumes.
+
+    The result is remembered, see `logit_transform`.
 
     Args:
         model: a causal LM.
         ids: token ids of a text; the logits after its first 16 tokens are checked.
 
+    Returns:
+        What the model does to the output of its head.
+
     Raises:
-        UserError: if the model changes the output of its head, for example by a scale.
+        UserError: if the model changes the output of its head in a way that its config does not explain.
     """
+    name = type(bare_model(model)).__name__
     tokens = torch.tensor([ids[:16]], device=model.device)
-    with evaluating(model), captured_hidden_states(model) as captured:
-        logits = model(input_ids=tokens, logits_to_keep=1).logits[0, -1].float()
-        logprobs, token_ids = torch.log_softmax(logits, -1).sort()
-        # The four least and the four most likely tokens, as a scale has the largest effect on them.
-        expected = torch.cat([logprobs[:4], logprobs[-4:]])
-        targets = torch.cat([token_ids[:4], token_ids[-4:]])
-        hidden = captured[0][0, -1:].expand(8, -1)
-        computed, _ = chunked_logprobs(
-            hidden,
-            model.get_output_embeddings(),
-            targets,
-            softcap=final_softcap(model),
-        )
-    if not torch.allclose(
-        computed,
-        expected,
-        rtol=0.05,
-        atol=0.25,
-    ):  # bf16 logits of 20 are rounded to 0.125
+    head_outputs: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, args, out: head_outputs.append(out))
+    try:
+        with evaluating(model), captured_hidden_states(model):
+            logits = model(input_ids=tokens, use_cache=False).logits.float()
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
-            f"model: {type(model).__name__} scales its logits after the output head, which PPOTrainer does not "
-            "support: use another model (Granite and Cohere scale them; Llama, Qwen, Gemma, Mistral and SmolLM do not)."
+            f"model: {name} fails with a prompt of text ({first_line(error)}): use another model."
+        ) from error
+    finally:
+        hook.remove()
+    if not head_outputs or head_outputs[-1].shape != logits.shape:
+        raise UserError(
+            f"model: the logits of {name} are not the output of one linear layer, which PPOTrainer needs: use another "
+            "model, such as Llama, Qwen, Gemma or Mistral."
         )
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            f"model: {name} computes logits that are not finite for the first prompt: check its weights, or load it "
+            "with dtype='float32'."
+        )
+
+    plain = head_outputs[-1].float()
+    spread = (logits - logits.mean()).abs().max().clamp(min=1e-30)
+    transforms = _possible_transforms(bare_model(model).config)
+    # bf16 rounds logits to 0.4 percent. Of transforms that fit equally well, the first is taken, as a soft cap changes
+    # nothing where logits are small.
+    errors = [round(float((t(plain) - logits).abs().max() / spread), 2) for t in transforms]
+    smallest = min(errors)
+    if smallest > 0.02:
+        raise UserError(
+            f"model: {name} changes the output of its head in a way that its config does not explain, which PPOTrainer "
+            "does not support: use another model, such as Llama, Qwen, Gemma or Mistral."
+        )
+    best = transforms[errors.index(smallest)]
+    setattr(bare_model(model), _MEASURED, best)
+    return best
 
 
 def scatter_to_mask(x: Tensor, mask: Tensor) -> Tensor:

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .adapters import active_adapter, copy_adapter, load_adapter_weights, save_adapter
+from ..errors import UserError, last_line
+from .adapter_files import refuse_lost_weights
+from .adapter_kinds import base_sharing_problem, can_mix
+from .adapter_start import attach_copy
+from .adapters import active_adapter, load_adapter_weights, save_adapter
+from .checkpoint_files import load_complete
+from .embeddings import embedding_mismatch, read_embeddings
 from .heads import ScalarHead
 from .logprobs import completion_hidden_states
+from .ownership import adapter_parameters, free_adapter_name, is_attached, mark_as_attached
 
 ADAPTER_NAMES = {"reference": "ref"}
 """Names of adapters that differ from the name of their role."""
@@ -47,6 +53,8 @@ class AdapterStack:
     Attributes:
         model: the same model.
         roles: the `Role` of each name.
+        start: name of the adapter that the initialization of the policy (PiSSA and others) took out of the base; `None`
+            if the base is as it was loaded. Saved adapters fit the base as it was loaded.
 
     Example:
         ```python
@@ -67,6 +75,7 @@ class AdapterStack:
             adapter = model.active_adapter
             model.set_adapter(adapter)  # an adapter that was loaded for inference is frozen
         self.roles = {"policy": Role(adapter)}
+        self.start: str | None = None
 
     def attach(
         self,
@@ -104,7 +113,7 @@ class AdapterStack:
         if attached.head is not None:
             device = next(self.model.parameters()).device
             attached.head.to(device).requires_grad_(trainable)
-            self.model.add_module(f"{role}_head", attached.head)
+            self.model.add_module(f"{role}_head", mark_as_attached(attached.head))
 
         self.roles[role] = attached
         return attached
@@ -113,7 +122,7 @@ class AdapterStack:
         model.requires_grad_(trainable)
         if trainable:
             # As a module of the base, it is included in optimizers and device moves.
-            self.model.add_module(f"{role}_model", model)
+            self.model.add_module(f"{role}_model", mark_as_attached(model))
             # `Trainer` does not move a model whose base is in 4 bits, so the device is set here.
             model.to(next(self.model.parameters()).device)
         return Role(model=model)
@@ -124,7 +133,8 @@ class AdapterStack:
                 f"role {role!r}: a model without adapters does not share its base: pass a PeftModel, or a separate "
                 "model."
             )
-        adapter = ADAPTER_NAMES.get(role, role)
+        # The name may be taken by an adapter of the user, or by one of an earlier trainer.
+        adapter = free_adapter_name(self.model, ADAPTER_NAMES.get(role, role))
         # PEFT changes the flags of other adapters when it adds one. They are restored below.
         flags_before = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
 
@@ -136,30 +146,42 @@ class AdapterStack:
         else:
             head = self._load_adapter(adapter, source)
 
+        own = adapter_parameters(self.model, adapter)
         for name, parameter in self.model.named_parameters():
-            if f".{adapter}." in name:
+            if name in own:
                 parameter.requires_grad_(trainable)
             else:
                 parameter.requires_grad_(flags_before.get(name, False))
         return Role(adapter=adapter, head=head)
 
     def _copy_adapter_of(self, role: str, adapter: str) -> None:
-        """Adds `adapter` as a copy of the adapter of another role. An existing adapter is kept."""
+        """Adds `adapter` as a copy of the adapter of another role."""
         copied = self.roles[role].adapter
         if copied is None:
             raise UserError(f"role {role!r} has no adapter to copy: choose another role, or leave source out.")
-        if adapter not in self.model.peft_config:
-            copy_adapter(self.model, copied, adapter)
+        attach_copy(self.model, copied, adapter)
 
     def _load_adapter(self, adapter: str, folder: str | Path) -> ScalarHead | None:
         """Adds `adapter` from a folder; returns the score head in the folder, or `None`."""
         config = PeftConfig.from_pretrained(str(folder))
+        problem = base_sharing_problem(config, self.model.peft_config.values())
+        if problem is not None:
+            raise UserError(f"{folder}: {problem}, which the other roles share: load it as a model of its own.")
         # PEFT would look for these modules in the base, which does not have them: the head is loaded separately.
         modules_to_save = set(config.modules_to_save or ()) - _HEAD_MODULES
         config.modules_to_save = sorted(modules_to_save) or None
 
+        mismatch = embedding_mismatch(folder, self.model)
+        if mismatch is not None:
+            raise UserError(
+                f"{folder}: the adapter does not fit the embeddings of the shared base, as {mismatch}: load it as a "
+                "model of its own, such as RewardScorer.from_pretrained."
+            )
+
         # The weights of the score head are among those of the adapter, under a key that the base does not have.
         adapter_weights = load_peft_weights(str(folder), device="cpu")
+        for key in read_embeddings(folder, self.model).keys:
+            del adapter_weights[key]  # the base has the same ones
         head_weights = {}
         for key in list(adapter_weights):
             if ".score." in key:
@@ -171,12 +193,11 @@ class AdapterStack:
         try:
             result = set_peft_model_state_dict(self.model, adapter_weights, adapter_name=adapter)
         except RuntimeError as error:
-            raise UserError(
-                f"{folder}: the adapter does not fit the base: {str(error).splitlines()[-1].strip()}"
-            ) from error
+            raise UserError(f"{folder}: the adapter does not fit the base: {last_line(error)}.") from error
         if result.unexpected_keys:
             first = result.unexpected_keys[0]
             raise UserError(f"{folder}: the adapter has weights that the base lacks, first {first!r}.")
+        refuse_lost_weights(folder, self.model, adapter, adapter_weights)
         return _head_from(head_weights)
 
     @contextmanager
@@ -204,14 +225,7 @@ class AdapterStack:
     @property
     def can_score_jointly(self) -> bool:
         """Whether `hidden_states` can compute several roles in one forward pass, which PEFT supports for LoRA only."""
-        if not isinstance(self.model, PeftModel):
-            return False
-        for config in self.model.peft_config.values():
-            if not isinstance(config, LoraConfig):
-                return False
-            if config.use_dora or config.modules_to_save or config.trainable_token_indices:
-                return False
-        return True
+        return isinstance(self.model, PeftModel) and can_mix(self.model)
 
     @torch.no_grad()
     def hidden_states(
@@ -296,19 +310,15 @@ class AdapterStack:
             parameters = list(self._base_parameters().values())
         else:
             parameters = []
-            for name, parameter in self._base_parameters().items():
-                if f".{wanted.adapter}." in name:
-                    parameters.append(parameter)
+            if wanted.adapter is not None:
+                parameters += adapter_parameters(self.model, wanted.adapter).values()
         if wanted.head is not None:
             parameters += wanted.head.parameters()
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _base_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of base and adapters by name, without the heads and models that `attach` added to the base."""
-        attached = []
-        for role in self.roles:
-            attached.append(f"{role}_head.")
-            attached.append(f"{role}_model.")
+        attached = [f"{name}." for name, child in self.model.named_children() if is_attached(child)]
         parameters = {}
         for name, parameter in self.model.named_parameters():
             if not name.startswith(tuple(attached)):
@@ -328,7 +338,7 @@ class AdapterStack:
         if saved.model is not None:
             saved.model.save_pretrained(folder)
         elif saved.adapter is not None:
-            save_adapter(self.model, saved.adapter, folder)
+            save_adapter(self.model, saved.adapter, folder, start=self.start)
         if saved.head is not None:
             save_file(saved.head.state_dict(), folder / f"{role}_head.safetensors")
 
@@ -348,15 +358,35 @@ class AdapterStack:
         if loaded.model is not None:
             read_weights(loaded.model, folder)
         elif loaded.adapter is not None:
-            load_adapter_weights(self.model, loaded.adapter, folder)
+            load_adapter_weights(self.model, loaded.adapter, folder, start=self.start)
         if loaded.head is not None:
             loaded.head.load_state_dict(load_file(folder / f"{role}_head.safetensors"))
 
 
 def read_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copies the weights of a saved model into `model`, in place."""
-    saved_weights = type(model).from_pretrained(folder, dtype="auto").state_dict()
-    own_weights = model.state_dict()
+    """Copies the weights of a saved model into `model`, in place.
+
+    Args:
+        model: a whole model. Heads and models of roles that are attached to it keep their weights.
+        folder: folder that `save_pretrained` wrote, in one file or in several.
+
+    Raises:
+        UserError: if weights are missing in the folder, or if it is of a model with other weights or shapes.
+    """
+    attached = tuple(f"{name}." for name, child in model.named_children() if is_attached(child))
+    own_weights = {name: value for name, value in model.state_dict().items() if not name.startswith(attached)}
+    dtypes = {value.dtype for value in own_weights.values() if value.is_floating_point()}
+    dtype = torch.float32  # a model in several dtypes, such as one with an fp32 head
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+    saved_weights = load_complete(type(model), str(folder), name=str(folder), dtype=dtype).state_dict()
+    for name in sorted(own_weights.keys() | saved_weights.keys()):
+        own, saved = own_weights.get(name), saved_weights.get(name)
+        if own is None or saved is None or own.shape != saved.shape:
+            raise UserError(
+                f"{folder} is of another model: the weight {name} has another shape, or only one of the two has it: "
+                "give a checkpoint of this model, or start without one."
+            )
     with torch.no_grad():
         for name, value in saved_weights.items():
             own_weights[name].copy_(value)

@@ -1,39 +1,52 @@
 """Sets up a PPO run: checks the inputs, then builds policy, reference, reward models and critic."""
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..compat import disable_dropout_in_model
+from ..data.given import as_dataset, as_datasets
 from ..errors import UserError
+from ..modeling.base_check import warn_of_changed_base
+from ..modeling.dropout import disable_dropout
+from ..modeling.embeddings import n_rows
+from ..modeling.families import check_causal, check_policy, refuse_router_loss
 from ..modeling.heads import ScalarHead, head_name
 from ..modeling.loading import (
     adapter_base,
-    load_base_model,
     load_policy,
     load_tokenizer,
     refuse_fp16_weights,
-    warn_of_emulated_bf16,
     warn_of_rounded_updates,
 )
-from ..modeling.logprobs import check_output_head
+from ..modeling.logprobs import check_output_head, hidden_width
+from ..modeling.ownership import (
+    forget_earlier_trainer,
+    independent_copy,
+    mark_as_attached,
+    remove_earlier_roles,
+)
+from ..modeling.quantization import prepare_quantized, refuse_trained_quantized
 from ..modeling.stack import AdapterStack, Role
-from ..reward.normalization import NORMALIZATION_FILE
+from ..modeling.takeover import remember_holder
+from ..modeling.vocabulary import check_special_tokens
 from ..reward.scorer import RewardScorer, local_folder
 from ..reward.sharing import shareable_adapter
+from ..training.activation_checkpointing import with_possible_checkpointing
+from .adapter_setup import check_adapter, refuse_trained_base, refuse_unrepeatable, stack_with_new_adapter
 from .config import PPOConfig
 from .guards import check_setup
-from .prompts import Prompts, check_best_metric, warn_of_other_sampling, with_max_steps
+from .policy_check import check_generates
+from .prompts import Prompts, warn_of_other_sampling, with_max_steps
 from .ptx import PTXTexts
-from .rewards import RewardFunc, RewardFunctions
+from .rewards import RewardFunc, RewardFunctions, named_sets
 from .roles import Roles
+from .value_model import prepare_value_model
 
 
 @dataclass
@@ -44,6 +57,8 @@ class Inputs:
         model: the policy.
         tokenizer: its tokenizer.
         args: a copy of the options, with `max_steps` set.
+        train_dataset: the rows of training.
+        eval_dataset: those of evaluation; a dict if there are several sets.
         prompts: the prompts of the training data.
         ptx_texts: the texts of PPO-ptx.
         max_positions: maximum number of tokens of a sequence that the policy supports.
@@ -52,20 +67,27 @@ class Inputs:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     args: PPOConfig
+    train_dataset: Dataset
+    eval_dataset: Dataset | dict[str, Dataset] | None
     prompts: Prompts
     ptx_texts: PTXTexts
     max_positions: int
 
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """All datasets with prompts, by their names in messages."""
+        return {"train_dataset": self.train_dataset} | named_sets(self.eval_dataset)
+
 
 def prepare_inputs(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     args: PPOConfig,
-    *,
     train_dataset: Dataset | None,
     eval_dataset: Dataset | dict[str, Dataset] | None,
+    ptx_dataset: Dataset | None,
+    *,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
-    ptx_dataset: Dataset | None,
 ) -> Inputs:
     """Loads models and tokenizers that are given by name, and refuses inputs that are not supported.
 
@@ -75,46 +97,69 @@ def prepare_inputs(
         UserError: if the data are not usable, if PPO does not support the output head of the model, or if options
             contradict each other.
     """
+    train_dataset = as_dataset(train_dataset, "train_dataset")
+    eval_dataset = as_datasets(eval_dataset, "eval_dataset")
+    ptx_dataset = as_dataset(ptx_dataset, "ptx_dataset")
     if train_dataset is None:
         raise UserError("train_dataset is required: pass a dataset with a column 'prompt'.")
     check_setup(args)
-    warn_of_emulated_bf16(args)
     model, tokenizer = _load(model, tokenizer, peft_config, args)
-    max_positions = _position_limit(model)
-    prompts = Prompts(train_dataset, tokenizer, args, split="train", max_positions=max_positions)
-    ptx_texts = PTXTexts(ptx_dataset, tokenizer, args, max_positions=max_positions)
+    prepare_quantized(model)
+    refuse_trained_quantized(model, has_adapter=peft_config is not None or isinstance(model, PeftModel))
+    check_special_tokens("processing_class", tokenizer, model, stop_ids=args.stop_token_ids or ())
+    limits = {"token_rows": n_rows(model), "max_positions": config_positions(model)}
+    prompts = Prompts(train_dataset, tokenizer, args, split="train", **limits)
+    # An evaluation reads its prompts again. Here they are only checked, so that training does not end at a wrong one.
+    for name, part in named_sets(eval_dataset).items():
+        Prompts(part, tokenizer, args, split="eval", name=name, **limits)
+    ptx_texts = PTXTexts(ptx_dataset, tokenizer, args, **limits)
     check_output_head(model, prompts.first)
+    check_causal(model, prompts.first)
+    check_generates(model, prompts.first)
     warn_of_other_sampling(args)
-    check_best_metric(args, eval_dataset)
+    args = with_possible_checkpointing(args, model, peft_config)
     return Inputs(
         model=model,
         tokenizer=tokenizer,
         args=with_max_steps(args, len(train_dataset), args.world_size),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         prompts=prompts,
         ptx_texts=ptx_texts,
-        max_positions=max_positions,
+        max_positions=limits["max_positions"],
     )
 
 
 def _load(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
     args: PPOConfig,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer, and loads them if they are given by name or left out."""
-    if isinstance(model, str):
+    is_loaded = isinstance(model, str | Path)
+    if is_loaded:
         model, loaded = load_trainable(model, peft_config, trust_remote_code=args.trust_remote_code)
-        return model, loaded if tokenizer is None else tokenizer
+        tokenizer = loaded if tokenizer is None else tokenizer
+    check_policy(model, peft_config)
+    if isinstance(model, PeftModel):
+        check_adapter("model", model.active_peft_config)
+    if peft_config is not None:
+        check_adapter("peft_config", peft_config)
+    if not is_loaded:
+        warn_of_changed_base("model", model, peft_config)
     if tokenizer is None:
         tokenizer = load_tokenizer(model.config.name_or_path, trust_remote_code=args.trust_remote_code)
     return model, tokenizer
 
 
-def _position_limit(model: PreTrainedModel | PeftModel) -> int:
+def config_positions(model: PreTrainedModel | PeftModel) -> int:
     """Maximum number of tokens of a sequence that the model supports."""
     text_config = model.config.get_text_config()
-    return getattr(text_config, "max_position_embeddings", None) or sys.maxsize
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:  # -1 in XLNet, which has no limit
+        return sys.maxsize
+    return limit
 
 
 def assemble_roles(
@@ -125,9 +170,10 @@ def assemble_roles(
     reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
     eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
     peft_config: PeftConfig | None = None,
-    value_model: str | PreTrainedModel | None = None,
+    value_model: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Roles, RewardFunctions, RewardFunctions | None]:
-    """Builds policy, reference, reward models and critic. The arguments are those of `PPOTrainer`.
+    """Builds policy, reference, reward models and critic. The arguments are those of `PPOTrainer`, and its tokenizer.
 
     The order matters: the critic may start from a reward model of training, but never from one of evaluation.
 
@@ -141,8 +187,15 @@ def assemble_roles(
     }
     rewards = RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes, **loading)
 
-    if isinstance(value_model, str):
-        value_model = load_value_model(value_model, trust_remote_code=args.trust_remote_code)
+    if value_model is not None:
+        value_model = prepare_value_model(
+            value_model,
+            stack.model,
+            reward_models=rewards.models(),
+            tokenizer=tokenizer,
+            trust_remote_code=args.trust_remote_code,
+        )
+        refuse_router_loss(value_model, "value_model")
     critic = attach_critic(stack, args.critic, value_model=value_model)
     checkpoint_critic(stack, args)
     if critic == "adapter":
@@ -154,15 +207,18 @@ def assemble_roles(
     if args.fp16:
         refuse_fp16_weights(stack.model)
     if args.disable_dropout:
-        disable_dropout_in_model(stack.model)
+        disable_dropout(stack.model)
+        for role in stack.roles.values():
+            if role.model is not None:
+                disable_dropout(role.model)
     return Roles(stack, critic, args), rewards, eval_rewards
 
 
 def load_trainable(
-    name: str, peft_config: PeftConfig | None, **options
+    name: str | Path, peft_config: PeftConfig | None, **options
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a policy for training: in fp32 if the whole model is trained, else in the dtype that suits the machine."""
-    if peft_config is None and adapter_base(name) is None:
+    if peft_config is None and adapter_base(str(name)) is None:
         options["dtype"] = "float32"
     return load_policy(name, is_trainable=True, **options)
 
@@ -171,31 +227,30 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
     """Builds the stack with policy and reference.
 
     A `PeftModel` is trained further, and its reference is a frozen copy of its active adapter (the SFT policy). A base
-    model with `peft_config` gets a new adapter, and its reference is the base model. A base model without `peft_config`
-    is trained as a whole, and its reference is a frozen copy.
+    model with `peft_config` gets a new adapter, and its reference is the base model, or a frozen copy of the new
+    adapter if that computes something already. A base model without `peft_config` is trained as a whole, and its
+    reference is a frozen copy.
 
     Raises:
-        UserError: if `peft_config` is given for a model that already has an adapter.
+        UserError: if `peft_config` is given for a model that already has an adapter, or if the adapter is of a kind
+            that cannot share its base.
     """
+    remember_holder(model)
+    forget_earlier_trainer(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise UserError("peft_config was given, but the model already has an adapter: leave one of them out.")
+        refuse_trained_base("model", model)
+        refuse_unrepeatable("model", model.active_peft_config)
         stack = AdapterStack(model)
         stack.attach("reference", "policy")
     elif peft_config is not None:
-        stack = AdapterStack(get_peft_model(model, peft_config))
-        stack.attach("reference")
+        stack = stack_with_new_adapter(model, peft_config)
     else:
         warn_of_rounded_updates("model", model)
         stack = AdapterStack(model)
-        stack.attach("reference", copy.deepcopy(model).eval())
+        stack.attach("reference", independent_copy(model).eval())
     return stack
-
-
-def load_value_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Loads the model that `critic="model"` starts from: a causal LM or a reward model, in fp32."""
-    task = "reward" if (Path(name) / NORMALIZATION_FILE).is_file() else "causal_lm"
-    return load_base_model(name, task=task, dtype="float32", trust_remote_code=trust_remote_code)
 
 
 def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
@@ -244,20 +299,14 @@ def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None) -> 
     if value_model is None:
         if isinstance(stack.model, PeftModel):
             raise UserError("critic='model' needs value_model if the policy is an adapter: pass value_model.")
-        value_model = copy.deepcopy(stack.model)
-    elif getattr(value_model, "is_quantized", False):
-        raise UserError("value_model: training of a quantized value model is not supported: load it in fp32.")
+        value_model = independent_copy(stack.model)
     else:
         warn_of_rounded_updates("value_model", value_model)
     config = value_model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = 0  # sequence classification needs one for batches; its own pooling is not used
     # A copy of the policy also has copies of the heads and models attached to it, which do not belong to the critic.
-    children = dict(value_model.named_children())
-    for role in stack.roles:
-        for name in (f"{role}_head", f"{role}_model"):
-            if name in children:
-                delattr(value_model, name)
+    remove_earlier_roles(value_model)
     stack.attach("value", value_model, head=_head_for(value_model), trainable=True)
 
 
@@ -272,20 +321,21 @@ def _attach_adapter_critic(stack: AdapterStack) -> None:
             head.load_state_dict({"bias": torch.zeros(1), **reward.head.state_dict()})
     stack.attach("value", source, head=head, trainable=True)
     # The copy may include an adapter on the output embedding, which a critic does not use.
-    for name, parameter in stack.model.get_output_embeddings().named_parameters():
-        if ".value." in f".{name}.":
+    of_critic = {id(parameter) for parameter in stack.parameters("value")}
+    for parameter in stack.model.get_output_embeddings().parameters():
+        if id(parameter) in of_critic:
             parameter.requires_grad_(False)
 
 
 def _attach_head_critic(stack: AdapterStack) -> None:
     head = _head_for(stack.model).to(next(stack.model.parameters()).device)
-    stack.model.add_module("value_head", head)
+    stack.model.add_module("value_head", mark_as_attached(head))
     stack.roles["value"] = Role(stack.roles["policy"].adapter, head=head)
 
 
 def _head_for(model: nn.Module) -> ScalarHead:
     """A value head for the hidden states of the model: with the weights of its score head if it has one, else zeros."""
-    head = ScalarHead(model.config.get_text_config().hidden_size, bias=True)
+    head = ScalarHead(hidden_width(model), bias=True)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     name = head_name(model)
@@ -319,7 +369,7 @@ def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: fl
 def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
     """Turns on gradient checkpointing for a critic that is a separate model, which `Trainer` may not reach."""
     critic = stack.roles["value"].model
-    if critic is None or not args.gradient_checkpointing:
+    if critic is None or not with_possible_checkpointing(args, critic, None).gradient_checkpointing:
         return
     options = dict(args.gradient_checkpointing_kwargs or {})
     # Transformers takes these two as separate arguments.

@@ -1,32 +1,42 @@
 """Options of `PPOTrainer`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from ..compat import BaseConfig
+from ..data.tokenization import UNRENDERABLES
 from ..errors import UserError, renamed_options
+from ..training.best_model import complete_best_metric
+from ..training.optimizers import check_optimizer_names, check_optimizer_options
+from ..training.option_values import check_option_values, check_ranges
+from ..training.refused_options import in_one_line
+from .generation_options import check_generation_kwargs
 from .kl import KL_ESTIMATORS
+from .trainer_options import check_ppo_options
 
 CHOICES = {
     "critic": ("adapter", "head", "model"),
     "kl_placement": ("reward", "loss"),
     "kl_estimator": tuple(KL_ESTIMATORS),
+    "unrenderable": UNRENDERABLES,
     "max_kl_action": ("stop", "raise_kl_coef", "rollback"),
 }
 
 # The valid range of each option.
-AT_LEAST_1 = (
+_AT_LEAST_1 = (
     "max_completion_length",
+    "max_prompt_length",
     "num_ppo_epochs",
     "num_mini_batches",
     "kl_horizon",
     "ptx_batch_size",
     "logprobs_chunk_size",
     "generation_batch_size",
-    "max_tokens_per_batch",
     "max_skipped_steps",
     "warn_every",
 )
-NOT_NEGATIVE = (
+_NOT_NEGATIVE = (
     "ptx_coef",
     "kl_coef",
     "length_target",
@@ -34,24 +44,26 @@ NOT_NEGATIVE = (
     "vf_coef",
     "top_k",
     "missing_eos_penalty",
+    "value_learning_rate",
+    "num_completions_to_print",
 )
-FRACTIONS = ("gamma", "gae_lambda", "top_p")
-_NO_LIMIT = ", got {}: set it to None for no limit."
-POSITIVE = {
-    "clip_range": ", got {}.",
-    "top_p": ", got {}.",
-    "temperature": ", got {}: PPO needs sampled completions, so greedy decoding is not supported.",
-    "kl_target": " nats, got {}: leave it out for a fixed kl_coef.",
+_FRACTIONS = ("gamma", "gae_lambda", "top_p")
+_NO_LIMIT = "set it to None for no limit"
+_LIMITS = {
     "max_kl": _NO_LIMIT,
     "early_stop_kl": _NO_LIMIT,
-    "importance_sampling_cap": ", got {}: choose a large number for no limit.",
+    "importance_sampling_cap": "choose a large number for no limit",
     "reward_clip": _NO_LIMIT,
     "value_clip_range": _NO_LIMIT,
 }
-"""Option -> the end of the message after "must be positive"; `{}` stands for the value."""
-
-OWN_SAMPLING_OPTIONS = {"max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"}
-"""Keys that `generation_kwargs` must not contain, as each has an option of its own."""
+_POSITIVE = {
+    "clip_range": "",
+    "top_p": "",
+    "temperature": "PPO needs sampled completions, so greedy decoding is not supported",
+    "kl_target": "leave it out for a fixed kl_coef",
+    **_LIMITS,
+}
+"""Option -> the remedy."""
 
 RENAMED_OPTIONS = {"target_kl": "early_stop_kl", "mixed_pass": "joint_scoring"}
 """Options of version 0.1.0 that have a new name: old -> new. Using an old name is an error that states the new one."""
@@ -100,6 +112,16 @@ class PPOConfig(BaseConfig):
         },
     )
 
+    check_first_rollout: bool = field(
+        default=True,
+        metadata={
+            "help": "Check the first rollout of a new run: the log-probabilities of training equal those of the "
+            "rollout, the sampler samples from the policy that is scored, and the KL to the reference is 0 where the "
+            "reference is the policy at the start. If they differ by more than rounding explains, the run stops with "
+            "an error that names the usual causes."
+        },
+    )
+
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code from the repository of a model, as in Transformers."}
     )
@@ -111,7 +133,8 @@ class PPOConfig(BaseConfig):
         },
     )
 
-    # Rollouts
+    # ---- Rollouts ----
+
     max_completion_length: int = field(
         default=256, metadata={"help": "Maximum length of a completion in tokens, including the stop token."}
     )
@@ -120,6 +143,15 @@ class PPOConfig(BaseConfig):
         metadata={
             "help": "Maximum length of a prompt in tokens. A longer prompt is an error that names its row. If `None`, "
             "only the number of positions of the model limits it."
+        },
+    )
+    unrenderable: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row that the chat template cannot render, such as one with a system message for "
+            "a template that takes none. `error`: stop with an error that names the row. `drop`: leave the row out; "
+            "such rows are counted and logged.",
+            "choices": list(UNRENDERABLES),
         },
     )
     temperature: float = field(
@@ -139,7 +171,8 @@ class PPOConfig(BaseConfig):
     generation_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further fields of `GenerationConfig` for sampling, as a dict. If `None`, no further fields."
+            "help": "Further fields of `GenerationConfig` for sampling, as a dict, such as `min_p`, `min_new_tokens` "
+            "or `stop_strings`. If `None`, no further fields."
         },
     )
     stop_token_ids: list[int] | None = field(
@@ -164,7 +197,8 @@ class PPOConfig(BaseConfig):
         },
     )
 
-    # Rewards
+    # ---- Rewards ----
+
     reward_weights: list[float] | None = field(
         default=None,
         metadata={
@@ -204,7 +238,8 @@ class PPOConfig(BaseConfig):
         default=0, metadata={"help": "Length of a completion in tokens up to which `length_penalty` does not apply."}
     )
 
-    # KL penalty
+    # ---- KL penalty ----
+
     kl_coef: float = field(
         default=0.05,
         metadata={
@@ -269,7 +304,8 @@ class PPOConfig(BaseConfig):
         },
     )
 
-    # PPO
+    # ---- PPO ----
+
     num_ppo_epochs: int = field(default=4, metadata={"help": "Number of passes over each rollout."})
     num_mini_batches: int = field(
         default=1, metadata={"help": "Number of mini-batches per pass over a rollout, each of them one optimizer step."}
@@ -329,7 +365,8 @@ class PPOConfig(BaseConfig):
         default=2.0, metadata={"help": "Maximum of the weights of `importance_sampling_correction`."}
     )
 
-    # Memory and guards
+    # ---- Memory and guards ----
+
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -363,7 +400,8 @@ class PPOConfig(BaseConfig):
         },
     )
 
-    # Logging
+    # ---- Logging ----
+
     log_completions: bool = field(default=False, metadata={"help": "Print a sample of completions at each log."})
     num_completions_to_print: int = field(
         default=4, metadata={"help": "Number of completions that `log_completions` prints."}
@@ -372,43 +410,45 @@ class PPOConfig(BaseConfig):
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = "objective/scores"  # Transformers would take a loss
-        if self.greater_is_better is None and "objective/kl" in (self.metric_for_best_model or ""):
-            self.greater_is_better = False
-        super().__post_init__()
-        self._check_ranges()
-        self._check_trainer_options()
+        check_option_values(self, _LIMITS)
+        check_optimizer_names(self)
+        complete_best_metric(self, default="objective/scores")
+        with in_one_line():
+            super().__post_init__()
+        check_optimizer_options(self)
+        check_ranges(self, at_least_1=_AT_LEAST_1, not_negative=_NOT_NEGATIVE, fractions=_FRACTIONS, positive=_POSITIVE)
+        self._check_choices()
+        self._read_stop_tokens()
+        check_ppo_options(self)
         self._check_combinations()
 
-    def _check_ranges(self) -> None:
-        for name in AT_LEAST_1:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} must not be negative, got {value}.")
-        for name in FRACTIONS:
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} must be between 0 and 1, got {value}.")
-        for name, remedy in POSITIVE.items():
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be positive{remedy.format(value)}")
+    def _check_choices(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in (None, *allowed):
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
-    def _check_combinations(self) -> None:
-        clashes = OWN_SAMPLING_OPTIONS & set(self.generation_kwargs or ())
-        if clashes:
+    def _read_stop_tokens(self) -> None:
+        """Makes `stop_token_ids` a list, also of one id."""
+        given = self.stop_token_ids
+        if given is None:
+            return
+        ids = list(given) if isinstance(given, Iterable) else [given]
+        if any(not isinstance(token_id, Integral) for token_id in ids):
             raise UserError(
-                f"generation_kwargs: {sorted(clashes)[0]} has an option of its own in PPOConfig: set that option."
+                f"stop_token_ids must be a list of token ids, got {given!r}: take those of tokens from "
+                "processing_class.convert_tokens_to_ids, or set stop_strings in generation_kwargs."
             )
+        self.stop_token_ids = [int(token_id) for token_id in ids]
+
+    def _check_combinations(self) -> None:
+        if self.generation_kwargs is not None:
+            if not isinstance(self.generation_kwargs, dict):
+                raise UserError(
+                    f"generation_kwargs: {self.generation_kwargs!r} is not a dict of fields of GenerationConfig: write "
+                    "it as in '{\"min_p\": 0.1}'."
+                )
+            check_generation_kwargs(self.generation_kwargs, self.device.type)
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError(
                 "kl_coef must be positive when kl_target is set, as it is adapted by multiplication: set kl_coef."
@@ -418,16 +458,10 @@ class PPOConfig(BaseConfig):
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
 
-    def _check_trainer_options(self) -> None:
-        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-            if getattr(self, name) == "epoch":
-                steps = name.replace("strategy", "steps")
-                raise UserError(f"{name}='epoch' is not supported by PPO: set {name}='steps' and {steps}.")
-        if self.metric_for_best_model in ("loss", "eval_loss"):
-            raise UserError(
-                f"metric_for_best_model={self.metric_for_best_model!r}: PPO's evaluation has no loss: choose "
-                "objective/scores, or rewards/NAME/mean of a reward function."
-            )
+    @property
+    def prompt_seed(self) -> int:
+        """Seed of the order of prompts and of the texts of PPO-ptx."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def estimator(self) -> str:

@@ -3,9 +3,11 @@
 An engine depends only on a policy and token ids, so that PPO, best-of-n sampling and other code can use the same one.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,9 +15,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..modeling.adapters import evaluating, merged_adapter, mixed_precision
+from ..modeling.adapters import bare_model, merged_adapter, mixed_precision
 from ..modeling.logprobs import contiguous_head_inputs
+from ..modeling.padding import reads_left_padding
+from ..modeling.probing import evaluating
 from .config import PPOConfig
+from .generation_options import check_generation_kwargs, check_ids_in_vocabulary
+from .stopping import StopAtStrings, StopStrings, cut_at_stop
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
@@ -45,6 +53,8 @@ class Sampling:
         top_k: number of most probable tokens to sample from, as in Transformers; 0 samples from all tokens.
         batch_size: number of prompts per generation batch, which are of similar length; `None` means one batch.
         further: further fields of `GenerationConfig`.
+        stop_strings: strings that end a completion, see `StopStrings`. They need `tokenizer`.
+        tokenizer: tokenizer that decodes completions to find `stop_strings`.
     """
 
     max_new_tokens: int
@@ -55,6 +65,30 @@ class Sampling:
     top_k: int = 0
     batch_size: int | None = None
     further: dict[str, Any] = field(default_factory=dict)
+    stop_strings: str | Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.stop_strings and self.tokenizer is None:
+            raise UserError("Sampling: stop_strings need the tokenizer that decodes completions: pass tokenizer too.")
+
+    @cached_property
+    def string_stops(self) -> StopStrings | None:
+        """Finds the stop strings in completions; `None` if there are none."""
+        return StopStrings(self.stop_strings, self.tokenizer) if self.stop_strings else None
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """The tokens of a completion up to its end: its first stop token or the token that completes a stop string."""
+        ids = cut_at_stop(ids, set(self.stop_ids))
+        if self.string_stops is None:
+            return ids
+        return ids[: self.string_stops.end(ids)]  # all of them if there is no stop string
+
+    def is_stopped(self, ids: list[int]) -> bool:
+        """Whether a completion has a stop token or a stop string at its end, rather than the maximum length."""
+        if ids[-1] in self.stop_ids:
+            return True
+        return self.string_stops is not None and self.string_stops.is_complete(ids)
 
 
 def sampling_of(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Sampling:
@@ -64,16 +98,25 @@ def sampling_of(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: PreT
         args: options of the run.
         tokenizer: tokenizer of the policy.
         model: the policy, whose generation config may name more stop tokens.
+
+    Raises:
+        UserError: if an option names a token that the policy does not have.
     """
+    further = dict(args.generation_kwargs or {})
+    stop_ids = stop_token_ids(tokenizer, model, args.stop_token_ids)
+    vocabulary = model.config.get_text_config().vocab_size
+    check_ids_in_vocabulary(further, vocabulary)
     return Sampling(
         max_new_tokens=args.max_completion_length,
-        stop_ids=stop_token_ids(tokenizer, model, args.stop_token_ids),
+        stop_ids=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         batch_size=args.generation_batch_size,
-        further=dict(args.generation_kwargs or {}),
+        stop_strings=further.pop("stop_strings", None) or (),
+        tokenizer=tokenizer,
+        further=further,
     )
 
 
@@ -115,9 +158,12 @@ class TransformersEngine:
         self.merge = merge
         self.autocast = autocast
         self.policy: nn.Module | None = None
+        self._reads_padding: bool | None = None  # of this policy; `None` until the first batch that needs padding
 
     def sync(self, policy: nn.Module) -> None:
         """Keeps a reference to the policy. No weights are copied."""
+        if policy is not self.policy:
+            self._reads_padding = None
         self.policy = policy
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Samples:
@@ -129,6 +175,8 @@ class TransformersEngine:
         if self.policy is None:
             raise UserError("TransformersEngine.generate: there is no policy: call sync(policy) first.")
         prompts = [ids for ids in prompt_ids for _ in range(n)]
+        check_generation_kwargs(sampling.further)
+        further = {name: value for name, value in sampling.further.items() if value is not None}
         config = sampling_config(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -136,13 +184,9 @@ class TransformersEngine:
             top_k=sampling.top_k,
             stop_ids=list(sampling.stop_ids),
             pad_token_id=sampling.pad_token_id,
-            **sampling.further,
+            **further,
         )
         batch_size = sampling.batch_size or len(prompts)
-        order = list(range(len(prompts)))
-        if batch_size < len(prompts):
-            order.sort(key=lambda row: -len(prompts[row]))  # prompts of similar length per batch: less padding
-
         ids: list[list[int]] = [[]] * len(prompts)
         logprobs: list[list[float]] = [[]] * len(prompts)
         with (
@@ -150,15 +194,56 @@ class TransformersEngine:
             merged_adapter(self.policy, enabled=self.merge),
             mixed_precision(self.policy, self.autocast),
         ):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for rows in self._batches(prompts, batch_size, config):
                 completions, drawn = generate_completions(
-                    self.policy, [prompts[row] for row in rows], config, next(self.policy.parameters()).device
+                    self.policy,
+                    [prompts[row] for row in rows],
+                    config,
+                    next(self.policy.parameters()).device,
+                    sampling.string_stops,
                 )
                 for row, completion, row_logprobs in zip(rows, completions, drawn, strict=True):
                     ids[row] = completion
                     logprobs[row] = row_logprobs
         return Samples(ids, logprobs)
+
+    def _batches(self, prompts: list[list[int]], batch_size: int, config: GenerationConfig) -> list[list[int]]:
+        """The rows of each batch: of equal length if the policy reads padding, else of similar length."""
+        lengths = [len(ids) for ids in prompts]
+        order = list(range(len(prompts)))
+        if batch_size < len(prompts):
+            order.sort(key=lambda row: -lengths[row])  # prompts of similar length per batch: less padding
+        if len(set(lengths)) == 1 or not self._must_not_pad(prompts, config):
+            return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+        order.sort(key=lambda row: -lengths[row])
+        batches: list[list[int]] = []
+        for row in order:
+            if batches and len(batches[-1]) < batch_size and lengths[batches[-1][0]] == lengths[row]:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+    def _must_not_pad(self, prompts: list[list[int]], config: GenerationConfig) -> bool:
+        """Whether padding changes what the policy computes. It is tested once per policy, with the shortest prompt."""
+        if self._reads_padding is None:
+            # The model's own config could force the first token, as that of BART forces the last one.
+            with generation_config_of(self.policy, config):
+                self._reads_padding = reads_left_padding(
+                    self.policy,
+                    min(prompts, key=len),
+                    config,
+                    width=max(len(ids) for ids in prompts),
+                    dtype=self.autocast or next(self.policy.parameters()).dtype,
+                )
+            if self._reads_padding:
+                logger.warning(
+                    "%s reads the padding of shorter prompts: completions are sampled in batches of prompts of equal "
+                    "length, which is slower.",
+                    type(bare_model(self.policy)).__name__,
+                )
+        return self._reads_padding
 
 
 def stop_token_ids(
@@ -222,13 +307,11 @@ def sampling_config(
         further: further fields of `GenerationConfig`.
 
     Raises:
-        UserError: if `further` asks for greedy decoding, beams or several sequences per prompt.
+        UserError: if `further` has a field or a value that sampling does not use, such as beams.
     """
-    for name in ("do_sample", "num_beams", "num_return_sequences"):
-        if further.get(name, _NEUTRAL[name]) != _NEUTRAL[name]:
-            raise UserError(
-                f"generation_kwargs: {name}={further[name]} is not supported: PPO samples one completion per prompt."
-            )
+    if further.get("stop_strings"):
+        raise UserError("Sampling: stop_strings are not found in `further`: pass stop_strings and tokenizer.")
+    check_generation_kwargs(further)
     options = {
         **_NEUTRAL,
         "max_new_tokens": max_new_tokens,
@@ -295,18 +378,23 @@ class SampledLogprobs(LogitsProcessor):
 
 @torch.no_grad()
 def generate_completions(
-    model: PreTrainedModel, prompt_ids: list[list[int]], config: GenerationConfig, device: torch.device
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    config: GenerationConfig,
+    device: torch.device,
+    stop_strings: StopStrings | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples one completion per prompt with `model.generate`.
 
-    A completion ends with its first stop token or at `max_new_tokens`. The pad id is not used to find its end, so the
-    pad token may be a stop token.
+    A completion ends with its first stop token, with the token that completes a stop string, or at `max_new_tokens`.
+    The pad id is not used to find its end, so the pad token may be a stop token.
 
     Args:
         model: the policy.
         prompt_ids: token ids of each prompt. They are padded on the left.
         config: a complete generation config, see `sampling_config`.
         device: where to generate.
+        stop_strings: strings that end a completion; `None` for none.
 
     Returns:
         The token ids of each completion, and the log-probability of each of these tokens in nats, under the
@@ -333,18 +421,13 @@ def generate_completions(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=config,
+            stopping_criteria=None if stop_strings is None else [StopAtStrings(stop_strings, width)],
             custom_generate=sample,
         )
     generated = output[:, width:]
     stops = set(config.eos_token_id)
     completions = [cut_at_stop(row, stops) for row in generated.tolist()]
+    if stop_strings is not None:
+        completions = [ids[: stop_strings.end(ids)] for ids in completions]
     logprobs = recorder.logprobs(generated).tolist()
     return completions, [row[: len(ids)] for row, ids in zip(logprobs, completions, strict=True)]
-
-
-def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """Cuts `ids` after the first stop token; returns all ids if there is none."""
-    for position, token in enumerate(ids):
-        if token in stops:
-            return ids[: position + 1]
-    return ids

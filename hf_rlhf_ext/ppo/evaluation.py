@@ -9,10 +9,18 @@ import torch
 from transformers import TrainerState
 
 from ..data.text import decode_completion
+from ..modeling.probing import unchanged_random_state
+from ..reward.ensemble import RewardEnsemble
+from ..reward.scorer import RewardScorer
+from .config import PPOConfig
 from .experience import SamplingTools
 from .kl import kl_k1, kl_k3
+from .meter import metric_logger
 from .prompts import Prompts
 from .rewards import RewardFunctions, extra_columns, score_completions
+
+METRIC_FAMILIES = ("objective/", "completions/")
+"""Prefixes of metrics of evaluations that no reward function logs."""
 
 
 @dataclass
@@ -92,7 +100,7 @@ class Evaluator:
         rows: list[EvaluatedCompletion] = []
         own = self.ranks.block(len(prompts))
         self.tools.sync()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with unchanged_random_state(device):
             torch.manual_seed((self.args.seed if seed is None else seed) + self.ranks.index)
             size = self.args.per_device_eval_batch_size
             for start in range(0, len(own), size):
@@ -141,6 +149,10 @@ class Evaluator:
         logged: dict[str, list[float]] = defaultdict(list)
         further, log_extra = extra_columns(len(examples))
         judged = _Judged(further=further)
+        names = list(self.rewards.names)
+        if self.eval_rewards is not None:
+            names += self.eval_rewards.names
+        log_metric = metric_logger(lambda name, value: logged[name].append(value), names)
         for rewards in (self.rewards, self.eval_rewards):
             if rewards is None:
                 continue
@@ -151,7 +163,7 @@ class Evaluator:
                 completion_ids,
                 prompt_ids,
                 trainer_state=trainer_state,
-                log_metric=lambda name, value: logged[name].append(value),
+                log_metric=log_metric,
                 log_extra=log_extra,
             ).per_func
             for i, name in enumerate(rewards.names):
@@ -176,6 +188,32 @@ class Evaluator:
             return None
         sequences = self.tools.pack([row.prompt_ids for row in checked], [row.completion_ids for row in checked])
         return self.tools.roles.exact_kl(sequences) / len(checked)
+
+
+def metric_names(rewards: RewardFunctions, eval_rewards: RewardFunctions | None, args: PPOConfig) -> list[str]:
+    """The names of the metrics of every evaluation, without what reward functions log.
+
+    Args:
+        rewards: the reward functions of training.
+        eval_rewards: reward functions that only evaluation uses; `None` for none.
+        args: the options.
+    """
+    names = ["objective/scores", "objective/scores_std", "objective/kl", "objective/kl_k3"]
+    names += ["completions/mean_length", "completions/stopped_frac", "runtime"]
+    if args.exact_kl_rows:
+        names.append("objective/kl_exact")
+    functions = list(rewards.names)
+    if eval_rewards is not None:
+        functions += eval_rewards.names
+    for name in functions:
+        names += [f"rewards/{name}/mean", f"rewards/{name}/std"]
+    return names
+
+
+def may_log_more(rewards: RewardFunctions, eval_rewards: RewardFunctions | None) -> bool:
+    """Whether there is a function that may log further metrics; reward models log none."""
+    functions = [*rewards.funcs, *(eval_rewards.funcs if eval_rewards is not None else [])]
+    return any(not isinstance(function, RewardScorer | RewardEnsemble) for function in functions)
 
 
 def summarize(rows: list[EvaluatedCompletion]) -> dict[str, float]:

@@ -7,11 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..data.text import decode_completion
+from ..modeling.embeddings import n_rows
 from .advantages import explained_variance, generalized_advantages, token_rewards, whiten
 from .config import PPOConfig
 from .engine import RolloutEngine, Samples, Sampling
+from .engine_check import check_engine, checked_samples
 from .kl import KL_ESTIMATORS, kl_k1, kl_k3
 from .losses import importance_weights, masked_mean
+from .meter import metric_logger
 from .prompts import Prompts, prompt_indices
 from .ranks import Ranks
 from .rewards import RewardFunctions, extra_columns, score_completions
@@ -82,21 +85,30 @@ class SamplingTools:
     args: PPOConfig
     ranks: Ranks
 
+    def __post_init__(self):
+        check_engine(self.engine)
+
     def sync(self) -> None:
         """Updates the engine to the current policy. Call it once before several `sample` calls, as it may be slow."""
         self.engine.sync(self.roles.policy)
 
     def sample(self, prompt_ids: list[list[int]]) -> Samples:
-        """Samples one completion per prompt from the policy at the last `sync`."""
-        return self.engine.generate(prompt_ids, self.sampling)
+        """Samples one completion per prompt from the policy at the last `sync`.
+
+        Raises:
+            UserError: if the engine returns something that is not usable, see `checked_samples`.
+        """
+        samples = self.engine.generate(prompt_ids, self.sampling)
+        token_rows = n_rows(self.roles.policy)
+        return checked_samples(samples, prompt_ids, self.sampling, token_rows=token_rows, engine=self.engine)
 
     def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Sequences:
         """Prompts and completions as one batch on the device of this process."""
         return pack_sequences(prompt_ids, completion_ids, self.tokenizer.pad_token_id, self.ranks.device)
 
     def is_stopped(self, completion_ids: list[int]) -> bool:
-        """Whether a completion ends with a stop token, rather than at the maximum length."""
-        return completion_ids[-1] in self.sampling.stop_ids
+        """Whether a completion ends with a stop token or a stop string, rather than at the maximum length."""
+        return self.sampling.is_stopped(completion_ids)
 
 
 class ExperienceMaker:
@@ -181,13 +193,20 @@ class ExperienceMaker:
             moments=shaped.moments,
             logged=judged.logged,
             completions=judged.table,
+            sampled_logprobs=sampled.sampled_logprobs,
         )
 
     def _sample(self, index: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
         """The completions of this process, with their scores and what each role computes for their tokens."""
         ranks = self.ranks
         size = self.args.rollout_size * ranks.count
-        rows = prompt_indices(index, size, len(self.prompts), self.args.seed)
+        rows = prompt_indices(
+            index,
+            size,
+            len(self.prompts),
+            self.args.prompt_seed,
+            shuffled=self.args.train_sampling_strategy == "random",
+        )
         own_rows = [rows[k] for k in ranks.block(size)]
         examples, prompt_ids = self.prompts.rows(own_rows)
 
@@ -203,7 +222,7 @@ class ExperienceMaker:
             samples.ids,
             prompt_ids,
             trainer_state=trainer_state,
-            log_metric=lambda name, value: logged.append((name, value)),
+            log_metric=metric_logger(lambda name, value: logged.append((name, value)), self.rewards.names),
             log_extra=log_extra,
         ).to(ranks.device)
 

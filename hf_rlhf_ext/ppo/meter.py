@@ -1,10 +1,65 @@
 """Means of metrics between two logs, over all processes."""
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError
 from .ranks import Ranks
+
+OWN_METRICS = frozenset(
+    (
+        *("loss", "grad_norm", "value_grad_norm", "learning_rate", "lr_value", "epoch", "step", "episode", "runtime"),
+        *("objective/kl", "objective/kl_k3", "objective/kl_exact", "objective/kl_coef", "objective/entropy"),
+        *("objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/non_score_reward"),
+        *("policy/entropy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/kl_loss"),
+        *("policy/stopped_early", "loss/policy_avg", "loss/value_avg", "loss/ptx", "guards/skipped_steps"),
+        *("val/ratio", "val/clipfrac_avg", "val/explained_variance", "val/num_eos_tokens"),
+        *("completions/mean_length", "completions/stopped_frac"),
+        *("sampling/logprob_mismatch", "rewards/clipped_frac"),
+    )
+)
+"""Names of the metrics that the trainer logs, besides those of each reward function."""
+
+
+def metric_logger(record: Callable[[str, Any], None], function_names: Iterable[str]) -> Callable[[str, Any], None]:
+    """Makes the `log_metric(name, value)` that reward functions get.
+
+    Args:
+        record: called with the name and the value of each metric that is usable.
+        function_names: names of the reward functions, which have metrics of their own.
+
+    Returns:
+        The function. It raises `UserError` for the name of a metric of the trainer, which would be mixed with it, and
+        for a value that is not a number.
+    """
+    taken = set(OWN_METRICS)
+    for function in function_names:
+        taken |= {f"rewards/{function}/mean", f"rewards/{function}/std"}
+
+    def log_metric(name: str, value: Any) -> None:
+        if not isinstance(name, str):
+            raise UserError(f"log_metric({name!r}): the name of a metric is text: give a string.")
+        if name in taken:
+            mine = name.replace("/", "_")
+            raise UserError(
+                f"log_metric({name!r}): the trainer logs a metric of this name: give yours another, such as my/{mine}."
+            )
+        if not _is_number(value):
+            raise UserError(f"log_metric({name!r}): the value is a {type(value).__name__}: give one number.")
+        record(name, value)
+
+    return log_metric
+
+
+def _is_number(value: Any) -> bool:
+    """True for a number, and for a tensor or an array with one element."""
+    if isinstance(value, Real):
+        return True
+    return hasattr(value, "ndim") and getattr(value, "nbytes", 0) == getattr(value, "itemsize", None)
 
 
 class Meter:

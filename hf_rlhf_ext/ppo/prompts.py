@@ -6,46 +6,28 @@ import math
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ..data.json_columns import RowsWithoutFill
+from ..data.media import refuse_media_columns
 from ..data.schema import LoadReport
 from ..data.templates import TEMPLATE_COLUMNS, template_options
-from ..data.text import Unrenderable, check_tokenizer, encode_generation_prompt, is_messages
+from ..data.text import Unrenderable, check_tokenizer, encode_generation_prompt, is_messages, refused_row
 from ..errors import UserError
+from ..modeling.vocabulary import check_token_ids
 from .config import PPOConfig
+from .generation_options import SAMPLING_OPTIONS
 
 logger = logging.getLogger(__name__)
-
-SAMPLING_OPTIONS = {
-    "repetition_penalty": 1,
-    "typical_p": 1,
-    "guidance_scale": 1,
-    "min_p": 0,
-    "top_h": None,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "sequence_bias": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "watermarking_config": None,
-}
-"""Fields of `GenerationConfig` that change the distribution of tokens, each with the value that has no effect."""
 
 
 class Prompts:
     """The rows of a dataset with the token ids of their prompts.
 
-    Rows that the chat template cannot render are dropped, with a warning that names them and the reason.
+    Rows that the chat template cannot render are refused, or with `unrenderable="drop"` dropped with a warning that
+    names them and the reason.
 
     Args:
         dataset: dataset with a column `prompt`, and optionally `tools` and `chat_template_kwargs`, which the chat
@@ -53,10 +35,12 @@ class Prompts:
         tokenizer: tokenizer of the policy.
         args: options of the run.
         split: `train` or `eval`, for error messages.
+        token_rows: number of tokens for which the policy has an embedding.
         max_positions: maximum number of tokens of a sequence that the policy supports.
+        name: name of the dataset in error messages. `None` means `train_dataset` or `eval_dataset`.
 
     Raises:
-        UserError: if a prompt is not usable; the message names split and row.
+        UserError: if a prompt is not usable; the message names dataset and row.
     """
 
     def __init__(
@@ -66,14 +50,19 @@ class Prompts:
         args: PPOConfig,
         *,
         split: str,
+        token_rows: int,
         max_positions: int,
+        name: str | None = None,
     ):
-        encoded = encode_prompts(dataset, tokenizer, args, split, max_positions)
+        name = name or f"{split}_dataset"
+        encoded = encode_prompts(dataset, tokenizer, args, name, max_positions)
         kept = [row for row, ids in enumerate(encoded) if ids is not None]
         if len(kept) < len(encoded):
             dataset = dataset.select(kept)
         self._rows = RowsWithoutFill(dataset)
         self._encoded = [encoded[row] for row in kept]
+        for row in kept:
+            check_token_ids(f"{name} row {row}: `prompt`", encoded[row], tokenizer, token_rows)
 
     def __len__(self) -> int:
         return len(self._encoded)
@@ -91,30 +80,38 @@ class Prompts:
 
 
 def encode_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, split: str, max_positions: int
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, name: str, max_positions: int
 ) -> list[list[int] | None]:
-    """Checks the dataset and tokenizes its prompts; raises `UserError` with split and row. See `Prompts`.
+    """Checks the dataset and tokenizes its prompts; raises `UserError` with its name and the row. See `Prompts`.
 
     Returns:
-        The token ids of each prompt, or `None` for a prompt that the chat template cannot render.
+        The token ids of each prompt, or `None` for a prompt that the chat template cannot render and that is dropped.
     """
-    _check_dataset(dataset, split)
+    _check_dataset(dataset, name)
+    refuse_media_columns(dataset, where=name)
     check_tokenizer(tokenizer, needs_chat_template=is_messages(dataset[0]["prompt"]))
     room = max_positions - args.max_completion_length
+    if room < 1:
+        raise UserError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt, as the policy has "
+            f"{max_positions} positions: set it to fewer than these, minus the tokens of the longest prompt."
+        )
     limit = room
     if args.max_prompt_length is not None:
         limit = min(room, args.max_prompt_length)
     encoded: list[list[int] | None] = []
-    report = LoadReport(source=f"{split}_dataset", rows_in=len(dataset), kept=len(dataset))
+    report = LoadReport(source=name, rows_in=len(dataset), kept=len(dataset))
     columns = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]
     for row, example in enumerate(RowsWithoutFill(dataset.select_columns(columns))):
         prompt = example["prompt"]
-        where = f"{split}_dataset row {row}"
+        where = f"{name} row {row}"
         if not isinstance(prompt, str) and not is_messages(prompt):
             raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages: fix or drop the row.")
         try:
             ids = encode_generation_prompt(tokenizer, prompt, template_options(example))
         except Unrenderable as error:
+            if args.unrenderable == "error":
+                raise refused_row(where, error.reason) from error
             report.drop(error.reason, row)
             report.kept -= 1
             encoded.append(None)
@@ -137,18 +134,14 @@ def encode_prompts(
     return encoded
 
 
-def _check_dataset(dataset: Dataset, split: str) -> None:
-    if isinstance(dataset, IterableDataset):
-        raise UserError(f"{split}_dataset is streamed, which PPO does not support: pass a `datasets.Dataset`.")
+def _check_dataset(dataset: Dataset, name: str) -> None:
     if "prompt" not in dataset.column_names:
-        raise UserError(
-            f"{split}_dataset has no column 'prompt', only {dataset.column_names}: rename yours to 'prompt'."
-        )
+        raise UserError(f"{name} has no column 'prompt', only {dataset.column_names}: rename yours to 'prompt'.")
     if len(dataset) == 0:
-        raise UserError(f"{split}_dataset is empty: PPO needs at least one prompt.")
+        raise UserError(f"{name} is empty: PPO needs at least one prompt.")
 
 
-def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[int]:
+def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int, *, shuffled: bool = True) -> list[int]:
     """Rows of the prompts of one rollout.
 
     They depend only on the number of the rollout and the seed, so that a resumed run gets the same prompts. Each pass
@@ -159,6 +152,7 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[i
         size: number of completions per rollout, over all processes.
         n_prompts: number of prompts in the dataset.
         seed: seed of the permutations.
+        shuffled: whether each pass has a permutation; if not, the rows are in the order of the dataset.
 
     Returns:
         `size` indices of rows.
@@ -167,6 +161,9 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[i
     permutations: dict[int, list[int]] = {}
     for position in range(rollout * size, (rollout + 1) * size):
         epoch, offset = divmod(position, n_prompts)
+        if not shuffled:
+            rows.append(offset)
+            continue
         if epoch not in permutations:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             permutations[epoch] = torch.randperm(n_prompts, generator=generator).tolist()
@@ -174,10 +171,8 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int) -> list[i
     return rows
 
 
-def warn_of_other_sampling(args: PPOConfig) -> None:
-    """Logs a warning if completions are not sampled from the distribution whose log-probabilities PPO uses."""
-    if args.importance_sampling_correction:
-        return
+def other_sampling(args: PPOConfig) -> list[str]:
+    """The options that change the distribution of sampled tokens, each as `name=value`."""
     changed = []
     if args.top_k:
         changed.append(f"top_k={args.top_k}")
@@ -188,24 +183,19 @@ def warn_of_other_sampling(args: PPOConfig) -> None:
         value = generation_kwargs.get(name)
         if value is not None and value != neutral:
             changed.append(f"{name}={value}")
+    return changed
+
+
+def warn_of_other_sampling(args: PPOConfig) -> None:
+    """Logs a warning if completions are not sampled from the distribution whose log-probabilities PPO uses."""
+    if args.importance_sampling_correction:
+        return
+    changed = other_sampling(args)
     if changed:
         logger.warning(
             "%s: tokens are sampled from another distribution than the one that is scored (the metric "
             "sampling/logprob_mismatch shows the difference): leave it out, or set importance_sampling_correction.",
             ", ".join(changed),
-        )
-
-
-def check_best_metric(args: PPOConfig, eval_dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raises `UserError` if there are several evaluation sets and `metric_for_best_model` names none of them."""
-    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
-    if not chosen or not isinstance(eval_dataset, dict):
-        return
-    prefixes = tuple(f"{name}_" for name in eval_dataset)
-    if not chosen.startswith(prefixes):
-        first = next(iter(eval_dataset))
-        raise UserError(
-            f"metric_for_best_model: eval_dataset has several sets: add the name of one, as in {first}_{chosen}."
         )
 
 

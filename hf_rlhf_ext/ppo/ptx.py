@@ -10,8 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from ..data.json_columns import without_arrow_fill
 from ..data.schema import LoadReport
 from ..data.templates import template_options
-from ..data.text import Unrenderable, encode_completion, encode_prompt, is_messages, without_second_start
+from ..data.text import (
+    Unrenderable,
+    encode_completion,
+    encode_prompt,
+    is_messages,
+    refused_row,
+    without_second_start,
+)
 from ..errors import UserError
+from ..modeling.vocabulary import check_token_ids
 from .batching import budget_chunks
 from .config import PPOConfig
 from .prompts import prompt_indices
@@ -43,6 +51,7 @@ class PTXTexts:
         dataset: rows with `text`, with `prompt` and `completion`, or with `messages`; `None` means no texts.
         tokenizer: tokenizer of the policy.
         args: options of the run.
+        token_rows: number of tokens for which the policy has an embedding.
         max_positions: longer texts are cut to this number of tokens.
 
     Raises:
@@ -50,14 +59,22 @@ class PTXTexts:
     """
 
     def __init__(
-        self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, *, max_positions: int
+        self,
+        dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PPOConfig,
+        *,
+        token_rows: int,
+        max_positions: int,
     ):
         if (dataset is None) != (args.ptx_coef == 0):
             raise UserError("PPO-ptx needs both ptx_dataset and ptx_coef above 0: set both, or neither.")
         self._pad_token_id = tokenizer.pad_token_id
         self._texts: list[tuple[list[int], list[int]]] = []
         if dataset is not None:
-            self._texts = encode_texts(dataset, tokenizer, max_positions)
+            self._texts = encode_texts(dataset, tokenizer, max_positions, unrenderable=args.unrenderable)
+        for context, targets in self._texts:
+            check_token_ids("ptx_dataset: a text", [*context, *targets], tokenizer, token_rows)
 
     def batches(self, step: int, args: PPOConfig, ranks: Ranks) -> list[TextBatch]:
         """The texts of this process for an optimizer step. They depend only on the step and the seed."""
@@ -65,7 +82,7 @@ class PTXTexts:
             return []
         size = (args.ptx_batch_size or args.minibatch_size) * ranks.count
         # Selected like prompts, so that a resumed run gets the same texts as an uninterrupted one.
-        texts = [self._texts[row] for row in prompt_indices(step, size, len(self._texts), args.seed)]
+        texts = [self._texts[row] for row in prompt_indices(step, size, len(self._texts), args.prompt_seed)]
         n_tokens = sum(len(targets) for _, targets in texts)
         own = ranks.share(texts)
         chunks = budget_chunks(
@@ -96,7 +113,7 @@ def text_loss(logprobs: Tensor, n_tokens: int) -> Tensor:
 
 
 def encode_texts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_positions: int
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_positions: int, *, unrenderable: str = "drop"
 ) -> list[tuple[list[int], list[int]]]:
     """Tokenizes texts.
 
@@ -105,6 +122,7 @@ def encode_texts(
             `messages` that end with a message of the assistant (the tokens of the completion are targets).
         tokenizer: tokenizer of the policy.
         max_positions: longer texts are cut to this number of tokens.
+        unrenderable: `error` refuses a row that the chat template cannot render, `drop` leaves it out with a warning.
 
     Returns:
         The context ids and target ids of each row.
@@ -124,6 +142,8 @@ def encode_texts(
         try:
             context, targets = _encode_row(example, row, tokenizer)
         except Unrenderable as error:
+            if unrenderable == "error":
+                raise refused_row(f"ptx_dataset row {row}", error.reason) from error
             report.drop(error.reason, row)
             report.kept -= 1
             continue

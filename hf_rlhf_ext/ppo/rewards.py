@@ -1,9 +1,8 @@
 """Reward functions with the interface of TRL's `GRPOTrainer`. What they return is checked."""
 
-import asyncio
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,13 +11,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..compat import get_callable_name, is_async_callable
+from ..compat import get_callable_name
 from ..data.templates import template_options
-from ..data.text import decode_completion, open_thought
+from ..data.text import decode_completion, open_thought, prefill_of, with_prefill
 from ..errors import UserError
 from ..modeling.loading import load_tokenizer
 from ..reward.ensemble import RewardEnsemble, load_reward
 from ..reward.scorer import RewardScorer
+from .reward_calls import (
+    HOOKS,
+    as_list,
+    awaited,
+    check_function,
+    check_parameters,
+    check_tokenizers,
+    checked_weights,
+    is_reward_model,
+)
+
+logger = logging.getLogger(__name__)
+
+RESERVED_COLUMNS = frozenset(
+    ("prompt", "prompts", "completion", "completions", "completion_ids", "environments", "self", *HOOKS)
+)
+"""Columns that are not passed to reward functions, as arguments of TRL's reward functions have these names."""
 
 RewardFunc = str | nn.Module | Callable[..., list[float | None] | list[list[float] | None]]
 
@@ -74,34 +90,38 @@ class RewardFunctions:
         trust_remote_code: bool = False,
         option: str = "reward_funcs",
     ):
-        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        funcs = as_list(reward_funcs)
         if not funcs or any(func is None for func in funcs):
             raise UserError(f"{option}: give at least one callable, reward model or path.")
-        if isinstance(processing_classes, list):
-            tokenizers = processing_classes
-        else:
-            tokenizers = [processing_classes] * len(funcs)
-        for name, entries in (("reward_weights", reward_weights), ("reward_processing_classes", tokenizers)):
-            if entries is not None and len(entries) != len(funcs):
-                raise UserError(f"{name} has {len(entries)} entries for {len(funcs)} {option}: give one each.")
+        weights = checked_weights(reward_weights, len(funcs), option)
+        tokenizers = as_list(processing_classes)
+        if not isinstance(processing_classes, list | tuple):
+            tokenizers *= len(funcs)  # one for all
+        check_tokenizers(tokenizers, len(funcs), option)
         self.funcs = [
             _as_callable(func, tokenizer, share, option, trust_remote_code)
             for func, tokenizer in zip(funcs, tokenizers, strict=True)
         ]
         self.names = _distinct_names([get_callable_name(func) for func in self.funcs])
-        self.weights = torch.tensor(reward_weights or [1.0] * len(funcs), dtype=torch.float32)
+        self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def weighted(self) -> Iterator[tuple[Callable, float]]:
         """Pairs of a function and its weight."""
         return zip(self.funcs, self.weights.tolist(), strict=True)
 
-    def to(self, device: torch.device) -> Self:
-        """Moves the reward models to `device`, except quantized ones; returns itself."""
+    def models(self) -> list[nn.Module]:
+        """The reward models among the functions."""
+        models = []
         for func in self.funcs:
             scorers = func.members if isinstance(func, RewardEnsemble) else [func]
-            for scorer in scorers:
-                if isinstance(scorer, RewardScorer) and not getattr(scorer.model, "is_quantized", False):
-                    scorer.model.to(device)
+            models += [scorer.model for scorer in scorers if isinstance(scorer, RewardScorer)]
+        return models
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the reward models to `device`, except quantized ones; returns itself."""
+        for model in self.models():
+            if not getattr(model, "is_quantized", False):
+                model.to(device)
         return self
 
     def score(
@@ -152,6 +172,22 @@ class RewardFunctions:
                 f"{len(per_func)}: at least one function must score every completion."
             )
 
+    def check_call(self, columns: Iterable[str], *, where: str) -> None:
+        """Raises `UserError` if a function cannot be called with a dataset's columns, before anything is sampled.
+
+        Args:
+            columns: names of the columns of the dataset.
+            where: name of the dataset for the message.
+        """
+        passed_on = [column for column in columns if column not in RESERVED_COLUMNS]
+        for func, name in zip(self.funcs, self.names, strict=True):
+            check_parameters(func, name, passed_on, where=where)
+
+    @property
+    def read_columns(self) -> bool:
+        """Whether any function is the user's own; reward models read only what the chat template needs."""
+        return not all(isinstance(func, RewardScorer | RewardEnsemble) for func in self.funcs)
+
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Tensor:
         """Scores of each function, (B, F) fp32; NaN where a function returned `None`, as in TRL. See `score`."""
         return self.score(prompts, completions, **columns).per_func
@@ -169,12 +205,9 @@ class RewardFunctions:
 
     def _outputs(self, prompts: list, completions: list, columns: dict[str, Any]) -> list[Any]:
         """What each function returned. Async functions run at the same time."""
-        # An async function returns a coroutine here, which is run below.
+        # An async function returns a coroutine here, also where a decorator hides that it is one.
         outputs = [func(prompts=prompts, completions=completions, **columns) for func in self.funcs]
-        pending = [i for i, func in enumerate(self.funcs) if is_async_callable(func)]
-        for i, output in zip(pending, _run_all([outputs[i] for i in pending]), strict=True):
-            outputs[i] = output
-        return outputs
+        return awaited(outputs)
 
 
 def score_completions(
@@ -187,12 +220,14 @@ def score_completions(
 ) -> Scores:
     """Decodes completions and scores them. The functions get text, or messages if the prompt is a list of messages.
 
-    If the generation prompt opens a thought (`<think>`), the text of the message begins with it, as in data.
+    If the generation prompt opens a thought (`<think>`), the text of the message begins with it, as in data. If the
+    prompt ends with a turn of the assistant, which the policy has continued, the functions get the whole turn as the
+    completion, and the messages before it as the prompt.
 
     Args:
         rewards: the reward functions.
         tokenizer: tokenizer of the policy.
-        examples: B rows of the dataset. Their columns other than `prompt` are passed to the functions.
+        examples: B rows of the dataset. Their columns, except those in `RESERVED_COLUMNS`, are passed to the functions.
         completion_ids: token ids of the completion of each row.
         prompt_ids: token ids of the prompt of each row, with which a space between text and completion is kept.
         hooks: further arguments of the functions: `trainer_state`, `log_metric` and `log_extra`, as in TRL.
@@ -209,12 +244,69 @@ def score_completions(
         if isinstance(prompt, str):
             completions.append(decode_completion(tokenizer, ids, prompt_ids[i] if prompt_ids else None))
             continue
-        opening = open_thought(tokenizer, prompt, template_options(examples[i]))
+        options = template_options(examples[i])
+        if prefill_of(prompt) is not None:
+            generated = decode_completion(tokenizer, ids, prompt_ids[i] if prompt_ids else None)
+            prompts[i], completion = with_prefill(tokenizer, prompt, generated, options)
+            completions.append(completion)
+            continue
+        opening = open_thought(tokenizer, prompt, options)
         completions.append([{"role": "assistant", "content": opening + decode_completion(tokenizer, ids)}])
-    # Columns with these names would replace the arguments of the same name.
-    taken = ("prompt", "prompts", "completion", "completions", "completion_ids")
-    columns = {name: [example[name] for example in examples] for name in examples[0] if name not in taken}
+    # Other columns would replace the arguments of the same name.
+    passed_on = [name for name in examples[0] if name not in RESERVED_COLUMNS]
+    columns = {name: [example[name] for example in examples] for name in passed_on}
     return rewards.score(prompts, completions, completion_ids=completion_ids, **columns, **hooks)
+
+
+def named_sets(eval_dataset: Any) -> dict[str, Any]:
+    """The evaluation sets by their names in messages; empty without any."""
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset {name!r}": dataset for name, dataset in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
+def check_columns(rewards: RewardFunctions, eval_rewards: RewardFunctions | None, datasets: dict[str, Any]) -> None:
+    """Checks before training that every reward function can be called with the columns of each dataset.
+
+    Logs one warning that names the columns that are not passed on, as arguments have their names.
+
+    Args:
+        rewards: the reward functions of training, which evaluation uses too.
+        eval_rewards: those of evaluation only.
+        datasets: datasets by their names, `train_dataset` or that of an evaluation set.
+
+    Raises:
+        UserError: see `RewardFunctions.check_call`.
+    """
+    taken: dict[str, None] = {}
+    for where, dataset in datasets.items():
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):  # not a table, which is refused elsewhere
+            continue
+        further = eval_rewards if where != "train_dataset" else None
+        check_calls(rewards, further, columns, where=where)
+        taken.update((column, None) for column in columns if column in RESERVED_COLUMNS - {"prompt"})
+    reads_columns = rewards.read_columns or (eval_rewards is not None and eval_rewards.read_columns)
+    if taken and reads_columns:
+        first = next(iter(taken))
+        logger.warning(
+            "%s: not passed on to reward functions, which have arguments with these names: to use such a column, "
+            "rename it, as in dataset.rename_column(%r, %r).",
+            f"column{'s' * (len(taken) > 1)} {', '.join(taken)}",
+            first,
+            f"my_{first}",
+        )
+
+
+def check_calls(
+    rewards: RewardFunctions, eval_rewards: RewardFunctions | None, columns: list[str], *, where: str
+) -> None:
+    """Checks that every reward function can be called with the columns of one dataset. See `check_columns`."""
+    for functions in (rewards, eval_rewards):
+        if functions is not None:
+            functions.check_call(columns, where=where)
 
 
 def extra_columns(n: int) -> tuple[dict[str, list], Callable[[str, list], None]]:
@@ -254,22 +346,22 @@ def _as_callable(
         func = shared if shared is not None else load_reward(func, trust_remote_code=trust_remote_code)
         if isinstance(func, RewardScorer):
             func.tokenizer = tokenizer or func.tokenizer
-    elif isinstance(func, nn.Module):
-        name = func.config.name_or_path
-        func = RewardScorer(func, tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code))
-    elif not callable(func):
-        raise UserError(f"{option}: {func!r} is not a function, a model or a path.")
+    elif is_reward_model(func):
+        func = RewardScorer(func, tokenizer or _tokenizer_of(func, option, trust_remote_code))
+    else:
+        check_function(func, option)
     return func
 
 
-def _run_all(coroutines: list) -> list:
-    async def gather() -> list:
-        return await asyncio.gather(*coroutines)
-
-    if not coroutines:
-        return []
-    with ThreadPoolExecutor(1) as pool:  # a new thread, as the main thread of a notebook already runs an event loop
-        return pool.submit(asyncio.run, gather()).result()
+def _tokenizer_of(model: nn.Module, option: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer from where the reward model was loaded."""
+    name = model.config.name_or_path
+    if name:
+        return load_tokenizer(name, trust_remote_code=trust_remote_code)
+    remedy = "pass the tokenizer in reward_processing_classes"
+    if option != "reward_funcs":
+        remedy = "pass RewardScorer(model, tokenizer)"
+    raise UserError(f"{option}: {type(model).__name__} names no checkpoint to load its tokenizer from: {remedy}.")
 
 
 def _checked(output: Any, expected: int, name: str) -> list:

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.adapters import autocast_dtype, evaluating, mixed_precision
+from ..modeling.adapters import autocast_dtype, mixed_precision
 from ..modeling.heads import ScalarHead
 from ..modeling.logprobs import (
     chunked_kl,
     chunked_logprobs,
-    final_softcap,
+    logit_transform,
     scatter_to_mask,
 )
+from ..modeling.probing import evaluating
 from ..modeling.stack import ADAPTER_NAMES, AdapterStack, read_weights
 from .batching import budget_chunks
 from .config import PPOConfig
@@ -119,7 +120,7 @@ class Roles:
             self.output_head(role),
             targets,
             temperature=self.temperature,
-            softcap=final_softcap(self._model_of(role)),
+            transform=logit_transform(self._model_of(role)),
             chunk_size=self.args.logprobs_chunk_size,
             entropy_requires_grad=self.args.entropy_coef != 0,
         )
@@ -131,7 +132,7 @@ class Roles:
             hidden,
             model.get_output_embeddings(),
             targets,
-            softcap=final_softcap(model),
+            transform=logit_transform(model),
             chunk_size=self.args.logprobs_chunk_size,
         )
         return logprobs
@@ -221,7 +222,7 @@ class Roles:
                     self.output_head("policy"),
                     self.output_head("reference"),
                     temperature=self.temperature,
-                    softcap=final_softcap(self.policy),
+                    transform=logit_transform(self.policy),
                     chunk_size=self.args.logprobs_chunk_size,
                 ).sum()
         return float(total)

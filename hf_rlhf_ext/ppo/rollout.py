@@ -130,7 +130,7 @@ PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", 
 class Rollout:
     """B completions with all tensors that PPO's update needs.
 
-    A saved rollout has the tensors only, not `metrics`, `moments`, `logged` and `completions`.
+    A saved rollout has the tensors only, not `metrics`, `moments`, `logged`, `completions` and `sampled_logprobs`.
 
     Attributes:
         input_ids: (B, L) int64, prompt and completion, padded on the right.
@@ -148,6 +148,8 @@ class Rollout:
         moments: running moments of the scores, including this rollout.
         logged: names and values that reward functions passed to `log_metric` on this process.
         completions: the completions of this process as text.
+        sampled_logprobs: (B, T) fp32, log-probabilities that the engine returned, in nats; `old_logprobs` if it
+            returned none. They are not used in training.
     """
 
     input_ids: Tensor
@@ -164,6 +166,7 @@ class Rollout:
     moments: RunningMoments = RunningMoments()
     logged: list[tuple[str, float]] = field(default_factory=list)
     completions: CompletionTable | None = None
+    sampled_logprobs: Tensor | None = None
 
     @property
     def sequences(self) -> Sequences:

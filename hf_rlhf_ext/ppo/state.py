@@ -7,13 +7,13 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
+from ..checkpointing import PPO_STATE_FILE
 from ..errors import UserError
 from .config import PPOConfig
 from .ranks import Ranks
 from .rollout import Rollout
 from .shaping import RunningMoments
 
-STATE_FILE = "ppo_state.json"
 ROLLOUT_FILE = "ppo_rollout.safetensors"
 
 
@@ -48,6 +48,7 @@ class PPOState:
         rollbacks: number of rollbacks to a checkpoint.
         good_checkpoint: name of the last good checkpoint, one whose next rollout was below `max_kl`.
         new_checkpoint: name of the newest checkpoint. It becomes the good one if the next rollout is below `max_kl`.
+        critic_learning_rate: learning rate of the critic in the last optimizer step; `None` before the first.
     """
 
     kl_coef: float
@@ -63,6 +64,7 @@ class PPOState:
     rollbacks: int = 0
     good_checkpoint: str | None = None
     new_checkpoint: str | None = None
+    critic_learning_rate: float | None = None
 
     @property
     def updates(self) -> int:
@@ -72,6 +74,17 @@ class PPOState:
     def leave_rollout(self, args: PPOConfig) -> None:
         """Skips the rest of the current rollout: the next micro-step starts a new one."""
         self.step_in_rollout = steps_in_all(args)
+
+    def begin_again(self, args: PPOConfig) -> None:
+        """Forgets everything half done before a new call of `train`, which starts with a new rollout."""
+        if self.step_in_rollout > 0:  # 0: its rollout was never finished, or this is the first call
+            self.leave_rollout(args)
+        self.rollout = None
+        self.approx_kl = 0.0
+        self.clip_fraction = 0.0
+        self.clip_weight = 0.0
+        self.stop_reason = None
+        self.skipped_in_a_row = 0
 
     def next_micro_batch(self, args: PPOConfig, ranks: Ranks) -> NextRows:
         """Counts a micro-step and returns the rows of the rollout that it trains on.
@@ -111,8 +124,9 @@ class PPOState:
             "guards": guards,
             "kl_coef_option": args.kl_coef,
             "geometry": geometry(args, ranks),
+            "files": _needed_files(folder),
         }
-        (folder / STATE_FILE).write_text(json.dumps(content))
+        (folder / PPO_STATE_FILE).write_text(json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path, args: PPOConfig, ranks: Ranks, *, critic: str) -> Self:
@@ -169,13 +183,26 @@ def geometry(args: PPOConfig, ranks: Ranks) -> dict[str, int]:
 
 def read_state(folder: Path) -> dict:
     """Reads the state file of a checkpoint; raises `UserError` if there is none."""
-    path = folder / STATE_FILE
+    path = folder / PPO_STATE_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder} has no {STATE_FILE}, so training cannot resume from it: it was saved with save_only_model=True, "
-            "or by another trainer. Start without resume_from_checkpoint."
+            f"{folder} has no {PPO_STATE_FILE}, so training cannot resume from it: it was saved with "
+            "save_only_model=True, or by another trainer. Start without resume_from_checkpoint."
         )
     return json.loads(path.read_text())
+
+
+def _needed_files(folder: Path) -> list[str]:
+    """The files without which a checkpoint is not complete, once its models and heads are written.
+
+    The weights of a model or an adapter are not listed, as they may be in one file or in several.
+    """
+    names = []
+    for path in sorted([*folder.rglob("*config.json"), *folder.rglob("*.safetensors")]):
+        may_be_split = path.name.startswith(("model", "adapter_model"))
+        if not may_be_split and path.name not in ("generation_config.json", "tokenizer_config.json"):
+            names.append(path.relative_to(folder).as_posix())
+    return names
 
 
 def _check_geometry(folder: Path, saved: dict[str, int], now: dict[str, int]) -> None:

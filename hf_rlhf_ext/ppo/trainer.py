@@ -12,21 +12,39 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from ..checkpointing import resolve_checkpoint
 from ..compat import BaseTrainer
+from ..data.given import as_dataset, as_datasets
 from ..errors import UserError
+from ..modeling.adapter_config import check_same_adapter
 from ..modeling.adapters import adapters_in_autocast_dtype, autocast_dtype
+from ..modeling.base_record import BaseRecord, check_same_base
+from ..modeling.embeddings import n_rows
 from ..modeling.logprobs import completion_hidden_states, scatter_to_mask
+from ..modeling.probing import unchanged_random_state
 from ..modeling.stack import AdapterStack
+from ..modeling.takeover import Hold
 from ..publishing import new_publisher, require_publisher
-from .assembly import assemble_roles, prepare_inputs
+from ..training.arguments import check_arguments
+from ..training.best_model import check_evaluated_metric, check_metric_name
+from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
+from ..training.optimizers import (
+    check_lists_of_schedule,
+    made_by,
+    plain_optimizer,
+    use_evaluation_weights,
+    use_training_weights,
+)
+from .assembly import Inputs, assemble_roles, prepare_inputs
 from .batching import budget_chunks
 from .callbacks import CompletionTables, HealthWarnings, PPOCallback, SaveOnSignal
 from .checkpoints import (
@@ -39,17 +57,26 @@ from .checkpoints import (
 )
 from .config import PPOConfig
 from .engine import RolloutEngine, TransformersEngine, sampling_of
-from .evaluation import EvaluatedCompletion, Evaluator, summarize
+from .evaluation import METRIC_FAMILIES, EvaluatedCompletion, Evaluator, may_log_more, metric_names, summarize
 from .experience import ExperienceMaker, SamplingTools
+from .first_rollout import TrainedTokens, find_problem, is_start_the_reference, is_trained_as_scored
 from .guards import GradientGuard, KLGuard, Verdict, are_finite
 from .kl import KL_ESTIMATORS, KLController
 from .losses import masked_mean, policy_loss, value_loss
 from .meter import Meter
-from .optimizer import give_critic_its_groups, restore_optimizer, skip_step, sum_gradients, trained_parameters
+from .optimizer import (
+    critic_learning_rate,
+    give_critic_its_groups,
+    has_critic_groups,
+    restore_optimizer,
+    skip_step,
+    sum_gradients,
+    trained_parameters,
+)
 from .prompts import Prompts, tick_dataloader
 from .ptx import text_loss
 from .ranks import Ranks
-from .rewards import RewardFunc
+from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
 from .state import NextRows, PPOState, read_state, steps_in_all
 
@@ -69,17 +96,20 @@ class PPOTrainer(BaseTrainer):
             completion, a reward model or its path or Hub id, or a list of these, weighted by `args.reward_weights`.
         args: options; `None` means `PPOConfig("ppo")`.
         train_dataset: dataset with a column `prompt`, as text or as messages. Its other columns are passed to the
-            reward functions.
+            reward functions. Instead of a `Dataset`, all datasets may be lists of rows, a `pandas.DataFrame`, or a
+            `torch.utils.data.Dataset` of rows.
         eval_dataset: a dataset of the same kind, or a dict of several. Every evaluation samples completions for it
             with a fixed seed.
         processing_class: the tokenizer; loaded with the model if left out.
         reward_processing_classes: tokenizers of the reward models; loaded with them if left out.
         eval_reward_funcs: further reward functions that only evaluation uses, such as a second reward model.
         callbacks: callbacks as in `transformers.Trainer`. A `PPOCallback` also gets rollouts and evaluated completions.
-        optimizers: optimizer and learning-rate scheduler, as in `transformers.Trainer`.
+        optimizers: optimizer and learning-rate scheduler, as in `transformers.Trainer`. The weights of the critic are
+            added to the optimizer.
+        optimizer_cls_and_kwargs: an optimizer class and a dict of its arguments, as in `transformers.Trainer`.
         peft_config: PEFT configuration (LoRA, DoRA, rsLoRA, …) of a new adapter on a base model.
-        value_model: the model that the critic starts from with `critic="model"`: a causal LM, or a reward model, whose
-            score head is used too.
+        value_model: the model that the critic starts from with `critic="model"`, or its path or Hub id: a causal LM, or
+            a reward model, whose score head is used too. An adapter is merged into its base.
         ptx_dataset: texts for PPO-ptx, with `ptx_coef`: rows with `text`, with `prompt` and `completion`, or with
             `messages`.
         engine: samples completions; `None` means `TransformersEngine`.
@@ -100,7 +130,7 @@ class PPOTrainer(BaseTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         reward_funcs: RewardFunc | list[RewardFunc],
         args: PPOConfig | None = None,
         train_dataset: Dataset | None = None,
@@ -111,21 +141,17 @@ class PPOTrainer(BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
-        value_model: str | PreTrainedModel | None = None,
+        value_model: str | Path | PreTrainedModel | None = None,
         ptx_dataset: Dataset | None = None,
         engine: RolloutEngine | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args if args is not None else PPOConfig("ppo")
+        check_arguments(args, eval_dataset, callbacks, optimizers, optimizer_cls_and_kwargs)
 
         # 1. Policy, tokenizer and data, with all checks that do not need new weights.
         inputs = prepare_inputs(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            tokenizer=processing_class,
-            peft_config=peft_config,
-            ptx_dataset=ptx_dataset,
+            model, args, train_dataset, eval_dataset, ptx_dataset, tokenizer=processing_class, peft_config=peft_config
         )
         args = inputs.args  # a copy, with `max_steps`
         self._max_positions = inputs.max_positions
@@ -141,29 +167,30 @@ class PPOTrainer(BaseTrainer):
             eval_reward_funcs=eval_reward_funcs,
             peft_config=peft_config,
             value_model=value_model,
+            tokenizer=inputs.tokenizer,
         )
+
+        check_columns(self.rewards, self.eval_rewards, inputs.datasets)
 
         # 3. `Trainer`: loop, checkpoints, logs, callbacks.
         self.publisher = new_publisher()
         self._signal = SaveOnSignal()
-        own_callbacks = [HealthWarnings(), CompletionTables(), self._signal]
         super().__init__(
             model=self.policy,
             args=args,
             data_collator=lambda rows: rows,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=inputs.train_dataset,
+            eval_dataset=inputs.eval_dataset,
             processing_class=inputs.tokenizer,
-            callbacks=[*(callbacks or []), *own_callbacks],
+            callbacks=[*(callbacks or []), HealthWarnings(), CompletionTables(), self._signal],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.ranks = Ranks(self.accelerator)
         self.meter = Meter(self.ranks)
 
         # 4. The objects that make and judge rollouts.
-        engine = engine or TransformersEngine(merge=args.merge_for_generation, autocast=autocast_dtype(args))
-        sampling = sampling_of(args, inputs.tokenizer, self.policy)
-        self.tools = SamplingTools(self.roles, engine, inputs.tokenizer, sampling, args, self.ranks)
+        self.tools = self._make_tools(engine, inputs)
         self.experience = ExperienceMaker(self.tools, self.rewards, inputs.prompts)
         self.evaluator = Evaluator(self.tools, self.rewards, self.eval_rewards)
         self.kl_controller = KLController(args.kl_target, args.kl_horizon)
@@ -176,6 +203,32 @@ class PPOTrainer(BaseTrainer):
             # From here on each process has its own seed, to sample other completions. New weights were drawn above.
             set_seed(args.seed + self.ranks.index)
         self._move_frozen_models()
+
+        self._base_record = BaseRecord.of_model(self.policy, autocast_dtype(args))
+
+        # 6. Checks of what there is now.
+        if self.optimizer is not None:  # that of the user
+            self.create_optimizer()
+        self._check_metric_name()
+        self._starts_at_reference = is_start_the_reference(self.stack, new_adapter=peft_config is not None)
+        self._hold = Hold(self.policy)
+
+    def _make_tools(self, engine: RolloutEngine | None, inputs: Inputs) -> SamplingTools:
+        """What samples and scores completions, with the engine of the user if there is one."""
+        if engine is None:
+            engine = TransformersEngine(merge=self.args.merge_for_generation, autocast=autocast_dtype(self.args))
+        sampling = sampling_of(self.args, inputs.tokenizer, self.policy)
+        return SamplingTools(self.roles, engine, inputs.tokenizer, sampling, self.args, self.ranks)
+
+    def _check_metric_name(self) -> None:
+        """Refuses a `metric_for_best_model` that no evaluation can have."""
+        functions_log = may_log_more(self.rewards, self.eval_rewards)
+        check_metric_name(
+            self.args,
+            self.eval_dataset,
+            metric_names(self.rewards, self.eval_rewards, self.args),
+            may_exist=lambda name: functions_log and not name.startswith(METRIC_FAMILIES),
+        )
 
     def _move_frozen_models(self) -> None:
         """Moves separate reference and reward models to the device, which `Trainer` does not do."""
@@ -236,7 +289,8 @@ class PPOTrainer(BaseTrainer):
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or `True` for the last complete checkpoint in `output_dir`.
-                `None` or `False` starts from the beginning.
+                `None` or `False` starts from the weights as they are, also after an earlier call that was interrupted:
+                with a new rollout, and with the optimizer's state and the KL coefficient of that call.
             kwargs: further arguments of `Trainer.train`.
 
         Returns:
@@ -246,12 +300,17 @@ class PPOTrainer(BaseTrainer):
             UserError: if the checkpoint is not usable, or if a reward function returns something wrong.
             SystemExit: with status 143 after SIGTERM, once a checkpoint is saved.
         """
+        self._hold.take()  # another trainer may have been made on this model since
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if self.ppo.stop_reason is not None:  # set by an earlier call, whose last rollout must not be trained on
-            self.ppo.stop_reason = None
-            self.ppo.leave_rollout(self.args)
-        self.ppo.skipped_in_a_row = 0
-        with self._signal.listening():
+        if checkpoint is not None:
+            adapter = self.stack.roles["policy"].adapter
+            check_same_adapter(self.policy, adapter, Path(checkpoint), start=self.stack.start)
+            check_same_base(self.policy, Path(checkpoint))
+        # Nothing half done is left of an earlier call, which a guard, an error or Ctrl-C may have ended anywhere.
+        self.ppo.begin_again(self.args)
+        self.meter.reset()
+        forget_unscaled_gradients(self.accelerator)
+        with end_of_training(self), self._signal.listening():
             return super().train(checkpoint, **kwargs)
 
     def get_train_dataloader(self):
@@ -261,6 +320,7 @@ class PPOTrainer(BaseTrainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """Computes the gradients of one micro-batch: one role after the other, in parts within the token budget."""
         self.policy.train()
+        use_training_weights(self.optimizer)
         # No autocast here: it would keep the casts of the weights from the rollout for the training forward.
         with adapters_in_autocast_dtype(self.policy, enabled=self.args.bf16 or self.args.fp16):
             next_rows = self._prepare_inputs(inputs)
@@ -271,6 +331,9 @@ class PPOTrainer(BaseTrainer):
             if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
                 loss = loss + self._add_ptx_gradients()
                 self._finish_step()
+        interval = self.args.torch_empty_cache_steps
+        if interval is not None and self.state.global_step % interval == 0:
+            clear_device_cache()
         return loss * self.ranks.count  # `Trainer` averages over processes, but these losses are shares of a sum
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> NextRows:
@@ -290,6 +353,8 @@ class PPOTrainer(BaseTrainer):
         self._go_back_from_broken_weights()
         while True:
             rollout = self._make_rollout()
+            if self.ppo.rollout_index == 0 and self.args.check_first_rollout:
+                self._check_first_rollout(rollout)
             metrics = {name: float(value) for name, value in rollout.metrics.items()}
             self._tell_callbacks_of(rollout, metrics)
             verdict = self.kl_guard.judge(
@@ -317,6 +382,33 @@ class PPOTrainer(BaseTrainer):
             kl = float(rollout.metrics["objective/kl"])
             self.ppo.kl_coef = self.kl_controller.next(self.ppo.kl_coef, kl, len(rollout.completion_lengths))
         return rollout
+
+    @torch.no_grad()
+    def _check_first_rollout(self, rollout: Rollout) -> None:
+        """Refuses a policy that is not the same model in sampling, scoring and training, see `first_rollout`."""
+        trained = None
+        if is_trained_as_scored(self.policy, self.args):
+            trained = self._trained_tokens(rollout)
+        problem = find_problem(rollout, self.tools, trained, starts_at_reference=self._starts_at_reference)
+        if problem is not None:
+            raise UserError(problem)
+
+    def _trained_tokens(self, rollout: Rollout) -> TrainedTokens:
+        """Log-probabilities of the first micro-batch of a rollout from the forward pass of training."""
+        micro_batch = rollout.order[0][: self.args.per_device_train_batch_size * self.ranks.count]
+        rows = self._parts(rollout, self.ranks.share(micro_batch))[0]
+        sequences = rollout.sequences.select(rows)
+        mask = sequences.mask
+        device = self.ranks.device
+        # Noise that the model may have in training mode must not change the random state of training.
+        with (
+            unchanged_random_state(device),
+            self.roles.activate("policy") as model,
+            self.roles.mixed_precision(),
+        ):
+            hidden = completion_hidden_states(model, model, sequences.input_ids, sequences.prompt_lengths, mask)
+            logprobs, _ = self.roles.logprobs("policy", hidden, sequences.targets())
+        return TrainedTokens(rows, scatter_to_mask(logprobs, mask), mask)
 
     def _tell_callbacks_of(self, rollout: Rollout, metrics: dict[str, float]) -> None:
         """Calls `on_rollout` of every `PPOCallback`, also with metrics of training on the previous rollout."""
@@ -354,7 +446,7 @@ class PPOTrainer(BaseTrainer):
     def _add_gradients(self, next_rows: NextRows) -> Tensor:
         """Runs forward and backward passes of a micro-batch; returns the share of this process in the loss."""
         total = torch.zeros((), device=self.ranks.device)
-        parts = self._parts(next_rows.rows)
+        parts = self._parts(self.ppo.rollout, next_rows.rows)
         share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
         for rows in parts:
             part = self.ppo.rollout.select(rows, minibatch_tokens=next_rows.minibatch_tokens, share=share)
@@ -367,9 +459,9 @@ class PPOTrainer(BaseTrainer):
                 total += loss.detach()
         return total
 
-    def _parts(self, rows: Tensor) -> list[Tensor]:
+    def _parts(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Splits the rows of a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
-        lengths = self.ppo.rollout.sequences.lengths[rows].tolist()
+        lengths = rollout.sequences.lengths[rows].tolist()
         chunks = budget_chunks(lengths, max_rows=len(lengths), max_tokens=self.args.max_tokens_per_batch)
         return [rows[torch.tensor(chunk, device=rows.device)] for chunk in chunks]
 
@@ -470,6 +562,7 @@ class PPOTrainer(BaseTrainer):
 
     def _finish_step(self) -> None:
         """Called after the last backward pass of an optimizer step: checks the gradients, and may end the rollout."""
+        self.ppo.critic_learning_rate = critic_learning_rate(self.optimizer)
         approx_kl, signals = self.ranks.sum_of(self.ppo.approx_kl, self._signal.received)
         self.ppo.approx_kl = 0.0
         self._signal.agree(bool(signals))
@@ -523,10 +616,12 @@ class PPOTrainer(BaseTrainer):
 
     def _restore(self, checkpoint: Path) -> None:
         """Restores weights and optimizer of a checkpoint. Counters, random states and the schedule continue."""
+        use_evaluation_weights(self.optimizer)  # those that checkpoints contain
         self.roles.load(checkpoint)
         saved = checkpoint / "optimizer.pt"
         if saved.is_file():
             restore_optimizer(self.optimizer, torch.load(saved, map_location="cpu", weights_only=True))
+        use_training_weights(self.optimizer)
 
     def _halt(self, reason: str) -> None:
         """Stops training: from now on no step changes the weights, is saved, or counts as the best model."""
@@ -547,9 +642,11 @@ class PPOTrainer(BaseTrainer):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """The optimizer of `Trainer`, with separate parameter groups for the critic. The value head comes last."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.value_learning_rate
-        give_critic_its_groups(optimizer, self.roles, self.args.learning_rate if rate is None else rate)
+        optimizer, scheduler = made_by(self, lambda: super(PPOTrainer, self).create_optimizer(*args, **kwargs))
+        plain = plain_optimizer(optimizer)
+        if not has_critic_groups(plain, self.roles):  # it has them in a second call of `train`
+            give_critic_its_groups(plain, self.roles, self.args.value_learning_rate, scheduler)
+        check_lists_of_schedule(self.args, plain)
         return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
@@ -572,7 +669,9 @@ class PPOTrainer(BaseTrainer):
         """Adds the means since the last log to a training log. Other logs are complete already."""
         if "loss" in logs:
             logs |= self.meter.means()
-            logs["lr_value"] = self.optimizer.param_groups[-1]["lr"]
+            # As `learning_rate`, that of the last step. The schedule has moved on since.
+            rate = self.ppo.critic_learning_rate
+            logs["lr_value"] = critic_learning_rate(self.optimizer) if rate is None else rate
         super().log(logs, start_time)
 
     def evaluate(
@@ -598,22 +697,24 @@ class PPOTrainer(BaseTrainer):
         Raises:
             UserError: if there is no dataset, or if a reward function returns something wrong.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):  # a name, as in `Trainer`
+            eval_dataset = self.eval_dataset.get(eval_dataset, eval_dataset)
+        dataset = as_datasets(eval_dataset if eval_dataset is not None else self.eval_dataset, "eval_dataset")
         if dataset is None:
             raise UserError("evaluation needs eval_dataset: pass one to the trainer, or set eval_strategy='no'.")
         if isinstance(dataset, dict):
             metrics = {}
             for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+                metrics |= self._evaluate_set(part, f"{metric_key_prefix}_{name}")
+        else:
+            metrics = self._evaluate_set(dataset, metric_key_prefix)
+        if self.is_in_train and eval_dataset is None:
+            check_evaluated_metric(self.args, metrics)
+        return metrics
 
-        start = time.monotonic()
-        rows = self.sample_and_score(dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summarize(rows).items()}
-        exact_kl = self.evaluator.exact_kl(rows)
-        if exact_kl is not None:
-            metrics[f"{metric_key_prefix}_objective/kl_exact"] = exact_kl
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - start, 2)
+    def _evaluate_set(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Evaluates one set, logs its metrics, and tells the callbacks."""
+        rows, metrics = self._measure(dataset, metric_key_prefix)
         self.log(metrics)
         for callback in self._ppo_callbacks():
             callback.on_eval_completions(
@@ -626,6 +727,39 @@ class PPOTrainer(BaseTrainer):
             )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measure(self, dataset: Dataset, prefix: str) -> tuple[list[EvaluatedCompletion], dict[str, float]]:
+        """Samples and scores one completion per prompt; returns them and their metrics, whose names get the prefix."""
+        start = time.monotonic()
+        rows = self.sample_and_score(dataset)
+        metrics = {f"{prefix}_{name}": value for name, value in summarize(rows).items()}
+        exact_kl = self.evaluator.exact_kl(rows)
+        if exact_kl is not None:
+            metrics[f"{prefix}_objective/kl_exact"] = exact_kl
+        metrics[f"{prefix}_runtime"] = round(time.monotonic() - start, 2)
+        return rows, metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Samples one completion per prompt, as `evaluate` does, but returns them too and logs nothing.
+
+        Args:
+            test_dataset: dataset with a column `prompt`.
+            ignore_keys: not used; it is there as in `Trainer`.
+            metric_key_prefix: prefix of the names of the metrics.
+
+        Returns:
+            `predictions`: the completions as an array of texts, in the order of the rows; `label_ids`: `None`;
+            `metrics`: those of `evaluate`.
+
+        Raises:
+            UserError: if a prompt is not usable, or if a reward function returns something wrong.
+        """
+        rows, metrics = self._measure(test_dataset, metric_key_prefix)
+        completions = np.array([row.completion for row in rows], dtype=object)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(predictions=completions, label_ids=None, metrics=metrics)
 
     def sample_and_score(self, dataset: Dataset, *, seed: int | None = None) -> list[EvaluatedCompletion]:
         """Samples completions from the current policy and scores them with `reward_funcs` and `eval_reward_funcs`.
@@ -641,7 +775,13 @@ class PPOTrainer(BaseTrainer):
         Raises:
             UserError: if a prompt is not usable, or if a reward function returns something wrong.
         """
-        prompts = Prompts(dataset, self.processing_class, self.args, split="eval", max_positions=self._max_positions)
+        if dataset is None:
+            raise UserError("the dataset is None: pass a datasets.Dataset with a column 'prompt'.")
+        dataset = as_dataset(dataset, "dataset")
+        check_calls(self.rewards, self.eval_rewards, dataset.column_names, where="the dataset")
+        limits = {"token_rows": n_rows(self.policy), "max_positions": self._max_positions}
+        prompts = Prompts(dataset, self.processing_class, self.args, split="eval", **limits)
+        use_evaluation_weights(self.optimizer)
         return self.evaluator.sample_and_score(prompts, self.state, seed=seed)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
@@ -650,8 +790,7 @@ class PPOTrainer(BaseTrainer):
         if chosen is None:
             return False
         chosen = f"eval_{chosen.removeprefix('eval_')}"
-        if chosen not in metrics:
-            raise UserError(f"metric_for_best_model: evaluation has no {chosen!r}: choose one of {', '.join(metrics)}.")
+        check_evaluated_metric(self.args, metrics)
         problem = self.ppo.stop_reason
         if problem is None:
             problem = self._out_of_bounds(metrics, chosen)
@@ -674,6 +813,7 @@ class PPOTrainer(BaseTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.ppo.stop_reason is not None:
             self.control.should_save = False  # its rollout must not be trained on by a resumed run
+        log_last_steps(self.args, self.control)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -692,11 +832,14 @@ class PPOTrainer(BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves policy, critic and tokenizer. Unlike `Trainer`, saves no other adapters and no pickle files."""
+        use_evaluation_weights(self.optimizer)  # on every process, so that their weights stay the same
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder, state_dict)
+        if self._base_record is not None:
+            self._base_record.save(folder)
         self.processing_class.save_pretrained(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -715,6 +858,7 @@ class PPOTrainer(BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
+        use_evaluation_weights(self.optimizer)  # an optimizer of an earlier call of `train`
         self.ppo = PPOState.load(folder, self.args, self.ranks, critic=self.critic)
         self.meter.reset()  # drops metrics of earlier training in this process
         self.roles.load(folder)
@@ -731,6 +875,7 @@ class PPOTrainer(BaseTrainer):
             self.ppo.kl_coef = self.args.kl_coef
 
     def _load_best_model(self) -> None:
+        use_evaluation_weights(self.optimizer)
         self.roles.load(Path(self.state.best_model_checkpoint))
 
     # ---- The Hub, through the publisher that the package's `__init__.py` sets ----

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..data.schema import PreferenceDataError, Row
+from ..errors import first_line
 from .columns import holds_text, is_conversation
 
 KINDS = {
@@ -256,8 +257,7 @@ def _excel_rows(path: Path, sheet: str | None) -> Iterator[Row | str]:
     except ImportError as error:
         raise BadFile("this needs openpyxl: pip install openpyxl, or save the sheet as csv") from error
     except Exception as error:  # damaged archives and missing sheets raise errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadFile(f"{reason}: check the file and the name of the sheet (config=)") from error
+        raise BadFile(f"{first_line(error)}: check the file and the name of the sheet (config=)") from error
     if isinstance(sheets, dict):
         filled = {name: table for name, table in sheets.items() if len(table)}
         if len(filled) != 1:

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..data.schema import Row
 from ..data.text import plain_text
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,7 @@ def _read_yaml(name: str, option: str) -> Any:
     try:
         return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{option}: cannot read {name}: {reason}.") from error
+        raise UserError(f"{option}: cannot read {name}: {first_line(error)}.") from error
 
 
 def categorize(dataset: Dataset, column: str = "category", rules: str | None = None) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..data.schema import PreferenceDataError, Row, Unusable, own_row
+from ..errors import first_line
 from . import preferences as pref
 from .guessing import has_several_answers, name_answers
 from .roles import Kind, Roles, check_complete, column_of
@@ -477,8 +478,7 @@ def register_formats(path: str | Path) -> list[str]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise PreferenceDataError(f"{path.name}: cannot be read as YAML: {reason}") from error
+        raise PreferenceDataError(f"{path.name}: cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise PreferenceDataError(f"{path.name}: write each format as `name: {{columns: {{prompt: …}}}}`.")
     for name, entry in entries.items():

@@ -19,6 +19,7 @@ from datasets import (
 from datasets.fingerprint import Hasher
 
 from ..data.schema import PreferenceDataError, Row
+from ..errors import first_line
 from .columns import holds_text
 from .files import KINDS, kind_of, rows_of, table_rows
 
@@ -210,7 +211,7 @@ def load_rows(
         options = _csv_options_of(name, config, revision)
         rows = load_dataset(name, config, split=split, revision=revision, streaming=streaming, **options)
     except Exception as error:  # each builder and the Hub client raise errors of their own
-        reason = _first_line(error)
+        reason = _with_remedy(error)
         raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
     return _pick(rows, None, str(source))
 
@@ -221,7 +222,7 @@ def _as_dataset(rows: Iterable[Row | str], name: str, streaming: bool) -> Datase
     try:
         dataset = Dataset.from_list(readable, on_mixed_types="use_json")
     except (TypeError, ValueError, OverflowError) as error:
-        raise PreferenceDataError(f"{name}: the rows fit into no table: {_first_line(error)}") from error
+        raise PreferenceDataError(f"{name}: the rows fit into no table: {first_line(error)}") from error
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
@@ -261,7 +262,7 @@ def _looks_like_path(source: str | Path) -> bool:
     return str(source).startswith((".", "~"))
 
 
-def _first_line(error: Exception) -> str:
+def _with_remedy(error: Exception) -> str:
     """Returns the first line of the error, with a remedy if a configuration is missing."""
     lines = [line for line in str(error).splitlines() if line]
     if not lines:
@@ -310,8 +311,9 @@ def _cut(
     try:
         instructions = ReadInstruction.from_spec(split or "train").to_absolute(sizes)
     except (AssertionError, ValueError) as error:  # raised by `datasets` for a slice that it cannot parse
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise PreferenceDataError(f"{name}: split {split!r}: {reason}: write a slice as 'train[:500]'.") from error
+        raise PreferenceDataError(
+            f"{name}: split {split!r}: {first_line(error)}: write a slice as 'train[:500]'."
+        ) from error
     return [_Slice(part.splitname, range(part.from_, part.to)) for part in instructions]
 
 

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from ..data.collators import LAYOUTS
-from ..data.tokenization import OVERFLOWS
+from ..data.tokenization import OVERFLOWS, UNRENDERABLES
 from ..errors import UserError
+from ..training.best_model import complete_best_metric
+from ..training.optimizers import check_optimizer_names, check_optimizer_options
+from ..training.option_values import check_option_values, check_ranges
+from ..training.refused_options import in_one_line, refuse_fsdp_alone
 from .losses import TIE_MODELS
+from .trainer_options import check_reward_options
 
 RANKING_LOSSES = ("bradley_terry", "plackett_luce")
 
@@ -41,6 +46,15 @@ class BradleyTerryConfig(RewardConfig):
             "a completion, but keep its stop token. The affected rows of training and evaluation data are counted and "
             "logged.",
             "choices": list(OVERFLOWS),
+        },
+    )
+    unrenderable: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row that the chat template cannot render, such as one with a system message for "
+            "a template that takes none. `error`: stop with an error that names the row. `drop`: leave the row out; "
+            "such rows are counted and logged.",
+            "choices": list(UNRENDERABLES),
         },
     )
     tie_model: str = field(
@@ -111,36 +125,22 @@ class BradleyTerryConfig(RewardConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        check_option_values(self)
+        check_optimizer_names(self)
+        complete_best_metric(self, default="loss")
+        with in_one_line():
+            super().__post_init__()
+        refuse_fsdp_alone(self)
+        check_optimizer_options(self)
         _check_choice("overflow", self.overflow, OVERFLOWS)
+        _check_choice("unrenderable", self.unrenderable, UNRENDERABLES)
         _check_choice("tie_model", self.tie_model, TIE_MODELS)
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("layout", self.layout, ("auto", *LAYOUTS))
-        self._check_numbers()
-        self._check_evaluation()
-
-    def _check_numbers(self) -> None:
-        # `not >` instead of `<=`, so that NaN is refused too.
-        if not self.tie_threshold > 0:
-            raise UserError(f"tie_threshold: must be positive, got {self.tie_threshold}.")
-        if not self.margin_scale >= 0:
-            raise UserError(f"margin_scale: must be 0 or positive, got {self.margin_scale}.")
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise UserError(f"max_tokens_per_batch: must be positive, got {self.max_tokens_per_batch}.")
+        check_reward_options(self)
+        check_ranges(self, not_negative=("margin_scale",), positive={"tie_threshold": ""})
         if self.normalization_max_rows < 2:
             raise UserError(f"normalization_max_rows: at least 2 rows are needed, got {self.normalization_max_rows}.")
-
-    def _check_evaluation(self) -> None:
-        if self.prediction_loss_only:
-            raise UserError(
-                "prediction_loss_only: not supported, as the loss of an evaluation is computed from its scores: "
-                "leave it false."
-            )
-        if self.batch_eval_metrics:
-            raise UserError(
-                "batch_eval_metrics: not supported, as metrics are computed over the whole evaluation set: leave it "
-                "false."
-            )
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..errors import UserError
+from ..modeling.adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
+from ..modeling.embeddings import embedding_mismatch
 from ..modeling.loading import adapter_base, load_tokenizer
 from .scorer import RewardNormalization, RewardScorer, local_folder
 from .sharing import base_mismatch
@@ -226,6 +228,8 @@ def _shares_base(folder: Path, first: RewardScorer, first_folder: Path) -> bool:
         return False  # its precision is unknown; loading it logs a warning
     mismatch = base_mismatch(folder, first_folder)
     if mismatch is None:
+        mismatch = embedding_mismatch(folder, first.model)
+    if mismatch is None:
         return True
     logger.warning("%s was trained on %s (%s): it is loaded on a separate base.", folder, mismatch, first_folder)
     return False
@@ -234,8 +238,11 @@ def _shares_base(folder: Path, first: RewardScorer, first_folder: Path) -> bool:
 def _attach_member(folder: Path, adapter: str, first: RewardScorer, options: dict[str, Any]) -> RewardScorer:
     """Loads the member in `folder` as another adapter on the base of the first one."""
     recorded = RewardNormalization.load(folder)
+    weights = adapter_weight_names(folder)
+    refuse_lost_modules(folder, PeftConfig.from_pretrained(str(folder)), weights, first.model)
     # This also loads the head, as PEFT holds one copy of it per adapter.
     first.model.load_adapter(str(folder), adapter_name=adapter)
+    refuse_lost_weights(folder, first.model, adapter, weights)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=options.get("trust_remote_code", False))
     return RewardScorer(
         first.model,

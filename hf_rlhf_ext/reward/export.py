@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.loading import resolve_dtype
+from ..modeling.merging import merge_into_base
+from ..modeling.quantization import describe_quantization, quantization_record
 from .scorer import RewardNormalization, RewardScorer
 
 PROBE_TEXTS = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
@@ -50,7 +52,7 @@ def export_merged(
 
     Raises:
         UserError: if `base` is a loaded model, if `pad_token` is not in the vocabulary, or if the adapter has no
-            weights to merge (prompt learning).
+            weights to merge (prompt learning), or if PEFT cannot merge its kind.
     """
     if not isinstance(options.get("base"), str | None):
         raise UserError(
@@ -61,7 +63,6 @@ def export_merged(
 
     as_trained = RewardScorer.from_pretrained(folder_or_repo, **options)
     padding = _check_padding(as_trained.tokenizer, pad_token)
-    _check_can_merge(as_trained.model)
     prompts = [prompt for prompt, _ in PROBE_TEXTS]
     completions = [completion for _, completion in PROBE_TEXTS]
     scores_before = as_trained.raw(prompts, completions)
@@ -70,6 +71,7 @@ def export_merged(
     # Merging into quantized weights would quantize the sum again and lose the update.
     options |= {"dtype": dtype, "load_in_4bit": False}
     scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
+    _check_not_quantized(scorer.model)
     texts = [scorer.text(prompt, completion) for prompt, completion in PROBE_TEXTS]
     device = scorer.model.device
     token_ids = _save_merged(scorer, output_dir, dtype=dtype, pad_token=padding, texts=texts)
@@ -90,11 +92,12 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) ->
     return pad_token
 
 
-def _check_can_merge(model: PreTrainedModel | PeftModel) -> None:
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+def _check_not_quantized(model: PreTrainedModel | PeftModel) -> None:
+    record = quantization_record(model)
+    if record is not None:
         raise UserError(
-            "export_merged: prompt-learning adapters are not supported, as they have no weights to merge: load the "
-            "adapter with RewardScorer.from_pretrained."
+            f"export_merged: the checkpoint of the base is quantized ({describe_quantization(record)}), and a merge "
+            "would quantize the sum again: pass base= with the name of the model that is not quantized."
         )
 
 
@@ -103,7 +106,7 @@ def _save_merged(
 ) -> list[list[int]]:
     """Writes model, tokenizer and normalization; returns the token ids of `texts` under the saved tokenizer."""
     if isinstance(scorer.model, PeftModel):
-        model = scorer.model.merge_and_unload()
+        model = merge_into_base(scorer.model, "export_merged", "load the adapter with RewardScorer.from_pretrained")
     else:
         model = bare_model(scorer.model)
     tokenizer = scorer.tokenizer

@@ -51,6 +51,13 @@ def stack_padded(parts: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=PADDING)
 
 
+def join_batches(values: Any) -> Any:
+    """One array (B, Kmax, …) from the arrays of batches that `Trainer` passes with `eval_do_concat_batches=False`."""
+    if not isinstance(values, list):
+        return values
+    return stack_padded([torch.as_tensor(batch) for batch in values]).numpy()
+
+
 @dataclass(frozen=True)
 class EvaluatedPairs:
     """The pairs of an evaluation set and the scores of its completions.

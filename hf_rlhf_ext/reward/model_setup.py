@@ -3,9 +3,10 @@
 import copy
 import logging
 from dataclasses import dataclass
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -17,11 +18,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.collators import DataCollatorForComparisons
 from ..data.templates import TEMPLATE_COLUMNS
 from ..errors import UserError
+from ..modeling.adapter_kinds import (
+    base_change,
+    is_repeatable,
+    refuse_replicated_kinds,
+    task_name,
+    unsupported_kind,
+    warn_of_fixed_ranks,
+)
 from ..modeling.adapters import bare_model
-from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, position_limit, untrained_layers
-from ..modeling.loading import load_base_model, load_tokenizer, warn_of_rounded_updates
+from ..modeling.base_check import warn_of_changed_base
+from ..modeling.embeddings import n_rows
+from ..modeling.families import check_reward_model
+from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, learned_positions, untrained_layers
+from ..modeling.loading import load_base_model, load_tokenizer, refuse_quantized_encoder, warn_of_rounded_updates
+from ..modeling.ownership import forget_earlier_trainer
+from ..modeling.quantization import prepare_quantized, refuse_trained_quantized
+from ..modeling.vocabulary import check_special_tokens, check_token_ids
+from ..training.activation_checkpointing import with_possible_checkpointing
 from .config import BradleyTerryConfig
+from .padding_probe import check_ignores_padding
 from .prefix_probe import shared_prefix_problem
+from .scorer import is_adapter, load_trainable_adapter
 from .scores import score_head
 
 logger = logging.getLogger(__name__)
@@ -41,7 +59,7 @@ class PreparedModel:
 
 
 def prepare_model(
-    model: str | PreTrainedModel | PeftModel,
+    model: str | Path | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
     args: BradleyTerryConfig,
@@ -52,15 +70,37 @@ def prepare_model(
     The arguments are those of `BradleyTerryTrainer`.
     """
     options = load_options(args, trainer_options)
+    peft_config = with_reward_task(peft_config)
+    if isinstance(model, Path):
+        model = str(model)
+    has_adapter = is_adapter(model, options.get("revision")) if isinstance(model, str) else isinstance(model, PeftModel)
+    if has_adapter and peft_config is not None:
+        raise UserError("peft_config was given, but the model already has an adapter: leave one of them out.")
     if isinstance(model, str):
+        trainer_options.pop("quantization_config", None)  # used here; TRL would warn that it ignores it
         args = copy.copy(args)
         args.model_init_kwargs = None  # used here; TRL would warn that it ignores them
         peft_config = with_revision(peft_config, options.get("revision"))
-        if peft_config is None:
+        if peft_config is None and not has_adapter:
             options.setdefault("dtype", "float32")  # weights that are trained themselves
+    else:
+        forget_earlier_trainer(model)
+    is_loaded = isinstance(model, str)
     model, tokenizer = resolve_model(model, tokenizer, options)
+    if not is_loaded:
+        warn_of_changed_base("model", model, peft_config)
+    refuse_trained_quantized(model, has_adapter=has_adapter or peft_config is not None)
+    check_ignores_padding(model)
+    if args.chat_template_path is None:  # otherwise TRL adds the tokens of the template to tokenizer and model
+        check_special_tokens("processing_class", tokenizer, model)
+    if peft_config is not None:
+        check_adapter_kind("peft_config", peft_config)
+        refuse_replicated_kinds("peft_config", peft_config, model)
+    elif isinstance(model, PeftModel):
+        check_adapter_kind("model", model.active_peft_config)
     if peft_config is not None and is_encoder(model):
         peft_config = with_saved_layers(peft_config, untrained_layers(model))
+    args = with_possible_checkpointing(args, model, peft_config)
     return PreparedModel(model, tokenizer, peft_config, args)
 
 
@@ -70,6 +110,8 @@ def load_options(args: BradleyTerryConfig, trainer_options: dict[str, Any]) -> d
     options |= args.model_init_kwargs or {}
     quantization_config = trainer_options.get("quantization_config")
     if quantization_config is not None:
+        if "quantization_config" in options:
+            raise UserError("quantization_config is given twice: leave it out of model_init_kwargs.")
         options["quantization_config"] = quantization_config
     return options
 
@@ -80,9 +122,18 @@ def resolve_model(
     """Returns the model with an fp32 score head, and its tokenizer. `options` are those of `load_base_model`."""
     if isinstance(model, str):
         name = model
-        model = _load_by_name(name, options)
+        if is_adapter(name, options.get("revision")):
+            model = load_trainable_adapter(name, **options)
+            if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
+                name = bare_model(model).name_or_path  # it was saved without a tokenizer
+        else:
+            model = load_base_model(name, task="reward", **options)
+        check_reward_model(bare_model(model))
     else:
+        check_reward_model(bare_model(model))
         name = model.config._name_or_path
+        prepare_quantized(model)
+        refuse_quantized_encoder(bare_model(model), "model")
     if tokenizer is None:
         location = {}
         for option in ("trust_remote_code", "revision"):
@@ -99,27 +150,18 @@ def resolve_model(
     elif not isinstance(model, PeftModel):
         install_fp32_score(model)
     if isinstance(model, PeftModel):
+        _check_task_type(model)
         check_head_moves(model)  # early, before the data are tokenized; checked again after the adapter is attached
         if is_encoder(bare_model(model)):
             _check_layers_are_saved(model)
     return model, tokenizer
 
 
-def _load_by_name(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    unknown = sorted(options.keys() - signature(load_base_model).parameters)
-    if unknown:
-        raise UserError(
-            f"{', '.join(unknown)}: not supported for a model given by name: for 4 bits (NF4) pass "
-            "model_init_kwargs={'load_in_4bit': True}, for other options pass a loaded model."
-        )
-    return load_base_model(name, task="reward", **options)
-
-
 def _as_scalar_head(linear: nn.Module) -> nn.Module:
     if isinstance(linear, ScalarHead) or not isinstance(linear, nn.Linear):  # an encoder's head of several layers
         return linear
-    head = ScalarHead.from_linear(linear)
-    return head.requires_grad_(linear.weight.requires_grad)
+    is_trained = linear.weight.requires_grad
+    return ScalarHead.from_linear(linear).requires_grad_(is_trained)
 
 
 def check_head_is_trained(peft_config: PeftConfig | None) -> None:
@@ -129,11 +171,58 @@ def check_head_is_trained(peft_config: PeftConfig | None) -> None:
     saved_modules = getattr(peft_config, "modules_to_save", None) or ()
     if "score" in saved_modules or "classifier" in saved_modules:
         return
-    task_type = getattr(peft_config.task_type, "value", peft_config.task_type)
     raise UserError(
-        f"peft_config: task_type is {task_type}, so PEFT would silently freeze the score head: pass "
+        f"peft_config: task_type is {task_name(peft_config)}, so PEFT would silently freeze the score head: pass "
         "task_type='SEQ_CLS'."
     )
+
+
+def check_adapter_kind(option: str, config: PeftConfig) -> None:
+    """Raises `UserError` if an adapter of this kind would not be loaded as it was trained.
+
+    Args:
+        option: name of the argument that the adapter comes from, for the message.
+        config: its configuration.
+    """
+    problem = unsupported_kind(config, shares_base=False)
+    if problem is not None:
+        raise UserError(f"{option}: {problem}: use LoRA.")
+    if not config.is_prompt_learning and not hasattr(config, "modules_to_save"):
+        raise UserError(
+            f"{option}: PEFT trains no score head beside adapters of type {config.peft_type.value}: use another kind, "
+            "such as LoRA (with trainable_token_indices for single tokens)."
+        )
+    warn_of_fixed_ranks(option, config)
+    if not is_repeatable(config):
+        raise UserError(
+            f"{option}: {base_change(config)} changes the base in a way that is not repeated when the saved adapter is "
+            "loaded: use init_lora_weights='pissa' or 'olora'."
+        )
+
+
+def with_reward_task(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Returns the configuration, or a copy for sequence classification if it is for another task.
+
+    With the score head in `modules_to_save`, PEFT trains the head, but wraps the model for that other task, such as for
+    generation. A configuration without a task type needs no change.
+    """
+    if peft_config is None or peft_config.task_type in (None, TaskType.SEQ_CLS):
+        return peft_config
+    logger.warning(
+        "peft_config: task_type is %s, and a reward model needs SEQ_CLS, which is used.", task_name(peft_config)
+    )
+    changed = copy.deepcopy(peft_config)
+    changed.task_type = TaskType.SEQ_CLS
+    return changed
+
+
+def _check_task_type(model: PeftModel) -> None:
+    """Raises `UserError` if the adapter of a model is made for another kind of output, such as answers to questions."""
+    config = model.active_peft_config
+    if config.task_type in (TaskType.QUESTION_ANS, TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        raise UserError(
+            f"model: the task_type of its adapter is {task_name(config)}: build it with task_type='SEQ_CLS'."
+        )
 
 
 def check_head_moves(model: nn.Module) -> None:
@@ -176,7 +265,7 @@ def with_revision(peft_config: PeftConfig | None, revision: str | None) -> PeftC
 
 def length_limit(model: nn.Module, max_length: int | None) -> int | None:
     """Returns `max_length`, or the number of positions of the model if that is smaller."""
-    positions = position_limit(model)
+    positions = learned_positions(model)
     if not max_length or not positions:
         return max_length or positions
     if positions < max_length:
@@ -218,6 +307,27 @@ def make_collator(
     return DataCollatorForComparisons(
         pad_token_id, layout=layout, pad_to_multiple_of=args.pad_to_multiple_of, max_tokens=args.max_tokens_per_batch
     )
+
+
+def check_rows_of_tokens(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, *, source: str
+) -> None:
+    """Raises `UserError` if tokenized comparisons have a token for which the model has no row.
+
+    Args:
+        dataset: the tokenized comparisons.
+        tokenizer: the tokenizer.
+        model: the reward model.
+        source: name of the dataset, for the message.
+    """
+    rows = n_rows(model)
+    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
+        prompts = pc.list_flatten(batch["prompt_ids"])
+        completions = pc.list_flatten(pc.list_flatten(batch["completion_ids"]))
+        for ids in (prompts, completions):
+            largest = pc.max(ids).as_py()
+            if largest is not None and largest >= rows:
+                check_token_ids(f"dataset {source!r}: a row", [largest], tokenizer, rows)
 
 
 def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The record beside the weights of a reward model: the scale of its scores and the precision of training."""
+"""The record beside the weights of a reward model: the scale of its scores, precision and quantization of training."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ class RewardNormalization:
         base_dtype: dtype of the weights of the base, such as `bfloat16`.
         autocast: dtype of autocast in training; `None` without autocast.
         load_in_4bit: whether the base was loaded in 4 bits.
+        quantization: the whole quantization configuration of the base, see `quantization_record`; `None` if it was not
+            quantized, or if an earlier version wrote the file.
         layout: layout of the batches in training.
         base_model: Hub id of the base; `None` if it was a local folder.
     """
@@ -36,6 +38,7 @@ class RewardNormalization:
     load_in_4bit: bool = False
     layout: str = "plain"
     base_model: str | None = None
+    quantization: dict[str, Any] | None = None
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -51,7 +54,10 @@ class RewardNormalization:
 
     def save(self, folder: str | Path) -> None:
         """Writes `reward_normalization.json` into `folder`."""
-        (Path(folder) / NORMALIZATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        content = asdict(self)
+        if self.quantization is None:
+            del content["quantization"]
+        (Path(folder) / NORMALIZATION_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:

@@ -15,6 +15,14 @@ from scipy import special, stats
 PERCENTILES = (5, 50, 95)
 """Percentiles of the scores of chosen and rejected completions that an evaluation logs."""
 
+METRIC_NAMES = (
+    *("loss", "nll", "accuracy", "accuracy_low", "accuracy_high", "accuracy_ties", "brier", "ece", "margin", "pairs"),
+    *("gain", "gain_low", "gain_high", "longer_wins_baseline", "min_reward", "mean_reward", "max_reward"),
+    *(f"{side}_p{percentile}" for side in ("chosen", "rejected") for percentile in PERCENTILES),
+    *("runtime", "samples_per_second", "steps_per_second", "num_tokens"),
+)
+"""Names of the metrics of an evaluation. Those of groups depend on the data: `accuracy/<title>/<name>`."""
+
 TIE_THRESHOLD = math.log(3)
 """|Δ| below which σ(Δ) is closer to 0.5 than to 0 or 1, in units of reward: the model then predicts a tie."""
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collators import DataCollatorForComparisons
-from ..modeling.adapters import evaluating
+from ..errors import first_line
 from ..modeling.prefix import why_not
+from ..modeling.probing import evaluating
 from .scores import score_batch
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
@@ -37,12 +38,11 @@ def shared_prefix_problem(model: nn.Module, device: torch.device | None = None) 
     config = model.config.get_text_config()
     rows = _probe_rows(config.vocab_size)
     try:
-        with _probe_config(config), evaluating(model):
+        with probe_config(config), evaluating(model):
             shared = _scores(model, rows, "shared_prefix")
             plain = _scores(model, rows, "plain")
     except _REFUSALS as error:
-        reason = str(error) or type(error).__name__
-        return f"it does not accept the layout: {reason.splitlines()[0]}"
+        return f"it does not accept the layout: {first_line(error)}"
 
     # The first parameter of a quantized model may be packed bytes, so take the dtype of a floating-point one.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -76,7 +76,7 @@ def _probe_row(prompt_ids: list[int], completion_ids: list[list[int]]) -> dict[s
 
 
 @contextmanager
-def _probe_config(config: Any) -> Iterator[None]:
+def probe_config(config: Any) -> Iterator[None]:
     """Inside the context, sets what a forward pass of the test needs in the model's text config."""
     pad_token_id = config.pad_token_id
     window = getattr(config, "sliding_window", None)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,15 +24,23 @@ from ..data.text import (
     encode_completion,
     encode_prompt,
     is_messages,
+    prefill_of,
     render_prompt,
+    with_prefill,
 )
 from ..errors import UserError
-from ..modeling.adapters import active_adapter, bare_model, evaluating, mixed_precision
-from ..modeling.heads import head_name, install_fp32_score, is_encoder, position_limit
+from ..modeling.adapter_files import adapter_weight_names, base_weight_names, refuse_lost_modules
+from ..modeling.adapters import active_adapter, bare_model, mixed_precision
+from ..modeling.checkpoint_files import is_head
+from ..modeling.embeddings import n_rows
+from ..modeling.heads import head_name, install_fp32_score, is_encoder, learned_positions
 from ..modeling.loading import attach_adapter, base_and_revision, found_or_refused, load_base_model, load_tokenizer
+from ..modeling.probing import evaluating
+from ..modeling.quantization import quantization_record
+from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from .normalization import NORMALIZATION_FILE, RewardNormalization, dtype_name, is_4bit
 from .prefix_probe import shared_prefix_problem
-from .scores import score_batch, score_head, score_sequences
+from .scores import check_one_output, score_batch, score_head, score_sequences
 from .sharing import Precision, precision_mismatch
 
 __all__ = [
@@ -93,7 +102,8 @@ class RewardScorer:
             raise UserError(f"std: must be positive, got {std}.")
         check_tokenizer(tokenizer, needs_chat_template=False)
         if head is None:
-            score_head(model)  # raises for other models
+            check_one_output(model)
+        check_special_tokens("tokenizer of the reward model", tokenizer, model)
         self.model = model
         self.tokenizer = tokenizer
         self.mean = mean
@@ -112,7 +122,7 @@ class RewardScorer:
         cls,
         folder_or_repo: str | Path,
         *,
-        base: str | PreTrainedModel | None = None,
+        base: str | Path | PreTrainedModel | None = None,
         dtype: str | torch.dtype = "auto",
         load_in_4bit: bool | None = None,
         revision: str | None = None,
@@ -126,7 +136,8 @@ class RewardScorer:
             folder_or_repo: local folder or Hub id.
             base: base model of an adapter, loaded or as a name; `None` means the one that the adapter names.
             dtype: dtype of the base. `"auto"` means the dtype of training; with another dtype scores differ.
-            load_in_4bit: whether to load the base in 4 bits (NF4); `None` means as in training.
+            load_in_4bit: whether to load the base in 4 bits; `None` means quantized exactly as in training. After a
+                training that was not in 4 bits, `True` means NF4 with double quantization.
             revision: branch, tag or commit of `folder_or_repo`.
             batch_size: see the class.
             device: device of the model; `None` means CUDA if available, else the CPU.
@@ -136,33 +147,32 @@ class RewardScorer:
             The scorer, with the normalization that was saved. Without one, it returns raw scores and logs a warning.
 
         Raises:
-            UserError: if the folder does not exist, is not a reward model, or names no base model.
+            UserError: if the folder does not exist, is not a reward model, lacks the score head or other weights, or
+                names no base model.
         """
         folder = local_folder(folder_or_repo, revision, code=trust_remote_code)
-        recorded = RewardNormalization.load(folder)
-        # Raw scores are on another scale, but still usable: a warning is enough.
-        if recorded is None:
-            logger.warning("%s has no %s: rewards are the raw scores.", folder_or_repo, NORMALIZATION_FILE)
-            recorded = RewardNormalization()
-        elif not recorded.is_measured:
-            logger.warning("%s was saved without a normalization: rewards are the raw scores.", folder_or_repo)
-
+        found = RewardNormalization.load(folder)
+        recorded = found or RewardNormalization()
         if dtype == "auto":
             dtype = recorded.base_dtype
-        if load_in_4bit is None:
-            load_in_4bit = recorded.load_in_4bit
-        options = {"dtype": dtype, "load_in_4bit": load_in_4bit, "trust_remote_code": trust_remote_code}
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        options |= _quantization_options(recorded, load_in_4bit)
         model = _load_reward_model(folder, base, options)
 
-        if base is not None and not isinstance(base, str):  # a loaded base may have another dtype than in training
-            mismatch = precision_mismatch(Precision.recorded(recorded), Precision.of_model(model))
-            if mismatch is not None:
-                logger.warning(
-                    "%s was trained on %s: scores differ. Leave `base` out, or load it as in training.",
-                    folder_or_repo,
-                    mismatch,
-                )
-        if not load_in_4bit:  # bitsandbytes has already placed 4-bit weights
+        # Raw scores are on another scale, but still usable: a warning is enough.
+        if found is None:
+            logger.warning("%s has no %s: rewards are the raw scores.", folder_or_repo, NORMALIZATION_FILE)
+        elif not recorded.is_measured:
+            logger.warning("%s was saved without a normalization: rewards are the raw scores.", folder_or_repo)
+        if isinstance(base, PreTrainedModel):
+            remedy = "Leave `base` out, or load it as in training"
+            _warn_of_mismatch(folder_or_repo, Precision.recorded(recorded), Precision.of_model(model), remedy)
+        elif load_in_4bit is None:
+            # A base whose checkpoint is quantized itself may be quantized otherwise than in training.
+            trained, present = Precision.recorded(recorded), Precision.of_model(model)
+            remedy = "The checkpoint of the base is quantized itself: pass the one of training as `base`"
+            _warn_of_mismatch(folder_or_repo, replace(trained, dtype=None), replace(present, dtype=None), remedy)
+        if quantization_record(model) is None:  # quantized weights are already in their place
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         return cls(
@@ -204,7 +214,8 @@ class RewardScorer:
 
         Args:
             prompts: N prompts, as text or as messages.
-            completions: N completions, as text or as messages.
+            completions: N completions, as text or as messages. Text after a prompt that ends with a turn of the
+                assistant continues this turn.
             tools: N lists of function schemas, or their JSON text, for the chat template; `None` means no tools.
             chat_template_kwargs: N dicts of arguments of the chat template, or their JSON text; `None` means none.
 
@@ -226,6 +237,7 @@ class RewardScorer:
         sequences = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
+                prompt, completion = self._as_turns(prompt, completion, options[index])
                 prompt_ids = encode_prompt(self.tokenizer, prompt, options[index])
                 completion_ids = encode_completion(self.tokenizer, prompt, completion, options[index])
             except Unrenderable as error:
@@ -246,9 +258,12 @@ class RewardScorer:
         Raises:
             UserError: if a sequence is longer than the model supports.
         """
-        limit = position_limit(bare_model(self.model))
+        limit = learned_positions(bare_model(self.model))
         if limit:
             _check_lengths(sequences, limit)
+        rows = n_rows(self.model)
+        for index, ids in enumerate(sequences):
+            check_token_ids(f"completion {index} with its prompt", ids, self.tokenizer, rows)
         scores = [0.0] * len(sequences)
         with evaluating(self.model), self._own_adapter():
             for indices in self._batches([len(ids) for ids in sequences]):
@@ -288,6 +303,14 @@ class RewardScorer:
             with active_adapter(self.model, self.adapter):
                 yield
 
+    def _as_turns(
+        self, prompt: str | Messages, completion: str | Messages, options: dict[str, Any]
+    ) -> tuple[str | Messages, str | Messages]:
+        """Joins text with the turn of the assistant that it continues. Messages are turns of their own."""
+        if isinstance(completion, str) and prefill_of(prompt) is not None:
+            return with_prefill(self.tokenizer, prompt, completion, options)
+        return prompt, completion
+
     def text(self, prompt: str | Messages, completion: str | Messages, **columns: Any) -> str:
         """The text that is scored, as one string, for `pipeline("text-classification")` with a merged model.
 
@@ -298,6 +321,7 @@ class RewardScorer:
         """
         tokenizer = self.tokenizer
         options = template_options(columns)
+        prompt, completion = self._as_turns(prompt, completion, options)
         before = render_prompt(tokenizer, prompt, options)
         after = completion_text(tokenizer, prompt, completion, options)
         if is_encoder(bare_model(self.model)):  # its tokenizer adds the first and the last special token
@@ -366,25 +390,100 @@ def local_folder(folder_or_repo: str | Path, revision: str | None, *, code: bool
     return Path(path)
 
 
-def _load_reward_model(folder: Path, base: str | PreTrainedModel | None, options: dict) -> PreTrainedModel | PeftModel:
+def _warn_of_mismatch(name: str | Path, trained: Precision, present: Precision, remedy: str) -> None:
+    mismatch = precision_mismatch(trained, present)
+    if mismatch is not None:
+        logger.warning("%s was trained on %s: scores differ. %s.", name, mismatch, remedy)
+
+
+def _quantization_options(recorded: RewardNormalization, load_in_4bit: bool | None) -> dict[str, Any]:
+    """The options of `load_base_model` that quantize the base as in training, unless `load_in_4bit` says otherwise."""
+    if load_in_4bit is None:
+        as_trained = True
+    else:
+        as_trained = load_in_4bit and recorded.load_in_4bit
+    if as_trained and recorded.quantization is not None:
+        return {"quantization_config": recorded.quantization}
+    if load_in_4bit is None:
+        load_in_4bit = recorded.load_in_4bit
+    return {"load_in_4bit": load_in_4bit}
+
+
+def is_adapter(folder_or_repo: str, revision: str | None = None) -> bool:
+    """Whether a local folder or a repository on the Hub holds an adapter."""
+    if (Path(folder_or_repo).expanduser() / "adapter_config.json").is_file():  # it may name no base
+        return True
+    return base_and_revision(folder_or_repo, revision)[0] is not None
+
+
+def load_trainable_adapter(folder_or_repo: str, *, revision: str | None = None, **options: Any) -> PeftModel:
+    """Loads a reward adapter to train it further, on its base as it was trained.
+
+    Args:
+        folder_or_repo: local folder or Hub id of the adapter.
+        revision: branch, tag or commit of the adapter.
+        options: options of `load_base_model`. Without a dtype or a quantization, those of training are used.
+
+    Raises:
+        UserError: if it is the adapter of a policy, if it names no base, or if weights are missing.
+    """
+    folder = local_folder(folder_or_repo, revision, code=options.get("trust_remote_code", False))
+    if PeftConfig.from_pretrained(str(folder)).task_type == TaskType.CAUSAL_LM:
+        raise UserError(
+            f"model: {folder_or_repo} is the adapter of a policy, without a score head: give its base and peft_config, "
+            "or merge it first (hf-rlhf merge)."
+        )
+    recorded = RewardNormalization.load(folder) or RewardNormalization()
+    options = {"dtype": recorded.base_dtype} | options
+    if "load_in_4bit" not in options and options.get("quantization_config") is None:
+        options |= _quantization_options(recorded, None)
+    return _load_reward_model(folder, None, options, is_trainable=True)
+
+
+def _load_reward_model(
+    folder: Path, base: str | PreTrainedModel | None, options: dict, *, is_trainable: bool = False
+) -> PreTrainedModel | PeftModel:
     """Loads the model in `folder`, with its head in fp32. `options` are those of `load_base_model`."""
     base_id, base_revision = base_and_revision(str(folder))
     if not (folder / "adapter_config.json").is_file():
-        model = load_base_model(str(folder), task="reward", **options)
+        model = load_base_model(str(folder), task="reward", may_lack=(), **options)
         _restore_fp32_head(model, folder)
         return model
 
-    if PeftConfig.from_pretrained(str(folder)).task_type == TaskType.CAUSAL_LM:
-        raise UserError(f"reward model: {folder} is a policy adapter, without a score head: give a reward model's.")
+    weights = adapter_weight_names(folder)
+    _refuse_policy_adapter(folder, weights)
     if base is None:
         base = base_id
         options = options | {"revision": base_revision}
     if not base:
         raise UserError(f"{folder.name}: the adapter names no base model: pass base= with a model or its id.")
-    if isinstance(base, str):
-        base = load_base_model(base, task="reward", **options)
+    if isinstance(base, str | Path):
+        base = load_base_model(base, task="reward", may_lack=base_weight_names(weights), **options)
     install_fp32_score(base)  # before PEFT, which would copy the head in the dtype of the base
-    return attach_adapter(base, folder)
+    return attach_adapter(base, folder, is_trainable=is_trainable)
+
+
+def load_reward_weights(folder: Path, **options: Any) -> PreTrainedModel | PeftModel:
+    """Loads the model in the folder of a reward model, with all checks but without tokenizer and normalization.
+
+    Args:
+        folder: local folder of the reward model.
+        options: options of `load_base_model`, such as `dtype`.
+    """
+    return _load_reward_model(folder, None, options)
+
+
+def _refuse_policy_adapter(folder: Path, weights: set[str]) -> None:
+    """Raises `UserError` if an adapter has no score head, before its base is loaded."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.task_type == TaskType.CAUSAL_LM:
+        raise UserError(f"reward model: {folder} is a policy adapter, without a score head: give a reward model's.")
+    refuse_lost_modules(folder, config, weights)
+    if not any(is_head(name) for name in weights):
+        raise UserError(
+            f"reward model: {folder} has no score head in its adapter, so it is a policy adapter, or its head was not "
+            "saved: give a reward model as BradleyTerryTrainer saves it."
+        )
 
 
 def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:

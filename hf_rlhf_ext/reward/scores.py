@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model
+from ..modeling.families import check_reward_model
 from ..modeling.heads import is_encoder
-from ..modeling.logprobs import captured_hidden_states, contiguous_head_inputs
+from ..modeling.logprobs import captured_hidden_states
 from ..modeling.prefix import model_inputs
 
 
@@ -18,14 +19,29 @@ def score_head(model: nn.Module) -> nn.Module:
         UserError: if the model has no such head.
     """
     base = bare_model(model)
+    check_reward_model(base)
     name = "classifier" if is_encoder(base) else "score"
     head = getattr(base, name, None)
     if not isinstance(head, nn.Module):
         raise UserError(
-            f"model: {type(base).__name__} has no `score` head: load it with load_base_model(..., task='reward'), or "
-            "pass a sequence-classification model with num_labels=1."
+            f"model: {type(base).__name__} has no `score` or `classifier` head: load it with load_base_model(..., "
+            "task='reward'), or pass a sequence-classification model that has one, such as Llama, Qwen or BERT."
         )
     return head
+
+
+def check_one_output(model: nn.Module) -> None:
+    """Raises `UserError` unless the model is a sequence-classification model with one label.
+
+    Args:
+        model: the model, also inside DDP or PEFT.
+    """
+    head = score_head(model)
+    outputs = getattr(head, "out_features", None)
+    if outputs is None:  # an encoder's head of several layers, or a copy of the head in PEFT's wrapper
+        outputs = bare_model(model).config.num_labels
+    if outputs != 1:
+        raise UserError(f"model: its score head has {outputs} outputs: load it with num_labels=1.")
 
 
 def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -64,13 +80,15 @@ def score_sequences(
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if head is None and is_encoder(bare_model(model)):
-        return model(**inputs).logits.float().squeeze(-1)
-
-    if head is None:
+        logits, outputs = _classify(model, inputs)
+        if outputs.dim() < 3:
+            return logits.float().squeeze(-1)
+        scores = outputs.float().squeeze(-1)  # a decoder whose head is called `classifier`, such as CTRL
+    elif head is None:
         scores = _scores_by_position(model, inputs)
     else:
-        with captured_hidden_states(model) as captured, contiguous_head_inputs(model):
-            model(**inputs, use_cache=False, logits_to_keep=1)
+        with captured_hidden_states(model) as captured:
+            model(**inputs, use_cache=False)
         scores = head(captured[-1]).squeeze(-1)
     # (N, L), or (N, virtual + L) with prompt tuning, which puts virtual tokens before every row.
     n_virtual = scores.shape[1] - input_ids.shape[1]
@@ -80,12 +98,18 @@ def score_sequences(
 
 def _scores_by_position(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The output of the score head at every position, (N, L) fp32."""
+    _, outputs = _classify(model, inputs | {"use_cache": False})
+    return outputs.squeeze(-1)
+
+
+def _classify(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The logits (N, 1) of the model, and the output of its head: (N, L, 1) in decoders, (N, 1) in encoders."""
     outputs: list[Tensor] = []
     # A hook reads the output of the head inside the forward pass of the wrapped model. Calling the backbone directly
     # would bypass DDP.
     hook = score_head(model).register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        model(**inputs, use_cache=False)
+        logits = model(**inputs).logits
     finally:
         hook.remove()
-    return outputs[-1].squeeze(-1)
+    return logits, outputs[-1]

@@ -14,25 +14,44 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 from trl import RewardTrainer
 
+from ..checkpointing import resolve_checkpoint
+from ..data.given import as_dataset, as_datasets, as_python
 from ..data.json_columns import without_arrow_fill
 from ..data.schema import LoadReport, dataset_of
 from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, tokenize_comparisons
-from ..data.trl_rows import read_comparisons
+from ..data.trl_rows import read_comparisons, warn_of_nan_margins
 from ..errors import UserError
-from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision
-from ..modeling.loading import refuse_fp16_weights, warn_of_emulated_bf16
+from ..modeling.adapter_start import attached_or_refused
+from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision, saved_as_one_adapter
+from ..modeling.base_record import BaseRecord, check_same_base
+from ..modeling.loading import refuse_fp16_weights
+from ..modeling.quantization import quantization_record
+from ..modeling.vocabulary import check_special_tokens
 from ..publishing import new_publisher, require_publisher
+from ..training.arguments import check_arguments
+from ..training.best_model import check_evaluated_metric, check_metric_name
+from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
+from ..training.optimizers import (
+    check_lists_of_schedule,
+    check_weights,
+    made_by,
+    plain_optimizer,
+    use_evaluation_weights,
+)
 from .config import BradleyTerryConfig
-from .labels import LABEL_FIELDS, EvaluatedPairs, pad_by_prompt, pair_labels, stack_padded
+from .labels import LABEL_FIELDS, EvaluatedPairs, join_batches, pad_by_prompt, pair_labels, stack_padded
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .meter import TrainMeter
 from .model_setup import (
     check_head_is_trained,
     check_head_moves,
+    check_rows_of_tokens,
     length_limit,
     make_collator,
     prepare_model,
@@ -43,9 +62,11 @@ from .model_setup import (
     warn_over_budget,
 )
 from .normalization import RewardNormalization, dtype_name, is_4bit
-from .preference_metrics import JudgedPairs
+from .preference_metrics import METRIC_NAMES, JudgedPairs
+from .resume import load_weights, refuse_other_checkpoint
 from .scorer import RewardScorer
 from .scores import score_batch
+from .trainer_options import check_special_token_options
 
 __all__ = ["LABEL_FIELDS", "BradleyTerryTrainer"]
 
@@ -60,10 +81,12 @@ class BradleyTerryTrainer(RewardTrainer):
 
     Args:
         model: a sequence-classification model with one label (`load_base_model(..., task="reward")`), a `PeftModel` of
-            one, or a name or path for `load_base_model`, such as the embedded model.
+            one, or a name or path for `load_base_model`, such as the embedded model. The path of a reward adapter is
+            loaded on its base as it was trained, and trained further.
         args: options; `None` means `BradleyTerryConfig("reward_model")`.
         train_dataset: dataset of comparison rows or of preference rows in TRL's formats. Read other formats with
-            `load_comparisons`.
+            `load_comparisons`. Instead of a `Dataset`, all datasets may be lists of rows, a `pandas.DataFrame`, or a
+            `torch.utils.data.Dataset` of rows.
         eval_dataset: dataset of the same kind, or a dict of several.
         processing_class: the tokenizer; loaded with the model if left out.
         peft_config: PEFT configuration of a new adapter, with `task_type="SEQ_CLS"`.
@@ -91,7 +114,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         args: BradleyTerryConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -106,10 +129,22 @@ class BradleyTerryTrainer(RewardTrainer):
         args = args or BradleyTerryConfig(output_dir="reward_model")
         if not isinstance(args, BradleyTerryConfig):
             raise UserError(f"args: got {type(args).__name__}: pass a BradleyTerryConfig.")
-        warn_of_emulated_bf16(args)
+        check_arguments(
+            args,
+            eval_dataset,
+            callbacks,
+            trainer_options.get("optimizers", (None, None)),
+            trainer_options.get("optimizer_cls_and_kwargs"),
+        )
+        if train_dataset is None:
+            raise UserError("train_dataset is required: pass a dataset of comparisons.")
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        eval_dataset = as_datasets(eval_dataset, "eval_dataset")
+        normalization_dataset = as_dataset(normalization_dataset, "normalization_dataset")
         check_head_is_trained(peft_config)
         set_seed(args.seed)  # a new head is initialized when the model is loaded
         prepared = prepare_model(model, processing_class, peft_config, args, trainer_options)
+        check_special_token_options(args, prepared.tokenizer.get_vocab())
 
         # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
@@ -118,40 +153,78 @@ class BradleyTerryTrainer(RewardTrainer):
         self.data_reports: dict[str, LoadReport] = {}
         self.judged: JudgedPairs | None = None  # of the last evaluation, for plots
         self._category_codes: dict[str, int] = {}
+        self._sized_model = prepared.model  # its embedding has rows for the tokens of the data
         self._user_metrics = compute_metrics
         self._meter = TrainMeter()
         # TRL casts trainable parameters of quantized models to bf16, even those of a trained adapter. Keep the
         # originals.
-        before = {name: p.data for name, p in prepared.model.named_parameters() if p.requires_grad}
-        super().__init__(
-            model=prepared.model,
-            args=prepared.args,
-            data_collator=data_collator or make_collator(prepared.tokenizer, args, self.layout),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=prepared.tokenizer,
-            compute_metrics=self._preference_metrics,
-            callbacks=callbacks,
-            peft_config=prepared.peft_config,
-            **trainer_options,
-        )
-        repair_fp32(self.model, before)
-
-        # Checks that need the final model and data.
-        if args.fp16:
-            refuse_fp16_weights(self.model)
-        check_head_moves(self.model)
+        weights_before_cast = {name: p.data for name, p in prepared.model.named_parameters() if p.requires_grad}
+        with attached_or_refused("peft_config", prepared.model, prepared.peft_config):
+            super().__init__(
+                model=prepared.model,
+                args=prepared.args,
+                data_collator=data_collator or make_collator(prepared.tokenizer, args, self.layout),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=prepared.tokenizer,
+                compute_metrics=self._preference_metrics,
+                callbacks=callbacks,
+                peft_config=prepared.peft_config,
+                **trainer_options,
+            )
+        repair_fp32(self.model, weights_before_cast)
+        self._check_final_model()
+        self._base_record = BaseRecord.of_model(self.model, self._autocast_dtype)
         self.normalization = self._current_normalization()
-        warn_over_budget(self.data_collator, self.train_dataset)
-        warn_of_large_margins(self.train_dataset, args.margin_scale)
         self._normalization_rows = self._prepare_normalization(normalization_dataset)
 
-    # Data
+        self._checked_optimizer: torch.optim.Optimizer | None = None  # the one that `create_optimizer` has checked
+        if self.optimizer is not None:
+            self.create_optimizer()
+        self._check_metric_name()
+
+    def _check_final_model(self) -> None:
+        """Checks that need the model with its adapter and the tokenized data."""
+        if self.args.fp16:
+            refuse_fp16_weights(self.model)
+        check_head_moves(self.model)
+        check_special_tokens("processing_class", self.processing_class, self.model)
+        warn_over_budget(self.data_collator, self.train_dataset)
+        warn_of_large_margins(self.train_dataset, self.args.margin_scale)
+
+    def _check_metric_name(self) -> None:
+        """Refuses a `metric_for_best_model` that no evaluation can have."""
+        check_metric_name(
+            self.args,
+            self.eval_dataset,
+            METRIC_NAMES,
+            may_exist=lambda name: name.startswith("accuracy/") or self._user_metrics is not None,
+        )
+
+    # ---- Optimizer ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of `Trainer`, or that of the user if it holds the weights that are trained."""
+        optimizer, _ = made_by(self, lambda: super(BradleyTerryTrainer, self).create_optimizer(*args, **kwargs))
+        plain = plain_optimizer(optimizer)
+        if plain is not self._checked_optimizer:
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            check_weights(plain, trained, self.model, whose="reward model")
+            check_lists_of_schedule(self.args, plain)
+            self._checked_optimizer = plain
+        return optimizer
+
+    # ---- Data ----
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        dataset = as_dataset(dataset, f"dataset {dataset_name!r}")
+        if isinstance(dataset, Dataset):
+            dataset = as_python(dataset)
         if isinstance(dataset, Dataset) and set(TOKENIZED_COLUMNS) <= set(dataset.column_names):
             # Already tokenized by a trainer, such as a subset of the evaluation set that is passed to `evaluate`.
             return self._with_own_category_codes(dataset)
+        if isinstance(dataset, Dataset):
+            warn_of_nan_margins(dataset, source=dataset_name)
         with args.main_process_first(desc=f"{dataset_name} dataset"):
             dataset, report = read_comparisons(dataset, source=dataset_name)
             if "category" in dataset.column_names:
@@ -179,11 +252,13 @@ class BradleyTerryTrainer(RewardTrainer):
             report=report,
             max_length=self.max_length,
             overflow=args.overflow,
+            unrenderable=args.unrenderable,
             num_proc=args.dataset_num_proc,
         )
         level = logging.WARNING if report.dropped or report.flagged else logging.INFO
         logger.log(level, report.summary())
         self.data_reports[report.source] = report
+        check_rows_of_tokens(dataset, tokenizer, self._sized_model, source=report.source)
         return dataset
 
     def _prepare_normalization(self, dataset: Dataset | None) -> Dataset | None:
@@ -213,7 +288,32 @@ class BradleyTerryTrainer(RewardTrainer):
         if self._signature_columns is None:  # `Trainer` removes all other columns before the collator gets the rows
             self._signature_columns = [*TOKENIZED_COLUMNS, CATEGORY_CODE]
 
-    # Loss
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # `Trainer` would look for a column with the lengths.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = []
+        for row in dataset.select_columns(["prompt_ids", "completion_ids"]):
+            lengths.append(len(row["prompt_ids"]) + sum(map(len, row["completion_ids"])))
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        """As in `Trainer`, but `dataloader_drop_last` drops rows of training only, so that metrics count all rows."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _get_eval_sampler(self, eval_dataset):
+        """The rows in their order, so that predictions belong to them, also with `group_by_length`."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    # ---- Loss ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Returns the batches of one optimizer step, and the sum of the weights of its pairs on all processes."""
@@ -290,7 +390,7 @@ class BradleyTerryTrainer(RewardTrainer):
             losses = losses + args.center_rewards_coefficient * centering_penalty(scores_i, scores_j, weights)
         return losses
 
-    # Metrics
+    # ---- Metrics ----
 
     def log(self, logs, start_time=None):
         if "loss" in logs and not self._meter.is_empty:  # a training log; logs of evaluations are complete
@@ -299,6 +399,49 @@ class BradleyTerryTrainer(RewardTrainer):
             logs |= totals.metrics()
             logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        log_last_steps(self.args, self.control)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._check_is_there(eval_dataset)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train and eval_dataset is None:
+            check_evaluated_metric(self.args, metrics)
+        return metrics
+
+    def _check_is_there(self, eval_dataset: Any) -> None:
+        """Refuses an evaluation of no set, or of one by a name that the trainer does not know."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise UserError("evaluation needs eval_dataset: pass one to the trainer, or set eval_strategy='no'.")
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        if isinstance(eval_dataset, str) and eval_dataset not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise UserError(f"eval_dataset: no set is named {eval_dataset!r} (there is {known}): pass a dataset.")
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Scores the completions of a dataset, as `evaluate` does, but returns the scores too and logs nothing.
+
+        Args:
+            test_dataset: dataset of the same kind as `eval_dataset`.
+            ignore_keys: not used; it is there as in `Trainer`.
+            metric_key_prefix: prefix of the names of the metrics.
+
+        Returns:
+            `predictions`: raw scores (B, Kmax) of the completions, padded with -100; `label_ids`: (B, Pmax, 7), see
+            `LABEL_FIELDS`; `metrics`: those of `evaluate`.
+
+        Raises:
+            UserError: if a row is not usable.
+        """
+        test_dataset = as_dataset(test_dataset, "test_dataset")
+        if test_dataset is None:
+            raise UserError("test_dataset is None: pass a dataset of comparisons.")
+        rows = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(rows, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns None, scores (B, Kmax) and labels (B, Pmax, 7), from which the loss of the whole set is computed."""
@@ -326,7 +469,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _preference_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics over the whole evaluation set. Loss and nll weight the pairs, the other metrics do not."""
-        pairs = EvaluatedPairs.read(prediction.predictions, prediction.label_ids)
+        pairs = EvaluatedPairs.read(join_batches(prediction.predictions), join_batches(prediction.label_ids))
         losses = self._pair_losses(*pairs.as_batch())
         total_weight = max(pairs.weights.sum(), 1e-300)  # avoids 0 / 0 if all weights are 0
         compared_scores = np.concatenate([pairs.scores_i, pairs.scores_j])
@@ -341,24 +484,44 @@ class BradleyTerryTrainer(RewardTrainer):
             metrics |= self._user_metrics(prediction)
         return metrics
 
-    # Normalization and saving
+    # ---- Normalization and saving ----
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains like `Trainer.train`, and then measures the normalization of the final (or best) model.
 
         Args:
-            args: arguments of `Trainer.train`.
-            kwargs: keyword arguments of `Trainer.train`, such as `resume_from_checkpoint`.
+            resume_from_checkpoint: a checkpoint folder, or `True` for the last complete checkpoint in `output_dir`.
+                `None` or `False` starts from the beginning.
+            args: further arguments of `Trainer.train`.
+            kwargs: further keyword arguments of `Trainer.train`.
 
         Returns:
             The result of `Trainer.train`.
+
+        Raises:
+            UserError: if there is no such checkpoint, or if it does not fit the model.
         """
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            refuse_other_checkpoint(self.model, Path(checkpoint))
+            check_same_base(self.model, Path(checkpoint))
         # Checkpoints of this training must not contain the scale of an earlier one.
         self.normalization = self._current_normalization()
-        result = super().train(*args, **kwargs)
+        # Nothing half done is left of an earlier call, which an error or Ctrl-C may have ended anywhere.
+        self._meter = TrainMeter()
+        self._remove_noise()
+        forget_unscaled_gradients(self.accelerator)
+        with end_of_training(self):
+            result = super().train(checkpoint, *args, **kwargs)
         if self.args.normalize_rewards:
             self.normalization = self._measure_normalization()
         return result
+
+    def _remove_noise(self) -> None:
+        """Removes the noise of `neftune_noise_alpha` that an interrupted `train` left, as it would count twice."""
+        handle = getattr(self, "neftune_hook_handle", None)
+        if handle is not None:
+            handle.remove()
 
     def _current_normalization(self, *, mean: float = 0.0, std: float = 1.0, n: int = 0) -> RewardNormalization:
         """The record of the precision of training, with a measured mean and standard deviation if there are any."""
@@ -378,6 +541,7 @@ class BradleyTerryTrainer(RewardTrainer):
             load_in_4bit=is_4bit(base),
             layout=self.layout,
             base_model=name,
+            quantization=quantization_record(base),
         )
 
     def _measure_normalization(self) -> RewardNormalization:
@@ -422,15 +586,34 @@ class BradleyTerryTrainer(RewardTrainer):
             first_problem = first_problem or process_problem
         return np.array(all_scores), first_problem
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        use_evaluation_weights(self.optimizer)  # an optimizer of an earlier call of `train`
+        if self.is_fsdp_enabled:  # its checkpoints are sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        use_evaluation_weights(self.optimizer)
+        folder = Path(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not folder.is_dir():
+            super()._load_best_model()
+        else:
+            load_weights(self.model, folder)
+
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        use_evaluation_weights(self.optimizer)  # on every process, so that their weights stay the same
+        with saved_as_one_adapter(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.normalization.save(output_dir or self.args.output_dir)
+            if self._base_record is not None:
+                self._base_record.save(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs):
         """Does nothing: the card of TRL would overwrite the one with the measured results."""
 
-    # The Hub, through the publisher
+    # ---- The Hub, through the publisher ----
 
     def init_hf_repo(self, token=None, private=None):
         self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)

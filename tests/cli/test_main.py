@@ -235,3 +235,30 @@ def test_a_reader_that_has_read_enough_ends_in_no_traceback():
         process.stdout.close()  # as `| head -0` does
         errors = process.stderr.read()
     assert process.returncode == 141 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "words, fragment",
+    [
+        ("merge", "the following arguments are required: folder, output_dir"),
+        ("merge nope out --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("push", "the following arguments are required: folder"),
+        ("env --verbose", "unrecognized arguments: --verbose"),
+    ],
+)
+def test_a_wrong_word_of_a_small_command_is_one_line(words, fragment, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"error: {fragment}") and line.endswith("(see --help)")
+
+
+def test_a_merge_into_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["merge", str(adapter), str(tmp_path / "file" / "merged")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: output_dir: ") and "a part of the path is a file" in line

@@ -279,7 +279,7 @@ def test_resume_leaves_the_folder_as_it_is_and_never_claims_it(tmp_path):
 
 def test_a_file_is_no_output_folder(tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(UserError, match="out is a file: pass another --output_dir"):
+    with pytest.raises(UserError, match="output_dir: .*out cannot be written .a part of the path is a file.: choose"):
         prepare_output_dir(tmp_path / "out", resume=None, overwrite=True)
 
 

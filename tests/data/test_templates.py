@@ -335,10 +335,13 @@ def test_demonstrations_that_lose_something_are_dropped_before_sft():
     assert drop_unrenderable(text, tokenizer_with("gemma"), source="text")[0] is text
 
 
-def test_templates_of_vision_models_that_render_no_text_are_refused():
-    for name in ("idefics3", "smolvlm"):
-        with pytest.raises(Unrenderable):
-            encode_prompt(tokenizer_with(name), PROMPT)
+def test_templates_that_render_no_text_are_refused():
+    for name in ("idefics3", "smolvlm"):  # of vision models: they take lists of parts only
+        assert PROMPT[0]["content"] in render_prompt(tokenizer_with(name), PROMPT)
+    roles_only = copy.deepcopy(tokenizer_with("idefics3"))
+    roles_only.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(Unrenderable, match="does not render the text"):
+        encode_prompt(roles_only, PROMPT)
 
 
 def test_an_encoders_completion_is_a_text_of_its_own():

@@ -217,6 +217,8 @@ def test_what_is_not_published_says_so_and_the_snippet_has_the_system_prompt(car
         ("llama", {"dtype": "bfloat16"}, False),
         ("llama", {"dtype": "bfloat16"}, True),
         ("llama", {"dtype": "bfloat16", "load_in_4bit": True}, False),
+        ("llama", {"dtype": "float32", "quantization_config": {"load_in_4bit": True}}, False),  # FP4
+        ("llama", {"dtype": "float32", "quantization_config": {"load_in_8bit": True}}, False),
         ("gpt2", {"dtype": "float32"}, False),
         ("gpt2", {"dtype": "float32"}, True),
         ("gpt2", {"dtype": "bfloat16"}, False),
@@ -233,7 +235,8 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(
     The base is stored in fp32; the snippet loads it as it was in training, whatever dtype this machine prefers.
     """
     torch.manual_seed(0)
-    width = 128 if "load_in_4bit" in base_options else 32  # blocks of NF4 hold 64 weights
+    quantized = not {"load_in_4bit", "quantization_config"}.isdisjoint(base_options)
+    width = 128 if quantized else 32  # blocks of NF4 hold 64 weights
     small = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(chat_tokenizer)}
     small |= {"pad_token_id": chat_tokenizer.pad_token_id, "max_position_embeddings": 128}
     if architecture == "llama":
@@ -256,7 +259,8 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(
     report = trainer_report(trainer)
     trained = "float32" if architecture == "bert" else base_options["dtype"]
     assert report.card.base_dtype == trainer.normalization.base_dtype == trained
-    assert report.card.load_in_4bit == trainer.normalization.load_in_4bit == ("load_in_4bit" in base_options)
+    assert report.card.load_in_4bit == trainer.normalization.load_in_4bit == ("load_in_4bit" in str(base_options))
+    assert report.card.quantization == trainer.normalization.quantization
     monkeypatch.chdir(tmp_path)
     text = card_from_report(report, base_model=str(tmp_path / "base"), repo_id="./reward")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -265,9 +269,9 @@ def test_the_snippet_s_plain_score_is_the_scorer_s(
     scored, alone = capsys.readouterr().out.splitlines()
     raw = float(re.findall(r"-?\d[\d.e-]*", scored)[1])
     # bitsandbytes computes with other kernels on CPUs with bf16 instructions, which the library switches off.
-    tolerance = 0.01 * abs(raw) if "load_in_4bit" in base_options else 1e-5
+    tolerance = 0.01 * abs(raw) if quantized else 1e-5
     assert float(alone) == pytest.approx(raw, abs=tolerance) and abs(raw) > 1e-4
-    assert ("BitsAndBytesConfig" in snippet) == ("load_in_4bit" in base_options)
+    assert ("BitsAndBytesConfig" in snippet) == quantized
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,6 +287,10 @@ def test_the_snippet_loads_the_base_as_it_was_in_training(card, kind):
     assert loading(base_dtype="bfloat16") == usual.replace(")", ', dtype="bfloat16")')
     assert loading(base_dtype="bfloat16", load_in_4bit=True).endswith('dtype="bfloat16", quantization_config=four_bit)')
     assert loading(config={"load_in_4bit": True}).endswith("quantization_config=four_bit)")  # from an older recipe
+    eight = {"load_in_8bit": True, "llm_int8_threshold": 5.0}
+    assert loading(base_dtype="float16", quantization=eight).endswith('"float16", quantization_config=eight_bit)')
+    made = card(kind, quantization=eight).text
+    assert "llm_int8_threshold=5.0," in made and "8 bits" in made
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

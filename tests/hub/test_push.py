@@ -23,6 +23,7 @@ from hf_rlhf_ext.hub.push import (
     try_push,
 )
 from hf_rlhf_ext.modeling.adapters import save_adapter
+from hf_rlhf_ext.modeling.base_record import BaseRecord
 from hf_rlhf_ext.modeling.loading import load_base_model
 from tests.hub.conftest import ALICE, BOB
 
@@ -33,6 +34,7 @@ PUSHED = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "base_record.json",
     "frontier.png",
     "report.json",
     "tokenizer.json",
@@ -60,6 +62,7 @@ def run_folder(tmp_path):
     tokenizer = {"is_local": True, "local_files_only": True, "name_or_path": str(tmp_path), "chat_template": "{{ 1 }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer.json").write_text("{}")
+    BaseRecord("bfloat16", weights={"model.norm.weight": {"shape": [2], "values": [1.0, -0.5]}}).save(folder)
     (folder / "report.json").write_text(json.dumps(REPORT | {"card": CARD}))
     (folder / "training_config.yaml").write_text("learning_rate: 1.0e-4\n")
     (folder / "frontier.png").write_bytes(b"\x89PNG\0")

@@ -15,13 +15,13 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.adapters import (
     active_adapter,
     copy_adapter,
-    evaluating,
     load_adapter_weights,
     merged_adapter,
     mixed_precision,
     save_adapter,
 )
 from hf_rlhf_ext.modeling.heads import ScalarHead
+from hf_rlhf_ext.modeling.probing import evaluating
 
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 KINDS = {
@@ -232,7 +232,7 @@ def test_an_adapter_with_missing_weights_is_one_line(with_adapter, tmp_path):
     dropped = sorted(state)[0]
     del state[dropped]
     save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks weights.*" + dropped.rsplit(".", 2)[-2]):
+    with pytest.raises(UserError, match="adapter's file lacks.*" + dropped.rsplit(".", 2)[-2]):
         load_adapter_weights(model, "default", tmp_path)
 
 

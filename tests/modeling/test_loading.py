@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.modeling import loading
+from hf_rlhf_ext.modeling import loading, locations
 from hf_rlhf_ext.modeling.adapters import merged_adapter, save_adapter
 from hf_rlhf_ext.modeling.heads import ScalarHead, install_fp32_score
 from hf_rlhf_ext.modeling.loading import (
@@ -260,7 +260,7 @@ def test_the_embedded_model_without_its_package_is_one_line(monkeypatch):
 
 
 def test_a_gguf_file_without_the_package_that_reads_it_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(locations, "HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
     message = refused_without("gguf", monkeypatch, str(tmp_path / "some.gguf"))
     assert message.startswith("some.gguf") and "pip install gguf" in message
@@ -311,7 +311,7 @@ def tiny_gguf(tiny_config, tmp_path):
 
 def test_a_gguf_file_becomes_an_ordinary_model(tiny_gguf, tmp_path, monkeypatch):
     path, original = tiny_gguf
-    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(locations, "HF_HOME", str(tmp_path / "cache"))
     model = load_base_model(path, dtype="float32")
     torch.testing.assert_close(model(input_ids=IDS).logits, original(input_ids=IDS).logits, rtol=0, atol=1e-5)
     assert model.name_or_path == path and not getattr(model, "is_quantized", False)
@@ -346,7 +346,7 @@ def test_the_embedded_model_answers_saves_and_names_no_place(tmp_path):
     assert config["base_model_name_or_path"] == EMBEDDED_MODEL
     for path in [*(tmp_path / "adapter").glob("*.json*"), *(tmp_path / "model").glob("*.json")]:
         text = path.read_text()
-        for mark in ("local_files_only", "is_local", "site-packages", "/hub/", loading.HF_HOME):
+        for mark in ("local_files_only", "is_local", "site-packages", "/hub/", locations.HF_HOME):
             assert mark not in text, (path.name, mark)
     loaded, again = load_policy(tmp_path / "adapter")
     assert isinstance(loaded, PeftModel) and again.chat_template == tokenizer.chat_template

@@ -1,18 +1,38 @@
 """Chunked log-probabilities compared with log_softmax of the full logits, without tensors of that size."""
 
+import copy
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    OPTForSequenceClassification,
+)
 
+from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.logprobs import (
+    LogitTransform,
     captured_hidden_states,
+    check_output_head,
     chunked_kl,
     chunked_logprobs,
     completion_hidden_states,
     contiguous_head_inputs,
+    hidden_width,
+    logit_transform,
     scatter_to_mask,
 )
 from hf_rlhf_ext.ppo.kl import kl_k1
@@ -70,7 +90,7 @@ def test_values_and_gradients_equal_those_of_full_logits(head_and_hidden, chunk_
         head,
         targets,
         temperature=temperature,
-        softcap=softcap,
+        transform=LogitTransform(softcap=softcap),
         chunk_size=chunk_size,
         entropy_requires_grad=True,
     )
@@ -114,7 +134,8 @@ def test_kl_over_the_vocabulary_equals_that_of_torch(two_roles, chunk_size, temp
     logits = [x if softcap is None else softcap * torch.tanh(x / softcap) for x in logits]
     policy, reference = (torch.distributions.Categorical(logits=x / temperature) for x in logits)
     expected = torch.distributions.kl_divergence(policy, reference).float()
-    got = chunked_kl(*two_roles, temperature=temperature, softcap=softcap, chunk_size=chunk_size)
+    transform = LogitTransform(softcap=softcap)
+    got = chunked_kl(*two_roles, temperature=temperature, transform=transform, chunk_size=chunk_size)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert got.shape == (10,) and got.dtype == torch.float32 and not got.requires_grad and expected.min() > 0.01
 
@@ -192,10 +213,86 @@ def test_what_stands_in_the_padding_changes_nothing(tiny_llama, sequences, kind)
     assert torch.equal(first, second)
 
 
+# What models do to the output of their heads
+
+FACTORS = [
+    (GraniteConfig, {"logits_scaling": 8.0}, 1 / 8),
+    (HyperCLOVAXConfig, {"logits_scaling": 8.0}, 8.0),
+    (CohereConfig, {"logit_scale": 0.25}, 0.25),
+    (MptConfig, {"logit_scale": 0.25}, None),  # its forward pass ignores the option
+    (GraniteConfig, {"logits_scaling": 1.0}, None),
+    (LlamaConfig, {}, None),
+]
+
+
+def random_model(config_class, **options):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32, "hidden_size": 16}
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    sizes = {name: size for name, size in sizes.items() if name in known}
+    if "num_key_value_heads" in known:
+        sizes["num_key_value_heads"] = 2
+    model = AutoModelForCausalLM.from_config(config_class(vocab_size=64, **sizes, **options))
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize("config_class, options, factor", FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_constant_factor_of_the_logits_is_measured(config_class, options, factor, dtype):
+    model = random_model(config_class, **options).to(dtype)
+    expected = LogitTransform(scale=factor)
+    assert logit_transform(model) == expected  # measured when it is first asked for
+    assert check_output_head(model, list(range(20))) == expected
+    assert logit_transform(copy.deepcopy(model)) == expected  # a reference is a copy
+
+
+def test_a_soft_cap_is_used_even_where_logits_are_too_small_to_show_it():
+    model = random_model(Gemma2Config, head_dim=8, final_logit_softcapping=30.0)
+    model.get_output_embeddings().weight.data *= 1e-3
+    assert check_output_head(model, [3, 4, 5]) == LogitTransform(softcap=30.0)
+
+
+def test_scale_and_soft_cap_in_closed_form():
+    logits = torch.tensor([-3.0, 0.0, 5.0])
+    expected = [2 * math.tanh(0.25 * x) for x in (-3, 0, 5)]  # 2 · tanh(0.5 · x / 2)
+    assert LogitTransform(scale=0.5, softcap=2.0)(logits).tolist() == pytest.approx(expected, abs=1e-6)
+    assert LogitTransform()(logits) is logits
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda logits: logits**3, "changes the output of its head"),
+        (lambda logits: logits * 2, "changes the output of its head"),  # the config has no such factor
+        (lambda logits: logits[..., :-1], "not the output of one linear layer"),
+        (lambda logits: logits * float("nan"), "not finite"),
+    ],
+)
+def test_logits_that_the_config_does_not_explain_are_refused(tiny_llama, change, message):
+    tiny_llama.register_forward_hook(lambda module, args, output: output.__setitem__("logits", change(output.logits)))
+    with pytest.raises(UserError, match=f"LlamaForCausalLM.*{message}"):
+        check_output_head(tiny_llama, list(range(20)))
+    assert not tiny_llama.lm_head._forward_hooks and not tiny_llama.lm_head._forward_pre_hooks
+
+
+def test_states_are_those_before_the_head_with_their_own_width(tiny_llama):
+    assert hidden_width(tiny_llama) == 32
+    adapted = get_peft_model(tiny_llama, LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert hidden_width(adapted) == 32
+    config = OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
+                       num_attention_heads=2, do_layer_norm_before=False)  # fmt: skip
+    ids = torch.arange(3, 9)[None]
+    for model in (OPTForCausalLM(config).eval(), OPTForSequenceClassification(config).eval()):
+        with captured_hidden_states(model) as captured:
+            model(input_ids=ids)
+        assert hidden_width(model) == captured[0].shape[-1] == 16
+
+
 def test_the_hook_goes_even_after_an_exception(tiny_llama):
     with pytest.raises(RuntimeError, match="stop"), captured_hidden_states(tiny_llama):
         raise RuntimeError("stop")
-    assert not tiny_llama.model._forward_hooks
+    assert not tiny_llama.lm_head._forward_pre_hooks
 
 
 def loss_and_gradients(model, lm_head, sequences, chunk_size):

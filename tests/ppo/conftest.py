@@ -48,7 +48,7 @@ def make_trainer(tiny_config, chat_tokenizer, prompts, lora, tmp_path):
     from hf_rlhf_ext.ppo.trainer import PPOTrainer
 
     ours = ("model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks")
-    ours += ("eval_reward_funcs", "value_model", "ptx_dataset", "engine")
+    ours += ("eval_reward_funcs", "value_model", "ptx_dataset", "engine", "optimizers", "optimizer_cls_and_kwargs")
 
     def make(folder="out", **options):
         torch.manual_seed(0)

@@ -29,8 +29,13 @@ def make(**options):
         ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model='eval_loss': PPO's evaluation has no loss"),
         (
             {"lr_scheduler_type": "greedy", "eval_strategy": "steps"},
-            "metric_for_best_model='loss': PPO's evaluation has no loss",
+            "lr_scheduler_type='greedy': its lowest learning rate is 0.001, above learning_rate=1e-05",
         ),
+        (
+            {"learning_rate": 0.0, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            "learning_rate=0 with lr_scheduler_type='cosine_with_min_lr', which divides by it: set learning_rate",
+        ),
+        ({"vf_coef": float("inf")}, "vf_coef must not be infinite, got inf."),
     ],
 )
 def test_what_cannot_work_is_one_line(options, message):
@@ -48,6 +53,7 @@ def test_the_edges_of_the_ranges_work():
     [
         ({"load_best_model_at_end": True}, "objective/scores", True),
         ({"save_strategy": "best"}, "objective/scores", True),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "objective/scores", True),
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/gold/mean"}, None, True),
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_easy_objective/kl_k3"}, None, False),
         ({"metric_for_best_model": "objective/kl", "greater_is_better": True}, None, True),

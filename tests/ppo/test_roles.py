@@ -203,7 +203,7 @@ def test_weights_that_are_trained_whole_are_fp32_or_it_is_said(make_trainer, bas
     with caplog.at_level(logging.WARNING, logger="hf_rlhf_ext"):
         loaded = make_trainer(model=str(base), peft_config=None, processing_class=None)
         assert {p.dtype for p in loaded.policy.parameters()} == {torch.float32} and not caplog.text
-        make_trainer(model=model)  # an adapter on it: fp32 itself
+        make_trainer(model=copy.deepcopy(model))  # an adapter on it: fp32 itself
         assert not caplog.text
         make_trainer(model=model, peft_config=None)
         assert "model is trained without an adapter and its weights are bfloat16: small updates are lost" in caplog.text

@@ -15,7 +15,6 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.ppo.engine import (
     SampledLogprobs,
-    cut_at_stop,
     generate_completions,
     generation_config_of,
     sampling_config,
@@ -23,6 +22,7 @@ from hf_rlhf_ext.ppo.engine import (
 )
 from hf_rlhf_ext.ppo.prompts import prompt_indices
 from hf_rlhf_ext.ppo.rollout import Rollout, pack_sequences
+from hf_rlhf_ext.ppo.stopping import cut_at_stop
 
 CPU = torch.device("cpu")
 

@@ -93,15 +93,35 @@ def test_prompts_that_the_template_refuses_are_dropped_with_a_warning(make_train
     refused = [{"role": "system", "content": "Be brief."}, user("fox")]
     data = Dataset.from_list([{"prompt": [user("day")]}, {"prompt": refused}, {"prompt": [user("garden")]}])
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(train_dataset=data, reward_funcs=Recorder(), max_completion_length=4, max_steps=1)
+        options = {"reward_funcs": Recorder(), "max_completion_length": 4, "max_steps": 1}
+        trainer = make_trainer(train_dataset=data, unrenderable="drop", **options)
     prompts = trainer.experience.prompts
     assert len(prompts) == 2
     assert [row["prompt"][0]["content"] for row in prompts.rows([0, 1])[0]] == ["day", "garden"]
     assert "train_dataset: 2 of 3 rows kept" in caplog.text and "System role not supported" in caplog.text
     trainer.train()
     with pytest.raises(UserError, match="no prompt is left.*chat template") as error:
-        make_trainer(train_dataset=Dataset.from_list([{"prompt": refused}]), reward_funcs=Recorder())
+        only = Dataset.from_list([{"prompt": refused}])
+        make_trainer(train_dataset=only, reward_funcs=Recorder(), unrenderable="drop")
     assert "\n" not in str(error.value)
+
+
+def test_a_row_that_the_template_refuses_is_named(make_trainer, template):
+    template("gemma")
+    refused = [{"role": "system", "content": "Be brief."}, user("fox")]
+    fine = Dataset.from_list([{"prompt": [user("day")]}] * 4)
+    data = Dataset.from_list([{"prompt": [user("day")]}, {"prompt": refused}])
+    texts = Dataset.from_list([{"messages": [*refused, {"role": "assistant", "content": "I go."}]}])
+    mistakes = {
+        "train_dataset row 1": {"train_dataset": data},
+        "eval_dataset row 1": {"train_dataset": fine, "eval_dataset": data},
+        "eval_dataset 'hard' row 1": {"train_dataset": fine, "eval_dataset": {"easy": fine, "hard": data}},
+        "ptx_dataset row 0": {"train_dataset": fine, "ptx_dataset": texts, "ptx_coef": 1.0},
+    }
+    for where, arguments in mistakes.items():
+        with pytest.raises(UserError, match=f"^{where}: .*System role not supported.*unrenderable='drop'") as error:
+            make_trainer(reward_funcs=Recorder(), **arguments)
+        assert "\n" not in str(error.value)
 
 
 def test_ptx_texts_with_tools_and_without_a_second_bos(make_trainer, template, caplog):

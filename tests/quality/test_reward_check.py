@@ -9,7 +9,7 @@ import transformers as hf
 from datasets import Dataset
 
 from hf_rlhf_ext.data.text import plain_text
-from hf_rlhf_ext.modeling.heads import install_fp32_score, position_limit
+from hf_rlhf_ext.modeling.heads import install_fp32_score, learned_positions
 from hf_rlhf_ext.quality.reward_check import PROBES, check_reward, fitting, within
 from hf_rlhf_ext.reward.scorer import RewardScorer
 
@@ -146,7 +146,7 @@ def test_probes_that_a_model_has_no_positions_for_are_left_out_and_counted():
     torch.manual_seed(0)
     config = hf.BertConfig(vocab_size=len(words), max_position_embeddings=24, num_labels=1, **sizes)
     scorer = RewardScorer(install_fp32_score(hf.BertForSequenceClassification(config)).eval(), tokenizer)
-    limit = position_limit(scorer.model)
+    limit = learned_positions(scorer.model)
     made = [
         {"prompt": "sunny " * (2 + k), "completions": ["happy fox", "lazy"], "pairs": [[0, 1]], "targets": [1.0]}
         for k in range(24)

@@ -1,6 +1,8 @@
 """Every mistake of a newcomer: exit status 2 and one line on stderr that says what, where and how to fix it."""
 
 import os
+import re
+from importlib.util import find_spec
 
 import pytest
 
@@ -91,6 +93,183 @@ def test_options_that_are_missing_or_impossible(refusal):
         )
     assert refusal("reward", overflow="cut").startswith(
         "argument --overflow: invalid choice: 'cut' (choose from 'error'"
+    )
+
+
+# The option as it is typed -> values that no run can use, for `sft`, `reward` and `ppo` alike.
+IMPOSSIBLE = {
+    "per_device_train_batch_size": (0, -1),
+    "per_device_eval_batch_size": (0,),
+    "gradient_accumulation_steps": (0,),
+    "max_steps": (-5, 0),
+    "learning_rate": (-1, "nan", "inf"),
+    "weight_decay": (-1,),
+    "max_grad_norm": (-1,),
+    "warmup_steps": (-1,),
+    "adam_beta1": (2,),
+    "adam_epsilon": ("nan",),
+    "neftune_noise_alpha": (-1,),
+    "label_smoothing_factor": (2,),
+    "seed": (-1, 2**32),
+    "data_seed": (-1,),
+    "save_total_limit": (0, -1),
+    "logging_steps": (0, -1),
+    "dataloader_num_workers": (-1,),
+    "gradient_checkpointing_kwargs": ("nope",),
+    "lora_r": (0, -1),
+    "lora_alpha": (0,),
+    "lora_dropout": (-1, 2),
+    "train_rows": (0, -1),
+    "eval_rows": (-1,),
+    "report_to": ("nope",),
+    "deepspeed": ("nope.json",),
+    "dtype": ("int8",),
+    "optim": ("nope",),
+    "lr_scheduler_type": ("nope",),
+    "resume_from_checkpoint": ("nope/checkpoint-3",),
+}
+OF_REWARD = {
+    "max_length": (0, -1),
+    "dataset_num_proc": (0, -1),
+    "center_rewards_coefficient": (-1,),
+    "pad_to_multiple_of": (0,),
+    "margin_scale": ("nan",),
+    "members": (0,),
+    "penalty": (-1,),
+    "min_agreement": (0.2, 7),
+    "max_length_gap": (-3,),
+    "unrenderable": ("nope",),
+}
+OF_PPO = {
+    "temperature": (0, "nan"),
+    "num_ppo_epochs": (0,),
+    "num_mini_batches": (0,),
+    "kl_coef": (-1, "nan"),
+    "gamma": (2,),
+    "top_p": (0,),
+    "top_k": (-1,),
+    "max_completion_length": (0,),
+    "max_prompt_length": (0, -1),
+    "value_learning_rate": (-1,),
+    "reward_scale": ("nan",),
+    "length_penalty": ("nan",),
+    "final_rows": (-1,),
+    "early_stopping_patience": (0, -1),
+    "num_completions_to_print": (-1,),
+    "unrenderable": ("nope",),
+}
+OF_SFT = {"max_length": (0, -1), "dataset_num_proc": (0,), "mix_rows": (-1,)}
+
+
+@pytest.mark.parametrize("recipe, own", [("sft", OF_SFT), ("reward", OF_REWARD), ("ppo", OF_PPO)])
+def test_values_that_no_run_can_use_are_refused_before_a_model_is_loaded(refusal, recipe, own):
+    for option, values in (IMPOSSIBLE | own).items():
+        for value in values:
+            # A model that is not there: the mistake in the option is found first.
+            line = refusal(recipe, model_name_or_path="./nope", overwrite="true", **{option: value})
+            assert option in line and "\n" not in line, (option, value, line)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_steps_and_epochs_that_no_run_can_have(refusal, recipe):
+    for event in ("save", "eval"):
+        changes = {f"{event}_strategy": "steps", f"{event}_steps": -1, "eval_rows": 2}
+        assert refusal(recipe, **changes).startswith(f"{event}_steps must be positive, got -1")
+    line = refusal(recipe, max_steps=-1, num_train_epochs=0)
+    assert line.startswith("num_train_epochs must be positive, got 0")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_options_are_refused_by_all_commands_alike(refusal, recipe):
+    says = {
+        "logging_steps=0": "logging_steps must be positive, got 0",
+        "max_grad_norm=inf": "max_grad_norm must not be infinite, got inf: set it to 0 for no limit",
+        "deepspeed=x.json": "deepspeed: there is no file x.json",
+        "optim=lomo": "optim='lomo' is not supported, as it updates the weights inside the backward pass",
+        "optim=galore_adamw": "optim='galore_adamw' needs optim_target_modules",
+        "lr_scheduler_kwargs={min_lr: 1}": "lr_scheduler_kwargs: '{min_lr: 1}' is not valid JSON",
+        "accelerator_config=x.json": "accelerator_config: x.json cannot be read",
+        "lora_task_type=BOGUS": "lora_task_type: 'BOGUS' is not known: leave it out",
+        "torch_dtype=float32": "`--torch_dtype` has a new name: use `--dtype`",
+    }
+    for typed, start in says.items():
+        option, _, value = typed.partition("=")
+        line = refusal(recipe, model_name_or_path="./nope", overwrite="true", **{option: value})
+        assert line.startswith(start), (typed, line)
+    other = "CAUSAL_LM" if recipe == "reward" else "SEQ_CLS"
+    if recipe != "reward":  # where it is TRL's default
+        line = refusal(recipe, model_name_or_path="./nope", lora_task_type=other)
+        assert line.startswith(f"lora_task_type={other!r}: this command trains")
+    line = refusal(recipe, overwrite="true", optim_args="bogus=1")
+    assert line.startswith("optim_args='bogus=1' with optim=")
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="needs an environment without wandb")
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_a_tracker_that_is_not_installed(refusal, recipe):
+    line = refusal(recipe, model_name_or_path="./nope", report_to="wandb")
+    assert line.startswith("report_to: the package of wandb is not installed: pip install wandb")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="needs an environment without deepspeed")
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_deepspeed_that_is_not_installed(refusal, file, recipe):
+    line = refusal(recipe, deepspeed=file("zero.json", "{}"))
+    assert line.startswith("deepspeed: the package is not installed: pip install deepspeed")
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_layers_that_the_model_does_not_have(refusal, recipe):
+    line = refusal(recipe, lora_target_modules="q_pro")
+    assert line.startswith("peft_config: ") and "arget" in line
+    assert "q_proj" in line  # a name that there is
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "nope"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_a_kernel_that_is_not_installed(refusal, recipe, kernel):
+    line = refusal(recipe, attn_implementation=kernel)
+    assert "attn_implementation" in line
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+def test_an_output_folder_that_cannot_be_written(refusal, workspace, recipe):
+    model = {"model_name_or_path": "./nope"}
+    under_a_file = refusal(recipe, output_dir=workspace / "base" / "config.json" / "run", **model)
+    assert under_a_file.startswith("output_dir: ") and "a part of the path is a file" in under_a_file
+    is_a_file = refusal(recipe, output_dir=workspace / "pairs.jsonl", **model)
+    assert is_a_file.startswith("output_dir: ") and "choose another folder" in is_a_file
+    if os.path.isdir("/proc"):
+        assert refusal(recipe, output_dir="/proc/run", **model).startswith("output_dir: /proc/run cannot be written")
+
+
+def test_files_of_the_other_commands(call, workspace, tmp_path):
+    for recipe in ("inspect_data", "check_reward"):
+        changes = {"config": None, "model_name_or_path": None, "output_dir": workspace / "pairs.jsonl" / "run"}
+        rewards = {"reward_model": "./nope"} if recipe == "check_reward" else {}
+        assert line_of(call(recipe, **changes, **rewards)).startswith("output_dir: ")
+    nothing = {"config": None, "model_name_or_path": None, "dataset_name": None}
+    assert line_of(call("quickstart", **nothing, output_dir=workspace / "pairs.jsonl" / "run")).startswith(
+        "output_dir: "
+    )
+    assert line_of(call("quickstart", **nothing, noise=-1)).startswith("noise must be at least 0")
+    changes = {"config": None, "model_name_or_path": None, "output_dir": tmp_path, "reward_model": "x", "batch_size": 0}
+    assert line_of(call("check_reward", **changes)).startswith("batch_size must be at least 1")
+
+
+def test_options_of_a_mix_without_a_mix(refusal):
+    for option, value in (("mix_rows", 4), ("category_rules", "rules.yaml")):
+        assert refusal("sft", **{option: value}).startswith(f"{option} is a part of the mix, and there is none")
+
+
+def test_what_trl_refuses_about_the_tokenizer(refusal):
+    for recipe in ("sft", "reward"):
+        for option in ("eos_token", "pad_token"):
+            assert option in refusal(recipe, overwrite="true", **{option: "<nope>"})
+        assert refusal(recipe, overwrite="true", chat_template_path="./nope.jinja")
+    assert refusal("sft", assistant_only_loss="true", overwrite="true")
+    assert refusal("sft", metric_for_best_model="nope", overwrite="true").startswith(
+        "metric_for_best_model: evaluations have no 'nope': choose one of loss"
     )
 
 
@@ -280,9 +459,13 @@ def test_what_a_reward_function_must_not_return(refusal, name, expected):
         ("my_rewards.lenght", "module 'my_rewards' has no attribute 'lenght'"),
         ("your_rewards.length", "No module named 'your_rewards'"),
         ("length", "Empty module name"),
+        ("my_rewards.__name__", "is a str, not a function"),
+        ("broken_rewards.length", "ZeroDivisionError: division by zero, line 2 of broken_rewards.py"),
+        ("unreadable_rewards.length", "SyntaxError: .*unreadable_rewards.py"),
     ],
 )
-def test_a_reward_function_that_cannot_be_imported(refusal, path, reason):
-    assert refusal("ppo", reward_funcs=path) == (
-        f"reward_funcs: cannot import '{path}' ({reason}): give package.module.function."
-    )
+def test_a_reward_function_that_cannot_be_imported(refusal, workspace, path, reason):
+    (workspace / "broken_rewards.py").write_text("SCALE = 1\nSCALE / 0\n")
+    (workspace / "unreadable_rewards.py").write_text("def length(:\n")
+    line = refusal("ppo", reward_funcs=path)
+    assert re.search(rf"^reward_funcs: .*'{path}'.*{reason}", line)

@@ -14,7 +14,7 @@ from hf_rlhf_ext.cli.options import machine_defaults
 from hf_rlhf_ext.cli.output import MARKER
 from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.modeling.loading import EMBEDDED_HUB_ID, EMBEDDED_MODEL
+from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 
 SETTINGS = {"seed": 0, "size": "small", "noise": 0.1}
 

@@ -1,5 +1,6 @@
 """Reward models on rows with tools, thoughts and arguments of the chat template."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -96,21 +97,38 @@ def test_arguments_of_the_template_reach_the_scorer(seqcls, qwen3):
         scorer.raw([prompt] * 2, [answer] * 2, tools=[None])
 
 
-def test_rows_that_the_template_cannot_render_are_dropped_and_reported(make_trainer, chat_tokenizer, caplog):
+def test_rows_that_the_template_cannot_render_are_dropped_and_reported(make_trainer, seqcls, chat_tokenizer, caplog):
     chat_tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
     good = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
     system = good | {"prompt": [{"role": "system", "content": "Be brief."}, user("2+2?")]}
     thought = good | {"chosen": [assistant("4", thinking="a")], "rejected": [assistant("4", thinking="b")]}
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(Dataset.from_list([good, system, thought, good]), normalization_dataset=None)
+        rows = Dataset.from_list([good, system, thought, good])
+        trainer = make_trainer(rows, model=copy.deepcopy(seqcls), unrenderable="drop")
     report = trainer.data_reports["train"]
     assert (report.rows_in, report.kept) == (4, 2) and len(trainer.train_dataset) == 2
     reasons = {rows[0]: reason for reason, rows in report.dropped.items()}
     assert "System role not supported" in reasons[1] and "thinking" in reasons[2]
     assert "System role not supported" in caplog.text
     with pytest.raises(UserError, match="no row is left") as refused:
-        make_trainer(Dataset.from_list([system, thought]))
+        make_trainer(Dataset.from_list([system, thought]), model=copy.deepcopy(seqcls), unrenderable="drop")
     assert "\n" not in str(refused.value)
+
+
+def test_a_row_that_the_template_cannot_render_is_refused_with_its_number(make_trainer, seqcls, chat_tokenizer):
+    chat_tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
+    good = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
+    system = good | {"prompt": [{"role": "system", "content": "Be brief."}, user("2+2?")]}
+    thought = good | {"chosen": [assistant("4", thinking="a")], "rejected": [assistant("4", thinking="b")]}
+    fine = Dataset.from_list([good] * 4)
+    for broken, reason in ((system, "System role not supported"), (thought, "thinking")):
+        rows = Dataset.from_list([good, broken])
+        sets = {"train": {"train": rows}, "eval": {"train": fine, "eval_dataset": rows}}
+        sets["normalization"] = {"train": fine, "normalization_dataset": rows}
+        for name, arguments in sets.items():
+            with pytest.raises(UserError, match=f"^{name} row 1: .*{reason}.*unrenderable='drop'") as refused:
+                make_trainer(model=copy.deepcopy(seqcls), **arguments)
+            assert "\n" not in str(refused.value)
 
 
 def test_normalization_demonstrations_keep_their_tools(make_trainer, qwen3, rows):

@@ -1,0 +1,82 @@
+"""Which options of `transformers.TrainingArguments` PPO uses, and what is wrong with the other ones."""
+
+from transformers import TrainingArguments
+
+from ..errors import UserError
+from ..training.refused_options import (
+    AUTO_BATCH_SIZE,
+    COMPILE,
+    LENGTH_COLUMN,
+    ONLY_DATA_PARALLEL,
+    TOKEN_COUNT,
+    refuse_options,
+    refuse_separate_counts,
+)
+
+_PRECISION = "an evaluation has the precision of rollouts: leave it out"
+_SAMPLED_EVALUATION = "an evaluation samples completions and has no labels: leave it out"
+
+REFUSED_OPTIONS = {
+    "auto_find_batch_size": AUTO_BATCH_SIZE,
+    "batch_eval_metrics": _SAMPLED_EVALUATION,
+    "bf16_full_eval": _PRECISION,
+    "enable_jit_checkpoint": "PPOTrainer saves a checkpoint at SIGTERM without it: leave it out",
+    "eval_accumulation_steps": _SAMPLED_EVALUATION,
+    "eval_do_concat_batches": _SAMPLED_EVALUATION,
+    "eval_use_gather_object": _SAMPLED_EVALUATION,
+    "fp16_full_eval": _PRECISION,
+    "ignore_data_skip": "the prompts of a rollout depend on its number, so a resumed run skips nothing: leave it out",
+    "include_for_metrics": _SAMPLED_EVALUATION,
+    "include_num_input_tokens_seen": TOKEN_COUNT.format("episode"),
+    "label_names": _SAMPLED_EVALUATION,
+    "label_smoothing_factor": "the loss has no labels: leave it out",
+    "length_column_name": LENGTH_COLUMN,
+    "liger_kernel_config": "the layers of the policy are not replaced: leave it out",
+    "parallelism_config": ONLY_DATA_PARALLEL,
+    "prediction_loss_only": _SAMPLED_EVALUATION,
+    "torch_compile": COMPILE,
+    "use_liger_kernel": "its forward pass replaces the one that PPO reads hidden states from: leave it out",
+}
+"""Options whose default is the only value, each with the reason and the remedy."""
+
+
+def check_ppo_options(args: TrainingArguments) -> None:
+    """Refuses the options of `TrainingArguments` that PPO cannot use.
+
+    Raises:
+        UserError: if an option is set that has no effect, or another one than its name says.
+    """
+    refuse_options(args, REFUSED_OPTIONS, "PPO")
+    refuse_separate_counts(args)
+    if args.neftune_noise_alpha is not None:
+        raise UserError(
+            "neftune_noise_alpha: the noise of NEFTune is on in training only, so that the policy that is trained "
+            "would not be the one that is sampled and scored: leave it out."
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            steps = name.replace("strategy", "steps")
+            raise UserError(f"{name}='epoch' is not supported by PPO: set {name}='steps' and {steps}.")
+    if args.metric_for_best_model in ("loss", "eval_loss"):
+        raise UserError(
+            f"metric_for_best_model={args.metric_for_best_model!r}: PPO's evaluation has no loss: choose "
+            "objective/scores, or rewards/NAME/mean of a reward function."
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported by PPO: choose random or "
+            "sequential; generation_batch_size batches prompts of similar length."
+        )
+    _check_accelerator(args)
+
+
+def _check_accelerator(args: TrainingArguments) -> None:
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise UserError(
+                f"accelerator_config: {name}=True is not supported by PPO, which has no data loader: leave it out."
+            )
+    if args.accelerator_config.gradient_accumulation_kwargs:
+        raise UserError(
+            "accelerator_config: gradient_accumulation_kwargs is not supported by PPO: set gradient_accumulation_steps."
+        )

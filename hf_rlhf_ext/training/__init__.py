@@ -1,0 +1,1 @@
+"""What the trainers share around training: values of options, optimizers, the best model."""

@@ -1,0 +1,43 @@
+"""What both trainers change in the loop of `Trainer`: its end, its last log, and what an interruption leaves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator
+from transformers import Trainer, TrainerControl, TrainingArguments
+
+from .optimizers import use_evaluation_weights
+
+
+@contextmanager
+def end_of_training(trainer: Trainer) -> Iterator[None]:
+    """Around `Trainer.train`: afterward the trainer is not in training, however it ended, and its weights are final."""
+    try:
+        yield
+    finally:
+        trainer.is_in_train = False  # `Trainer` sets it at the regular end only
+        use_evaluation_weights(trainer.optimizer)
+
+
+def log_last_steps(args: TrainingArguments, control: TrainerControl) -> None:
+    """Asks for a log at the end of training: of the steps since the last log, or of all steps of a short run."""
+    if control.should_training_stop and args.logging_strategy == "steps":
+        control.should_log = True
+
+
+def forget_unscaled_gradients(accelerator: Accelerator) -> None:
+    """Makes the gradient scaler of fp16 ready for a new optimizer step; the loss scale stays the same.
+
+    A scaler refuses to unscale gradients twice before one step. Ctrl-C between the two would therefore end the next
+    training too.
+
+    Args:
+        accelerator: the accelerator of the trainer. Without a scaler, nothing happens.
+    """
+    scaler = accelerator.scaler
+    if scaler is None:
+        return
+    try:
+        scaler.update(scaler.get_scale())  # a given scale needs no gradients
+    except AssertionError:
+        return  # the scaler was never used

@@ -1,0 +1,59 @@
+"""8-bit bases with outliers, whose rounding depends on the other tokens, are not mistaken for other models."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
+
+from hf_rlhf_ext.modeling.families import reads_later_tokens
+from hf_rlhf_ext.modeling.padding import reads_left_padding
+from hf_rlhf_ext.modeling.quantization import each_token_alone
+
+IDS = [5, 9, 14, 33, 7]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def with_outliers(request, tiny_config, tmp_path):
+    """A Llama in 8 bits whose inputs of each layer have three large columns."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:3] *= 12
+            layer.post_attention_layernorm.weight[:3] *= 12
+    model.save_pretrained(tmp_path)
+    return load(tmp_path, request.param)
+
+
+def load(folder, dtype):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config).eval()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS])).logits
+
+
+def test_a_causal_model_with_outliers_reads_neither_later_tokens_nor_padding(with_outliers):
+    before = logits_of(with_outliers)
+    assert not reads_later_tokens(with_outliers, IDS)
+    config = GenerationConfig(do_sample=True, max_new_tokens=4, pad_token_id=0, eos_token_id=[2])
+    dtype = next(with_outliers.parameters()).dtype
+    assert not reads_left_padding(with_outliers, IDS, config, width=9, dtype=dtype)
+    assert torch.equal(logits_of(with_outliers), before)  # the checks change nothing
+    with each_token_alone(with_outliers):
+        assert not torch.equal(logits_of(with_outliers), before)  # there are outliers
+
+
+def test_an_encoder_in_8_bits_still_reads_later_tokens(tmp_path):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    BertLMHeadModel(BertConfig(vocab_size=300, **small)).save_pretrained(tmp_path)
+    model = BertLMHeadModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert reads_later_tokens(model, IDS)
