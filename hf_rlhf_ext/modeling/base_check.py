@@ -19,13 +19,12 @@ from .adapter_kinds import sharing_problem
 from .adapters import bare_model
 from .checkpoint_files import is_head
 from .locations import resolve_location
+from .ownership import plain_name
 
 logger = logging.getLogger(__name__)
 
 _MAX_TENSORS = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
-"""Parts of names that PEFT puts around layers of the base."""
 
 
 def warn_of_changed_base(option: str, model: nn.Module, peft_config: PeftConfig | None) -> None:
@@ -117,7 +116,7 @@ def _comparable(base: PreTrainedModel, files: dict[str, Path]) -> Iterator[tuple
     converted = _converted_patterns(base)
     prefix = f"{base.base_model_prefix}."
     for name, value in base.named_parameters():
-        plain = _WRAPPERS.sub("", name)
+        plain = plain_name(name)
         is_plain = value.dtype in _FLOATS and value.device.type != "meta" and not hasattr(value, "quant_state")
         if not is_plain or id(value) in embedding_weights or is_head(plain) or value.dim() == 0:
             continue

@@ -16,7 +16,7 @@ from ..errors import UserError
 from .adapter_files import adapter_weight_names
 from .adapter_kinds import base_change
 from .adapters import bare_model
-from .ownership import adapter_prefixes, is_attached, is_below
+from .ownership import adapter_prefixes, is_attached, is_below, plain_name
 from .quantization import describe_quantization, quantization_differs, quantization_kind, quantization_record
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ _SHOWN = {
 """The options of `BitsAndBytesConfig` that a message names."""
 _LOAD_IN_4BIT = dict(zip(_SHOWN["4-bit"], (True, "nf4", True, "bfloat16"), strict=True))
 """Those that the option `load_in_4bit` stands for."""
-_WRAPPERS = (".base_layer", ".original_module")
-"""What PEFT adds to the names of weights of the base."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +189,8 @@ def _frozen_weights(model: PeftModel) -> dict[str, nn.Parameter]:
             continue
         if changes_base and ".base_layer." in name:
             continue  # what such an adapter took out of the base is compared elsewhere
-        weights[_plain_name(name)] = parameter
+        weights[plain_name(name)] = parameter
     return weights
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _chosen(weights: dict[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
@@ -228,7 +220,7 @@ def _sample(parameter: nn.Parameter) -> dict[str, list]:
 def _difference(record: BaseRecord, model: PeftModel, folder: Path, *, tolerance: float) -> str | None:
     """How the base differs from the recorded one, in a few words; `None` if it does not."""
     present = _frozen_weights(model)
-    restored = {_plain_name(name) for name in adapter_weight_names(folder)}  # from the checkpoint itself
+    restored = {plain_name(name) for name in adapter_weight_names(folder)}  # from the checkpoint itself
     for name, recorded in record.weights.items():
         if name not in present or name in restored:
             continue

@@ -1,6 +1,7 @@
 """What on a model belongs to which adapter, and what an earlier trainer left on it."""
 
 import copy
+import re
 from collections.abc import Collection, Mapping
 from types import MethodType
 
@@ -13,6 +14,15 @@ from ..errors import UserError
 
 _ROLE_MARK = "_attached_by_hf_rlhf_ext"
 """Attribute of heads and models that `AdapterStack` adds to a model as modules."""
+
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
+"""Parts of names that PEFT puts around layers of the base."""
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight of the base as it is without PEFT's wrappers around its layer."""
+    return _WRAPPERS.sub("", name)
 
 
 def is_of_peft(module: nn.Module) -> bool:

@@ -7,10 +7,8 @@ from numbers import Integral
 from ..compat import BaseConfig
 from ..data.tokenization import UNRENDERABLES
 from ..errors import UserError, renamed_options
-from ..training.best_model import complete_best_metric
-from ..training.optimizers import check_optimizer_names, check_optimizer_options
-from ..training.option_values import check_option_values, check_ranges
-from ..training.refused_options import in_one_line
+from ..training.config_checks import checked_options
+from ..training.option_values import check_ranges
 from .generation_options import check_generation_kwargs
 from .kl import KL_ESTIMATORS
 from .trainer_options import check_ppo_options
@@ -410,12 +408,8 @@ class PPOConfig(BaseConfig):
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
-        check_option_values(self, _LIMITS)
-        check_optimizer_names(self)
-        complete_best_metric(self, default="objective/scores")
-        with in_one_line():
+        with checked_options(self, best_metric="objective/scores", remedies=_LIMITS):
             super().__post_init__()
-        check_optimizer_options(self)
         check_ranges(self, at_least_1=_AT_LEAST_1, not_negative=_NOT_NEGATIVE, fractions=_FRACTIONS, positive=_POSITIVE)
         self._check_choices()
         self._read_stop_tokens()

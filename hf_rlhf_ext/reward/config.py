@@ -7,10 +7,9 @@ from trl import RewardConfig
 from ..data.collators import LAYOUTS
 from ..data.tokenization import OVERFLOWS, UNRENDERABLES
 from ..errors import UserError
-from ..training.best_model import complete_best_metric
-from ..training.optimizers import check_optimizer_names, check_optimizer_options
-from ..training.option_values import check_option_values, check_ranges
-from ..training.refused_options import in_one_line, refuse_fsdp_alone
+from ..training.config_checks import checked_options
+from ..training.option_values import check_ranges
+from ..training.refused_options import refuse_fsdp_alone
 from .losses import TIE_MODELS
 from .trainer_options import check_reward_options
 
@@ -125,13 +124,9 @@ class BradleyTerryConfig(RewardConfig):
     )
 
     def __post_init__(self):
-        check_option_values(self)
-        check_optimizer_names(self)
-        complete_best_metric(self, default="loss")
-        with in_one_line():
+        with checked_options(self, best_metric="loss"):
             super().__post_init__()
-        refuse_fsdp_alone(self)
-        check_optimizer_options(self)
+            refuse_fsdp_alone(self)
         _check_choice("overflow", self.overflow, OVERFLOWS)
         _check_choice("unrenderable", self.unrenderable, UNRENDERABLES)
         _check_choice("tie_model", self.tie_model, TIE_MODELS)

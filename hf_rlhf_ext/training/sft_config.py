@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 from trl import SFTConfig
 
-from .best_model import complete_best_metric
-from .optimizers import check_optimizer_names, check_optimizer_options
-from .option_values import check_option_values
-from .refused_options import in_one_line, refuse_fsdp_alone
+from .config_checks import checked_options
+from .refused_options import refuse_fsdp_alone
 
 
 @dataclass
@@ -19,10 +17,6 @@ class CheckedSFTConfig(SFTConfig):
     """
 
     def __post_init__(self):
-        check_option_values(self)
-        check_optimizer_names(self)
-        complete_best_metric(self, default="loss")
-        with in_one_line():
+        with checked_options(self, best_metric="loss"):
             super().__post_init__()
-        refuse_fsdp_alone(self)
-        check_optimizer_options(self)
+            refuse_fsdp_alone(self)

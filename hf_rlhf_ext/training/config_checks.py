@@ -1,0 +1,35 @@
+"""The checks that all configurations of trainers share, around `TrainingArguments.__post_init__`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from transformers import TrainingArguments
+
+from .best_model import complete_best_metric
+from .optimizers import check_optimizer_names, check_optimizer_options
+from .option_values import check_option_values
+from .refused_options import in_one_line
+
+
+@contextmanager
+def checked_options(
+    args: TrainingArguments, *, best_metric: str, remedies: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
+    """Checks options before and after `super().__post_init__()`, which is called inside the context.
+
+    Args:
+        args: the configuration.
+        best_metric: the metric that decides on the best model if the user names none.
+        remedies: see `check_option_values`.
+
+    Raises:
+        UserError: if an option is outside of its range, or if an optimizer or a schedule cannot work.
+    """
+    # `TrainingArguments` reads some of these values, and would fail in words of its own.
+    check_option_values(args, remedies)
+    check_optimizer_names(args)
+    complete_best_metric(args, default=best_metric)
+    with in_one_line():
+        yield
+    check_optimizer_options(args)
