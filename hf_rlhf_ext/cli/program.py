@@ -16,10 +16,21 @@ _command: str | None = None
 """The command that `cli.main` runs in this process. `runpy` sets `sys.argv[0]` to the recipe's path instead."""
 
 
+_hidden_options: tuple[str, ...] = ()
+"""Options whose values `command_line` leaves out."""
+
+
 def set_command(name: str | None) -> None:
     """Sets the command of `hf-rlhf` that runs in this process; None if none does."""
     global _command  # a process runs one command
     _command = name
+
+
+def set_subcommand(name: str) -> None:
+    """Moves the first word of the command line into the program's name, as in `hf-rlhf collect serve`."""
+    if _command is not None:
+        set_command(f"{_command} {name}")
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
 
 
 def program_name() -> str:
@@ -29,13 +40,36 @@ def program_name() -> str:
     return Path(sys.argv[0]).name
 
 
+def hide_values_of(*options: str) -> None:
+    """Leaves the values of options out of `command_line`, such as names of people: cards and reports are published."""
+    global _hidden_options  # a process runs one command
+    _hidden_options = options
+
+
+def _without_hidden_values(words: list[str]) -> list[str]:
+    """The words of a command, with `...` for the values of hidden options."""
+    kept = []
+    is_hidden = False
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+            is_hidden = option[2:] in _hidden_options
+            if is_hidden:
+                kept += [option, "..."]
+                continue
+        if not is_hidden:
+            kept.append(word)
+    return kept
+
+
 def command_line() -> str:
-    """The command that runs this again, without local paths."""
+    """The command that runs this again, without local paths and values of hidden options."""
     script, *options = sys.argv
+    options = _without_hidden_values(options)
     if _command is not None:
         # Launched processes do not see these options in `sys.argv`.
         launched_with = shlex.split(os.environ.get(LAUNCHED_WITH, ""))
-        words = [PROGRAM, _command, *launched_with, *options]
+        words = [PROGRAM, *_command.split(), *launched_with, *options]
     else:
         words = ["python", script, *options]
     return strip_local_paths(shlex.join(words))

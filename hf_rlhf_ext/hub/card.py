@@ -48,6 +48,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "policy": Kind("PPO policy", "text-generation", ("ppo",), ("policy", "ppo"), ("instructgpt", "ppo")),
+    "dpo": Kind("DPO policy", "text-generation", ("dpo",), ("dpo",), ("dpo",)),
     "reward_model": Kind(
         "Bradley-Terry reward model",
         "text-classification",
@@ -67,7 +68,7 @@ def write_card(folder: str | Path, kind: str, report: RunReport | Mapping[str, A
 
     Args:
         folder: Folder of the model. It is created if it does not exist.
-        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        kind: Kind of model: `"policy"` (by PPO), `"dpo"` (a policy by DPO), `"reward_model"` or `"sft"`.
         report: What was measured, as a `RunReport` or as a mapping with the content of `report.json`.
         **options: Options of the card, such as `base_model`, `repo_id` or `limits`, see
             `hf_rlhf_ext.hub.report.CardOptions`. The PNG given as `plot` is copied into `folder`.
@@ -113,7 +114,7 @@ def render_card(kind: str, report: RunReport | Mapping[str, Any], **options: Any
     """Renders a model card, without network access.
 
     Args:
-        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        kind: Kind of model: `"policy"` (by PPO), `"dpo"` (a policy by DPO), `"reward_model"` or `"sft"`.
         report: What was measured, as a `RunReport` or as a mapping with the content of `report.json`. `command`,
             `versions`, `hardware`, `seconds` (by stage) and `license` are shown if they are known.
         **options: Options of the card, see `hf_rlhf_ext.hub.report.CardOptions`.

@@ -165,7 +165,7 @@ def push_files(
     api = HfApi(token=token)
     target = Target(repo_id, repo_type, private, revision)
     try:
-        return _retried(lambda: _commit(api, target, files, message))
+        return retried(lambda: _commit(api, target, files, message))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds of errors
         raise PushError(f"not pushed to {repo_id}: {first_line(error)}.") from error
 
@@ -238,8 +238,8 @@ def _strings_in(value: Any) -> Iterator[str]:
 # Retries
 
 
-def _retried(call: Callable[[], T]) -> T:
-    """Runs `call()`, and repeats it after temporary failures."""
+def retried(call: Callable[[], T]) -> T:
+    """Runs `call()`, and repeats it after temporary failures of the Hub, up to `ATTEMPTS` times in all."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call()

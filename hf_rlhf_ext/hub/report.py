@@ -117,6 +117,20 @@ class PPOSection(Section):
         return super().from_dict(section)
 
 
+@dataclass
+class DPOSection(Section):
+    """Section for DPO.
+
+    Its metrics are `pairs` (in training), `loss`, `beta`, and those of `PPOSection` on held-out prompts: `n`, `kl`,
+    `gold_before`, `gold_after`, `gold_gain`, `mean_length_before` and `mean_length_after`.
+
+    Attributes:
+        start: What DPO started from, which is its reference too, such as "the SFT policy".
+    """
+
+    start: str | None = None
+
+
 # Other information
 
 
@@ -125,7 +139,7 @@ class CardOptions:
     """Options of a model card, in addition to the measured numbers.
 
     Args:
-        kind: Kind of model: `"policy"`, `"reward_model"` or `"sft"`.
+        kind: Kind of model: `"policy"` (by PPO), `"dpo"` (a policy by DPO), `"reward_model"` or `"sft"`.
         base_model: Hub id of the base, or the name of an embedded model.
         model_name: Title of the card; the default is made from base and kind.
         repo_id: Hub id of the model, for the code snippet. An id with two or more slashes is a folder that is not
@@ -212,6 +226,7 @@ class RunReport:
         reward_model: What the reward model stage measured.
         sft: What the SFT stage measured.
         ppo: What the PPO stage measured.
+        dpo: What the DPO stage measured.
         categories: By use case: `n` held-out prompts, `gold_before` and `gold_after`.
         card: Options of the card. None means that there is no card.
         merge: How an adapter was merged. None for models that are not merged.
@@ -228,6 +243,7 @@ class RunReport:
     reward_model: RewardModelSection = field(default_factory=RewardModelSection)
     sft: SFTSection = field(default_factory=SFTSection)
     ppo: PPOSection = field(default_factory=PPOSection)
+    dpo: DPOSection = field(default_factory=DPOSection)
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
     card: CardOptions | None = None
     merge: MergeRecord | None = None
@@ -283,6 +299,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "reward_model": RewardModelSection,
     "sft": SFTSection,
     "ppo": PPOSection,
+    "dpo": DPOSection,
 }
 _RECORDS = {"card": CardOptions, "merge": MergeRecord}
 

@@ -50,6 +50,12 @@ _SFT = (
     Measure("eval_loss", "Loss, nats per token", "heldout_rows"),
     Measure("eval_mean_token_accuracy", "Accuracy of the next token", "heldout_rows"),
 )
+_DPO = (
+    Measure("gold_after", "Gold reward", "n"),
+    Measure("gold_gain", "Gain in gold reward", "n"),
+    Measure("kl", "KL to the initial policy, nats per completion", "n"),
+    Measure("mean_length_after", "Mean length, tokens", "n"),
+)
 _COUNTED = {"n": "held-out prompts", "heldout_rows": "held-out demonstrations"}
 """Key of a count -> what it counts, if not held-out pairs."""
 
@@ -58,6 +64,8 @@ def collect_results(kind: str, report: RunReport) -> list[Result]:
     """Returns the measured numbers for a card of this kind. Raises `UserError` if one is not finite."""
     if kind == "reward_model":
         return _results_of("reward_model", _REWARD_MODEL, report.reward_model.metrics, kind)
+    if kind == "dpo":
+        return _results_of("dpo", _DPO, report.dpo.metrics, kind)
     results = []
     if kind == "sft":
         results += _results_of("sft", _SFT, report.sft.metrics, kind)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ..reward.preference_metrics import JudgedPairs, longer_wins_baseline, reliability_bins
 
@@ -394,3 +395,86 @@ def _draw_groups(axes: Axes, judged: JudgedPairs, titles: Sequence[str]) -> None
     axes.set_xlim(0, 1)
     axes.legend(frameon=False, fontsize=TICK_SIZE, loc="lower right")
     axes.set_xlabel("accuracy (number of pairs in parentheses)", fontsize=LABEL_SIZE, color=INK)
+
+
+def plot_rounds(points: Sequence[Mapping], path: str | Path, *, quality: str = "gold reward") -> Path:
+    """Draws quality and KL of the policies of several rounds as a PNG, with one point per round.
+
+    Args:
+        points: Dicts in the order of the rounds, with `name` (label of the policy), `quality` and `kl` (nats per
+            completion), which are dicts of `mean` and optionally `ci95` (low, high). A point may have no `quality`,
+            such as the first policy, which has no win rate against an earlier one. A point with `apart` true is a
+            policy for comparison that is no round: it is drawn beside the others, with a dashed line at its level.
+        path: File to write. Missing folders are created.
+        quality: Name of the quality, with its unit if it has one. With "win rate", a dotted line marks one half,
+            otherwise the level of the first policy.
+
+    Returns:
+        The path of the plot.
+
+    Raises:
+        ValueError: There are no points.
+    """
+    if not points:
+        raise ValueError("plot_rounds: no points to draw: pass at least one policy.")
+    figure = _new_figure(max(8, 1 + 0.85 * len(points)), 6.4, dpi=160)  # room for the names of the policies
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _draw_rounds(upper, points, "quality", GOLD_COLOR, "o")
+    _draw_rounds(lower, points, "kl", PROXY_COLOR, "s")
+    first = points[0].get("quality")
+    if quality.startswith("win rate"):
+        upper.axhline(0.5, color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    elif first is not None:
+        upper.axhline(first["mean"], color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    upper.set_title("Rounds, with 95 % intervals", fontsize=LABEL_SIZE + 2, color=INK, loc="left", pad=10)
+    upper.set_ylabel(quality, fontsize=LABEL_SIZE, color=GOLD_COLOR)
+    lower.set_ylabel("KL to the SFT policy,\nnats per completion", fontsize=LABEL_SIZE, color=PROXY_COLOR)
+    lower.set_xticks(range(len(points)), [str(point["name"]).replace("$", r"\$") for point in points])
+    lower.set_xlim(-0.5, len(points) - 0.4)
+    return _save_png(figure, path)
+
+
+def _draw_rounds(axes: Axes, points: Sequence[Mapping], key: str, color: str, marker: str) -> None:
+    """Draws the means with error bars over the policies, and a line through the rounds."""
+    rounds: list[tuple[int, float]] = []
+    for position, point in enumerate(points):
+        value = point.get(key)
+        if value is None:
+            continue
+        mean = value["mean"]
+        low, high = value.get("ci95") or (mean, mean)
+        # Matplotlib expects distances from the point, which must not be negative.
+        distances = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        face = color
+        if point.get("apart"):
+            face = "white"
+            axes.axhline(mean, color=color, linewidth=0.9, linestyle="--", alpha=0.6, zorder=1)
+        else:
+            rounds.append((position, mean))
+        style = {"color": color, "markerfacecolor": face, "markersize": 7, "capsize": 3, "zorder": 3}
+        axes.errorbar([position], [mean], distances, fmt=marker, **style)
+    means = dict(rounds)
+    for position, point in enumerate(points):
+        if point.get(key) is not None:
+            mean = point[key]["mean"]
+            _write_mean(axes, position, mean, is_above=means.get(position + 1, mean) < mean)
+    axes.plot([x for x, _ in rounds], [y for _, y in rounds], color=color, linewidth=1.4, alpha=0.6, zorder=2)
+    axes.grid(color=GRID, linewidth=0.7, axis="y")
+    axes.set_axisbelow(True)
+    axes.margins(y=0.1)
+    _plain_axes(axes)
+
+
+def _write_mean(axes: Axes, position: int, mean: float, *, is_above: bool) -> None:
+    """Writes a mean to the right of its point, above or below the line to the next point."""
+    axes.annotate(
+        f"{mean:.2f}",
+        (position, mean),
+        xytext=(7, 10 if is_above else -10),
+        textcoords="offset points",
+        va="center",
+        fontsize=TICK_SIZE,
+        color=INK,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],  # readable where it crosses a line
+        zorder=4,
+    )

@@ -192,7 +192,7 @@ def _without(row: Comparison, removed: set[int]) -> Comparison:
         filtered["weights"] = None  # the remaining pairs share the weight of the prompt again
     # The empty completion may have been removed.
     if row.get("flags") and not any(map(is_empty, filtered["completions"])):
-        filtered["flags"] = [flag for flag in row["flags"] if flag != "empty_completion"]
+        filtered["flags"] = [flag for flag in filtered["flags"] if flag != "empty_completion"]
     return filtered
 
 

@@ -36,7 +36,7 @@ from ..modeling.embeddings import n_rows
 from ..modeling.heads import head_name, install_fp32_score, is_encoder, learned_positions
 from ..modeling.loading import attach_adapter, base_and_revision, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.probing import evaluating
-from ..modeling.quantization import quantization_record
+from ..modeling.quantization import keep_nf4_gradients_right, quantization_record
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from .normalization import NORMALIZATION_FILE, RewardNormalization, dtype_name, is_4bit
 from .prefix_probe import shared_prefix_problem
@@ -459,6 +459,8 @@ def _load_reward_model(
         raise UserError(f"{folder.name}: the adapter names no base model: pass base= with a model or its id.")
     if isinstance(base, str | Path):
         base = load_base_model(base, task="reward", may_lack=base_weight_names(weights), **options)
+    else:
+        keep_nf4_gradients_right(base)  # a user's own: repacked weights would round otherwise than in training
     install_fp32_score(base)  # before PEFT, which would copy the head in the dtype of the base
     return attach_adapter(base, folder, is_trainable=is_trainable)
 

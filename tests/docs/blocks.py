@@ -142,6 +142,10 @@ def check_command(words: list[str]) -> None:
         import_module(command.module).make_parser().parse_args(options)
         return
     stage = Path(command.recipe).stem
+    if stage == "collect":
+        if options:  # a subcommand, with options of its own
+            import_module("recipes.collect").parse(options)
+        return
     defaults = machine_defaults() if stage in TRAINING else {}
     parse_recipe(import_module(f"recipes.{stage}").ARGUMENTS, options, defaults=defaults)
 

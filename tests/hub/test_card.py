@@ -76,7 +76,8 @@ def test_header_says_adapter_of_which_base_and_how_to_find_it(card, kind):
     assert data["library_name"] == "peft" and data["license"] == "apache-2.0"
     assert {"trl", "rlhf", "hf_rlhf_ext"} <= set(data["tags"])
     assert data["pipeline_tag"] == ("text-classification" if kind == "reward_model" else "text-generation")
-    assert {"policy": "ppo", "reward_model": "reward-model", "sft": "sft"}[kind] in data["tags"]
+    own_tag = {"policy": "ppo", "dpo": "dpo", "reward_model": "reward-model", "sft": "sft"}[kind]
+    assert own_tag in data["tags"]
 
 
 def test_results_carry_n_and_interval_in_the_table_and_in_the_model_index(card):
@@ -339,6 +340,21 @@ def test_samples_cannot_break_the_card(card):
     assert "<script>" not in text and "\n---" not in text and "\n# H" not in text and "<!--" not in text
     assert "49" not in text.split("## Samples")[1].split("## Limits")[0] and "](http://y" not in text
     assert escape_markdown("a_b *c* `d`\n\ne") == r"a\_b \*c\* \`d\` ⏎ e"
+
+
+def test_a_policy_by_dpo_claims_no_ppo(card):
+    dpo = {"start": "the SFT policy", "pairs": 40, "beta": 0.1, "n": 24, "kl": 1.5, "kl_ci95": [1.0, 2.0]}
+    dpo |= {"gold_before": 0.1, "gold_after": 0.3, "gold_gain": 0.2, "mean_length_before": 9.0}
+    dpo |= {"mean_length_after": 8.0}
+    made = card("dpo", {"dpo": dpo})
+    assert "dpo" in made.data.tags and "ppo" not in made.data.tags
+    for shown in ("DPO policy", "starting from the SFT policy", "40 judged pairs (β = 0.1)", "from 9.0 to 8.0 tokens"):
+        assert shown in made.text
+    assert "| KL to the initial policy, nats per completion | 1.500 | 1.000 to 2.000 | 24 |" in made.text
+    assert "rafailov2023direct" in made.text
+    for other in ("PPO", "schulman2017proximal", "proxy", "critic"):
+        assert other not in made.text, other
+    assert RunReport.from_dict({"dpo": dpo}).to_dict() == {"dpo": dpo}
 
 
 NASTY = ["# H\n---\n<script>x</script> |a|b| ![x](http://y) *b* `c`", "```\n</details>\n# H2", "[l](http://z)\n\n- i"]

@@ -25,6 +25,12 @@ def config_with(task="CAUSAL_LM", **options):
     )
 
 
+@pytest.fixture(autouse=True)
+def _in_fp32_on_any_machine(monkeypatch):
+    """A base that is given by its path is loaded in the dtype of the machine, which is bf16 on some CPUs."""
+    monkeypatch.setattr("hf_rlhf_ext.modeling.loading._cpu_has_bf16", lambda: False)
+
+
 @pytest.fixture
 def base(tiny_config, chat_tokenizer, tmp_path):
     tiny_config.attention_bias = True

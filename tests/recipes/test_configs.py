@@ -50,7 +50,8 @@ def test_every_stage_of_every_model_has_a_config_and_a_script():
     found = {(path.parent.name, path.stem) for path in CONFIGS}
     models = {"smollm2-135m", *SHAPES}
     assert found == {(model, stage) for model in models for stage in ("sft", "reward", "ppo")}
-    assert {path.stem for path in SCRIPTS} == {"sft", "reward", "ppo", "quickstart", "inspect_data", "check_reward"}
+    stages = {"sft", "reward", "ppo", "rounds", "quickstart", "inspect_data", "check_reward", "collect"}
+    assert {path.stem for path in SCRIPTS} == stages
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -101,7 +102,9 @@ def test_the_inline_metadata_can_be_installed(script):
         assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), (
             f"not what is here: {requirement}"
         )
-        assert not requirement.extras, "all that a recipe needs is a main dependency"
+        serves_the_page = script.stem in ("collect", "rounds")
+        extras = {"collect"} if serves_the_page else set()
+        assert requirement.extras == extras, "all else that a recipe needs is a main dependency"
 
 
 NEEDS = {
@@ -133,7 +136,9 @@ def test_the_command_in_the_docstring_parses(script):
     for config in [word for word in words if word.endswith(".yaml")]:
         assert config in shipped_configs()
     known = {word for word in words if word.startswith("--")} - {"--config"}
-    if script.stem == "quickstart":
+    if script.stem == "collect":
+        importlib.import_module("hf_rlhf_ext.recipes.collect").parse(words)
+    elif script.stem == "quickstart":
         assert known == {"--size", "--seed", "--output_dir"}
     else:
         fields = {name for arguments in arguments_of(script.stem) for name in arguments.__dataclass_fields__}
@@ -144,7 +149,10 @@ def test_the_command_in_the_docstring_parses(script):
 def test_every_option_of_ours_has_a_help_that_says_its_unit(script):
     """Numbers of ours are counted in something; what TRL and Transformers add is theirs."""
     module = importlib.import_module(f"hf_rlhf_ext.recipes.{script.stem}")
-    types = getattr(module, "ARGUMENTS", None) or (module.QuickstartArguments,)
+    if script.stem == "collect":
+        types = [arguments for subcommand in module.SUBCOMMANDS for arguments in subcommand.load().ARGUMENTS]
+    else:
+        types = module.ARGUMENTS
     for arguments in types:
         for field in dataclasses.fields(arguments):
             inherited = any(field.name in getattr(base, "__dataclass_fields__", ()) for base in arguments.__mro__[1:])
@@ -161,7 +169,7 @@ def test_every_option_of_ours_has_a_help_that_says_its_unit(script):
 
 UNITS = re.compile(
     r"rows|words|share|scale|seed|prompts|tokens|models to train|standard deviations|evaluations|sequences|units|"
-    r"completions|pairs|log-odds|score|weight|probability|number|nats",
+    r"completions|pairs|log-odds|score|weight|probability|number|nats?|people|seconds|minutes|\bport\b|added",
     re.IGNORECASE,
 )
 

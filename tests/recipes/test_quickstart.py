@@ -25,70 +25,6 @@ def quickstart():
     return importlib.import_module("hf_rlhf_ext.recipes.quickstart")
 
 
-@pytest.fixture
-def progress(quickstart, tmp_path):
-    return lambda **changes: quickstart.Progress(tmp_path, SETTINGS | changes)
-
-
-# Progress
-
-
-def test_a_finished_stage_is_not_run_again(progress, capsys):
-    first = progress()
-    assert first.run("data", "a few rows", lambda: {"train": 7}) == {"train": 7}
-    assert capsys.readouterr().out == "[1/6] data: a few rows (00:00 elapsed)\n"  # one line per stage
-    second = progress()
-    assert second.run("data", "a few rows", lambda: pytest.fail("it ran again")) == {"train": 7}
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("[1/6] data: finished earlier, kept") and "FRESH=1 or --overwrite true" in line
-    assert second.run("sft", "a few rows", lambda: {}) == {} and second.seconds.keys() == {"data", "sft"}
-
-
-def test_a_stage_that_fails_is_run_again(progress):
-    def stopped():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        progress().run("data", "a few rows", stopped)  # the very first stage: nothing is finished yet
-    assert progress().seconds == {}
-    assert progress().run("data", "a few rows", lambda: {"train": 7}) == {"train": 7}
-
-
-def test_other_settings_are_refused_before_anything_is_done(progress, tmp_path):
-    progress().run("data", "a few rows", lambda: {})
-    before = (tmp_path / "progress.json").read_text()
-    for changes in ({"seed": 1}, {"size": "full"}, {"noise": 0.0}):
-        with pytest.raises(
-            UserError, match=r"holds a run with other settings \(.*'seed': 0.*\): pass another"
-        ) as caught:
-            progress(**changes)
-        assert "--overwrite true" in str(caught.value)
-    assert (tmp_path / "progress.json").read_text() == before
-
-
-def test_progress_is_written_whole_or_not_at_all(progress, tmp_path):
-    progress().run("data", "a few rows", lambda: {"train": 7})
-    before = (tmp_path / "progress.json").read_text()
-    with pytest.raises(TypeError):
-        progress().run("sft", "a few rows", lambda: {"not": object()})  # JSON has no such thing
-    assert (tmp_path / "progress.json").read_text() == before
-    (tmp_path / "progress.tmp").mkdir()  # stands for a disk that fails while the new state is written
-    with pytest.raises(OSError):
-        progress().run("sft", "a few rows", dict)
-    assert (tmp_path / "progress.json").read_text() == before
-
-
-def test_seconds_and_memory_are_those_of_all_runs(progress, tmp_path):
-    progress().run("data", "a few rows", dict)
-    state = json.loads((tmp_path / "progress.json").read_text())
-    assert 0.05 < state["peak_memory_gb"] < 100 and 0 <= state["stages"]["data"]["seconds"] < 5
-    state["peak_memory_gb"], state["stages"]["data"]["seconds"] = 1e6, 123.0
-    (tmp_path / "progress.json").write_text(json.dumps(state))
-    resumed = progress()
-    resumed.run("sft", "a few rows", dict)
-    assert resumed.state["peak_memory_gb"] == 1e6 and resumed.seconds["data"] == 123.0
-
-
 # Data
 
 
@@ -182,7 +118,7 @@ def finished(quickstart, tmp_path, monkeypatch):
         ppo.update(spoilt)
         state = {"settings": SETTINGS, "peak_memory_gb": 1.5}
         state["stages"] = {name: {"seconds": 1.0, "measured": value} for name, value in stages.items()}
-        (folder / "progress.json").write_text(json.dumps(state))
+        (folder / "manifest.json").write_text(json.dumps(state))
         argv = ["quickstart.py", "--size", "small", "--output_dir", str(folder), *options]
         monkeypatch.setattr(sys, "argv", argv)
         quickstart.run_recipe(quickstart.main)

@@ -1,0 +1,1 @@
+"""Collecting judgments: sampling of completions, a store, a web page on which people judge, and the export."""

@@ -1,0 +1,1 @@
+"""The subcommands of `hf-rlhf collect`, one module each."""

@@ -1,0 +1,1 @@
+"""Parts of `hf-rlhf rounds`: options, data of a round, judging, learners, evaluation and report."""
