@@ -39,6 +39,7 @@ from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArgum
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, only_process
+from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import preferred_dtype
@@ -212,7 +213,7 @@ class Quickstart:
         demonstrations = []
         for row in make_demonstrations(size.demonstrations, seed):
             demonstrations.append(row | {"prompt": [SYSTEM, *row["prompt"]]})
-        write_rows(self.data / "demonstrations.jsonl", demonstrations)
+        write_rows(demonstrations, self.data / "demonstrations.jsonl")
 
         train = make_prompts(max(size.judged_prompts, size.updates * size.rollout), seed)
         n_heldout = size.judged_heldout + size.dev_prompts + size.test_prompts
@@ -222,9 +223,9 @@ class Quickstart:
         rest = [row for row in heldout if row not in test]
         splits = {"train": train, "validation": rest[: size.dev_prompts], "test": test}
         for name, rows in splits.items():
-            write_rows(self.data / "prompts" / f"{name}.jsonl", as_messages(rows))
-        write_rows(self.data / "judged" / "train.jsonl", as_messages(train[: size.judged_prompts]))
-        write_rows(self.data / "judged" / "test.jsonl", as_messages(rest[size.dev_prompts :]))
+            write_rows(as_messages(rows), self.data / "prompts" / f"{name}.jsonl")
+        write_rows(as_messages(train[: size.judged_prompts]), self.data / "judged" / "train.jsonl")
+        write_rows(as_messages(rest[size.dev_prompts :]), self.data / "judged" / "test.jsonl")
         return {"demonstrations": size.demonstrations, **{name: len(rows) for name, rows in splits.items()}}
 
     def sft(self) -> dict[str, Any]:
@@ -254,7 +255,7 @@ class Quickstart:
             for row, completions in zip(rows.to_list(), sampled, strict=True):
                 to_judge.append(row | {"completions": completions})
             judged = annotator.judge(to_judge)
-            write_rows(self.data / "comparisons" / f"{split}.jsonl", judged.rows)
+            write_rows(judged.rows, self.data / "comparisons" / f"{split}.jsonl")
             measured[f"{split}_prompts"] = len(judged.rows)
             measured[f"{split}_dropped"] = len(judged.dropped)
             measured[f"{split}_ceiling"] = judged.ceiling
@@ -518,13 +519,6 @@ def notes(args: QuickstartArguments) -> tuple[str, str]:
         f"noise {args.noise} (equal sentiment is a tie). Completions to judge were sampled from the SFT policy, "
         f"{sampled}.",
     )
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as JSON lines, which every recipe reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def as_messages(rows: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from hf_rlhf_ext.cli.program import hide_values_of, how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, only_process
 from hf_rlhf_ext.collect.sampling import PolicySpec, sample_tasks
-from hf_rlhf_ext.collect.tasks import read_tasks, write_tasks
+from hf_rlhf_ext.collect.tasks import read_tasks, write_rows, write_tasks
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.run_files import content_digest
 from hf_rlhf_ext.recipes.rounds_parts.data import (
@@ -39,7 +39,6 @@ from hf_rlhf_ext.recipes.rounds_parts.data import (
     read_rows,
     repeated_prompts,
     split_prompts,
-    write_rows,
 )
 from hf_rlhf_ext.recipes.rounds_parts.evaluation import (
     PolicyEvaluator,
@@ -170,8 +169,8 @@ class Rounds:
 
     def _write_split(self, folder: Path) -> None:
         train, heldout = self.split
-        write_rows(folder / "prompts" / "train.jsonl", train)
-        write_rows(folder / "heldout.jsonl", heldout)
+        write_rows(train, folder / "prompts" / "train.jsonl")
+        write_rows(heldout, folder / "heldout.jsonl")
 
     # ---- The stages of a round ----
 
@@ -212,10 +211,10 @@ class Rounds:
                 "lower heldout_share."
             )
         comparisons = folder / "comparisons"
-        write_rows(comparisons / "train.jsonl", train)
+        write_rows(train, comparisons / "train.jsonl")
         (comparisons / "test.jsonl").unlink(missing_ok=True)
         if heldout:
-            write_rows(comparisons / "test.jsonl", heldout)
+            write_rows(heldout, comparisons / "test.jsonl")
         else:
             print(f"no accuracy of this reward model: heldout_share={self.args.heldout_share:g} held out no judgment")
         sizes = {"n_train": len(train), "n_heldout": len(heldout)}

@@ -218,6 +218,14 @@ def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
     write_rows([task.to_row() for task in tasks], path)
 
 
+def json_line(row: dict[str, Any]) -> str:
+    """A row as JSON on one line, also for readers to which more than a line feed ends a line."""
+    text = json.dumps(row, ensure_ascii=False)
+    for separator in ("\x85", "\u2028", "\u2029"):
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text + "\n"
+
+
 def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     """Writes rows as JSON, one a line. The file is complete or absent: it is written under another name first.
 
@@ -230,7 +238,7 @@ def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8", errors="replace") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_line(row))
         unfinished.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -3,22 +3,16 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_rlhf_ext.collect import tasks
 from hf_rlhf_ext.data.schema import with_defaults
 from hf_rlhf_ext.data.text import is_text, plain_text, text_key
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.formats import load_rows
 
 Row = dict[str, Any]
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines, and makes the folder. A run that is stopped meanwhile leaves no half file."""
-    tasks.write_rows(rows, path)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_rlhf_ext import load_policy
+from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt, plain_text, text_key
 from hf_rlhf_ext.modeling.logprobs import (
     chunked_logprobs,
@@ -22,7 +23,7 @@ from hf_rlhf_ext.modeling.probing import evaluating
 from hf_rlhf_ext.ppo.batching import budget_chunks
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
 from hf_rlhf_ext.ppo.rollout import pack_sequences
-from hf_rlhf_ext.recipes.rounds_parts.data import Row, read_rows, write_rows
+from hf_rlhf_ext.recipes.rounds_parts.data import Row, read_rows
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 from hf_rlhf_ext.reward.scorer import RewardScorer
 
@@ -102,7 +103,7 @@ class PolicyEvaluator:
                     "kl": nats,
                 }
             )
-        write_rows(path, rows)
+        write_rows(rows, path)
         return rows
 
     def _sample(

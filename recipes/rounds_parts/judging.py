@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_rlhf_ext.collect.tasks import Task
+from hf_rlhf_ext.collect.tasks import Task, write_rows
 from hf_rlhf_ext.data.schema import PER_PAIR, REQUIRED, Row, has_own_weights, with_defaults
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.formats import load_comparisons
-from hf_rlhf_ext.recipes.rounds_parts.data import read_rows, same_words, write_rows
+from hf_rlhf_ext.recipes.rounds_parts.data import read_rows, same_words
 from hf_rlhf_ext.recipes.rounds_parts.options import RoundsArguments
 
 STORE = "judgments.sqlite"
@@ -71,7 +71,7 @@ class Judging:
             rows = self._from_file(tasks, folder, suffix)
         else:
             rows = self._from_store(tasks, batch)
-        write_rows(path, rows)
+        write_rows(rows, path)
         return rows
 
     def judged_by(self, rows: Sequence[Row]) -> str:
@@ -93,7 +93,7 @@ class Judging:
         judged = hand_judged_file(folder, suffix)
         if judged is None:
             to_judge = folder / f"to_judge{suffix}.jsonl"
-            write_rows(to_judge, [blinded(task) for task in tasks])
+            write_rows([blinded(task) for task in tasks], to_judge)
             target = folder / f"judged{suffix}.jsonl"
             raise WaitingForFile(
                 f"{len(tasks)} tasks to judge are in {to_judge}: put the judged file at {target} (or .json, .csv, "

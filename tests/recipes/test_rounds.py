@@ -27,7 +27,7 @@ from hf_rlhf_ext.cli.stages import StageRunner, only_process
 from hf_rlhf_ext.collect.client import JudgeClient, ServerGone, work
 from hf_rlhf_ext.collect.simulated import SimulatedPerson
 from hf_rlhf_ext.collect.store import Store
-from hf_rlhf_ext.collect.tasks import Task, read_tasks
+from hf_rlhf_ext.collect.tasks import Task, read_tasks, write_rows
 from hf_rlhf_ext.data.schema import validate_comparison
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.push import push_run
@@ -96,7 +96,7 @@ def test_the_reward_model_reads_the_weights_of_the_rounds(data, tmp_path):
 
     judged = [[row("old", [1.0, 0.0, 0.5])], [row("new", [1.0])], [row("newest", [0.0, 1.0])]]
     train, heldout = data.judged_so_far(judged, round_weight=0.5, heldout_share=0, seed=0)
-    data.write_rows(tmp_path / "train.jsonl", train)
+    write_rows(train, tmp_path / "train.jsonl")
     read, _ = load_comparisons(tmp_path / "train.jsonl")
     assert heldout == []
     weights = {row["prompt"]: sum(row["weights"]) for row in read}

@@ -1,6 +1,5 @@
 """The API of the admin page: statistics, people and their links, pause, export. For the role "admin" only."""
 
-import json
 from dataclasses import replace
 
 from starlette.exceptions import HTTPException
@@ -9,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..store import Annotator, Store
+from ..tasks import json_line
 from .gate import Gate
 from .security import MAX_ID_DIGITS, read_fields
 
@@ -169,20 +169,12 @@ async def _export(request: Request, name: str, rows_of) -> Response:
     gate: Gate = request.app.state.gate
 
     def work(admin: Annotator) -> bytes:
-        lines = [_json_line(row) for row in rows_of(gate.store)]
+        lines = [json_line(row) for row in rows_of(gate.store)]
         return "".join(lines).encode("utf-8", "replace")
 
     content = await gate.run(request, gate.session_of(request), work, role="admin")
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type="application/x-ndjson", headers=headers)
-
-
-def _json_line(row: dict) -> str:
-    """A row as JSON on one line, also for readers to which more than a line feed ends a line."""
-    text = json.dumps(row, ensure_ascii=False)
-    for separator in ("\x85", "\u2028", "\u2029"):
-        text = text.replace(separator, f"\\u{ord(separator):04x}")
-    return text + "\n"
 
 
 async def get_export_counts(request: Request) -> Response:
