@@ -14,6 +14,9 @@ The gold reward is the sentiment of VADER, on held-out prompts about topics that
 training uses. Bootstrap intervals resample seeds and the prompts of each. `by_seed` has the ones over prompts alone.
 
 `rounds_study.py --seed 1` runs one seed and writes its part into the work folder, so that several can run at once.
+`rounds_study.py --seed 1 --one_shot` skips the rounds, for a seed whose rounds were run elsewhere (their part is in
+docs/study/rounds, their models are not). It trains the SFT policy anew with the same seed, and samples completions
+of the first 160 prompts as `rounds` does. Other CPUs round differently, so the part also keeps its gold rewards.
 `rounds_study.py --collect` merges the parts that are there, also those of earlier runs in docs/study/rounds. Without
 options, all seeds are run one after the other.
 """
@@ -38,7 +41,7 @@ from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.stages import StageRunner
 from hf_rlhf_ext.collect.sampling import PolicySpec, sample_tasks
-from hf_rlhf_ext.collect.tasks import read_tasks, write_tasks
+from hf_rlhf_ext.collect.tasks import Task, read_tasks, write_tasks
 from hf_rlhf_ext.compat import versions
 from hf_rlhf_ext.metrics.plots import plot_rounds
 from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
@@ -106,40 +109,61 @@ class OneShot(Rounds):
 
     def sample(self, number: int) -> dict[str, Any]:
         args = self.args
-        kept = read_tasks(self.rounds / "round-1" / "tasks.jsonl")
-        prompts = prompts_of_round(self.train_prompts, 1, args.prompts_per_round)[PER_ROUND:]
+        prompts = prompts_of_round(self.train_prompts, 1, args.prompts_per_round)
+        sampled_before = self.rounds / "round-1" / "tasks.jsonl"
+        if sampled_before.is_file():
+            first = read_tasks(sampled_before)
+        else:
+            first = self.sample_of(prompts[:PER_ROUND], args.seed + 1)  # the seed of the first of three rounds
+        rest = self.sample_of(prompts[PER_ROUND:], args.seed + 100)
+        write_tasks(self.round_folder(1) / "tasks.jsonl", [*first, *rest])
+        return {"tasks": len(first) + len(rest)}
+
+    def sample_of(self, prompts: Sequence[dict[str, Any]], seed: int) -> list[Task]:
+        """Completions of the SFT policy for these prompts."""
+        args = self.args
         sampled = sample_tasks(
             prompts,
             [PolicySpec("sft", self.location(0))],
             k=args.completions,
             temperatures=(args.temperature,),
             max_new_tokens=args.max_completion_length,
-            seed=args.seed + 100,
+            seed=seed,
             batch="round-1",
             **self.evaluator.base_options,
         )
         print(sampled.summary())
-        write_tasks(self.round_folder(1) / "tasks.jsonl", [*kept, *sampled.tasks])
-        return {"tasks": len(kept) + len(sampled.tasks), "dropped": len(sampled.dropped)}
+        return sampled.tasks
 
     def evaluate(self, number: int) -> dict[str, Any]:
         target = self.evaluation_file(0)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.rounds / "data" / "completions" / target.name, target)
+        evaluated_before = self.rounds / "data" / "completions" / target.name
+        if evaluated_before.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(evaluated_before, target)
         return super().evaluate(number)
 
 
 class SeedRun:
-    """The stages of one seed. What they measured so far is written into a part file after each of them."""
+    """The stages of one seed. What they measured so far is written into a part file after each of them.
 
-    def __init__(self, work: Path, seed: int):
+    Args:
+        work: work folder of the runs.
+        seed: seed of everything.
+        rounds_part: part of this seed from a machine that has run its rounds, to which one shot is to be added.
+    """
+
+    def __init__(self, work: Path, seed: int, rounds_part: Path | None = None):
         self.work = work
         self.seed = seed
         self.folder = work / f"seed-{seed}"
         self.part_file = part_of(work, seed)
         self.part: dict[str, Any] = {"seed": seed, "policies": {}, "cpu_minutes": {}, "seconds": {}}
-        if self.part_file.is_file():
-            self.part = json.loads(self.part_file.read_text(encoding="utf-8"))
+        self.only_one_shot = rounds_part is not None
+        for path in (self.part_file, rounds_part):
+            if path is not None and path.is_file():
+                self.part = json.loads(path.read_text(encoding="utf-8"))
+                break
 
     def run(self) -> None:
         """Runs what is not finished."""
@@ -147,6 +171,8 @@ class SeedRun:
         with self.timed("sft"):
             self.make_sft()
         for number in range(1, ROUNDS + 1):
+            if self.only_one_shot:
+                break
             with self.timed(f"round-{number}"):
                 self.run_rounds(number)
             self.add(f"round-{number}", self.folder / "rounds", number)
@@ -200,7 +226,8 @@ class SeedRun:
         """Adds a policy to the part: its values on each held-out prompt, and what its stages measured."""
         gold = GoldReward()
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        for policy, source in (("sft", "sft"), (name, f"round-{number}")):
+        sft = "sft_of_one_shot" if self.only_one_shot else "sft"
+        for policy, source in ((sft, "sft"), (name, f"round-{number}")):
             rows = read_rows(folder / "data" / "completions" / f"{source}.jsonl")
             self.part["policies"][policy] = {
                 "gold": gold_scores(gold, rows),
@@ -222,6 +249,11 @@ def part_of(work: Path, seed: int) -> Path:
     return work / f"part-{seed}.json"
 
 
+def kept_part(out: Path, seed: int) -> Path:
+    """Copy of a seed's part beside the results."""
+    return out.with_suffix("") / f"seed-{seed}.json"
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -232,16 +264,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 # --- all seeds -------------------------------------------------------------------------------------------------------
 
 
-def parts_of_seeds(work: Path, kept: Path) -> list[dict[str, Any]]:
+def parts_of_seeds(work: Path, out: Path) -> list[dict[str, Any]]:
     """The part of each seed: from the work folder, or from an earlier run, perhaps on another machine.
 
     Args:
         work: work folder of the runs.
-        kept: folder beside the results, to which the parts are copied. They hold one number per held-out prompt.
+        out: file of the results, beside which the parts are copied. They hold one number per held-out prompt.
     """
     parts = []
     for seed in SEEDS:
-        copy = kept / f"seed-{seed}.json"
+        copy = kept_part(out, seed)
         found = []
         for path in (part_of(work, seed), copy):
             if path.is_file():
@@ -257,7 +289,7 @@ def parts_of_seeds(work: Path, kept: Path) -> list[dict[str, Any]]:
 
 def collect(work: Path, out: Path) -> None:
     """Merges the parts that are there, and draws the plot."""
-    parts = parts_of_seeds(work, out.with_suffix(""))
+    parts = parts_of_seeds(work, out)
     if not parts:
         print("no seed has finished a round yet")
         return
@@ -280,7 +312,10 @@ def collect(work: Path, out: Path) -> None:
         entry = merged(parts, f"round-{number}", opponents)
         if entry:
             result["rounds"].append({"round": number} | entry)
-    one_shot = merged(parts, "one_shot", {"gain_over_sft": "sft"})
+    for part in parts:
+        # One shot that ran apart from the rounds is compared with the SFT policy from which it started.
+        part["policies"].setdefault("sft_of_one_shot", part["policies"]["sft"])
+    one_shot = merged(parts, "one_shot", {"gain_over_sft": "sft_of_one_shot"})
     if one_shot:
         result["one_shot"] = one_shot
         result["last_round_minus_one_shot"] = gain(parts, f"round-{ROUNDS}", "one_shot")
@@ -353,7 +388,7 @@ def summary_of_seed(part: dict[str, Any]) -> dict[str, Any]:
     summary = {}
     for name, entry in policies.items():
         values = {"gold": mean_with_interval(entry["gold"]), "kl": fmean(entry["kl"]), "labels": entry.get("labels", 0)}
-        if name != "sft":
+        if name not in ("sft", "sft_of_one_shot"):
             values["gain_over_sft"] = paired_gain(policies["sft"]["gold"], entry["gold"])
             values["reward_model_accuracy"] = entry["reward_model"].get("accuracy")
             values["win_rate"] = entry["win_rate"]
@@ -392,6 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, action="append", help="seed to run; default: all, then --collect")
     parser.add_argument("--collect", action="store_true", help="merge the parts that are there")
+    parser.add_argument("--one_shot", action="store_true", help="add one shot to rounds that were run elsewhere")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the runs")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the results")
     options = parser.parse_args()
@@ -401,7 +437,8 @@ def main() -> None:
         return
     with library_output(verbose=False):
         for seed in options.seed or SEEDS:
-            SeedRun(options.work, seed).run()
+            rounds_part = kept_part(options.out, seed) if options.one_shot else None
+            SeedRun(options.work, seed, rounds_part).run()
             if options.seed is None:
                 collect(options.work, options.out)
 
