@@ -19,6 +19,7 @@ TEST := $(OFFLINE) HF_ENDPOINT=http://127.0.0.1:9 $(PY) -m pytest
 # WORKERS=0 runs all in one process, which a debugger needs.
 WORKERS ?= 2
 TESTS ?= tests
+SCENARIO ?= csv
 CPU_TEST := CUDA_VISIBLE_DEVICES= $(TEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # glibc returns large temporaries to the kernel at once and faults them in again: keeping them makes CPU forwards 20-30 %
@@ -28,7 +29,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect study-noise study-reward study-ppo study-rounds golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -102,6 +103,9 @@ bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base
 
 bench-collect: $(STAMP)  ## 50 simulated people judge 5,000 tasks on the real server: none lost, none doubled, latencies (3 minutes)
 	$(OFFLINE) $(PY) benchmarks/collect_load.py $(ARGS)
+
+first-hour: $(STAMP)  ## a new user's first hour, from the wheel in an empty environment; SCENARIO=csv, conversations or demonstrations
+	$(OFFLINE) $(PY) benchmarks/first_hour.py --scenario $(SCENARIO) $(ARGS)
 
 study-ppo: $(STAMP)  ## PPO on two small models, three seeds (resumable by run): docs/study/ppo.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo_study.py $(ARGS)

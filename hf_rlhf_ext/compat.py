@@ -6,6 +6,7 @@ first use: importing this module imports neither torch nor TRL.
 """
 
 import platform
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,6 +16,9 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 TRL_SUPPORTED = SpecifierSet(">=1.16,<1.17")
+
+# tqdm warns at its import in a notebook without ipywidgets, and then draws its bars as text: nothing is missing.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 _REPORTED = (
     "hf-rlhf-ext",
@@ -77,6 +81,7 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "_get_train_sampler",
         "_prepare_dataset",
         "_push_from_checkpoint",
+        "_run_epoch",
         "_save",
         "_set_signature_columns_if_needed",
         "compute_loss",
@@ -96,6 +101,7 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
     "PublishingSFTTrainer": (
         "_finish_current_push",
         "_push_from_checkpoint",
+        "_run_epoch",
         "_save",
         "init_hf_repo",
         "push_to_hub",

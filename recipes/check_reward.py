@@ -14,6 +14,7 @@ from hf_rlhf_ext.compat import versions
 
 # isort: split
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_rlhf_ext import UserError, load_comparisons
+from hf_rlhf_ext.cli import main_options
+from hf_rlhf_ext.cli.first_checks import check_reward_folder
 from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments, check_at_least
 from hf_rlhf_ext.cli.quiet import library_output
+from hf_rlhf_ext.cli.row_records import digest_of, trained_prompts, was_trained_on
 from hf_rlhf_ext.cli.rows import refine, train_and_heldout
+from hf_rlhf_ext.data.json_columns import RowsWithoutFill
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.heads import learned_positions
@@ -43,6 +48,10 @@ class CheckArguments:
     reward_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the reward model."})
     output_dir: str = field(default="runs/check", metadata={"help": "Folder for report.json and evaluation.png."})
     batch_size: int = field(default=32, metadata={"help": "Sequences per forward pass."})
+    include_trained: bool = field(
+        default=False,
+        metadata={"help": "Check rows too whose prompts the reward model was trained on. If false, they are left out."},
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run code of the reward model or its base. Only use it if you have read the code."},
@@ -59,13 +68,16 @@ ARGUMENTS = (DataArguments, ComparisonArguments, CheckArguments)
 
 def check(data: DataArguments, args: CheckArguments, comparisons: ComparisonArguments | None = None) -> RewardCheck:
     """Scores held-out comparisons, and writes report.json and evaluation.png."""
+    check_reward_folder(args.reward_model)
     prepare_output_dir(args.output_dir, resume=False, overwrite=data.overwrite)
     rows = read_heldout(data, comparisons or ComparisonArguments())
+    if not args.include_trained:
+        rows = without_trained(rows, data, args.reward_model)
     scorer = load_reward(args.reward_model, batch_size=args.batch_size, trust_remote_code=args.trust_remote_code)
     first = scorer.members[0] if isinstance(scorer, RewardEnsemble) else scorer
     limit = learned_positions(bare_model(first.model))
-    rows = fitting(rows, first.tokenizer, limit)
-    fits = within(first.tokenizer, limit)
+    rows = fitting(rows, first.tokenizer, limit, first.asked)
+    fits = within(first.tokenizer, limit, first.asked)
     if isinstance(scorer, RewardEnsemble):
         checked = check_ensemble(scorer, rows, fits)
         xlabel = "reward of the ensemble"
@@ -95,6 +107,8 @@ def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Datas
     With a test split, these are its rows. With `eval_rows`, they are the rows that recipes/reward.py holds out with the
     same options. Otherwise, they are all rows of the file.
     """
+    if data.train_rows is not None and (data.dataset_test_split or not data.eval_rows):
+        print("not used without --eval_rows, which are held out after them: train_rows")
     split = data.dataset_test_split or data.dataset_train_split
     rows, report = load_comparisons(
         data.dataset_name, split=split, category_column=comparisons.category_column, **data.reading()
@@ -107,6 +121,36 @@ def read_heldout(data: DataArguments, comparisons: ComparisonArguments) -> Datas
     if data.eval_rows:
         _, rows = train_and_heldout(rows, data)
     return rows
+
+
+def without_trained(rows: Dataset, data: DataArguments, reward_model: str) -> Dataset:
+    """The rows whose prompts the reward model was not trained on. All rows, with a warning, if there are none."""
+    trained = trained_prompts(reward_model)
+    if trained is None:
+        if was_trained_on(reward_model, data):
+            print(
+                f"warning: the reward model was trained on {data.dataset_name}, and its folder does not say on which "
+                "rows: check it on others (--dataset_name heldout.jsonl).",
+                file=sys.stderr,
+            )
+        return rows
+    is_new = [digest_of(row) not in trained for row in RowsWithoutFill(rows.select_columns(["prompt"]))]
+    new = [number for number, answer in enumerate(is_new) if answer]
+    n_trained = len(rows) - len(new)
+    if not n_trained:
+        return rows
+    if not new:
+        print(
+            f"warning: the reward model was trained on all {len(rows)} prompts of {data.dataset_name}, so the check "
+            "says nothing about new ones: hold some out (hf-rlhf reward --eval_rows), or pass another --dataset_name.",
+            file=sys.stderr,
+        )
+        return rows
+    print(
+        f"{n_trained} of {len(rows)} prompts left out, as the reward model was trained on them; the other {len(new)} "
+        "are checked (--include_trained true checks all)"
+    )
+    return rows.select(new)
 
 
 def check_ensemble(ensemble: RewardEnsemble, rows: Dataset, fits: Fits) -> RewardCheck:
@@ -147,7 +191,7 @@ def print_check(checked: RewardCheck) -> None:
 
 
 def main() -> None:
-    data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__)
+    data, comparisons, args = parse_recipe(ARGUMENTS, description=__doc__, main_options=main_options.CHECK_REWARD)
     with library_output(verbose=False):
         checked = check(data, args, comparisons)
     print_check(checked)

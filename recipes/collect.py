@@ -82,7 +82,7 @@ def parse(words: Sequence[str]) -> tuple[ModuleType, tuple]:
 
 def main() -> None:
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "--help-all", "help"):
         print(overview())
         return
     set_subcommand(words[0])

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_rlhf_ext import load_comparisons, quality_report
-from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments, check_at_least
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.rows import refine, train_and_heldout
@@ -40,6 +40,9 @@ class InspectArguments:
 
     output_dir: str = field(default="runs/inspect", metadata={"help": "Folder for report.json and report.html."})
     seed: int = field(default=0, metadata={"help": "Seed for the sample of rows whose languages are counted."})
+
+    def __post_init__(self):
+        check_at_least(self, seed=0)
 
 
 ARGUMENTS = (DataArguments, ComparisonArguments, InspectArguments)

@@ -12,19 +12,16 @@ If a guard stops the run (--max_kl, --max_skipped_steps), report and card say so
 """
 
 # First, because it hides messages of other libraries that appear when they are imported.
-from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
+from hf_rlhf_ext.cli.stopping import forget_checkpoints_of_stops, open_run, stoppable, stopping_callback
 
 # isort: split
 import json
 import math
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -35,9 +32,19 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
-from hf_rlhf_ext.checkpointing import resolve_checkpoint
+from hf_rlhf_ext.cli import main_options
 from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.first_checks import (
+    check_model_folder,
+    check_policy_folder,
+    check_ppo,
+    check_reward_folder,
+    check_training,
+)
+from hf_rlhf_ext.cli.functions import reward_function
+from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
     ModelArguments,
@@ -46,16 +53,21 @@ from hf_rlhf_ext.cli.options import (
     machine_defaults,
 )
 from hf_rlhf_ext.cli.output import print_metrics
+from hf_rlhf_ext.cli.precision import print_quantization, refuse_options_of_a_new_adapter
 from hf_rlhf_ext.cli.progress import readable, show_progress
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.cli.rows import train_and_heldout
+from hf_rlhf_ext.cli.reward_order import sum_of_rewards, weights_of_models_first
+from hf_rlhf_ext.cli.row_records import RowRecord
+from hf_rlhf_ext.cli.rows import check_heldout, describe_split, train_and_heldout
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.hub.push import later_command
 from hf_rlhf_ext.hub.report import base_precision
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.readers.formats import load_rows, with_prompts
+from hf_rlhf_ext.readers.formats import load_rows
+from hf_rlhf_ext.readers.prompts import load_prompts
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
+from hf_rlhf_ext.training.optimizers import require_optimizer
 
 PLOT = "curves.png"
 SAMPLES = 4
@@ -74,14 +86,17 @@ class RewardArguments:
         default_factory=list, metadata={"help": "Folders or Hub ids of reward models, either adapters or whole models."}
     )
     reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward functions by import path: `my_package.rewards.politeness`."}
+        default_factory=list,
+        metadata={
+            "help": "Reward functions, as `rewards.py:short`, `path/to/rewards.py:short` or `my_package.rewards:short`."
+        },
     )
     eval_reward_model: list[str] = field(
         default_factory=list,
         metadata={"help": "Reward models for evaluation only, such as a gold reward: folders or Hub ids."},
     )
     eval_reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward functions for evaluation only, by import path."}
+        default_factory=list, metadata={"help": "Reward functions for evaluation only, as for `reward_funcs`."}
     )
     value_model: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the model from which `--critic model` starts."}
@@ -103,16 +118,29 @@ class RewardArguments:
 
     def __post_init__(self):
         if not self.reward_model and not self.reward_funcs:
-            raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs package.module.function.")
+            raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs rewards.py:function.")
         check_at_least(self, final_rows=0, early_stopping_patience=1)
+
+    def check(self, args: PPOConfig) -> None:
+        """Raises `UserError` for what the options and local folders show, before anything is loaded."""
+        check_ppo(
+            args, value_model=self.value_model, ptx_dataset=self.ptx_dataset, patience=self.early_stopping_patience
+        )
+        for name in self.reward_model:
+            check_reward_folder(name)
+        for name in self.eval_reward_model:
+            check_reward_folder(name, "eval_reward_model")
+        if self.value_model is not None:
+            check_model_folder(self.value_model, "value_model")
 
     def load(self) -> list[str | Callable]:
         """The rewards of training, as `PPOTrainer` takes them."""
-        return [*self.reward_model, *imported_functions(self.reward_funcs, "reward_funcs")]
+        return [*self.reward_model, *(reward_function(name, "reward_funcs") for name in self.reward_funcs)]
 
     def load_eval(self) -> list[str | Callable] | None:
         """The rewards that are used in evaluation only, or None."""
-        return [*self.eval_reward_model, *imported_functions(self.eval_reward_funcs, "eval_reward_funcs")] or None
+        functions = [reward_function(name, "eval_reward_funcs") for name in self.eval_reward_funcs]
+        return [*self.eval_reward_model, *functions] or None
 
     def final_prompts(self, prompts: Dataset) -> Dataset:
         """The prompts for the comparison before and after PPO."""
@@ -126,7 +154,17 @@ class RewardArguments:
         return [EarlyStoppingCallback(self.early_stopping_patience)]
 
 
-ARGUMENTS = (DataArguments, RewardArguments, TerminalArguments, ModelArguments, PPOConfig)
+@dataclass
+class PromptArguments(DataArguments):
+    """The prompts, and how many of them are used."""
+
+    unused_options = {
+        "dataset_format": "prompts have no format but their columns: see --columns",
+        "ignore": "reward functions get all columns",
+    }
+
+
+ARGUMENTS = (PromptArguments, RewardArguments, TerminalArguments, ModelArguments, PPOConfig)
 
 
 class PPOResult(NamedTuple):
@@ -138,6 +176,7 @@ class PPOResult(NamedTuple):
     report: dict[str, Any]
 
 
+@stoppable
 def train_ppo(
     data: DataArguments,
     rewards: RewardArguments,
@@ -147,6 +186,7 @@ def train_ppo(
     test: Dataset | None = None,
     eval_reward_funcs: list[Callable] | None = None,
     verbose: bool = False,
+    says_rows: bool = True,
 ) -> PPOResult:
     """Trains, compares held-out completions before and after, and saves policy, value head and report.
 
@@ -154,21 +194,32 @@ def train_ppo(
         test: prompts for the comparison before and after PPO. Default are the held-out prompts (`eval_rows`), for
             which completions are also sampled at every evaluation during training.
         eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
+        says_rows: whether to print how many prompts were read and held out. Dropped ones are always said.
     """
     check_push(args, model_args)
     model_args.check_task_type("CAUSAL_LM")
+    require_optimizer(args, warn=False)
+    check_training(args)
+    rewards.check(args)
     start = time.monotonic()
     reward_funcs = rewards.load()  # first, so that a wrong import path is found before the policy is loaded
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
-    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    train, heldout = read_prompts(data)
+    formula = sum_of_rewards(reward_funcs, args.reward_weights)
+    check_policy_folder(model_args.model_name_or_path)
+    checkpoint = open_run("ppo", args, (data, rewards, model_args, args), overwrite=data.overwrite)
+    if formula is not None:
+        print(f"reward = {formula}")
+    ptx_dataset = load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None
+    train, heldout = read_prompts(data, says_rows=says_rows)
+    check_heldout(args, heldout)
+    record = RowRecord(data, train, heldout)
     test = rewards.final_prompts(heldout if test is None else test)
     dataset = hub_dataset(data)
 
     model, tokenizer = load_policy(
         model_args.model_name_or_path, revision=model_args.revision, is_trainable=True, **model_args.base_options(args)
     )
+    print_quantization(model)
     trainer = PPOTrainer(
         model,
         reward_funcs,
@@ -180,14 +231,15 @@ def train_ppo(
         # An SFT adapter is trained further. A base model gets a new adapter.
         peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
         value_model=rewards.value_model,
-        ptx_dataset=load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None,
-        callbacks=rewards.callbacks(),
+        ptx_dataset=ptx_dataset,
+        callbacks=[*rewards.callbacks(), stopping_callback()],
     )
     show_progress(trainer, verbose=verbose, eval_rewards=eval_reward_names(trainer))
     # The same prompts and the same seed before and after, so that the gains are differences of pairs.
     before = sample_and_score(trainer, test, "before PPO")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    forget_checkpoints_of_stops(args)
     after = sample_and_score(trainer, test, "after PPO")
     has_plot = draw_plot(trainer, args)
 
@@ -203,24 +255,24 @@ def train_ppo(
         keep_from_the_hub(args, trainer)
     seconds = time.monotonic() - start
     options = (data, rewards, model_args, args)
-    report = finish_run(args, "policy", {"ppo": measured}, options, seconds=seconds, card=card)
+    content = {"ppo": measured, **record.write(args.output_dir, is_first_process=args.process_index == 0)}
+    report = finish_run(args, "policy", content, options, seconds=seconds, card=card)
     return PPOResult(before, after, trainer.state.log_history, report)
 
 
-def read_prompts(data: DataArguments) -> tuple[Dataset, Dataset]:
+def read_prompts(data: DataArguments, *, says_rows: bool = True) -> tuple[Dataset, Dataset]:
     """Returns prompts to train on, and held-out prompts."""
-    rows = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_revision, config=data.dataset_config)
-    heldout = None
+    reading = {"config": data.dataset_config, "columns": data.column_roles()}
+    rows, report = load_prompts(data.dataset_name, data.dataset_train_split, data.dataset_revision, **reading)
+    if says_rows or report.dropped:
+        print(report.summary())
+    test = None
     if data.dataset_test_split:
-        heldout = load_rows(
-            data.dataset_name, data.dataset_test_split, data.dataset_revision, config=data.dataset_config
-        )
-    columns = data.column_roles()
-    if columns is not None:
-        rows = with_prompts(rows, columns, source=data.dataset_name)
-        if heldout is not None:
-            heldout = with_prompts(heldout, columns, source=data.dataset_name)
-    return train_and_heldout(rows, data, heldout)
+        test, _ = load_prompts(data.dataset_name, data.dataset_test_split, data.dataset_revision, **reading)
+    train, heldout = train_and_heldout(rows, data, test)
+    if says_rows:
+        print(describe_split(data, len(rows), train, heldout, unit="prompts"))
+    return train, heldout
 
 
 # What was measured
@@ -275,6 +327,10 @@ def measure(
         "kl_coef": trainer.kl_coef,
         "rewards": trainer.rewards.names,
     }
+    if len(trainer.rewards.names) > 1:
+        measured["reward_formula"] = trainer.rewards.formula
+    if trainer.reward_warnings:
+        measured["reward_warnings"] = trainer.reward_warnings
     if start_kind is not None:
         measured["start"] = f"the {STARTS[start_kind]}"
     elif trainer.stack.roles["reference"].adapter:
@@ -404,43 +460,29 @@ def keep_from_the_hub(args: PPOConfig, trainer: PPOTrainer) -> None:
     print(f"warning: a guard stopped the run, so it is not pushed. To push it anyway: {later}", file=sys.stderr)
 
 
-def imported_functions(paths: list[str], option: str) -> list[Callable]:
-    return [imported_function(path, option) for path in paths]
-
-
-def imported_function(path: str, option: str) -> Callable:
-    """The function at `package.module.function`, which may be in the working folder."""
-    module, _, name = path.rpartition(".")
-    working_folder = os.getcwd()
-    sys.path.insert(0, working_folder)  # Python adds only the script's own folder
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{option}: cannot import {path!r} ({error}): give package.module.function.") from error
-    except Exception as error:  # raised by the user's file itself
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f", line {place.lineno} of {Path(place.filename).name}" if place.filename.endswith(".py") else ""
-        problem = f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else where}"
-        raise UserError(f"{option}: cannot import {path!r} ({problem}): correct the file.") from error
-    finally:
-        sys.path.remove(working_folder)
-    if not callable(function):
-        raise UserError(f"{option}: {path!r} is a {type(function).__name__}, not a function: name a function.")
-    return function
-
-
 def main() -> None:
     data, rewards, terminal, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/ppo", "unrenderable": "drop"}
+        ARGUMENTS,
+        description=__doc__,
+        defaults=machine_defaults() | {"output_dir": "runs/ppo", "unrenderable": "drop"},
+        main_options=main_options.PPO,
     )
+    refuse_options_of_a_new_adapter(model_args)
+    say_idle_options(data, rewards, model_args, args)
+    models, functions = rewards.reward_model, rewards.reward_funcs
+    args.reward_weights = weights_of_models_first(sys.argv[1:], models, functions, args.reward_weights)
     with library_output(verbose=terminal.verbose):
         result = train_ppo(data, rewards, model_args, args, verbose=terminal.verbose)
     measured = dict(result.report["ppo"])
     stop_reason = measured.pop("stop_reason", None)
+    reward_warnings = measured.pop("reward_warnings", [])
     print_metrics(measured)
+    for line in reward_warnings:
+        print(f"warning: {line}.")
     if stop_reason is not None:
         print(f"A guard stopped training early: {stop_reason}.")
-    print(f"Saved the policy in {args.output_dir}; load it with hf_rlhf_ext.load_policy.")
+    print(f"Saved the policy in {args.output_dir}; load it with hf_rlhf_ext.load_policy. Next:")
+    print(*use_of(args.output_dir), sep="\n")
 
 
 if __name__ == "__main__":

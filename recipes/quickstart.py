@@ -35,10 +35,11 @@ from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import write_report_and_card
 from hf_rlhf_ext.cli.lineage import lineage_of
+from hf_rlhf_ext.cli.locking import only_process
 from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, only_process
+from hf_rlhf_ext.cli.stages import StageRunner, has_manifest
 from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.metrics.plots import plot_frontier
@@ -229,6 +230,7 @@ class Quickstart:
         return {"demonstrations": size.demonstrations, **{name: len(rows) for name, rows in splits.items()}}
 
     def sft(self) -> dict[str, Any]:
+        checkpoint = last_complete_checkpoint(self.folder / "sft")  # of a run that was stopped in this stage
         args = SFTConfig(
             **self.common("sft"),
             max_steps=self.size.sft_steps,
@@ -236,8 +238,12 @@ class Quickstart:
             per_device_train_batch_size=8,
             save_strategy="no",
             max_length=256,
+            resume_from_checkpoint=checkpoint,
         )
-        data = DataArguments(dataset_name=str(self.data / "demonstrations.jsonl"), overwrite=True)
+        data = DataArguments(
+            dataset_name=str(self.data / "demonstrations.jsonl"),
+            overwrite=checkpoint is None,
+        )
         train_sft(data, self.model_args(), args, verbose=self.verbose)
         return {"steps": self.size.sft_steps}
 
@@ -262,6 +268,7 @@ class Quickstart:
         return measured
 
     def reward_model(self, heldout: int, ceiling: float) -> dict[str, Any]:
+        checkpoint = last_complete_checkpoint(self.folder / "reward_model")  # of a run that was stopped in this stage
         args = BradleyTerryConfig(
             **self.common("reward_model"),
             num_train_epochs=self.size.reward_epochs,
@@ -273,12 +280,13 @@ class Quickstart:
             max_length=256,
             layout="plain",  # as in the runs whose results are in docs/quickstart
             unrenderable="drop",
+            resume_from_checkpoint=checkpoint,
         )
         data = DataArguments(
             dataset_name=str(self.data / "comparisons"),
             dataset_test_split="test",
             eval_rows=heldout,
-            overwrite=True,
+            overwrite=checkpoint is None,
         )
         demonstrations = load_rows(str(self.data / "demonstrations.jsonl"))
         report = train_reward(
@@ -539,11 +547,13 @@ def with_minimum(rows: list[dict[str, str]], n: int, minimum: int) -> list[dict[
 
 
 def next_steps(args: QuickstartArguments) -> str:
-    """What to look at, and three commands to continue with."""
+    """What to look at, and commands to continue with."""
     folder = args.output_dir
     return (
         f"Report: {folder}/report.json · plot: {folder}/{PLOT} · read {folder}/samples.md · card: "
         f"{folder}/policy/README.md\nNext:\n"
+        f"  {how_to_run('chat')} {folder}\n"
+        f"  {how_to_run('merge')} {folder}\n"
         f"  {how_to_run('quickstart')} --seed {args.seed + 1} --output_dir runs/quickstart-seed{args.seed + 1}\n"
         f"  {how_to_run('ppo')} --config smollm2-135m/ppo.yaml "
         f"--model_name_or_path {folder}/sft --reward_model {folder}/reward_model "

@@ -8,8 +8,8 @@ hf-rlhf reward --config smollm2-135m/reward.yaml --dataset_name preferences.json
 """
 
 # First, because it hides messages of other libraries that appear when they are imported.
-from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
+from hf_rlhf_ext.cli.stopping import forget_checkpoints_of_stops, open_run, part_of, stoppable, stopping_callback
 
 # isort: split
 import copy
@@ -26,8 +26,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
-from hf_rlhf_ext.checkpointing import last_complete_checkpoint, resolve_checkpoint
+from hf_rlhf_ext.checkpointing import last_complete_checkpoint
+from hf_rlhf_ext.cli import main_options
 from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.first_checks import check_model_folder, check_training
+from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
 from hf_rlhf_ext.cli.options import (
     ComparisonArguments,
@@ -38,12 +41,15 @@ from hf_rlhf_ext.cli.options import (
     machine_defaults,
 )
 from hf_rlhf_ext.cli.output import print_metrics
+from hf_rlhf_ext.cli.precision import print_quantization
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.progress import show_progress
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.cli.rows import check_heldout, refine, train_and_heldout
+from hf_rlhf_ext.cli.row_records import RowRecord
+from hf_rlhf_ext.cli.rows import check_heldout, describe_comparisons, describe_split, refine, train_and_heldout
 from hf_rlhf_ext.data.text import Unrenderable
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenize_row
+from hf_rlhf_ext.hub.report import recorded_precision
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -51,7 +57,9 @@ from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
 from hf_rlhf_ext.quality.reward_check import RewardCheck, check_reward
 from hf_rlhf_ext.reward.ensemble import COMBINATIONS, RewardEnsemble, combine_rewards
 from hf_rlhf_ext.reward.model_setup import length_limit
-from hf_rlhf_ext.reward.preference_metrics import JudgedPairs
+from hf_rlhf_ext.reward.preference_metrics import METRIC_NAMES, JudgedPairs
+from hf_rlhf_ext.training.best_model import check_metric_name
+from hf_rlhf_ext.training.optimizers import require_optimizer
 
 PLOT = "evaluation.png"
 REPORTED = ("accuracy", "nll", "brier", "ece", "longer_wins_baseline", "gain")
@@ -95,6 +103,7 @@ ARGUMENTS = (
 # One reward model
 
 
+@stoppable
 def train_reward(
     data: DataArguments,
     model_args: ModelArguments,
@@ -103,19 +112,30 @@ def train_reward(
     comparisons: ComparisonArguments | None = None,
     normalization_dataset: Dataset | None = None,
     extra_report: dict[str, Any] | None = None,
+    rows: tuple[Dataset, Dataset, str] | None = None,
     verbose: bool = False,
+    says_rows: bool = True,
 ) -> dict[str, Any]:
-    """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report."""
-    check_push(args, model_args)
-    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    start = time.monotonic()
+    """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report.
+
+    `rows` are what `read_comparisons` returned; if None, they are read. With `says_rows=False`, how many were read and
+    held out is only printed if it is not what the file has.
+    """
+    check_options(model_args, args)
     if comparisons is None:
         comparisons = ComparisonArguments()
-    train, heldout, rows_read = read_comparisons(data, comparisons)
+    checkpoint = open_run("reward", args, (data, comparisons, model_args, args), overwrite=data.overwrite)
+    start = time.monotonic()
+    train, heldout, rows_read = rows or read_comparisons(data, comparisons, says_rows=says_rows)
     check_heldout(args, heldout)
+    check_metric_name(args, heldout, METRIC_NAMES, may_exist=lambda name: name.startswith("accuracy/"))
+    record = RowRecord(data, train, heldout)
     dataset = hub_dataset(data)
 
+    # Before the weights, which may take minutes.
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
+    )
     trainer = BradleyTerryTrainer(
         load_base_model(
             model_args.model_name_or_path, task="reward", revision=model_args.revision, **model_args.base_options(args)
@@ -123,15 +143,16 @@ def train_reward(
         args=args,
         train_dataset=train,
         eval_dataset=heldout if len(heldout) else None,
-        processing_class=load_tokenizer(
-            model_args.model_name_or_path, revision=model_args.revision, trust_remote_code=args.trust_remote_code
-        ),
+        processing_class=tokenizer,
         peft_config=model_args.peft_config("SEQ_CLS"),
         normalization_dataset=normalization_dataset,
+        callbacks=[stopping_callback()],
     )
+    print_quantization(trainer.model)
     show_progress(trainer, verbose=verbose)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    forget_checkpoints_of_stops(args)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
     # Counted after tokenization, which may leave out long rows.
@@ -143,22 +164,41 @@ def train_reward(
     return finish_run(
         args,
         "reward_model",
-        {"reward_model": measured},
+        {
+            "reward_model": measured,
+            **record.write(args.output_dir, is_first_process=args.process_index == 0, with_digests=True),
+        },
         options,
         seconds=seconds,
         card={**dataset, **card, "rows_read": [rows_read]},
     )
 
 
-def read_comparisons(data: DataArguments, comparisons: ComparisonArguments) -> tuple[Dataset, Dataset, str]:
+def check_options(model_args: ModelArguments, args: BradleyTerryConfig) -> None:
+    """Raises `UserError` for what the options show, before the folder of the run is made or emptied."""
+    check_push(args, model_args)
+    model_args.check_task_type("SEQ_CLS")
+    require_optimizer(args, warn=False)
+    check_training(args)
+    check_model_folder(model_args.model_name_or_path)
+
+
+def read_comparisons(
+    data: DataArguments, comparisons: ComparisonArguments, *, says_rows: bool = True
+) -> tuple[Dataset, Dataset, str]:
     """Returns comparisons to train on, held-out comparisons, and one line on what was read and dropped."""
     reading = data.reading() | {"category_column": comparisons.category_column}
     rows, report = load_comparisons(data.dataset_name, split=data.dataset_train_split, **reading)
-    print(report.summary())
+    if says_rows or report.dropped:
+        print(describe_comparisons(rows, report))
     test = None
     if data.dataset_test_split:
         test, _ = load_comparisons(data.dataset_name, split=data.dataset_test_split, **reading)
-    train, heldout = train_and_heldout(refine(rows, comparisons), data, test)
+    n_read = len(rows)
+    rows = refine(rows, comparisons)
+    train, heldout = train_and_heldout(rows, data, test)
+    if says_rows or len(rows) != n_read:
+        print(describe_split(data, len(rows), train, heldout, unit="prompts"))
     return train, heldout, report.summary()
 
 
@@ -210,6 +250,7 @@ def make_card(
 # Several reward models
 
 
+@stoppable
 def train_ensemble(
     data: DataArguments,
     model_args: ModelArguments,
@@ -218,38 +259,44 @@ def train_ensemble(
     *,
     comparisons: ComparisonArguments | None = None,
     verbose: bool = False,
+    says_rows: bool = True,
 ) -> dict[str, Any]:
     """Trains each member with its own seed, head and data order, and evaluates the combined reward."""
-    check_push(args, model_args)
+    check_options(model_args, args)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
     folder = Path(args.output_dir)
-    prepare_output_dir(folder, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
+    options = (data, comparisons, ensemble, model_args, args)
+    open_run("reward", args, options, overwrite=data.overwrite, has_parts=True)
     PartialState().wait_for_everyone()  # until an earlier run's members are deleted
     dataset = hub_dataset(data)
+    rows = read_comparisons(data, comparisons, says_rows=says_rows)
 
     reports = []
     for number in range(ensemble.members):
         print(f"Member {number + 1} of {ensemble.members}, seed {args.seed + number}")
-        reports.append(train_member(number, data, model_args, args, comparisons, verbose=verbose))
+        with part_of(f"member {number + 1} of {ensemble.members}", "finished members are kept"):
+            reports.append(train_member(number, data, model_args, args, comparisons, rows, verbose=verbose))
     names = [member_name(number) for number in range(ensemble.members)]
     if args.process_index == 0:
         RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
     PartialState().wait_for_everyone()  # all of them read it below
 
-    train, heldout, rows_read = read_comparisons(data, comparisons)
+    train, heldout, rows_read = rows
+    record = RowRecord(data, train, heldout)
     measured = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
     if len(heldout):
         measured.update(evaluate_ensemble(heldout, args, ensemble))
     tokenizer = load_tokenizer(str(folder / names[0]), trust_remote_code=args.trust_remote_code)
     card = make_card(data, model_args, args, tokenizer, n_rows=len(train))
-    options = (data, comparisons, ensemble, model_args, args)
+    if model_args.is_quantized:  # its kind is in the members' folders only
+        card |= recorded_precision(folder / names[0], card["relation"])
     seconds = time.monotonic() - start
     return finish_run(
         args,
         "reward_model",
-        {"reward_model": measured},
+        {"reward_model": measured, **record.write(folder, is_first_process=args.process_index == 0, with_digests=True)},
         options,
         seconds=seconds,
         card={**dataset, **card, "rows_read": [rows_read]},
@@ -266,6 +313,7 @@ def train_member(
     model_args: ModelArguments,
     args: BradleyTerryConfig,
     comparisons: ComparisonArguments,
+    rows: tuple[Dataset, Dataset, str],
     *,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -285,7 +333,7 @@ def train_member(
     if member_args.resume_from_checkpoint is None:
         data = replace(data, overwrite=True)  # the folder has nothing that could be resumed
     set_seed(member_args.seed)
-    report = train_reward(data, model_args, member_args, comparisons=comparisons, verbose=verbose)
+    report = train_reward(data, model_args, member_args, comparisons=comparisons, rows=rows, verbose=verbose)
     gc.collect()  # a trainer is in a reference cycle: without it, its model stays in memory beside the next one
     return report["reward_model"]
 
@@ -355,8 +403,9 @@ def fitting_sequences(
 def main() -> None:
     defaults = machine_defaults() | {"output_dir": "runs/reward", "unrenderable": "drop"}
     data, comparisons, ensemble, terminal, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=defaults
+        ARGUMENTS, description=__doc__, defaults=defaults, main_options=main_options.REWARD
     )
+    say_idle_options(data, comparisons, ensemble, model_args, args)
     set_seed(args.seed)  # the head is initialized when the model is loaded
     verbose = terminal.verbose
     with library_output(verbose=verbose):

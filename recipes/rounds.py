@@ -21,10 +21,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hf_rlhf_ext.cli import main_options
+from hf_rlhf_ext.cli.locking import only_process
 from hf_rlhf_ext.cli.options import ModelArguments, TerminalArguments
+from hf_rlhf_ext.cli.precision import quantization_config
 from hf_rlhf_ext.cli.program import hide_values_of, how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, only_process
+from hf_rlhf_ext.cli.stages import StageRunner, has_manifest
 from hf_rlhf_ext.collect.sampling import PolicySpec, sample_tasks
 from hf_rlhf_ext.collect.tasks import read_tasks, write_rows, write_tasks
 from hf_rlhf_ext.errors import UserError
@@ -121,7 +124,7 @@ class Rounds:
             revision=self.model_args.revision,
             base_options={
                 "dtype": options.dtype,
-                "load_in_4bit": options.load_in_4bit,
+                "quantization_config": quantization_config(options),
                 "attn_implementation": options.attn_implementation,
             },
             temperature=self.args.temperature,
@@ -459,7 +462,7 @@ def next_steps(args: RoundsArguments, finished: int) -> str:
 
 def main() -> None:
     hide_values_of("people", "host", "url")
-    args, terminal, model_args = parse_recipe(ARGUMENTS, description=__doc__)
+    args, terminal, model_args = parse_recipe(ARGUMENTS, description=__doc__, main_options=main_options.ROUNDS)
     with library_output(verbose=terminal.verbose):
         report = run_rounds(args, model_args, verbose=terminal.verbose)
     if report is None:

@@ -8,11 +8,12 @@ hf-rlhf sft --config smollm2-135m/sft.yaml --dataset_name demonstrations.jsonl
 """
 
 # First, because it hides messages of other libraries that appear when they are imported.
-from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
+from hf_rlhf_ext.cli.stopping import forget_checkpoints_of_stops, open_run, stoppable, stopping_callback
 
 # isort: split
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from hf_rlhf_ext.checkpointing import resolve_checkpoint
+from hf_rlhf_ext.cli import main_options
 from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.first_checks import check_policy_folder, check_training
+from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
     DemonstrationArguments,
@@ -31,9 +35,11 @@ from hf_rlhf_ext.cli.options import (
     TerminalArguments,
     machine_defaults,
 )
+from hf_rlhf_ext.cli.precision import print_quantization
 from hf_rlhf_ext.cli.progress import show_progress
 from hf_rlhf_ext.cli.quiet import library_output
-from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, train_and_heldout
+from hf_rlhf_ext.cli.row_records import RowRecord
+from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, describe_split, train_and_heldout
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages, without_start
 from hf_rlhf_ext.data.tokenization import drop_unrenderable
 from hf_rlhf_ext.errors import UserError
@@ -63,6 +69,7 @@ TRAINED_COLUMNS = (
 """Columns that SFTTrainer reads."""
 
 
+@stoppable
 def train_sft(
     data: DataArguments,
     model_args: ModelArguments,
@@ -70,18 +77,24 @@ def train_sft(
     *,
     demonstrations: DemonstrationArguments | None = None,
     verbose: bool = False,
+    says_rows: bool = True,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`."""
+    """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`.
+
+    With `says_rows=False`, how many rows were read and held out is only printed if it is not what the file has.
+    """
     check_push(args, model_args)
     model_args.check_task_type("CAUSAL_LM")
     check_metric(args)
+    check_training(args)
     require_optimizer(args)
-    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=data.overwrite)
-    checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    start = time.monotonic()
     if demonstrations is None:
         demonstrations = DemonstrationArguments()
-    train, heldout, chosen, rows_read = read_rows(data, args, demonstrations)
+    check_policy_folder(model_args.model_name_or_path)
+    checkpoint = open_run("sft", args, (data, demonstrations, model_args, args), overwrite=data.overwrite)
+    start = time.monotonic()
+    train, heldout, chosen, rows_read = read_rows(data, args, demonstrations, says_rows=says_rows)
+    record = RowRecord(data, train, heldout)
     dataset = hub_dataset(data)
 
     tokenizer = load_tokenizer(
@@ -95,6 +108,7 @@ def train_sft(
     model = load_base_model(
         model_args.model_name_or_path, revision=model_args.revision, **model_args.base_options(args)
     )
+    print_quantization(model)
     with in_one_line():  # what TRL refuses: a token that is not in the vocabulary, a template that does not fit
         trainer = PublishingSFTTrainer(
             model,
@@ -103,10 +117,12 @@ def train_sft(
             eval_dataset=trained_columns(heldout) if len(heldout) else None,
             processing_class=tokenizer,
             peft_config=model_args.peft_config("CAUSAL_LM"),
+            callbacks=[stopping_callback()],
         )
     show_progress(trainer, verbose=verbose)
     metrics = train_and_evaluate(trainer, args, checkpoint, n_heldout=len(heldout))
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card
+    forget_checkpoints_of_stops(args)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
     card = {
@@ -121,26 +137,36 @@ def train_sft(
         **dataset,
     }
     options = (data, demonstrations, model_args, args)
-    finish_run(args, "sft", {"sft": metrics | chosen}, options, seconds=time.monotonic() - start, card=card)
+    report = {"sft": metrics | chosen, **record.write(args.output_dir, is_first_process=args.process_index == 0)}
+    finish_run(args, "sft", report, options, seconds=time.monotonic() - start, card=card)
     return trainer.model, trainer.processing_class
 
 
 def read_rows(
-    data: DataArguments, args: SFTConfig, demonstrations: DemonstrationArguments
+    data: DataArguments, args: SFTConfig, demonstrations: DemonstrationArguments, *, says_rows: bool = True
 ) -> tuple[Dataset, Dataset, dict[str, Any], list[str]]:
     """Returns rows to train on, held-out rows, the report's part on how they were chosen, and what was read."""
-    rows, rows_read = read_demonstrations(data, data.dataset_train_split, args.dataset_text_field, demonstrations)
+    split, text_field = data.dataset_train_split, args.dataset_text_field
+    rows, rows_read = read_demonstrations(data, split, text_field, demonstrations, says_rows=says_rows)
     test = None
     if data.dataset_test_split:
-        test, _ = read_demonstrations(data, data.dataset_test_split, args.dataset_text_field, demonstrations)
+        test, _ = read_demonstrations(data, data.dataset_test_split, text_field, demonstrations, says_rows=says_rows)
+    n_read = len(rows)
     rows, chosen = choose_demonstrations(rows, demonstrations)
     train, heldout = train_and_heldout(rows, data, test)
+    if says_rows or len(rows) != n_read:
+        print(describe_split(data, len(rows), train, heldout, unit="demonstrations"))
     check_heldout(args, heldout)
     return train, heldout, chosen, rows_read
 
 
 def read_demonstrations(
-    data: DataArguments, split: str, text_field: str, demonstrations: DemonstrationArguments
+    data: DataArguments,
+    split: str,
+    text_field: str,
+    demonstrations: DemonstrationArguments,
+    *,
+    says_rows: bool = True,
 ) -> tuple[Dataset, list[str]]:
     """Reads demonstrations, with a line on what was read. Text and token ids, for SFTTrainer, are left as they are."""
     try:
@@ -157,7 +183,8 @@ def read_demonstrations(
         if data.dataset_format is None and is_text_or_ids:
             return rows, []
         raise
-    print(report.summary())
+    if says_rows or report.dropped:
+        print(report.summary())
     return rows, [report.summary()]
 
 
@@ -191,7 +218,9 @@ def check_metric(args: SFTConfig) -> None:
     """Raises for a metric that SFTTrainer's evaluation does not have. Trainer would do so at the first evaluation."""
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if name not in EVALUATED:
-        raise UserError(f"metric_for_best_model: evaluations have no {name!r}: choose one of {', '.join(EVALUATED)}.")
+        nearest = get_close_matches(name, EVALUATED, n=1)
+        remedy = f"set it to {nearest[0]}" if nearest else f"choose one of {', '.join(EVALUATED)}"
+        raise UserError(f"metric_for_best_model: evaluations have no {name!r}: {remedy}.")
 
 
 def train_and_evaluate(
@@ -208,11 +237,16 @@ def train_and_evaluate(
 
 def main() -> None:
     data, demonstrations, terminal, model_args, args = parse_recipe(
-        ARGUMENTS, description=__doc__, defaults=machine_defaults() | {"output_dir": "runs/sft"}
+        ARGUMENTS,
+        description=__doc__,
+        defaults=machine_defaults() | {"output_dir": "runs/sft"},
+        main_options=main_options.SFT,
     )
+    say_idle_options(data, demonstrations, model_args, args)
     with library_output(verbose=terminal.verbose):
         train_sft(data, model_args, args, demonstrations=demonstrations, verbose=terminal.verbose)
-    print(f"Saved the SFT policy in {args.output_dir}. Next: compare its completions, then run `hf-rlhf reward`.")
+    print(f"Saved the SFT policy in {args.output_dir}. Next, before `hf-rlhf reward`:")
+    print(*use_of(args.output_dir), sep="\n")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,20 @@ SIGNATURES = {
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
     "_prepare_inputs": ["self", "inputs"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_run_epoch": [
+        "self",
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
     "_save": ["self", "output_dir", "state_dict"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_rng_state": ["self", "output_dir"],
@@ -259,6 +273,20 @@ def test_a_checkpoint_is_complete_when_trainer_state_json_is_there():
     source = inspect.getsource(transformers.Trainer._save_checkpoint)
     order = [source.index(text) for text in ("self.save_model(", "self._save_rng_state(", "self.state.save_to_json(")]
     assert order == sorted(order)
+
+
+def test_an_epoch_that_asks_for_the_end_of_training_is_the_last():
+    # `all_steps_are_done` leaves out the epoch of a finished run: no callback could, before the first step is taken.
+    source = inspect.getsource(transformers.Trainer._inner_training_loop)
+    assert source.index("self._run_epoch(") < source.index("if self.control.should_training_stop:")
+    assert "should_training_stop" not in source[: source.index("self._run_epoch(")]
+
+
+def test_the_options_that_a_stop_changes_are_those_that_trainer_reads_at_the_end():
+    # `StopWithCheckpoint`: with a limit of 1, the end of training deletes all checkpoints but the best one.
+    source = inspect.getsource(transformers.Trainer._finalize_training)
+    assert "self.args.save_total_limit == 1" in source and "self.args.load_best_model_at_end" in source
+    assert source.index("shutil.rmtree") < source.index("callback_handler.on_train_end")
 
 
 def test_importing_compat_warns_of_nothing():

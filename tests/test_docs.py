@@ -124,7 +124,7 @@ def test_what_the_options_say_beside_the_table_exists():
     words = {word for word in words if re.fullmatch(r"\w+", word)} - {"None", "generate_completions"}
     assert words - known == set()
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    ours = set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1])) - {"hf-rlhf ppo --help"}
+    ours = set(quoted(section("Options").rsplit("\n\nNew here:", 1)[1])) - {"hf-rlhf ppo --help-all"}
     assert ours <= FIELDS.keys() - inherited - theirs
 
 

@@ -1,6 +1,8 @@
-"""Reads and checks the file of `--config FILE.yaml`: one mapping of options to values of the right type."""
+"""Reads and checks the file of `--config FILE.yaml`, and says what value an option needs, in the file and as typed."""
 
-from argparse import ArgumentTypeError
+import difflib
+import re
+from argparse import ArgumentError, ArgumentTypeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import yaml
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from argparse import Action
+    from argparse import Action, ArgumentParser
 
 EXPECTED = {"string_to_bool": "true or false", "int": "an integer", "float": "a number"}
 """The type of an option in words, by the name of the function that converts its text."""
@@ -89,3 +91,34 @@ def _expected_of_one(action: "Action", value: Any) -> str | None:
     if action.choices and converted not in action.choices:
         return expected
     return None
+
+
+def string_to_bool(text: str | bool) -> bool:
+    """The value of a switch. As in TRL's parser it may be yes, true, t, y, 1 and their opposites; on and off too.
+
+    Raises:
+        ArgumentTypeError: it is none of them.
+    """
+    if isinstance(text, bool):
+        return text
+    if text.lower() in ("yes", "true", "t", "y", "1", "on"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0", "off"):
+        return False
+    raise ArgumentTypeError(f"invalid value: {text!r}")
+
+
+def problem_of_value(error: ArgumentError, parser: "ArgumentParser") -> str:
+    """What argparse found wrong with the value of an option, as one line that names the values it takes."""
+    action = next((one for one in parser._actions if "/".join(one.option_strings) == error.argument_name), None)
+    if action is None:
+        return f"{error} (see --help)"
+    needed = EXPECTED.get(getattr(action.type, "__name__", ""), "a value")
+    if action.choices:
+        needed = "one of " + ", ".join(map(str, action.choices))
+    line = f"`{action.option_strings[0]}` needs {needed}"
+    given = re.search(r"(?:value|choice): (.*?)(?: \(choose from .*\))?$", error.message)
+    if given is None:  # there is no value
+        return f"{line}, and has none"
+    nearest = difflib.get_close_matches(given[1].strip("'"), [str(choice) for choice in action.choices or ()], n=1)
+    return f"{line}, got {given[1]}" + "".join(f": did you mean {name}?" for name in nearest)

@@ -1,9 +1,13 @@
 """Starts several processes for one command with accelerate, as `trl sft` does: `hf-rlhf ppo --num_processes 2`."""
 
+import contextlib
+import logging
 import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,14 +77,22 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> None:
     """Runs `python -m hf_rlhf_ext COMMAND …` in every process. If one fails, exits with its exit status."""
     # Imported here, because accelerate loads torch.
     import torch
+    import torch.distributed.run  # sets the levels of its loggers, which are set again below
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     n_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     words = [*accelerate_words(options, n_devices), "--module", "hf_rlhf_ext", *command]
     os.environ[LAUNCHED_WITH] = shlex.join(options.words())
+    # It warns of each signal that it passes on, and the first process says what is kept.
+    for part in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.ERROR)
     try:
-        launch_command(launch_command_parser().parse_args(words))
+        with _signals_left_to_the_processes():
+            launch_command(launch_command_parser().parse_args(words))
+    except SignalException as stop:  # several processes: torchrun has passed it on, and waited for them
+        raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:  # several processes: torchrun has printed which ones failed
         _, failure = error.get_first_failure()
         raise SystemExit(shell_status(failure.exitcode)) from None
@@ -90,6 +102,32 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> None:
         raise UserError(" ".join(str(error).split())) from None
     finally:
         del os.environ[LAUNCHED_WITH]
+
+
+@contextlib.contextmanager
+def _signals_left_to_the_processes() -> Iterator[None]:
+    """Lets the started process end by itself at Ctrl-C, which the terminal sends to it too, and at SIGTERM.
+
+    For several processes, torchrun replaces these handlers by its own, which do the same.
+    """
+    import psutil
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+        # Not SIG_IGN, which the process would inherit.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shell_status(code: int) -> int:

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from ..compat import versions
 from ..errors import UserError
+from .help import HELP, HELP_ALL, wants_help
 from .launch import launch, take_launch_options
 from .parsing import did_you_mean, run_recipe
 from .program import PROGRAM, set_command
@@ -33,6 +34,8 @@ class Command:
 # To add a command, add a line here.
 COMMANDS = (
     Command("quickstart", "the whole pipeline on a small model", recipe="quickstart.py"),
+    Command("init", "looks at your files, and writes a config for the pipeline", recipe="init.py"),
+    Command("pipeline", "your own data to a policy: SFT, reward model, check and PPO", recipe="pipeline.py"),
     Command("sft", "supervised fine-tuning on demonstrations", recipe="sft.py", several_processes=True),
     Command("reward", "training of a reward model on comparisons", recipe="reward.py", several_processes=True),
     Command("ppo", "PPO with a reward model or a reward function", recipe="ppo.py", several_processes=True),
@@ -40,7 +43,9 @@ COMMANDS = (
     Command("check-reward", "a check of whether a reward model is ready for PPO", recipe="check_reward.py"),
     Command("inspect-data", "a check of comparisons before training", recipe="inspect_data.py"),
     Command("collect", "people judge completions in a browser", recipe="collect.py"),
-    Command("merge", "an adapter and its base model as one model", module="hf_rlhf_ext.hub.merge"),
+    Command("chat", "answers of base, SFT policy and policy to your questions, with rewards", recipe="chat.py"),
+    Command("generate", "answers to the prompts of a file, with rewards, as rows", recipe="generate.py"),
+    Command("merge", "an adapter and its base model as one model", module="hf_rlhf_ext.cli.merge"),
     Command("push", "a finished run to the Hub, after a check for private data", module="hf_rlhf_ext.hub.push"),
     Command("env", "versions and devices for a bug report", module="hf_rlhf_ext.cli.env"),
 )
@@ -58,7 +63,7 @@ def run_command(words: list[str]) -> None:
     Raises:
         UserError: the command is unknown, or does not support several processes.
     """
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in (*HELP, *HELP_ALL, "help"):
         print(overview())
         return
     if words[0] == "--version":
@@ -74,8 +79,7 @@ def run_command(words: list[str]) -> None:
             f"{options.words()[0]}: {PROGRAM} {command.name} runs in one process: use the option with {able}"
         )
     # Several processes would print the help several times.
-    wants_help = "-h" in rest or "--help" in rest
-    if options.asked_for and not wants_help:
+    if options.asked_for and not wants_help(rest):
         launch(options, [command.name, *rest])
     else:
         run_here(command, rest)
@@ -90,7 +94,8 @@ def run_here(command: Command, argv: list[str]) -> None:
             # As in `python recipes/ppo.py`, `__main__` is the recipe: its dataclasses are looked up there.
             runpy.run_path(str(recipes_folder() / command.recipe), run_name="__main__")
         else:
-            import_module(command.module).main(argv)
+            # The help of these commands has all options.
+            import_module(command.module).main(["--help" if word in HELP_ALL else word for word in argv])
     finally:
         set_command(None)
 
@@ -110,7 +115,8 @@ def overview() -> str:
         lines.append(f"  {command.name:<{width}}  {command.help}")
     lines += [
         "",
-        f"{PROGRAM} COMMAND --help shows the options of a command. sft, reward and ppo also take --num_processes N and",
-        "--accelerate_config FILE|NAME (multi_gpu; sft and reward also zero2, …), which start several processes.",
+        f"{PROGRAM} COMMAND --help shows the options of a command that matter most, --help-all all of them.",
+        "sft, reward and ppo also take --num_processes N and --accelerate_config FILE|NAME (multi_gpu; sft and reward",
+        "also zero2, …), which start several processes.",
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from ..errors import UserError, renamed_options
 from ..modeling.loading import preferred_dtype
 from ..modeling.locations import EMBEDDED_MODEL
 from .config_file import read_config
+from .precision import QUANT_TYPES, STORAGE_TYPES, check_quantization, quantization_config
 
 
 def check_at_least(options: Any, **smallest: float) -> None:
@@ -211,10 +212,12 @@ class ModelArguments(ModelConfig):
     """TRL's `ModelConfig` with defaults for one small GPU: the embedded model, LoRA on every linear layer.
 
     `dtype="auto"` is the fastest dtype of this machine. Without an adapter it is fp32, because bf16 would round small
-    updates to zero. 4-bit is NF4 with double quantization.
+    updates to zero. 4-bit is NF4 with double quantization, unless the options that belong to it say otherwise; TRL's
+    own default is without double quantization.
     """
 
     _argument_group_name = "model and adapter"
+    unused_options = {"lora_task_type": "the command sets it"}
 
     model_name_or_path: str | None = field(
         default=EMBEDDED_MODEL, metadata={"help": "Hub id, folder, `.gguf` file, or the embedded model."}
@@ -232,14 +235,50 @@ class ModelArguments(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the modules that get LoRA."}
     )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Quantize the base model to 8 bits (LLM.int8), under an adapter. Needs bitsandbytes."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantize the base model to 4 bits, under an adapter: NF4 with double quantization, unless the "
+            "next three options say otherwise. Needs bitsandbytes."
+        },
+    )
+    # None, so that a value without `load_in_4bit` is noticed.
+    bnb_4bit_quant_type: str | None = field(
+        default=None,
+        metadata={"help": "Data type of `load_in_4bit`. If `None`, nf4.", "choices": list(QUANT_TYPES)},
+    )
+    use_bnb_nested_quant: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Double (nested) quantization with `load_in_4bit`: the scales are quantized too. If `None`, true."
+        },
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype in which the packed weights of `load_in_4bit` are stored. It changes no result. If `None`, "
+            "uint8.",
+            "choices": list(STORAGE_TYPES),
+        },
+    )
 
     def __post_init__(self):
+        check_quantization(self)
         super().__post_init__()
         check_at_least(self, lora_r=1, lora_alpha=1, lora_dropout=0)
         if self.lora_task_type not in _TASK_TYPES:
             raise UserError(f"lora_task_type: {self.lora_task_type!r} is not known: leave it out: the command sets it.")
         if self.lora_dropout > 1:
             raise UserError(f"lora_dropout must be at most 1, got {self.lora_dropout}.")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the options ask for a quantized base."""
+        return self.load_in_8bit or self.load_in_4bit
 
     def base_options(self, args: TrainingArguments) -> dict[str, Any]:
         """Arguments for `load_base_model` and `load_policy`, without the name.
@@ -252,7 +291,7 @@ class ModelArguments(ModelConfig):
             dtype = "float32"
         return {
             "dtype": dtype,
-            "load_in_4bit": self.load_in_4bit,
+            "quantization_config": quantization_config(self),
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": args.trust_remote_code,
         }

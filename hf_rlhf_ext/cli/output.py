@@ -51,10 +51,15 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
 
     # The marker is kept, so that an interrupted deletion can be repeated.
     for item in content:
-        _remove(item)
+        remove(item)
     folder.mkdir(parents=True, exist_ok=True)
     marker = {"made_by": "hf_rlhf_ext", "versions": versions()}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder has nothing but the marker, or does not exist."""
+    return not _content(folder)
 
 
 def _content(folder: Path) -> list[Path]:
@@ -64,7 +69,7 @@ def _content(folder: Path) -> list[Path]:
     return [item for item in folder.iterdir() if item.name != MARKER]
 
 
-def _remove(item: Path) -> None:
+def remove(item: Path) -> None:
     """Deletes a file, a folder with its contents, or a link (not what it points to)."""
     if item.is_dir() and not item.is_symlink():
         shutil.rmtree(item)

@@ -7,58 +7,46 @@ import contextlib
 import difflib
 import os
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, refuse_words
 from . import quiet  # noqa: F401  # hides messages of libraries that are imported later
-from .config_file import expected_instead, read_config
+from .config_file import expected_instead, problem_of_value, read_config, string_to_bool
+from .help import HelpFormatter, help_text, wants_help
 from .program import program_name
 from .requirements import install_command
 from .shipped import find_config
+from .stopping import line_of, number_of, release_folders, sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
-    from argparse import Action, ArgumentParser
+    from argparse import ArgumentParser
 
 LAUNCH_OPTIONS = ("num_processes", "accelerate_config")
 """Options of `hf-rlhf sft`, `reward` and `ppo` that start several processes. The recipes' own parsers have neither."""
 
-EPILOG = """\
---config FILE.yaml reads these options from a file. Options on the command line override the file. FILE is a path, or
-the name of a file that comes with the package, such as qwen2.5-1.5b/ppo.yaml."""
+_DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".gz"}
+_MODEL_FILES = ("config.json", "adapter_config.json", "reward_normalization.json")
 
+EPILOG = """\
+--config FILE.yaml reads these options from a file. Options on the command line override the file."""
 
 EPILOG_FOR_TRAINING = """
+FILE is a path, or the name of a file that comes with the package, such as qwen2.5-1.5b/ppo.yaml.
 The command `hf-rlhf` also takes --num_processes N and --accelerate_config FILE or NAME (multi_gpu, …), which start
 several processes with accelerate."""
-
-VALUES = {"string_to_bool": "true|false", "int": "INTEGER", "float": "NUMBER", "str": "TEXT"}
-"""What `--help` shows as the value of an option, by the name of the function that converts it."""
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the default and the kind of value of every option, and keeps the line breaks of the description."""
-
-    def _format_action_invocation(self, action: "Action") -> str:
-        if action.option_strings[:1] == ["-h"]:
-            return super()._format_action_invocation(action)
-        # Names with hyphens work too, but would show every option twice.
-        value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{action.option_strings[0]} {value}"
-
-    def _get_default_metavar_for_optional(self, action: "Action") -> str:
-        return VALUES.get(getattr(action.type, "__name__", ""), "VALUE")
 
 
 def run_recipe(main: Callable[[], object]) -> None:
     """Runs `main`. A `UserError` is printed in one line on stderr, with exit status 2.
 
-    So is a missing package, with the command that installs it. Other errors keep their traceback.
+    So is a missing package, with the command that installs it. Ctrl-C and SIGTERM end with exit status 130 and 143, and
+    a line on what is kept. Other errors keep their traceback.
     """
     try:
-        with _stdout_of_the_first_process(), _bars_closed_on_errors():
+        with _stdout_of_the_first_process(), _bars_closed_on_errors(), sigterm_as_ctrl_c():
             main()
     except UserError as error:
         print(f"{_error_word()}: {error}", file=sys.stderr)
@@ -69,13 +57,16 @@ def run_recipe(main: Callable[[], object]) -> None:
             raise
         print(f"{_error_word()}: {error.name} is not installed: {command}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None  # 128 + SIGINT, as shells count
+    except KeyboardInterrupt as stop:
+        if _rank() == "0":
+            print(line_of(stop), file=sys.stderr)
+        raise SystemExit(128 + number_of(stop)) from None  # as shells count
     except BrokenPipeError:  # `hf-rlhf env | head -1`: nobody reads the rest
         # Python flushes stdout when it ends, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE
+    finally:
+        release_folders()
 
 
 def _rank() -> str:
@@ -118,40 +109,35 @@ def parse_recipe(
     *,
     description: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    main_options: Mapping[str, Mapping[str, str]] | Sequence[str] = (),
+    usage: str = "[--config FILE.yaml] [options]",
 ) -> tuple[Any, ...]:
     """Fills dataclasses of options from `--config FILE.yaml` and from the command line, which overrides the file.
 
-    It uses TRL's `TrlParser` with stricter checks. `--help` prints the options and exits.
+    It uses TRL's `TrlParser` with stricter checks. `--help` and `--help-all` print the options and exit.
+
+    A dataclass may have `unused_options`, which maps names of options without effect to the reasons, and
+    `refused_options`, whose values the dataclass refuses itself. Neither is listed in the help.
 
     Args:
         argv: words of the command line; default is `sys.argv[1:]`.
         description: text of `--help` above the options.
         defaults: replace the defaults of the dataclasses.
+        main_options: the options that `--help` shows, in groups with texts of their own (see
+            `hf_rlhf_ext.cli.main_options`), or names alone; `--help-all` shows the rest. Default is all of them.
+        usage: first line of the help, after the name of the command.
 
     Returns:
         One instance per dataclass, in their order.
 
     Raises:
         UserError: the config file is missing, not readable, not YAML, not a mapping, or has a key twice; a key or
-            option is unknown or has a new name (`renamed_options` of a dataclass); a value has the wrong type; or a
-            dataclass raised a `ValueError`. The line names the file or option, and the most similar known name.
+            option is unknown, has a new name (`renamed_options` of a dataclass) or has no effect; a value is missing or
+            has the wrong type; or a dataclass raised a `ValueError`. The line names the file or option, and the most
+            similar known name.
     """
-    from trl import TrlParser
-
     types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-    parser = TrlParser(
-        types,
-        prog=program_name(),
-        usage="%(prog)s [--config FILE.yaml] [options]",  # argparse's own has about 150 lines
-        description=description,
-        epilog=_epilog(types),
-        formatter_class=HelpFormatter,
-    )
-    for action in parser._actions:
-        if action.option_strings[0] == f"--no_{action.dest}":
-            # `--use_peft false` is enough, and the help of `--no_use_peft` shows a wrong default.
-            action.help = SUPPRESS
-    parser.error = refuse_words  # argparse would also print its usage
+    parser = _parser_of(types, description, usage)
     parser.set_defaults(**(defaults or {}))
 
     if argv is None:
@@ -159,21 +145,24 @@ def parse_recipe(
     if argv and not argv[0].startswith("-"):
         raise UserError(f"unexpected argument `{argv[0]}`{_hint_for_stray(argv[0], parser)}")
     options, config_name = _split_config(argv)
-    if "-h" in options or "--help" in options:
-        parser.parse_args(["--help"])  # exits; the help is shown even if the config file has a mistake
+    if wants_help(options):  # the help is shown even if the config file has a mistake
+        print(help_text(parser, options, main_options), end="")
+        raise SystemExit(0)
 
     # Checked first, because TrlParser accepts abbreviations and returns unknown keys.
-    renamed = _renamed_options(types)
-    _check_options(parser, options, renamed)
+    renamed, unused = _names_of(types, "renamed_options"), _names_of(types, "unused_options")
+    _check_options(parser, options, renamed, unused)
     words = options
     if config_name is not None:
         config = str(find_config(config_name))
-        _check_config(parser, config, renamed)
+        _check_config(parser, config, renamed, unused)
         words = ["--config", config, *options]
     try:
         *parsed, rest = parser.parse_args_and_config(words, return_remaining_strings=True)
     except UserError:
         raise
+    except ArgumentError as error:
+        raise UserError(problem_of_value(error, parser)) from None
     except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
         # From a dataclass's __post_init__, often in several lines.
         raise UserError(" ".join(str(error).split())) from None
@@ -182,16 +171,47 @@ def parse_recipe(
     return tuple(parsed)
 
 
+def _parser_of(types: list[type], description: str | None, usage: str) -> "ArgumentParser":
+    """The parser of the dataclasses. What its help should not list is hidden."""
+    from trl import TrlParser
+
+    parser = TrlParser(
+        types,
+        prog=program_name(),
+        usage=f"%(prog)s {usage}",  # argparse's own has about 150 lines
+        description=description,
+        epilog=_epilog(types),
+        formatter_class=HelpFormatter,
+    )
+    hidden = [*_names_of(types, "unused_options"), *_names_of(types, "refused_options")]
+    for action in parser._actions:
+        # `--use_peft false` is enough, and the help of `--no_use_peft` shows a wrong default.
+        if action.dest in hidden or action.option_strings[0] == f"--no_{action.dest}":
+            action.help = SUPPRESS
+        if getattr(action.type, "__name__", "") == "string_to_bool":
+            action.type = string_to_bool  # which takes `on` and `off` too, as YAML does
+    parser.error = refuse_words  # argparse would also print its usage
+    parser.exit_on_error = False  # a wrong value is an `ArgumentError`, see `parse_recipe`
+    return parser
+
+
 def _epilog(types: Iterable[type]) -> str:
     trains = any(hasattr(dataclass_type, "per_device_train_batch_size") for dataclass_type in types)
     return EPILOG + EPILOG_FOR_TRAINING if trains else EPILOG
 
 
 def _hint_for_stray(word: str, parser: "ArgumentParser") -> str:
-    if Path(word).suffix in {".yaml", ".yml"}:
+    path = Path(word)
+    if path.suffix in {".yaml", ".yml"}:
         return f": did you mean `--config {word}`?"
-    reads_data = any(action.dest == "dataset_name" for action in parser._actions)
-    if reads_data and (Path(word).suffix in {".json", ".jsonl", ".csv", ".parquet", ".gz"} or "/" in word):
+    known = [action.dest for action in parser._actions]
+    models = [name for name in ("reward_model", "model_name_or_path") if name in known]
+    is_data = path.suffix in _DATA_SUFFIXES
+    # `check-reward` has no other model than the reward model, and its first thought is the model.
+    is_model = any((path / file).is_file() for file in _MODEL_FILES) or ("/" in word and models == ["reward_model"])
+    if models and is_model and not is_data:
+        return f": did you mean `--{models[-1]} {word}`?"
+    if "dataset_name" in known and (is_data or "/" in word):
         return f": did you mean `--dataset_name {word}`?"
     return ": see --help"
 
@@ -216,24 +236,28 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return options, config_name
 
 
-def _renamed_options(types: Iterable[type]) -> dict[str, str]:
-    """New names of renamed options by their old names, of all dataclasses."""
-    renamed: dict[str, str] = {}
+def _names_of(types: Iterable[type], attribute: str) -> dict[str, str]:
+    """The entries of an attribute such as `renamed_options`, of all dataclasses."""
+    names: dict[str, str] = {}
     for dataclass_type in types:
-        renamed.update(getattr(dataclass_type, "renamed_options", {}))
-    return renamed
+        names.update(getattr(dataclass_type, attribute, {}))
+    return names
 
 
-def _check_options(parser: "ArgumentParser", words: list[str], renamed: Mapping[str, str]) -> None:
-    """Raises for unknown options and for abbreviations: `--learning` must not set learning_rate."""
+def _check_options(
+    parser: "ArgumentParser", words: list[str], renamed: Mapping[str, str], unused: Mapping[str, str]
+) -> None:
+    """Raises for options without effect, unknown ones and abbreviations: `--learning` must not set learning_rate."""
     known = {name for action in parser._actions for name in action.option_strings}
     for word in words:
         if not word.startswith("--"):
             continue
         option = word.partition("=")[0]
+        name = option.removeprefix("--").replace("-", "_")
+        if name.removeprefix("no_") in unused:
+            raise UserError(_no_effect(option, unused[name.removeprefix("no_")]))
         if option in known:
             continue
-        name = option.removeprefix("--").replace("-", "_")
         if name in renamed:
             raise UserError(f"`{option}` has a new name: use `--{renamed[name]}`")
         if name in LAUNCH_OPTIONS:
@@ -241,7 +265,11 @@ def _check_options(parser: "ArgumentParser", words: list[str], renamed: Mapping[
         raise UserError(f"unknown option `{option}`{did_you_mean(option, known)}")
 
 
-def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str]) -> None:
+def _no_effect(option: str, reason: str) -> str:
+    return f"`{option}` has no effect in {program_name()} ({reason}): leave it out"
+
+
+def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str], unused: Mapping[str, str]) -> None:
     """Raises for keys and values that TrlParser would accept, or report without naming the file."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     for key, value in read_config(path).items():
@@ -251,6 +279,8 @@ def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str
             raise UserError(f"{path}: `{key}` has a new name: use `{renamed[key]}`")
         if key in LAUNCH_OPTIONS:
             raise UserError(f"{path}: `{key}` belongs on the command line: hf-rlhf ppo --{key} {value} --config {path}")
+        if key in unused:
+            raise UserError(f"{path}: {_no_effect(key, unused[key])}")
         if key not in actions:
             raise UserError(f"{path}: unknown key `{key}`{did_you_mean(str(key), actions)}")
         expected = expected_instead(actions[key], value)

@@ -64,15 +64,20 @@ def _without_hidden_values(words: list[str]) -> list[str]:
 
 def command_line() -> str:
     """The command that runs this again, without local paths and values of hidden options."""
-    script, *options = sys.argv
-    options = _without_hidden_values(options)
-    if _command is not None:
-        # Launched processes do not see these options in `sys.argv`.
-        launched_with = shlex.split(os.environ.get(LAUNCHED_WITH, ""))
-        words = [PROGRAM, *_command.split(), *launched_with, *options]
-    else:
-        words = ["python", script, *options]
-    return strip_local_paths(shlex.join(words))
+    return strip_local_paths(shlex.join(_words_of_command(_without_hidden_values(sys.argv[1:]))))
+
+
+def typed_command() -> list[str]:
+    """The words of the command as it was typed, for the terminal only: they may have local paths."""
+    return _words_of_command(sys.argv[1:])
+
+
+def _words_of_command(options: list[str]) -> list[str]:
+    if _command is None:
+        return ["python", sys.argv[0], *options]
+    # Launched processes do not see these options in `sys.argv`.
+    launched_with = shlex.split(os.environ.get(LAUNCHED_WITH, ""))
+    return [PROGRAM, *_command.split(), *launched_with, *options]
 
 
 def how_to_run(command: str) -> str:

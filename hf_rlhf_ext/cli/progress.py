@@ -23,6 +23,9 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
+from ..training.shown_table import has_table
+from ..training.table import readable
+
 LOG_FILE = "log.jsonl"
 """Name of the full log in a run's folder."""
 MAX_WIDTH = 100
@@ -52,13 +55,14 @@ SHOWN = (
 def show_progress(trainer: Trainer, *, verbose: bool = False, eval_rewards: Sequence[str] = ()) -> None:
     """Writes the trainer's logs to `log.jsonl` in its output folder, and shows them in short lines.
 
-    With `verbose`, the terminal keeps Transformers' own progress bar and log dictionaries.
+    With `verbose`, the terminal keeps Transformers' own progress bar and log dictionaries. In a notebook, the trainer's
+    table is enough.
 
     Args:
         eval_rewards: names of the rewards that only evaluation computes, for the line of an evaluation.
     """
     trainer.add_callback(LogFile(Path(trainer.args.output_dir) / LOG_FILE))
-    if verbose:
+    if verbose or has_table(trainer):
         return
     for default_callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(default_callback)
@@ -241,18 +245,6 @@ def shown_metrics(logs: dict[str, Any]) -> list[str]:
             field += f" {shown.unit}"
         fields.append(field)
     return fields
-
-
-def readable(value: float) -> str:
-    """A number with three significant digits, without an exponent where it is not very small."""
-    value = float(value)
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    if abs(value) >= 999.5:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}".removesuffix(".")
 
 
 def short_line(fields: Sequence[str]) -> str:

@@ -8,8 +8,10 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
-from functools import partialmethod
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
 _HIDDEN_WARNINGS = (
     (r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning),
@@ -19,10 +21,14 @@ _HIDDEN_WARNINGS = (
 
 _HIDDEN_MESSAGES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",  # at every layer and step
     # Of a file that cannot be read, our own error says more.
     "datasets.packaged_modules.json.json": "Failed to load JSON from file",
     "datasets.packaged_modules.csv.csv": "Failed to read file",
     "datasets.packaged_modules.parquet.parquet": "Failed to read ",
+    # At a resume: Trainer has replaced shares such as `save_steps: 0.2` by steps. Our own check compares the options.
+    "transformers.trainer_utils": "Warning: The following arguments do not match",
+    "hf_rlhf_ext.modeling.adapters": "Only this library finds the base of",  # the recipes' last lines say it
 }
 """Logger and beginning of its message."""
 
@@ -48,6 +54,25 @@ def _hide_messages() -> None:
 
 
 _hide_messages()
+
+
+def _explain_ctrl_c_in_imports() -> None:
+    """Says it in one line where `python recipes/x.py` is stopped in its imports, before `run_recipe` begins."""
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    if script is None or not Path(script).with_name("quickstart.py").is_file():  # not in the folder of the recipes
+        return
+    before = sys.excepthook
+
+    def explain(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = explain
+
+
+_explain_ctrl_c_in_imports()
 
 
 @contextlib.contextmanager
@@ -76,7 +101,11 @@ def _everything() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Switches off the bars of `datasets` and Transformers, and every bar where stderr is not a terminal."""
+    """Switches off the bars of Transformers, and every bar where stderr is not a terminal.
+
+    On a terminal, the other bars, such as those of `datasets`, appear only if the work takes long, and disappear at its
+    end.
+    """
     import datasets
     from huggingface_hub.utils import enable_progress_bars
     from tqdm import tqdm
@@ -84,13 +113,15 @@ def _no_bars() -> Iterator[None]:
 
     datasets_hidden = datasets.are_progress_bars_disabled()
     transformers_bars = transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not is_terminal:
+        datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    if transformers_bars and sys.stderr.isatty():
+    if transformers_bars and is_terminal:
         enable_progress_bars()  # of downloads, which Transformers' switch disables too
     # Some bars have no switch, such as that of a GGUF file that is unpacked: None is tqdm's value for terminals only.
     tqdm_init = tqdm.__init__
-    tqdm.__init__ = partialmethod(tqdm_init, disable=None)
+    tqdm.__init__ = _on_terminals_only(tqdm_init)
     try:
         yield
     finally:
@@ -99,3 +130,15 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if not datasets_hidden:
             datasets.enable_progress_bars()
+
+
+def _on_terminals_only(tqdm_init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of tqdm with other defaults, for bars that do not ask to be drawn, as ours do."""
+
+    @wraps(tqdm_init)
+    def init(bar, *args, **kwargs):
+        if kwargs.get("disable") is None:
+            kwargs |= {"disable": None, "leave": False, "delay": 1.0}
+        tqdm_init(bar, *args, **kwargs)
+
+    return init

@@ -1,11 +1,15 @@
 """Filters rows, and splits them into rows to train on and held-out rows."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from ..data.schema import LoadReport
+from ..data.text import is_text, text_key
 from ..errors import UserError
 from ..quality.refine import filter_comparisons, weigh_by_reliability
 from ..readers.mixture import categorize, filter_by_rating, load_mix, sample_mix
@@ -46,6 +50,29 @@ def choose_demonstrations(rows: Dataset, options: DemonstrationArguments) -> tup
     return rows, report
 
 
+def describe_comparisons(rows: Dataset, report: LoadReport) -> str:
+    """One line on what was read: rows, prompts, pairs and ties, and what was merged and dropped."""
+    targets = [target for of_row in rows["targets"] for target in of_row]
+    ties = sum(target == 0.5 for target in targets)
+    parts = [report.summary(), f"{len(targets)} pairs of {len(rows)} prompts, {ties} ties"]
+    n_merged = report.kept - len(rows)
+    if n_merged > 0:
+        parts.append(f"{n_merged} rows merged: their prompts are those of other rows")
+    return "; ".join(parts)
+
+
+def describe_split(data: DataArguments, n_read: int, train: Dataset, heldout: Dataset, *, unit: str) -> str:
+    """One line on how many of `n_read` rows are trained on and held out. `unit` is what a row is, in the plural."""
+    parts = [f"{Path(data.dataset_name).name}: {len(train)} {unit} to train on"]
+    parts.append(f"{len(heldout)} held out (heldout.jsonl)" if len(heldout) else "none held out (--eval_rows)")
+    unused = n_read - len(train)
+    if data.dataset_test_split is None:
+        unused -= len(heldout)
+    if unused:
+        parts.append(f"{unused} not used")
+    return ", ".join(parts)
+
+
 def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None = None) -> tuple[Dataset, Dataset]:
     """Returns the rows to train on, and held-out rows whose prompts are not among them.
 
@@ -66,7 +93,7 @@ def train_and_heldout(train: Dataset, data: DataArguments, test: Dataset | None 
         )
 
     # A prompt that is trained on must not be in the evaluation.
-    trained_prompts = {_prompt(row) for row in train.select(range(n_train))}
+    trained_prompts = {prompt_of(row) for row in train.select(range(n_train))}
     if test is None:
         heldout = _next_new_rows(train, n_train, data.eval_rows, trained_prompts)
     else:
@@ -87,14 +114,14 @@ def _next_new_rows(rows: Dataset, start: int, wanted: int, trained_prompts: set[
     for index in range(start, len(rows)):
         if len(chosen) == wanted:
             break
-        if _prompt(rows[index]) not in trained_prompts:
+        if prompt_of(rows[index]) not in trained_prompts:
             chosen.append(index)
     return rows.select(chosen)
 
 
 def _new_rows(test: Dataset, trained_prompts: set[str]) -> Dataset:
     """All rows whose prompt is new. Prints how many others were left out."""
-    chosen = [index for index, row in enumerate(test) if _prompt(row) not in trained_prompts]
+    chosen = [index for index, row in enumerate(test) if prompt_of(row) not in trained_prompts]
     left_out = len(test) - len(chosen)
     if left_out:
         print(f"{left_out} of {len(test)} test rows left out: their prompts are in the training data")
@@ -111,10 +138,17 @@ def check_heldout(args: TrainingArguments, heldout: Dataset) -> None:
         )
 
 
-def _prompt(row: dict[str, Any]) -> str:
-    """The text by which prompts are compared: the prompt, a conversation without its last turn, or a whole row."""
-    if "prompt" in row:
-        return str(row["prompt"])
-    if "messages" in row:
-        return str(row["messages"][:-1])
-    return str(row)
+def prompt_of(row: dict[str, Any]) -> str:
+    """The text by which prompts are compared: the prompt, a conversation without its last turn, or a whole row.
+
+    White space makes no difference.
+    """
+    if row.get("prompt") is not None:
+        return _key(row["prompt"])
+    if row.get("messages"):
+        return _key(row["messages"][:-1] or row["messages"])
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _key(prompt: Any) -> str:
+    return text_key(prompt) if is_text(prompt) else str(prompt)

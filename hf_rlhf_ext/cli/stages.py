@@ -2,24 +2,17 @@
 
 import gc
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checkpointing import require_writable
 from ..errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .stopping import part_of
 
 MANIFEST = "manifest.json"
 OLDER_MANIFEST = "progress.json"
@@ -37,12 +30,21 @@ class StageRunner:
         settings: what finished stages depend on, as JSON values. A folder with other settings is refused, as it would
             hold parts of two runs.
         names: all stages in their order, for the numbers in the terminal.
+        changeable: names of settings that may have another value than before, as no stage that has begun depends on
+            them. The manifest then has the new values.
 
     Raises:
         UserError: if the folder holds a run with other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], names: Sequence[str]):
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any],
+        names: Sequence[str],
+        *,
+        changeable: Collection[str] = (),
+    ):
         self.started = time.monotonic()
         self.names = list(names)
         self.path = Path(folder) / MANIFEST
@@ -55,12 +57,16 @@ class StageRunner:
             self._write()
             return
         self.state = json.loads(self.path.read_text(encoding="utf-8"))
-        differing = _difference(self.state["settings"], dict(settings))
+        earlier = {name: value for name, value in self.state["settings"].items() if name not in changeable}
+        differing = _difference(earlier, {name: settings[name] for name in settings if name not in changeable})
         if differing:
             raise UserError(
                 f"{folder} holds a run with other settings ({differing}): pass another --output_dir, or --overwrite "
-                "true to start from the beginning"
+                "true to delete its finished stages and start from the beginning"
             )
+        if self.state["settings"] != dict(settings):
+            self.state["settings"] = dict(settings)
+            self._write()
 
     def announce(self, name: str, what: str) -> None:
         """Prints the line of a stage: its number and name, what it does, and how long the run has taken so far."""
@@ -83,11 +89,15 @@ class StageRunner:
             What the stage measured, as JSON values.
         """
         if self.is_finished(name):
-            self.announce(name, "finished earlier, kept; --overwrite true starts from the beginning")
+            self.announce(
+                name, "finished earlier, kept; --overwrite true deletes all stages and starts from the beginning"
+            )
             return self.state["stages"][name]["measured"]
         self.announce(name, what)
         start = time.monotonic()
-        measured = stage()
+        number = self.names.index(name) + 1
+        with part_of(f"stage {number} of {len(self.names)} ({name})", "finished stages are kept"):
+            measured = stage()
         gc.collect()  # trainers are in reference cycles: without it, the models of two stages are in memory at once
         seconds = round(time.monotonic() - start, 1)
         self.state["stages"][name] = {"seconds": seconds, "measured": measured}
@@ -115,36 +125,6 @@ def has_manifest(folder: str | Path) -> bool:
     """Whether the folder has a run that a `StageRunner` can continue."""
     folder = Path(folder)
     return (folder / MANIFEST).is_file() or (folder / OLDER_MANIFEST).is_file()
-
-
-@contextmanager
-def only_process(folder: str | Path) -> Iterator[None]:
-    """Makes the folder of a run, and keeps other processes out of it until the block ends.
-
-    The operating system ends the lock with the process, also if it is killed. Where the system or the file system has
-    no locks, nothing is kept out.
-
-    Raises:
-        UserError: another process is in such a block with this folder, or the folder cannot be written.
-    """
-    require_writable(folder)
-    if fcntl is None:
-        yield
-        return
-    # The folder itself is locked, as every file in it may be replaced.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"output_dir: another process runs in {folder}: wait for its end, or pass another --output_dir."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

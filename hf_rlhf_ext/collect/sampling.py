@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.media import media_of_message, text_of_parts
+from ..data.prompt_form import form_of_model
 from ..data.schema import Row
 from ..data.templates import template_columns
 from ..data.text import (
@@ -42,7 +43,9 @@ from ..modeling.probing import unchanged_random_state
 from ..modeling.quantization import quantization_record
 from ..ppo.assembly import config_positions
 from ..ppo.engine import Sampling, TransformersEngine, stop_token_ids
+from ..ppo.prompts import warn_of_other_form
 from ..quality.duplicates import words_of
+from ..training.bars import no_bars
 from .tasks import Task
 
 NEARLY_SAME = 0.95
@@ -382,10 +385,11 @@ def _sample_policy(policy: PolicySpec, entries: list[_Entry], settings: _Setting
             model.to(device)
         has_messages = any(is_messages(entry.row["prompt"]) for entry in entries)
         check_tokenizer(tokenizer, needs_chat_template=has_messages)
+        warn_of_other_form(form_of_model(model), tokenizer, {f"prompts of {policy.name}": [entries[0].row]})
         sampler = _Sampler(policy, model, tokenizer, settings)
         jobs = _encoded_jobs(entries, sampler)
         resampled = 0
-        with tqdm(total=len(jobs), desc=f"sampling {policy.name}", leave=False, disable=None) as bar:  # on terminals
+        with no_bars(), tqdm(total=len(jobs), desc=f"sampling {policy.name}", leave=False, disable=None) as bar:
             for attempt in range(settings.max_tries):
                 jobs = sampler.fill(jobs, attempt, bar)
                 resampled += len(jobs)

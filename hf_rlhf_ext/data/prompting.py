@@ -1,7 +1,7 @@
 """Builds the prompt of a row from its parts: system text, earlier turns, question and context. Every reader uses it."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -62,6 +62,34 @@ def build_prompt(
     else:
         conversation = [*earlier, *question]
     return put_system_first(conversation, system)
+
+
+def as_user_turns(prompts: Iterable[str | Messages]) -> list[Messages]:
+    """Returns prompts as messages: text becomes one turn of the user, and messages are unchanged.
+
+    Text that marks its turns is read as these turns: a transcript of HH-RLHF, and what a chat template has rendered.
+    """
+    return [as_user_turn(prompt) for prompt in prompts]
+
+
+def as_user_turn(prompt: str | Messages) -> Messages:
+    """Returns one prompt as messages, see `as_user_turns`."""
+    if not isinstance(prompt, str):
+        return prompt
+    return _marked_turns(prompt) or ask(prompt)
+
+
+def _marked_turns(text: str) -> Messages:
+    """Returns the turns that a text marks, without the opened answer at its end. Empty for text without such marks."""
+    if is_transcript(f"{text.rstrip()} "):
+        turns = read_transcript(text.strip())
+    else:
+        style = style_of(text)
+        # Other marks, such as "### Question:", belong to the text: its writer meant no chat template.
+        turns = read_marked(text, style) if style is not None and style.is_template else []
+    if turns and turns[-1] == make_message("assistant", ""):
+        return turns[:-1]
+    return turns
 
 
 def read_question(value: Any, column: str) -> str | Messages:

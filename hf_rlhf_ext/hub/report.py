@@ -100,12 +100,16 @@ class PPOSection(Section):
     Attributes:
         start: What PPO started from, such as "the SFT policy".
         rewards: Names of the rewards that PPO maximized.
+        reward_formula: Their weighted sum, such as "1 × reward_model + 0.5 × short". None for one reward of weight 1.
+        reward_warnings: What the run said of rewards that do not differ between completions.
         eval_rewards: Names of rewards that were only used for evaluation.
         stop_reason: Why a guard stopped the run. None if no guard did.
     """
 
     start: str | None = None
     rewards: list[str] | None = None
+    reward_formula: str | None = None
+    reward_warnings: list[str] | None = None
     eval_rewards: list[str] | None = None
     stop_reason: str | None = None
 

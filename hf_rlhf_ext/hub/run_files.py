@@ -23,8 +23,10 @@ LEFT_OUT = (
     "merged",
     "ref",  # reference model of PPO: a copy of the initial adapter
     "ppo_*",
+    "heldout.jsonl",  # the user's own rows
+    "trained_prompts.txt",  # digests of them
 )
-"""Names of files and folders that are never pushed: pickles, and files that only a resumed run needs."""
+"""Names of files and folders that are never pushed: pickles, rows, and files that only a resumed run needs."""
 PUSHED_FILE = "pushed.json"
 """File that `push_run` writes in the folder. It names the repository, for the cards of models made from this one."""
 _OF_THIS_MACHINE = (".*", "_*", "*.tmp", "*.lock", "hf_rlhf_ext.json", "log.jsonl", "trainer_state.json", PUSHED_FILE)

@@ -6,17 +6,25 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from trl import SFTTrainer, clone_chat_template
+from trl import SFTConfig, SFTTrainer, clone_chat_template
 
+from ..data.prompt_form import PromptForm, example_of, form_of_model, remember_form
+from ..errors import UserError
 from ..modeling.adapter_start import attached_or_refused, warn_of_unmatched_names
 from ..modeling.adapters import autocast_dtype, saved_as_one_adapter
 from ..modeling.base_record import BaseRecord
-from ..modeling.embeddings import token_layers
+from ..modeling.embeddings import n_rows, token_layers
+from ..modeling.vocabulary import check_token_ids
 from ..publishing import new_publisher, require_publisher
+from ..training.loop import all_steps_are_done
+from ..training.shown_table import show_table
+from ..training.table import SFT_COLUMNS
 
 
 class PublishingSFTTrainer(SFTTrainer):
@@ -30,26 +38,41 @@ class PublishingSFTTrainer(SFTTrainer):
 
     card_kind = "sft"
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *given: Any, **kwargs: Any):
         # Before `Trainer.__init__`, which creates the repository if `push_to_hub` is set.
         self.publisher = new_publisher()
-        arguments = signature(SFTTrainer).bind(*args, **kwargs).arguments
+        arguments = signature(SFTTrainer).bind(*given, **kwargs).arguments
+        args = arguments.get("args")
+        if args is not None and not isinstance(args, SFTConfig):
+            raise UserError(f"args: got {type(args).__name__}: pass an SFTConfig.")
         if isinstance(arguments["model"], Path):
             arguments["model"] = str(arguments["model"])
         arguments = _with_tokens_of_template(arguments)
         peft_config = arguments.get("peft_config")
+        example = _example(arguments)
+        earlier_form = _earlier_form(arguments["model"])
         with attached_or_refused("peft_config", arguments["model"], peft_config):
             super().__init__(**arguments)
+        show_table(self, SFT_COLUMNS)
         if isinstance(arguments["model"], str):  # which was loaded inside the context
             warn_of_unmatched_names("peft_config", self.model, peft_config)
         _give_wrapped_head_a_bias(self.model)
+        _check_rows_of_tokens("train_dataset", self.train_dataset, self.processing_class, self.model)
         self._base_record = BaseRecord.of_model(self.model, autocast_dtype(self.args))
+        self.prompt_form = PromptForm.of(example, self.processing_class).after(earlier_form)
+        remember_form(self.model, self.prompt_form)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not all_steps_are_done(self):
+            super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with saved_as_one_adapter(self.model):
             super()._save(output_dir, state_dict)
-        if self.args.should_save and self._base_record is not None:
-            self._base_record.save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.prompt_form.save(output_dir or self.args.output_dir)
+            if self._base_record is not None:
+                self._base_record.save(output_dir or self.args.output_dir)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)
@@ -72,6 +95,20 @@ class PublishingSFTTrainer(SFTTrainer):
     def _finish_current_push(self) -> None:
         if self.publisher is not None:
             self.publisher.finish()
+
+
+def _example(arguments: dict[str, Any]) -> str | list | None:
+    """An example of the training data, from which the form that the policy is trained on is known."""
+    dataset = arguments.get("train_dataset")
+    is_readable = isinstance(dataset, Dataset | IterableDataset)
+    if not is_readable or arguments.get("formatting_func") is not None:
+        return None
+    return example_of(dataset, getattr(arguments.get("args"), "dataset_text_field", "text"))
+
+
+def _earlier_form(model: str | nn.Module) -> PromptForm:
+    """The form that the model was trained on before, by this library."""
+    return PromptForm.load(model) if isinstance(model, str) else form_of_model(model)
 
 
 def _with_tokens_of_template(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +143,21 @@ def _with_tokens_of_template(arguments: dict[str, Any]) -> dict[str, Any]:
         indices[embedding] = [*indices.get(embedding, []), *added_tokens]
         peft_config.trainable_token_indices = indices
     return arguments | {"model": model, "args": args, "processing_class": tokenizer, "peft_config": peft_config}
+
+
+def _check_rows_of_tokens(name: str, dataset: Any, tokenizer: Any, model: nn.Module) -> None:
+    """Raises `UserError` if a tokenized row has a token for which the model has no row."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    rows = n_rows(model)
+    first = 0
+    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000):
+        largest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if largest is not None and largest >= rows:
+            for index, ids in enumerate(batch["input_ids"].to_pylist()):
+                check_token_ids(f"{name} row {first + index}", ids, tokenizer, rows)
+        first += len(batch)
 
 
 def _give_wrapped_head_a_bias(model: nn.Module) -> None:

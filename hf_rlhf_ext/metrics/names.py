@@ -104,7 +104,9 @@ _PPO = {
     "loss/value_avg": Metric("reward^2", "value loss: half the clipped squared error, masked mean"),
     "val/clipfrac_avg": Metric("fraction", "fraction of completion tokens whose value loss was clipped"),
     "val/explained_variance": Metric(
-        "fraction", "1 - Var(returns - values) / Var(returns); 1 is perfect, 0 is no better than a constant"
+        "fraction",
+        "1 - Var(returns - values) / Var(returns); 1 is perfect, 0 is no better than a constant; NaN if all "
+        "returns are equal",
     ),
     "val/ratio": Metric(
         "1", "probability ratio of a token, new to old policy, masked mean; 1 in the first step of an update"

@@ -19,6 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..compat import use_adapter
 from ..errors import UserError, first_line, last_line
@@ -32,6 +33,7 @@ from .adapter_kinds import (
     without_start,
 )
 from .embeddings import embeddings_to_save, load_embeddings
+from .locations import is_only_known_here
 from .ownership import adapter_state
 from .resizing import was_resized
 
@@ -39,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _unmerged: WeakSet[PeftModel] = WeakSet()
 """Models of which a warning said that their adapter cannot be merged."""
+
+_said_only_here: set[str] = set()
+"""Bases of which a message said that other libraries do not find them."""
 
 PROMPT_ENCODER_FILE = "prompt_encoder.safetensors"
 """Encoder of virtual tokens (P-tuning), which a checkpoint needs; PEFT itself saves only the tokens."""
@@ -160,6 +165,22 @@ def save_adapter(
     config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
     config.save_pretrained(str(folder))
     config.inference_mode = was_inference
+    _say_how_others_open(folder, config.base_model_name_or_path)
+
+
+def _say_how_others_open(folder: Path, base: str) -> None:
+    """Says once how Transformers alone opens an adapter whose base only this library finds."""
+    in_checkpoint = any(part.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for part in folder.parts)
+    if in_checkpoint or base in _said_only_here or not is_only_known_here(base):
+        return
+    _said_only_here.add(base)
+    logger.warning(
+        "Only this library finds the base of %s (%s). For Transformers or PEFT alone, `hf-rlhf merge %s` writes one "
+        "plain model.",
+        folder,
+        base,
+        folder,
+    )
 
 
 def load_adapter_weights(model: PeftModel, name: str, folder: str | Path, *, start: str | None = None) -> None:

@@ -148,7 +148,7 @@ def warn_of_other_precision(model: nn.Module, folder_or_repo: str, revision: str
         remedy = _as_trained(record.quantization)
     elif present is None and dtype not in (record.dtype, "float32"):
         trained, here = f"{record.dtype} weights", f"{dtype} weights"
-        remedy = f"dtype={record.dtype!r}"
+        remedy = f"dtype={record.dtype!r} (--dtype {record.dtype})"
     else:
         return
     logger.warning(
@@ -170,7 +170,7 @@ def _as_trained(quantization: dict[str, Any] | None) -> str:
         return "the checkpoint that was quantized like this"
     options = {name: quantization[name] for name in _SHOWN[kind] if name in quantization}
     if options == _LOAD_IN_4BIT:
-        return "load_in_4bit=True"
+        return "load_in_4bit=True (--load_in_4bit true)"
     shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
     return f"quantization_config=BitsAndBytesConfig({', '.join(shown)})"
 
@@ -185,6 +185,8 @@ def _frozen_weights(model: PeftModel) -> dict[str, nn.Parameter]:
     weights = {}
     for name, parameter in model.named_parameters():
         is_readable = parameter.is_floating_point() and parameter.numel() > 0 and not parameter.is_meta
+        if getattr(parameter, "quant_state", None) is not None:
+            is_readable = False  # packed 4-bit weights may be stored in a floating-point dtype
         if parameter.requires_grad or not is_readable or name.startswith(attached) or is_below(name, prefixes):
             continue
         if changes_base and ".base_layer." in name:

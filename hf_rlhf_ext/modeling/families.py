@@ -46,7 +46,7 @@ def check_config(
         location: further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
-        UserError: for an encoder-decoder, and for a masked language model as a policy.
+        UserError: for an encoder-decoder, and for a masked language model or a classifier as a policy.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **location)
     architecture = (config.architectures or [""])[0]
@@ -55,6 +55,11 @@ def check_config(
         raise UserError(_encoder_decoder(f"model_name_or_path: {name}", config.model_type, task))
     if task == "reward" or getattr(config, "is_decoder", False):
         return
+    if architecture.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"model_name_or_path: {name} is a classifier or reward model ({architecture}), which does not generate "
+            f"text: give a causal language model, {GOOD_POLICIES}."
+        )
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         raise UserError(
             f"model_name_or_path: {name} is an encoder ({architecture}), which does not generate text: give a causal "

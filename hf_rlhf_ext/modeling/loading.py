@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compat import suppress_seqcls_warning
+from ..data.prompt_form import PromptForm, remember_form
 from ..errors import UserError, first_line, last_line
 from .adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
 from .adapter_kinds import refuse_lost_start, task_name
@@ -72,6 +73,9 @@ _RENAMED_OPTIONS = {
 }
 """Options of `from_pretrained` that are not options of `load_base_model`, with what to do instead."""
 
+_HEADS = ("lm_head", "score")
+"""Layers that are not quantized."""
+
 
 def preferred_dtype() -> torch.dtype:
     """The dtype in which this machine computes fastest.
@@ -96,7 +100,7 @@ def warn_of_emulated_bf16(args: TrainingArguments) -> None:
     """Logs a warning if bf16, the default of TRL's trainers, is slow on this CPU."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")  # not measured on other processors
     if args.bf16 and args.device.type == "cpu" and on_x86 and not _cpu_has_bf16():
-        logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: pass bf16=False.")
+        logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: set bf16 to false.")
 
 
 def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
@@ -111,7 +115,8 @@ def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
         return
     logger.warning(
         "%s is trained without an adapter and its weights are %s: small updates are lost by rounding. Load it with "
-        "dtype='float32' (bf16=True still computes in bf16), or train an adapter (peft_config).",
+        "dtype='float32' (--dtype float32; bf16=True still computes in bf16), or train an adapter (peft_config, or "
+        "--use_peft true).",
         name,
         str(dtype).removeprefix("torch."),
     )
@@ -197,7 +202,7 @@ def load_base_model(
 
     keep_nf4_gradients_right(model)
     if task == "reward":
-        refuse_quantized_encoder(model, "load_in_4bit" if load_in_4bit else "quantization_config")
+        refuse_quantized_encoder(model, _quantizing_option(load_in_4bit, requested))
         install_fp32_score(model)
     return model
 
@@ -223,6 +228,15 @@ def _requested_quantization(
     if task == "reward":
         config = with_head_left_alone(config)
     return config
+
+
+def _quantizing_option(load_in_4bit: bool, requested: QuantizationConfigMixin | None) -> str:
+    """Name of the option that asks for a quantization, for messages."""
+    if load_in_4bit:
+        return "load_in_4bit"
+    if getattr(requested, "load_in_8bit", False):
+        return "quantization_config (load_in_8bit)"
+    return "quantization_config"
 
 
 def _is_quantized_already(path: str, location: dict[str, str], name: str, requested: QuantizationConfigMixin) -> bool:
@@ -309,6 +323,7 @@ def load_policy(
     revision: str | None = None,
     is_trainable: bool = False,
     trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **base_options: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a policy and its tokenizer: an adapter with its base, or a whole model.
@@ -321,6 +336,7 @@ def load_policy(
         revision: branch, tag or commit of `folder_or_repo`; `None` means the default branch.
         is_trainable: whether the adapter can be trained further, such as an SFT adapter with PPO.
         trust_remote_code: whether to run Python code from the repositories, as in Transformers.
+        tokenizer: the tokenizer, if another one is wanted, or if there is none in the folder.
         base_options: options of `load_base_model`, such as `dtype` and `load_in_4bit`.
 
     Returns:
@@ -332,20 +348,32 @@ def load_policy(
     folder_or_repo = os.path.expanduser(folder_or_repo)
     remote = {"trust_remote_code": trust_remote_code}
     base_id, base_revision = base_and_revision(folder_or_repo, revision)
+    if base_id is not None:
+        _refuse_reward_adapter(folder_or_repo, revision)
+    path, location = resolve_location(base_id or folder_or_repo, base_revision if base_id else revision)
+    with found_or_refused("model_name_or_path", base_id or folder_or_repo):
+        check_config(path, name=base_id or folder_or_repo, task="causal_lm", **remote, **location)
+    if tokenizer is None:  # before the weights, which may take minutes
+        tokenizer = _tokenizer_of_policy(folder_or_repo, revision, base_id, base_revision, **remote)
     if base_id is None:
         # A whole model, not an adapter.
         model = load_base_model(folder_or_repo, revision=revision, **remote, **base_options)
-        return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
+    else:
+        base = load_base_model(base_id, revision=base_revision, **remote, **base_options)
+        model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
+        warn_of_other_precision(model, folder_or_repo, revision)
+    remember_form(model, PromptForm.load(folder_or_repo, revision))
+    return model, tokenizer
 
-    _refuse_reward_adapter(folder_or_repo, revision)
-    base = load_base_model(base_id, revision=base_revision, **remote, **base_options)
-    model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
-    warn_of_other_precision(model, folder_or_repo, revision)
+
+def _tokenizer_of_policy(
+    folder_or_repo: str, revision: str | None, base_id: str | None, base_revision: str | None, **remote: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a policy, or that of the base of an adapter that was saved without one."""
     folder = Path(folder_or_repo)
-    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
-        # The adapter was saved without a tokenizer: it was trained with that of the base.
-        return model, load_tokenizer(base_id, revision=base_revision, **remote)
-    return model, load_tokenizer(folder_or_repo, revision=revision, **remote)
+    if base_id is not None and folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(base_id, revision=base_revision, **remote)
+    return load_tokenizer(folder_or_repo, revision=revision, **remote)
 
 
 def _refuse_reward_adapter(folder_or_repo: str, revision: str | None) -> None:
@@ -482,10 +510,15 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return named
 
 
-def four_bit_config() -> BitsAndBytesConfig:
-    """The configuration for 4 bits: NF4 with double quantization, computed in bf16, or in fp16 on GPUs without bf16.
+def four_bit_config(
+    quant_type: str = "nf4", *, double_quant: bool = True, storage: str | None = None
+) -> BitsAndBytesConfig:
+    """The configuration for 4 bits, computed in bf16, or in fp16 on GPUs without bf16. The heads are not quantized.
 
-    The heads are not quantized.
+    Args:
+        quant_type: `"nf4"` or `"fp4"`.
+        double_quant: whether the scales of the blocks are quantized too, which saves 0.4 bits per weight.
+        storage: dtype in which the packed weights are stored, such as `"bfloat16"`; `None` means uint8.
 
     Raises:
         UserError: if bitsandbytes is not installed.
@@ -496,8 +529,19 @@ def four_bit_config() -> BitsAndBytesConfig:
         compute_dtype = torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=["lm_head", "score"],
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=list(_HEADS),
     )
+
+
+def eight_bit_config() -> BitsAndBytesConfig:
+    """The configuration for 8 bits (LLM.int8, arXiv:2208.07339). The heads are not quantized.
+
+    Raises:
+        UserError: if bitsandbytes is not installed.
+    """
+    require_bitsandbytes("load_in_8bit")
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_HEADS))

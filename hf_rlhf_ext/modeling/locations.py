@@ -27,6 +27,15 @@ LOCAL_PREFIXES = (".", "/", "~")
 """A path may start with one of these, and a Hub id never does."""
 
 
+def is_only_known_here(name: str | None) -> bool:
+    """Whether only this library finds a model of this name: the embedded model, and GGUF files.
+
+    Args:
+        name: name of a base, as an adapter records it.
+    """
+    return name is not None and (name == EMBEDDED_MODEL or name.endswith(".gguf"))
+
+
 def resolve_location(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
     """Finds the location of a model or tokenizer.
 

@@ -113,9 +113,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         mask: (B, T) bool, True for emitted tokens.
 
     Returns:
-        A scalar: 1 for a perfect critic; 0 or less for a critic that predicts no better than a constant.
+        A scalar: 1 for a perfect critic; 0 or less for a critic that predicts no better than a constant. NaN if all
+        returns are the same, as there is nothing to explain.
     """
     errors = returns - values
     residual = masked_mean((errors - masked_mean(errors, mask)).square(), mask)
-    total = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-    return 1.0 - residual / total.clamp(min=1e-8)
+    mean = masked_mean(returns, mask)
+    total = masked_mean((returns - mean).square(), mask)
+    rounding = 1e-12 * mean.square() + 1e-16  # what the variance of equal returns may be in fp32
+    return torch.where(total > rounding, 1.0 - residual / total, torch.nan)

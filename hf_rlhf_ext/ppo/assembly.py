@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.given import as_dataset, as_datasets
+from ..data.prompt_form import PromptForm, form_of_model
 from ..errors import UserError
 from ..modeling.base_check import warn_of_changed_base
 from ..modeling.dropout import disable_dropout
@@ -42,7 +43,7 @@ from .adapter_setup import check_adapter, refuse_trained_base, refuse_unrepeatab
 from .config import PPOConfig
 from .guards import check_setup
 from .policy_check import check_generates
-from .prompts import Prompts, warn_of_other_sampling, with_max_steps
+from .prompts import Prompts, warn_of_other_form, warn_of_other_sampling, with_max_steps
 from .ptx import PTXTexts
 from .rewards import RewardFunc, RewardFunctions, named_sets
 from .roles import Roles
@@ -62,6 +63,7 @@ class Inputs:
         prompts: the prompts of the training data.
         ptx_texts: the texts of PPO-ptx.
         max_positions: maximum number of tokens of a sequence that the policy supports.
+        prompt_form: form that the policy is trained on, by PPO and before.
     """
 
     model: PreTrainedModel | PeftModel
@@ -72,6 +74,7 @@ class Inputs:
     prompts: Prompts
     ptx_texts: PTXTexts
     max_positions: int
+    prompt_form: PromptForm
 
     @property
     def datasets(self) -> dict[str, Dataset]:
@@ -117,6 +120,8 @@ def prepare_inputs(
     check_causal(model, prompts.first)
     check_generates(model, prompts.first)
     warn_of_other_sampling(args)
+    trained_on = form_of_model(model)
+    warn_of_other_form(trained_on, tokenizer, {"train_dataset": train_dataset} | named_sets(eval_dataset))
     args = with_possible_checkpointing(args, model, peft_config)
     return Inputs(
         model=model,
@@ -127,6 +132,7 @@ def prepare_inputs(
         prompts=prompts,
         ptx_texts=ptx_texts,
         max_positions=limits["max_positions"],
+        prompt_form=PromptForm.of(train_dataset[0]["prompt"], tokenizer).after(trained_on),
     )
 
 
@@ -139,8 +145,8 @@ def _load(
     """Returns model and tokenizer, and loads them if they are given by name or left out."""
     is_loaded = isinstance(model, str | Path)
     if is_loaded:
-        model, loaded = load_trainable(model, peft_config, trust_remote_code=args.trust_remote_code)
-        tokenizer = loaded if tokenizer is None else tokenizer
+        options = {"trust_remote_code": args.trust_remote_code, "tokenizer": tokenizer}
+        model, tokenizer = load_trainable(model, peft_config, **options)
     check_policy(model, peft_config)
     if isinstance(model, PeftModel):
         check_adapter("model", model.active_peft_config)
@@ -203,7 +209,7 @@ def assemble_roles(
 
     eval_rewards = None
     if eval_reward_funcs is not None:
-        eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs", **loading)
+        eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs", beside=rewards, **loading)
     if args.fp16:
         refuse_fp16_weights(stack.model)
     if args.disable_dropout:
@@ -392,7 +398,7 @@ def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScor
         raise UserError(
             f"{folder_or_repo}: the adapter has no score head: use a reward model trained with BradleyTerryTrainer."
         )
-    return RewardScorer(
+    scorer = RewardScorer(
         stack.model,
         load_tokenizer(str(folder)),
         mean=normalization.mean,
@@ -400,4 +406,7 @@ def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScor
         autocast=normalization.autocast_dtype,
         adapter=attached.adapter,
         head=attached.head,
+        trained_on=PromptForm.load(folder),
     )
+    scorer.asked.name = str(folder_or_repo)
+    return scorer

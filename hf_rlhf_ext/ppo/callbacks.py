@@ -1,14 +1,11 @@
-"""Callbacks of PPO: health warnings, tables of completions, and a checkpoint at SIGTERM.
+"""Callbacks of PPO: health warnings and tables of completions.
 
 They hold no reference to the trainer, as Transformers replaces callbacks when a run resumes. What they need is passed
 with each event.
 """
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -250,57 +247,3 @@ def send_table(
         tracker = __import__(name)
         if name == "trackio" or tracker.run is not None:
             tracker.log({title: tracker.Table(dataframe=table)})
-
-
-class SaveOnSignal(TrainerCallback):
-    """At SIGTERM, which batch systems send before they end a job, saves a checkpoint and stops training.
-
-    Both happen at the end of the current optimizer step.
-
-    Attributes:
-        received: whether this process has received the signal.
-        agreed: whether any process has received it. The trainer sets it at the same step on all processes.
-    """
-
-    def __init__(self):
-        self.received = False
-        self.agreed = False
-
-    def agree(self, agreed: bool) -> None:
-        """Sets whether any process has received the signal. All processes call it with the same value."""
-        self.agreed = agreed
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles SIGTERM inside the context, in the main thread only.
-
-        If training was stopped by the signal, the process exits with status 128 + 15 at the end of the context.
-        """
-        self.received = False
-        self.agreed = False
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread:
-            before = signal.signal(signal.SIGTERM, self._receive)
-        try:
-            yield
-        finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-        if self.agreed:
-            raise SystemExit(128 + signal.SIGTERM)
-        if self.received:  # it came after the last step: the previous handler gets it now
-            signal.raise_signal(signal.SIGTERM)
-
-    def _receive(self, number, frame):
-        self.received = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.agreed:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.agreed:
-            logger.warning(
-                "SIGTERM: saved a checkpoint at step %d: resume with resume_from_checkpoint=True.", state.global_step
-            )

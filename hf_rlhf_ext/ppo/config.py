@@ -11,7 +11,7 @@ from ..training.config_checks import checked_options
 from ..training.option_values import check_ranges
 from .generation_options import check_generation_kwargs
 from .kl import KL_ESTIMATORS
-from .trainer_options import check_ppo_options
+from .trainer_options import REFUSED_OPTIONS, UNUSED_OPTIONS, check_ppo_options
 
 CHOICES = {
     "critic": ("adapter", "head", "model"),
@@ -79,12 +79,15 @@ class PPOConfig(BaseConfig):
 
     The defaults that differ from `TrainingArguments` are those of TRL's trainers (bf16, gradient checkpointing, a log
     every 10 steps) and `learning_rate` = 1e-5. Each option is described in its field's `help`, which
-    `hf-rlhf ppo --help` prints.
+    `hf-rlhf ppo --help-all` prints.
 
     Raises:
         UserError: if an option is outside of its range, if options contradict each other, or if an option has an old
             name.
     """
+
+    unused_options = UNUSED_OPTIONS
+    refused_options = REFUSED_OPTIONS
 
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Initial learning rate of the optimizer (AdamW by default) for the policy."}
@@ -200,7 +203,8 @@ class PPOConfig(BaseConfig):
     reward_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Weight of each reward function in the sum of rewards, in their order. If `None`, each weight is 1."
+            "help": "Weight of each reward in the sum, in the order in which the rewards are given. If `None`, each "
+            "weight is 1."
         },
     )
     reward_scale: float = field(

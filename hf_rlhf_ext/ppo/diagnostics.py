@@ -263,4 +263,6 @@ def _negative_kl(history: History, temperature: float, top_k: int, top_p: float)
     line += ")"
     if top_k or top_p < 1:
         return f"{line}. Set top_k=0 and top_p=1.0, or importance_sampling_correction"
-    return f"{line} because of rounding or generation_kwargs. Set importance_sampling_correction, or bf16=False"
+    return (
+        f"{line} because of rounding or generation_kwargs. Set importance_sampling_correction to true, or bf16 to false"
+    )

@@ -4,7 +4,7 @@ An engine depends only on a policy and token ids, so that PPO, best-of-n samplin
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model, merged_adapter, mixed_precision
 from ..modeling.logprobs import contiguous_head_inputs
 from ..modeling.padding import reads_left_padding
 from ..modeling.probing import evaluating
+from ..training.bars import Advance, progress_bar
 from .config import PPOConfig
 from .generation_options import check_generation_kwargs, check_ids_in_vocabulary
 from .stopping import StopAtStrings, StopStrings, cut_at_stop
@@ -187,21 +189,32 @@ class TransformersEngine:
             **further,
         )
         batch_size = sampling.batch_size or len(prompts)
-        ids: list[list[int]] = [[]] * len(prompts)
-        logprobs: list[list[float]] = [[]] * len(prompts)
         with (
             evaluating(self.policy),  # eval mode: no gradient checkpointing, no dropout, and the KV cache works
             merged_adapter(self.policy, enabled=self.merge),
             mixed_precision(self.policy, self.autocast),
         ):
-            for rows in self._batches(prompts, batch_size, config):
+            return self._generate(prompts, self._batches(prompts, batch_size, config), config, sampling.string_stops)
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        batches: list[list[int]],
+        config: GenerationConfig,
+        stop_strings: StopStrings | None,
+    ) -> Samples:
+        """Samples one completion per prompt, batch after batch."""
+        ids: list[list[int]] = [[]] * len(prompts)
+        logprobs: list[list[float]] = [[]] * len(prompts)
+        device = next(self.policy.parameters()).device
+        n_tokens = sum(len(rows) for rows in batches) * config.max_new_tokens
+        with progress_bar(f"sampling {len(prompts)} completions", n_tokens) as advance:
+            for rows in batches:
+                counter = _TokenCounter(len(rows), config.max_new_tokens, advance)
                 completions, drawn = generate_completions(
-                    self.policy,
-                    [prompts[row] for row in rows],
-                    config,
-                    next(self.policy.parameters()).device,
-                    sampling.string_stops,
+                    self.policy, [prompts[row] for row in rows], config, device, stop_strings, on_token=counter.count
                 )
+                counter.finish()
                 for row, completion, row_logprobs in zip(rows, completions, drawn, strict=True):
                     ids[row] = completion
                     logprobs[row] = row_logprobs
@@ -244,6 +257,25 @@ class TransformersEngine:
                     type(bare_model(self.policy)).__name__,
                 )
         return self._reads_padding
+
+
+class _TokenCounter:
+    """Moves a bar by one token of each completion in a batch. A batch may end before the maximum number of tokens."""
+
+    def __init__(self, n_completions: int, max_new_tokens: int, advance: Advance):
+        self.n_completions = n_completions
+        self.left = max_new_tokens
+        self.advance = advance
+
+    def count(self) -> None:
+        """Counts a token of each completion."""
+        if self.left > 0:
+            self.left -= 1
+            self.advance(self.n_completions)
+
+    def finish(self) -> None:
+        """Counts the tokens that were not needed."""
+        self.advance(self.left * self.n_completions)
 
 
 def stop_token_ids(
@@ -349,7 +381,8 @@ class SampledLogprobs(LogitsProcessor):
     at the next call, `input_ids` contains the token that was sampled from them.
     """
 
-    def __init__(self):
+    def __init__(self, on_token: Callable[[], None] | None = None):
+        self._on_token = on_token
         self._scores: Tensor | None = None
         self._columns: list[Tensor] = []
 
@@ -357,6 +390,8 @@ class SampledLogprobs(LogitsProcessor):
         if self._scores is not None:
             self._take(input_ids[:, -1:])
         self._scores = scores
+        if self._on_token is not None:
+            self._on_token()
         return scores
 
     def _take(self, tokens: Tensor) -> None:
@@ -383,6 +418,8 @@ def generate_completions(
     config: GenerationConfig,
     device: torch.device,
     stop_strings: StopStrings | None = None,
+    streamer: BaseStreamer | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples one completion per prompt with `model.generate`.
 
@@ -395,6 +432,8 @@ def generate_completions(
         config: a complete generation config, see `sampling_config`.
         device: where to generate.
         stop_strings: strings that end a completion; `None` for none.
+        streamer: gets each token as it is sampled, as in Transformers, but never the prompt; for a single prompt.
+        on_token: called at each step, in which every completion gets a token, for a progress bar.
 
     Returns:
         The token ids of each completion, and the log-probability of each of these tokens in nats, under the
@@ -407,13 +446,15 @@ def generate_completions(
     for row, ids in enumerate(prompt_ids):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    recorder = SampledLogprobs()
+    recorder = SampledLogprobs(on_token)
 
     def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         # A processor passed to `generate` would run before top-k and top-p. Here the list is complete, so ours runs
         # last.
         logits_processor.append(recorder)
-        return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        return model._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
+        )
 
     # `generate` fills the unset fields of the config that it gets from the model's generation config.
     with generation_config_of(model, config), contiguous_head_inputs(model):

@@ -12,6 +12,7 @@ from ..data.text import decode_completion
 from ..modeling.probing import unchanged_random_state
 from ..reward.ensemble import RewardEnsemble
 from ..reward.scorer import RewardScorer
+from ..training.bars import progress_bar
 from .config import PPOConfig
 from .experience import SamplingTools
 from .kl import kl_k1, kl_k3
@@ -103,9 +104,12 @@ class Evaluator:
         with unchanged_random_state(device):
             torch.manual_seed((self.args.seed if seed is None else seed) + self.ranks.index)
             size = self.args.per_device_eval_batch_size
-            for start in range(0, len(own), size):
-                examples, prompt_ids = prompts.rows(own[start : start + size])
-                rows += self._evaluate_batch(examples, prompt_ids, trainer_state)
+            starts = range(0, len(own), size)
+            with progress_bar("evaluation", len(starts)) as advance:
+                for start in starts:
+                    examples, prompt_ids = prompts.rows(own[start : start + size])
+                    rows += self._evaluate_batch(examples, prompt_ids, trainer_state)
+                    advance(1)
         return self.ranks.concatenate(rows)
 
     def _evaluate_batch(

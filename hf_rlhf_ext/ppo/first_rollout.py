@@ -56,7 +56,8 @@ SAMPLED = (
     "sampled and scored log-probabilities",
     "the sampler does not use the weights or the distribution that are scored: an engine that is not in sync, a model "
     "that reads padding or counts positions in another way in `generate`, or an adapter that changes when it is "
-    "merged: try merge_for_generation=False and generation_batch_size=1, or set importance_sampling_correction=True",
+    "merged: try merge_for_generation=False (--merge_for_generation false) and generation_batch_size=1, or set "
+    "importance_sampling_correction to true",
 )
 REFERENCE = (
     "the policy and its reference, which should be equal at the start,",

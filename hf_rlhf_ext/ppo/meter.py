@@ -1,5 +1,6 @@
 """Means of metrics between two logs, over all processes."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -74,6 +75,7 @@ class Meter:
         self._ranks = ranks
         self._sums: dict[str, float | Tensor] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
+        self._open: set[str] = set()
 
     def add(self, name: str, value: Tensor | float, count: float = 1.0) -> None:
         """Adds a share.
@@ -92,6 +94,10 @@ class Meter:
         """Adds an observation."""
         self.add(name, value / self._ranks.count)
 
+    def leave_open(self, name: str) -> None:
+        """Says that a metric is not defined this time: its mean is over the other times, or NaN if there is none."""
+        self._open.add(name)
+
     def means(self) -> dict[str, float]:
         """Returns the mean of every metric and resets the sums. Every process must call it, as shares are gathered."""
         own = {name: float(total) for name, total in self._sums.items()}
@@ -101,6 +107,8 @@ class Meter:
                 sums[name] = sums.get(name, 0.0) + value
         # A reward function may log a metric on some processes only. If this process does not have it, its count is 1.
         means = {name: total / self._counts.get(name, 1.0) for name, total in sums.items()}
+        for name in self._open:
+            means.setdefault(name, math.nan)
         self.reset()
         return means
 
@@ -108,3 +116,4 @@ class Meter:
         """Sets all sums to zero."""
         self._sums.clear()
         self._counts.clear()
+        self._open.clear()

@@ -9,6 +9,7 @@ from ..modeling.probing import probing
 from .engine import generate_completions, sampling_config
 
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_PROBED_TOKENS = 64
 
 
 def check_generates(model: nn.Module, ids: list[int]) -> None:
@@ -18,7 +19,7 @@ def check_generates(model: nn.Module, ids: list[int]) -> None:
 
     Args:
         model: the policy, also inside PEFT.
-        ids: token ids of a prompt, of which the first 16 are used.
+        ids: token ids of a prompt, of which the first 64 are used.
 
     Raises:
         UserError: if `generate` fails.
@@ -28,7 +29,7 @@ def check_generates(model: nn.Module, ids: list[int]) -> None:
     device = next(model.parameters()).device
     try:
         with probing(model):
-            generate_completions(model, [ids[:16]], config, device)
+            generate_completions(model, [ids[:_PROBED_TOKENS]], config, device)
     except (UserError, torch.OutOfMemoryError):
         raise
     except _FAILURES as error:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.json_columns import RowsWithoutFill
 from ..data.media import refuse_media_columns
+from ..data.prompt_form import MESSAGES, TEXT, PromptForm
 from ..data.schema import LoadReport
 from ..data.templates import TEMPLATE_COLUMNS, template_options
 from ..data.text import Unrenderable, check_tokenizer, encode_generation_prompt, is_messages, refused_row
@@ -139,6 +141,43 @@ def _check_dataset(dataset: Dataset, name: str) -> None:
         raise UserError(f"{name} has no column 'prompt', only {dataset.column_names}: rename yours to 'prompt'.")
     if len(dataset) == 0:
         raise UserError(f"{name} is empty: PPO needs at least one prompt.")
+
+
+def warn_of_other_form(
+    trained_on: PromptForm, tokenizer: PreTrainedTokenizerBase, datasets: Mapping[str, Sequence]
+) -> None:
+    """Logs one warning if prompts have another form than those that the policy was trained on.
+
+    The prompts are not changed.
+
+    Args:
+        trained_on: the form of its training. Nothing is logged if it is not known, or mixed.
+        tokenizer: tokenizer of the policy.
+        datasets: rows with `prompt` by their names in messages, those of training first.
+    """
+    for name, dataset in datasets.items():
+        form = PromptForm.of(dataset[0]["prompt"], tokenizer).prompt_form
+        if (trained_on.prompt_form, form) == (MESSAGES, TEXT):
+            logger.warning(
+                "%s: the prompts are text, but the policy was trained on messages, and without its chat template it "
+                "may go on with the text instead of answering: give messages, with as_user_turns of "
+                "hf_rlhf_ext.data.prompting, or on the command line with --columns '{prompt: prompt}'.",
+                name,
+            )
+            return
+        if (trained_on.prompt_form, form) == (TEXT, MESSAGES):
+            logger.warning(
+                "%s: the prompts are messages, but the policy was trained on text, so that it has not seen the chat "
+                "template that renders them: give the prompts as text, or train the policy on messages first.",
+                name,
+            )
+            return
+        if form == MESSAGES and trained_on.prompt_form == MESSAGES and trained_on.other_template(tokenizer):
+            logger.warning(
+                "processing_class has another chat template than the policy was trained with: use the tokenizer of the "
+                "policy's folder."
+            )
+            return
 
 
 def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int, *, shuffled: bool = True) -> list[int]:

@@ -1,18 +1,25 @@
 """How a reward function is called: what may be one, which parameters it must have, and coroutines that it returns."""
 
 import asyncio
+import difflib
+import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from torch import nn
 from transformers import Pipeline, PreTrainedTokenizerBase
 
 from ..compat import get_callable_name
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 HOOKS = ("trainer_state", "log_metric", "log_extra")
 """Arguments that the trainer passes to reward functions besides texts and columns, as in TRL."""
@@ -28,26 +35,75 @@ def as_list(given: Any) -> list:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def checked_weights(weights: Any, n_funcs: int, option: str) -> list[float]:
+def given_name(func: Any) -> str:
+    """The name of a reward as it was given: a path, a Hub id, or the name of the function."""
+    if isinstance(func, str | Path):
+        return str(func)
+    return get_callable_name(func)
+
+
+def distinct_names(names: list[str]) -> list[str]:
+    """Appends its number to each name that occurs more than once, so that logs are unambiguous."""
+    distinct = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    # `f`, `f` and a function that is called `f_0`: once more.
+    return distinct if len(set(distinct)) == len(names) else distinct_names(distinct)
+
+
+def weighted_sum(names: Sequence[str], weights: Sequence[float]) -> str:
+    """The reward as a formula, such as `1 × runs/reward + 0.5 × short`."""
+    terms = ""
+    for name, weight in zip(names, weights, strict=True):
+        sign = "-" if weight < 0 else "+"
+        joined = f" {sign} " if terms else sign.removeprefix("+")
+        terms += f"{joined}{abs(weight):g} × {name}"
+    return terms
+
+
+def checked_weights(weights: Any, names: Sequence[str], option: str) -> list[float]:
     """Returns the weight of each reward function; 1 each for `None`.
+
+    Args:
+        weights: what was given as weights.
+        names: names of the functions in their order.
+        option: what the functions are called in the message.
 
     Raises:
         UserError: if the weights are not one finite number for each function.
     """
     if weights is None:
-        return [1.0] * n_funcs
+        return [1.0] * len(names)
     if hasattr(weights, "tolist"):  # a tensor or an array
         weights = weights.tolist()
     if not isinstance(weights, list | tuple):
         raise UserError(
             f"reward_weights={describe(weights)} is no list: give a list with one number for each of {option}."
         )
-    if len(weights) != n_funcs:
-        raise UserError(f"reward_weights has {len(weights)} entries for {n_funcs} {option}: give one each.")
+    if len(weights) != len(names):
+        raise UserError(
+            f"reward_weights has {len(weights)} entries for {len(names)} {option}: give one each, in the order "
+            f"{', '.join(names)}."
+        )
     for weight in weights:
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UserError(f"reward_weights={list(weights)!r}: {weight!r} is not a finite number: give one for each.")
     return list(weights)
+
+
+def check_given(reward_funcs: Any, weights: Any, option: str) -> list:
+    """Returns the entries of what was given as reward functions, before any model is loaded.
+
+    Raises:
+        UserError: if there is none, if an entry is neither a function nor a model nor a name, or if the weights do not
+            fit.
+    """
+    funcs = as_list(reward_funcs)
+    if not funcs or any(func is None for func in funcs):
+        raise UserError(f"{option}: give at least one callable, reward model or path.")
+    checked_weights(weights, [given_name(func) for func in funcs], option)
+    for func in funcs:
+        if not isinstance(func, str | Path) and not is_reward_model(func):
+            check_function(func, option)
+    return funcs
 
 
 def check_tokenizers(tokenizers: Sequence[Any], n_funcs: int, option: str) -> None:
@@ -104,10 +160,49 @@ def check_function(func: Any, option: str) -> None:
 def _takes_texts(function: Callable) -> bool:
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return takes_all or all(name in parameters for name in TEXTS)
+    return takes_all or any(name in parameters for name in (*TEXTS, "completion_ids"))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a reward function, which is called with names only.
+
+    Attributes:
+        named: names of its parameters; `None` if they are not known, as of a function that is written in C.
+        takes_all: whether it takes any other name too.
+        required: those without a default.
+        by_position: those that cannot be given by name.
+    """
+
+    named: frozenset[str] | None = None
+    takes_all: bool = True
+    required: tuple[str, ...] = ()
+    by_position: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, func: Callable) -> "Parameters":
+        """Reads the signature of a function or of a module's `forward`."""
+        try:
+            signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
+        except (TypeError, ValueError):
+            return cls()
+        parameters = signature.parameters.values()
+        plain = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        return cls(
+            named=frozenset(parameter.name for parameter in plain),
+            takes_all=any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters),
+            required=tuple(parameter.name for parameter in plain if parameter.default is parameter.empty),
+            by_position=tuple(parameter.name for parameter in plain if parameter.kind is parameter.POSITIONAL_ONLY),
+        )
+
+    def select(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the function takes: all, or those that it names."""
+        if self.takes_all or self.named is None:
+            return arguments
+        return {name: value for name, value in arguments.items() if name in self.named}
 
 
 def check_parameters(func: Callable, name: str, passed_on: Sequence[str], *, where: str) -> None:
@@ -119,66 +214,127 @@ def check_parameters(func: Callable, name: str, passed_on: Sequence[str], *, whe
         passed_on: names of the columns that are passed on.
         where: name of the dataset in the message.
     """
-    try:
-        signature = inspect.signature(func.forward if isinstance(func, nn.Module) else func)
-    except (TypeError, ValueError):  # such as a function written in C
-        return
-    arguments = dict.fromkeys((*TEXTS, "completion_ids", *HOOKS, *passed_on))
-    parameters = signature.parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    unexpected = [argument for argument in arguments if argument not in signature.parameters]
-    missing = [parameter.name for parameter in parameters if _needs_value(parameter, arguments)]
-    if any(parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in arguments for parameter in parameters):
+    parameters = Parameters.of(func)
+    arguments = [*TEXTS, "completion_ids", *HOOKS, *passed_on]
+    if any(parameter in arguments for parameter in parameters.by_position):
         raise UserError(
             f"reward function {name!r} takes arguments by their position, but gets all by name: remove the slash from "
             "its parameters, as in (prompts, completions, **kwargs)."
         )
-    if missing and unexpected and not takes_all:
+    missing = [parameter for parameter in parameters.required if parameter not in arguments]
+    takes_nothing = parameters.named is not None and not parameters.takes_all
+    if takes_nothing and not parameters.named.intersection((*TEXTS, "completion_ids")):
+        needed = f" needs {missing[0]!r}, which is no column of {where}, and" if missing else ""
         raise UserError(
-            f"reward function {name!r} needs {missing[0]!r}, which is no column of {where}, and does not take "
-            f"{unexpected[0]!r}: write its parameters as (prompts, completions, **kwargs)."
-        )
-    if unexpected and not takes_all:
-        raise UserError(
-            f"reward function {name!r} does not take {unexpected[0]!r}: add **kwargs to its parameters, as it "
-            "gets the columns of the dataset, and more, by name."
+            f"reward function {name!r}{needed} does not take 'completions': "
+            "write its parameters as (prompts, completions, **kwargs)."
         )
     if missing:
+        nearest = difflib.get_close_matches(missing[0], arguments, n=1)
+        hint = f"did you mean {nearest[0]!r}? Else " if nearest else ""
         raise UserError(
             f"reward function {name!r} needs {missing[0]!r}, but {where} has no such column to pass on "
-            f"(it has {', '.join(passed_on) or 'none'}): add the column, or give the parameter a default."
+            f"(it has {', '.join(passed_on) or 'none'}): {hint}add the column, or give the parameter a default."
         )
 
 
-def _needs_value(parameter: inspect.Parameter, arguments: dict[str, None]) -> bool:
-    is_filled = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    has_value = parameter.name in arguments or parameter.default is not parameter.empty
-    return not is_filled and not has_value
+# --- failures --------------------------------------------------------------------------------------------------------
+
+MISTAKES = (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError)
+"""Errors that a mistake in a function raises. Others, such as those of a connection, keep their type."""
+
+
+@contextmanager
+def failures_named(func: Callable, name: str, completions: Sequence[Any]) -> Iterator[None]:
+    """Raises mistakes in a reward function as a `UserError` in one line, with the function, its file and the line.
+
+    Args:
+        func: the reward function.
+        name: its name in the message.
+        completions: the completions that it got.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MISTAKES as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        remedy = "correct the function"
+        is_of_type = isinstance(error, AttributeError | TypeError)  # no index that is out of range
+        if completions and isinstance(completions[0], list) and is_of_type and "list" in str(error):
+            remedy = "for prompts in messages a completion is a list of messages: its text is completion[0]['content']"
+        elif completions and isinstance(completions[0], str) and "string indices" in str(error):
+            remedy = "for prompts as text a completion is text, and no list of messages"
+        raise UserError(f"reward function {name!r} failed: {cause}{_place_in(func, error)}: {remedy}.") from error
+
+
+def _place_in(func: Callable, error: BaseException) -> str:
+    """File and line in the function where an error comes from; empty if it is not known."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    if isinstance(func, nn.Module):
+        func = func.forward
+    code = getattr(inspect.unwrap(func), "__code__", None) or getattr(type(func).__call__, "__code__", None)
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if code and call.filename == code.co_filename]
+    return f" ({Path(calls[-1].filename).name}, line {calls[-1].lineno})" if calls else ""
 
 
 # --- coroutines ------------------------------------------------------------------------------------------------------
 
 
-def awaited(outputs: list[Any]) -> list[Any]:
-    """Returns what functions returned, with the results of coroutines in their place. They run at the same time.
+def comes_later(output: Any) -> bool:
+    """Whether a function returned a coroutine, or a list with coroutines for its completions."""
+    return inspect.isawaitable(output) or _has_coroutines(output)
 
-    A function may return a coroutine, or a list with one for each completion.
-    """
-    if not any(inspect.isawaitable(output) or _has_coroutines(output) for output in outputs):
-        return outputs
 
-    async def result(output: Any) -> Any:
+async def resolved(output: Any) -> Any:
+    """Awaits what a function returned: a coroutine, a list with one for each completion, or scores as they are."""
+    try:
         if inspect.isawaitable(output):
             output = await output
         if _has_coroutines(output):
-            output = await asyncio.gather(*map(result, output))
-        return output
+            output = await _together(map(resolved, output))
+    except (KeyboardInterrupt, SystemExit) as error:  # either would end the event loop, on which the caller waits
+        raise RuntimeError(f"an async reward function raised {type(error).__name__}") from error
+    return output
 
-    async def gather() -> list:
-        return await asyncio.gather(*map(result, outputs))
 
-    with ThreadPoolExecutor(1) as pool:  # a new thread, as the main thread of a notebook already runs an event loop
-        return pool.submit(asyncio.run, gather()).result()
+def awaited(outputs: list[Any]) -> list[Any]:
+    """Returns what functions returned, with the results of coroutines in their place. They run at the same time."""
+    if not any(map(comes_later, outputs)):
+        return outputs
+    future = asyncio.run_coroutine_threadsafe(_together(map(resolved, outputs)), _event_loop())
+    try:
+        return future.result()
+    except BaseException:  # also Ctrl-C
+        future.cancel()
+        raise
+
+
+async def _together(coroutines: Iterable[Awaitable]) -> list[Any]:
+    """Awaits all at the same time. At the first error, the others are canceled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all async reward functions, in a thread of its own: in a notebook, the main thread runs one.
+
+    It is kept for the next call, as TRL does: a client or a semaphore that a function uses again belongs to the loop
+    of its first use.
+    """
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="async reward functions", daemon=True).start()
+    return loop
+
+
+if hasattr(os, "register_at_fork"):  # a new process has no such thread
+    os.register_at_fork(after_in_child=_event_loop.cache_clear)
 
 
 def _has_coroutines(output: Any) -> bool:

@@ -1,9 +1,8 @@
 """Reward functions with the interface of TRL's `GRPOTrainer`. What they return is checked."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -18,15 +17,23 @@ from ..errors import UserError
 from ..modeling.loading import load_tokenizer
 from ..reward.ensemble import RewardEnsemble, load_reward
 from ..reward.scorer import RewardScorer
+from .reward_answers import checked_answer, checked_tokens, padded, total
 from .reward_calls import (
     HOOKS,
+    Parameters,
     as_list,
     awaited,
-    check_function,
+    check_given,
     check_parameters,
     check_tokenizers,
     checked_weights,
+    comes_later,
+    distinct_names,
+    failures_named,
+    given_name,
     is_reward_model,
+    resolved,
+    weighted_sum,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,6 +81,8 @@ class RewardFunctions:
             must be loaded. If left out, every reward model is loaded.
         trust_remote_code: whether to run Python code from the repository of a reward model, as in Transformers.
         option: name of the argument in error messages.
+        beside: the reward functions of training, for those of evaluation only: another function that has the name of
+            one of them is called `eval_<name>`, as metrics have these names.
 
     Raises:
         UserError: if there is no reward function, if an entry is not a reward function, or if the numbers of functions,
@@ -89,11 +98,10 @@ class RewardFunctions:
         share: Callable[[str | Path], RewardScorer | None] | None = None,
         trust_remote_code: bool = False,
         option: str = "reward_funcs",
+        beside: "RewardFunctions | None" = None,
     ):
-        funcs = as_list(reward_funcs)
-        if not funcs or any(func is None for func in funcs):
-            raise UserError(f"{option}: give at least one callable, reward model or path.")
-        weights = checked_weights(reward_weights, len(funcs), option)
+        funcs = check_given(reward_funcs, reward_weights, option)
+        weights = checked_weights(reward_weights, [given_name(func) for func in funcs], option)
         tokenizers = as_list(processing_classes)
         if not isinstance(processing_classes, list | tuple):
             tokenizers *= len(funcs)  # one for all
@@ -102,12 +110,18 @@ class RewardFunctions:
             _as_callable(func, tokenizer, share, option, trust_remote_code)
             for func, tokenizer in zip(funcs, tokenizers, strict=True)
         ]
-        self.names = _distinct_names([get_callable_name(func) for func in self.funcs])
+        self.names = distinct_names([_name_beside(func, beside) for func in self.funcs])
+        self._parameters = [Parameters.of(func) for func in self.funcs]
         self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def weighted(self) -> Iterator[tuple[Callable, float]]:
         """Pairs of a function and its weight."""
         return zip(self.funcs, self.weights.tolist(), strict=True)
+
+    @property
+    def formula(self) -> str:
+        """The sum of the rewards by the names that logs have, such as `1 × reward_model + 0.5 × short`."""
+        return weighted_sum(self.names, self.weights.tolist())
 
     def models(self) -> list[nn.Module]:
         """The reward models among the functions."""
@@ -145,14 +159,17 @@ class RewardFunctions:
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
         outputs = self._outputs(prompts, completions, columns)
-        answers = [_checked(output, len(prompts), name) for output, name in zip(outputs, self.names, strict=True)]
+        answers = []
+        for func, name, output in zip(self.funcs, self.names, outputs, strict=True):
+            with _mistakes_named(func, name, completions):  # a generator runs only here
+                answers.append(checked_answer(output, len(prompts), name, completion_ids))
         # A function that returns a list for any completion returns token rewards; the others score whole completions.
         dense = [i for i, answer in enumerate(answers) if any(isinstance(row, list) for row in answer)]
         for i in dense:
-            answers[i] = _checked_tokens(answers[i], completion_ids, self.names[i])
+            answers[i] = checked_tokens(answers[i], completion_ids, self.names[i])
 
         # NaN stands for "not scored by this function".
-        totals = [[_total(row) for row in answer] for answer in answers]  # F lists of B numbers
+        totals = [[total(row) for row in answer] for answer in answers]  # F lists of B numbers
         per_func = torch.tensor(totals, dtype=torch.float32).T
         self._refuse_unscored(per_func)
 
@@ -161,7 +178,7 @@ class RewardFunctions:
         if not dense:
             return Scores(per_func, sequence)
         width = max(len(ids) for ids in completion_ids or [])
-        weighted = [self.weights[i] * _padded(answers[i], width) for i in dense]
+        weighted = [self.weights[i] * padded(answers[i], width) for i in dense]
         return Scores(per_func, sequence, torch.stack(weighted).sum(0))
 
     def _refuse_unscored(self, per_func: Tensor) -> None:
@@ -204,10 +221,28 @@ class RewardFunctions:
         return (scores * self.weights.to(scores.device)).nansum(dim=1)
 
     def _outputs(self, prompts: list, completions: list, columns: dict[str, Any]) -> list[Any]:
-        """What each function returned. Async functions run at the same time."""
-        # An async function returns a coroutine here, also where a decorator hides that it is one.
-        outputs = [func(prompts=prompts, completions=completions, **columns) for func in self.funcs]
+        """What each function returned. It gets all arguments, or those that it names. Async functions run together."""
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        outputs = []
+        for func, name, parameters in zip(self.funcs, self.names, self._parameters, strict=True):
+            with _mistakes_named(func, name, completions):
+                output = func(**parameters.select(arguments))
+            # An async function returns a coroutine here, also where a decorator hides that it is one.
+            if comes_later(output):
+                output = _named_result(output, func, name, completions)
+            outputs.append(output)
         return awaited(outputs)
+
+
+def _mistakes_named(func: Callable, name: str, completions: list) -> AbstractContextManager:
+    if isinstance(func, RewardScorer | RewardEnsemble):  # not the user's code
+        return nullcontext()
+    return failures_named(func, name, completions)
+
+
+async def _named_result(output: Any, func: Callable, name: str, completions: list) -> Any:
+    with _mistakes_named(func, name, completions):
+        return await resolved(output)
 
 
 def score_completions(
@@ -328,9 +363,11 @@ def extra_columns(n: int) -> tuple[dict[str, list], Callable[[str, list], None]]
     return columns, log_extra
 
 
-def _distinct_names(names: list[str]) -> list[str]:
-    """Appends its number to each name that occurs more than once, so that logs are unambiguous."""
-    return [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+def _name_beside(func: Callable, beside: "RewardFunctions | None") -> str:
+    name = get_callable_name(func)
+    if beside is None or name not in beside.names or any(func is other for other in beside.funcs):
+        return name
+    return f"eval_{name}"
 
 
 def _as_callable(
@@ -348,8 +385,6 @@ def _as_callable(
             func.tokenizer = tokenizer or func.tokenizer
     elif is_reward_model(func):
         func = RewardScorer(func, tokenizer or _tokenizer_of(func, option, trust_remote_code))
-    else:
-        check_function(func, option)
     return func
 
 
@@ -362,79 +397,3 @@ def _tokenizer_of(model: nn.Module, option: str, trust_remote_code: bool) -> Pre
     if option != "reward_funcs":
         remedy = "pass RewardScorer(model, tokenizer)"
     raise UserError(f"{option}: {type(model).__name__} names no checkpoint to load its tokenizer from: {remedy}.")
-
-
-def _checked(output: Any, expected: int, name: str) -> list:
-    """Checks what one function returned: a number per completion, or a list per completion; `None` is kept.
-
-    Raises `UserError` for anything else. `_checked_tokens` checks the lists.
-    """
-    rows = None
-    if isinstance(output, Iterable) and getattr(output, "ndim", 1):  # a tensor with 0 dimensions is one number
-        rows = list(output)
-    if rows is None or len(rows) != expected:
-        returned = repr(output) if rows is None else f"{len(rows)} scores"
-        raise UserError(
-            f"reward function {name!r} returned {returned} for {expected} completions: return one score each."
-        )
-    is_list = [isinstance(row, list | tuple) or getattr(row, "ndim", 0) == 1 for row in rows]
-    if not any(is_list):
-        return [None if row is None else _number(row, name, f"completion {i}") for i, row in enumerate(rows)]
-    for i, row in enumerate(rows):
-        if row is not None and not is_list[i]:
-            raise UserError(
-                f"reward function {name!r} returned {row!r} for completion {i} and a list for completion "
-                f"{is_list.index(True)}: return a number for every completion, or a list with one number per token for "
-                "every completion."
-            )
-    return [None if row is None else list(row) for row in rows]
-
-
-def _checked_tokens(rows: list[list | None], completion_ids: list[list[int]] | None, name: str) -> list:
-    """Token rewards as floats; raises `UserError` unless there is one reward per token of each completion."""
-    if completion_ids is None:
-        raise UserError(
-            f"reward function {name!r} returned token rewards, which need completion_ids: pass them, or return one "
-            "score per completion."
-        )
-    for i, (row, ids) in enumerate(zip(rows, completion_ids, strict=True)):
-        if row is not None and len(row) != len(ids):
-            raise UserError(
-                f"reward function {name!r} returned {len(row)} token rewards for completion {i}, which has {len(ids)} "
-                "tokens: return one for each of completion_ids, including the stop token."
-            )
-    checked: list[list[float] | None] = []
-    for i, row in enumerate(rows):
-        if row is not None:
-            row = [_number(value, name, f"token {t} of completion {i}") for t, value in enumerate(row)]
-        checked.append(row)
-    return checked
-
-
-def _number(value: Any, name: str, where: str) -> float:
-    if not isinstance(value, Real) and getattr(value, "ndim", 1) != 0:
-        raise UserError(f"reward function {name!r} returned {value!r} for {where}: return a number.")
-    if not math.isfinite(value):
-        raise UserError(
-            f"reward function {name!r} returned {float(value)} for {where}: return a finite number, or None where "
-            "another function scores the completion."
-        )
-    return float(value)
-
-
-def _total(row: float | Sequence[float] | None) -> float:
-    """The score of one completion, NaN if there is none."""
-    if row is None:
-        return math.nan
-    if isinstance(row, list):
-        return math.fsum(row)
-    return row
-
-
-def _padded(rows: list[list[float] | None], width: int) -> Tensor:
-    """Token rewards as (B, `width`) fp32, zero in the padding and for `None`."""
-    padded = torch.zeros(len(rows), width, dtype=torch.float32)
-    for i, row in enumerate(rows):
-        if row:
-            padded[i, : len(row)] = torch.tensor(row, dtype=torch.float32)
-    return padded

@@ -26,6 +26,7 @@ from ..modeling.logprobs import (
 )
 from ..modeling.probing import evaluating
 from ..modeling.stack import ADAPTER_NAMES, AdapterStack, read_weights
+from ..training.bars import progress_bar
 from .batching import budget_chunks
 from .config import PPOConfig
 from .guards import are_finite
@@ -167,9 +168,12 @@ class Roles:
             scored.ref_logprobs = torch.zeros(mask.shape, device=mask.device)
         # Eval mode turns off dropout and gradient checkpointing. Autocast is the same as in training.
         with evaluating(self.policy), self.mixed_precision():
-            for chunk in self._scoring_chunks(sequences, roles):
-                rows = torch.tensor(chunk, device=mask.device)
-                self._score_rows(sequences, rows, roles, scored)
+            chunks = self._scoring_chunks(sequences, roles)
+            with progress_bar("log-probabilities and values", len(chunks)) as advance:
+                for chunk in chunks:
+                    rows = torch.tensor(chunk, device=mask.device)
+                    self._score_rows(sequences, rows, roles, scored)
+                    advance(1)
         return scored
 
     def _scoring_chunks(self, sequences: Sequences, roles: list[str]) -> list[list[int]]:

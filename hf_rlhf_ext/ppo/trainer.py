@@ -24,6 +24,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from ..checkpointing import resolve_checkpoint
 from ..compat import BaseTrainer
 from ..data.given import as_dataset, as_datasets
+from ..data.prompt_form import remember_form
 from ..errors import UserError
 from ..modeling.adapter_config import check_same_adapter
 from ..modeling.adapters import adapters_in_autocast_dtype, autocast_dtype
@@ -35,6 +36,7 @@ from ..modeling.stack import AdapterStack
 from ..modeling.takeover import Hold
 from ..publishing import new_publisher, require_publisher
 from ..training.arguments import check_arguments
+from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
 from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
 from ..training.optimizers import (
@@ -44,9 +46,12 @@ from ..training.optimizers import (
     use_evaluation_weights,
     use_training_weights,
 )
+from ..training.shown_table import show_table
+from ..training.stopping import SaveOnSignal
+from ..training.table import PPO_COLUMNS
 from .assembly import Inputs, assemble_roles, prepare_inputs
 from .batching import budget_chunks
-from .callbacks import CompletionTables, HealthWarnings, PPOCallback, SaveOnSignal
+from .callbacks import CompletionTables, HealthWarnings, PPOCallback
 from .checkpoints import (
     checkpoint_name,
     is_usable,
@@ -76,6 +81,8 @@ from .optimizer import (
 from .prompts import Prompts, tick_dataloader
 from .ptx import text_loss
 from .ranks import Ranks
+from .reward_calls import check_given
+from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
 from .state import NextRows, PPOState, read_state, steps_in_all
@@ -117,6 +124,7 @@ class PPOTrainer(BaseTrainer):
     Attributes:
         roles: policy, reference and critic.
         ppo: the state of the run.
+        prompt_form: whether the policy is trained on text or messages, and with which chat template.
 
     Raises:
         UserError: if an argument or an option is not usable; the message says how to fix it.
@@ -147,7 +155,12 @@ class PPOTrainer(BaseTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args if args is not None else PPOConfig("ppo")
+        if not isinstance(args, PPOConfig):
+            raise UserError(f"args: got {type(args).__name__}: pass a PPOConfig.")
         check_arguments(args, eval_dataset, callbacks, optimizers, optimizer_cls_and_kwargs)
+        check_given(reward_funcs, args.reward_weights, "reward_funcs")
+        if eval_reward_funcs is not None:
+            check_given(eval_reward_funcs, None, "eval_reward_funcs")
 
         # 1. Policy, tokenizer and data, with all checks that do not need new weights.
         inputs = prepare_inputs(
@@ -171,10 +184,14 @@ class PPOTrainer(BaseTrainer):
         )
 
         check_columns(self.rewards, self.eval_rewards, inputs.datasets)
+        logger.info("reward = %s", self.rewards.formula)
 
         # 3. `Trainer`: loop, checkpoints, logs, callbacks.
         self.publisher = new_publisher()
-        self._signal = SaveOnSignal()
+        given = list(callbacks or [])
+        # A recipe brings its own, which also handles Ctrl-C.
+        self._signal = next((callback for callback in given if isinstance(callback, SaveOnSignal)), SaveOnSignal())
+        given = [callback for callback in given if callback is not self._signal]
         super().__init__(
             model=self.policy,
             args=args,
@@ -182,10 +199,11 @@ class PPOTrainer(BaseTrainer):
             train_dataset=inputs.train_dataset,
             eval_dataset=inputs.eval_dataset,
             processing_class=inputs.tokenizer,
-            callbacks=[*(callbacks or []), HealthWarnings(), CompletionTables(), self._signal],
+            callbacks=[*given, HealthWarnings(), RewardSpread(), CompletionTables(), self._signal],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        show_table(self, PPO_COLUMNS)
         self.ranks = Ranks(self.accelerator)
         self.meter = Meter(self.ranks)
 
@@ -205,6 +223,8 @@ class PPOTrainer(BaseTrainer):
         self._move_frozen_models()
 
         self._base_record = BaseRecord.of_model(self.policy, autocast_dtype(args))
+        self.prompt_form = inputs.prompt_form
+        remember_form(self.policy, self.prompt_form)
 
         # 6. Checks of what there is now.
         if self.optimizer is not None:  # that of the user
@@ -275,6 +295,11 @@ class PPOTrainer(BaseTrainer):
     def stop_reason(self) -> str | None:
         """Why a guard stopped the last `train`, in one line; `None` if none did."""
         return self.ppo.stop_reason
+
+    @property
+    def reward_warnings(self) -> list[str]:
+        """What was said of rewards that do not differ between completions, one line each."""
+        return said_of_rewards(self.callback_handler.callbacks)
 
     @property
     def stopped_by(self) -> str | None:
@@ -374,10 +399,16 @@ class PPOTrainer(BaseTrainer):
 
     def _make_rollout(self) -> Rollout:
         """Makes a rollout with the current weights, and updates the KL coefficient and the running reward moments."""
-        rollout = self.experience.make(self.ppo.rollout_index, self.ppo.kl_coef, self.ppo.moments, self.state)
+        with no_bars(when=self._has_no_bars):
+            rollout = self.experience.make(self.ppo.rollout_index, self.ppo.kl_coef, self.ppo.moments, self.state)
         self.ppo.moments = rollout.moments
-        for name, value in [*rollout.logged, *rollout.metrics.items()]:
+        for name, value in rollout.logged:
             self.meter.observe(name, value)
+        for name, value in rollout.metrics.items():
+            if math.isnan(value):  # of this rollout only, such as the explained variance of returns that are all equal
+                self.meter.leave_open(name)
+            else:
+                self.meter.observe(name, value)
         if self.kl_controller.target is not None:
             kl = float(rollout.metrics["objective/kl"])
             self.ppo.kl_coef = self.kl_controller.next(self.ppo.kl_coef, kl, len(rollout.completion_lengths))
@@ -782,7 +813,13 @@ class PPOTrainer(BaseTrainer):
         limits = {"token_rows": n_rows(self.policy), "max_positions": self._max_positions}
         prompts = Prompts(dataset, self.processing_class, self.args, split="eval", **limits)
         use_evaluation_weights(self.optimizer)
-        return self.evaluator.sample_and_score(prompts, self.state, seed=seed)
+        with no_bars(when=self._has_no_bars):
+            return self.evaluator.sample_and_score(prompts, self.state, seed=seed)
+
+    @property
+    def _has_no_bars(self) -> bool:
+        """Whether this process draws no progress bars."""
+        return self.args.disable_tqdm or not self.is_world_process_zero()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """Whether this is the best model so far. Never after a guard has stopped the run, or above `max_kl`."""
@@ -838,6 +875,7 @@ class PPOTrainer(BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder, state_dict)
+        self.prompt_form.save(folder)
         if self._base_record is not None:
             self._base_record.save(folder)
         self.processing_class.save_pretrained(folder)

@@ -6,6 +6,7 @@ from ..errors import UserError
 from ..training.refused_options import (
     AUTO_BATCH_SIZE,
     COMPILE,
+    FOR_SCRIPTS,
     LENGTH_COLUMN,
     ONLY_DATA_PARALLEL,
     TOKEN_COUNT,
@@ -38,6 +39,27 @@ REFUSED_OPTIONS = {
     "use_liger_kernel": "its forward pass replaces the one that PPO reads hidden states from: leave it out",
 }
 """Options whose default is the only value, each with the reason and the remedy."""
+
+_NO_LOADER = "no data loader reads prompts"
+_OWN_SUM = "PPO sums the gradients of all processes itself"
+
+UNUSED_OPTIONS = FOR_SCRIPTS | {
+    "average_tokens_across_devices": "the loss always counts the tokens of all processes",
+    "dataloader_drop_last": "every rollout is full: prompts of the next pass complete it",
+    "dataloader_in_order": _NO_LOADER,
+    "dataloader_multiprocessing_context": _NO_LOADER,
+    "dataloader_num_workers": "prompts are tokenized once at the start",
+    "dataloader_persistent_workers": _NO_LOADER,
+    "dataloader_pin_memory": _NO_LOADER,
+    "dataloader_prefetch_factor": _NO_LOADER,
+    "ddp_broadcast_buffers": _OWN_SUM,
+    "ddp_bucket_cap_mb": _OWN_SUM,
+    "ddp_find_unused_parameters": _OWN_SUM,
+    "ddp_static_graph": _OWN_SUM,
+    "remove_unused_columns": "all columns are passed to the reward functions",
+    "use_cache": "generation has a cache of its own, and training needs none",
+}
+"""Options that change nothing, each with the reason. `hf-rlhf ppo` neither lists nor takes them."""
 
 
 def check_ppo_options(args: TrainingArguments) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .packages import data_package
+
 _MOST_PAIRS = 5_000_000  # pairs of votes used for Cohen's kappa: about 0.5 GB
 
 
@@ -202,8 +204,7 @@ def fleiss_kappa(votes: Votes) -> float:
 
 def krippendorff_alpha(votes: Votes) -> float:
     """Returns Krippendorff's nominal alpha (2011), for any number of judgments per item. NaN if undefined."""
-    import krippendorff
-
+    krippendorff = data_package("krippendorff")
     counts = _counts(votes)
     if counts.shape[1] < 2:
         return float("nan")

@@ -6,6 +6,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.text import Messages, plain_text, text_key
+from .packages import data_package
 
 SAME = 0.8
 """Smallest Jaccard index of the word triples of two prompts that are near duplicates."""
@@ -29,10 +30,8 @@ class PromptIndex:
     """
 
     def __init__(self) -> None:
-        from datasketch import MinHash
-
         self._exact: set[str] = set()
-        self._empty = MinHash(num_perm=_N_VALUES, seed=1)
+        self._empty = data_package("datasketch").MinHash(num_perm=_N_VALUES, seed=1)
         # Random factors: the weighted sum of the values of a band is its bucket number.
         self._mix = np.random.default_rng(0).integers(2**64, size=_BANDS, dtype=np.uint64)
         self._buckets: dict[int, list[int]] = {}

@@ -18,6 +18,7 @@ from ..data.schema import (
 from ..data.text import plain_text
 from .agreement import lower_first, three_way
 from .duplicates import words_of
+from .packages import data_package
 
 _WINNER = {1.0: "first", 0.0: "second", 0.5: "tie"}
 
@@ -43,13 +44,13 @@ def weigh_by_reliability(dataset: Dataset, *, iterations: int = 100) -> tuple[Da
         PreferenceDataError: No row has votes.
     """
     import pandas as pd
-    from crowdkit.aggregation import DawidSkene
 
+    aggregation = data_package("crowdkit.aggregation")
     votes = _votes_as_tasks(dataset)
     _require_votes(votes, "reliability")
     table = pd.DataFrame(votes)
     table["label"] = [_WINNER[label] for label in three_way(table["label"])]
-    model = DawidSkene(n_iter=iterations)
+    model = aggregation.DawidSkene(n_iter=iterations)
     # An answer that no annotator gave has no column.
     probabilities = model.fit_predict_proba(table).reindex(columns=list(_WINNER.values()), fill_value=0.0)
     first_is_better = (probabilities["first"] + probabilities["tie"] / 2).to_dict()

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..data.schema import LoadReport, PreferenceDataError
 from . import agreement
 from .duplicates import near_duplicates, question_of
+from .packages import data_package
 from .tally import Tally, reasons_for_gaps
 
 MEANINGS = {
@@ -332,8 +333,7 @@ def _noise_metrics(
 
 def languages(sample: list[str]) -> dict[str, float]:
     """Returns the shares of the five most frequent languages (detected by py3langid) in a sample of prompts."""
-    import py3langid
-
+    py3langid = data_package("py3langid")
     counts: Counter[str] = Counter()
     for prompt in sample:
         if prompt.strip():

@@ -15,6 +15,7 @@ from ..data.text import Unrenderable, plain_text
 from ..data.tokenization import longest, tokenize_row
 from ..errors import UserError
 from ..reward import preference_metrics as preference
+from ..reward.asked import FormOfTraining
 
 Scorer = Callable[..., list[float]]
 """(prompts, completions) -> raw scores, like `RewardScorer.raw`. Normalized rewards are not log-odds.
@@ -217,19 +218,32 @@ def _length_metrics(judged: preference.JudgedPairs, longer_wins: float) -> dict[
     return metrics
 
 
-def within(tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Fits:
-    """Makes a function that tells whether prompt and completion have at most `limit` tokens. None means no limit."""
+def within(tokenizer: PreTrainedTokenizerBase, limit: int | None, asked: FormOfTraining | None = None) -> Fits:
+    """Makes a function that tells whether prompt and completion have at most `limit` tokens. None means no limit.
+
+    They are counted in the form in which the reward model is asked (`RewardScorer.asked`), if that is given.
+    """
 
     def fits(prompt: Any, completion: Any, **columns: Any) -> bool:
         if limit is None:
             return True
         row = {"prompt": prompt, "completions": [completion], **columns}
-        return longest(tokenize_row(row, tokenizer)) <= limit
+        return longest(tokenize_row(_in_form(row, tokenizer, asked), tokenizer)) <= limit
 
     return fits
 
 
-def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Dataset:
+def _in_form(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, asked: FormOfTraining | None) -> dict[str, Any]:
+    """The row with prompt and completions in the form in which the reward model is asked."""
+    if asked is None:
+        return row
+    pairs = [asked.fit(row["prompt"], completion, tokenizer) for completion in row["completions"]]
+    return row | {"prompt": pairs[0][0], "completions": [completion for _, completion in pairs]}
+
+
+def fitting(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None, asked: FormOfTraining | None = None
+) -> Dataset:
     """Keeps rows in which every completion, with its prompt, has at most `limit` tokens. Prints the number of others.
 
     Rows that the chat template cannot render are left out too.
@@ -241,7 +255,7 @@ def fitting(rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None
     kept = []
     for k, row in enumerate(rows):
         try:
-            n_tokens = longest(tokenize_row(row, tokenizer))
+            n_tokens = longest(tokenize_row(_in_form(row, tokenizer, asked), tokenizer))
         except Unrenderable as error:
             reasons[error.reason] += 1
             continue

@@ -8,6 +8,7 @@ demonstration, unless the caller asks for all answers (`labels="all"`).
 import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from ..data.cells import is_absent, optional_number, template_kwargs_record, tools_as_json, truth
@@ -402,7 +403,24 @@ def nearest_demonstration(profile: Profile) -> str:
     if prompt is None and completion is None:
         texts = [column for column, values in profile.values.items() if values and _are_text(values)]
         prompt, completion = (*texts, None, None)[:2]
+    prompt = prompt or _misspelt(profile, PROMPT_COLUMNS, completion)
+    completion = completion or _misspelt(profile, COMPLETION_COLUMNS, prompt)
     return json.dumps({"prompt": prompt or "…", "completion": completion or "…"}, ensure_ascii=False)
+
+
+def _misspelt(profile: Profile, names: Collection[str], taken: str | None) -> str | None:
+    """The column whose name is nearly one of these, or None."""
+    columns = {}
+    for column, values in profile.values.items():
+        name = normal_name(column)
+        is_one_of_several = name[-2:-1] == "_"  # `answer_b` is no misspelt `answers`
+        if column != taken and name not in names and not is_one_of_several and _are_text(values):
+            columns[name] = column
+    for name in names:
+        near = get_close_matches(name, columns, n=1, cutoff=0.8)
+        if near:
+            return columns[near[0]]
+    return None
 
 
 def _first_of(

@@ -7,9 +7,10 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ..data.schema import PreferenceDataError, Row
 from ..errors import first_line
@@ -48,9 +49,7 @@ def rows_of(path: Path, sheet: str | None = None) -> Iterator[Row | str]:
         if kind == "xlsx":
             yield from _excel_rows(path, sheet)
             return
-        # The csv module handles line breaks itself, including those inside quotes.
-        newline = "" if kind in ("csv", "tsv") else None
-        with _open(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        with _open_text(path) as file:
             yield from _READERS[kind](file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _refusal(path, "the gzip file is damaged or incomplete: download it again") from error
@@ -59,6 +58,12 @@ def rows_of(path: Path, sheet: str | None = None) -> Iterator[Row | str]:
         raise _refusal(path, reason) from error
     except (BadFile, csv.Error) as error:
         raise _refusal(path, str(error)) from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    # The csv module handles line breaks itself, including those inside quotes.
+    newline = "" if kind_of(path) in ("csv", "tsv") else None
+    return _open(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
 def _open(path: Path, mode: str, **options: Any) -> IO:
@@ -204,29 +209,108 @@ def _line_rows(file: IO[str]) -> Iterator[Row | str]:
 # --- other kinds ------------------------------------------------------------------------------------------------------
 
 
-def _csv_rows(file: IO[str], delimiter: str = ",") -> Iterator[Row | str]:
+_DELIMITERS = ",;\t|"
+"""What may separate the cells of a csv file. Excel writes semicolons where the comma is the decimal separator."""
+_EXCEL_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+"""First line of some files that Excel wrote: it names the delimiter, and is no part of the table."""
+
+
+class CsvLayout(NamedTuple):
+    """How the cells of a csv file are separated.
+
+    Attributes:
+        delimiter: The character between cells.
+        names: The names of the columns.
+        skipped: Lines before the header.
+    """
+
+    delimiter: str
+    names: list[str]
+    skipped: int = 0
+
+
+def csv_layout(path: Path) -> CsvLayout | None:
+    """Returns how the cells of a csv file are separated; None if its header cannot be read."""
+    try:
+        with _open_text(path) as file:
+            return _layout(file, "\t" if kind_of(path) == "tsv" else ",")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, BadFile):
+        return None
+
+
+def _layout(file: IO[str], usual: str) -> CsvLayout:
+    """Reads the header, and finds the delimiter by it: the usual one, unless with another there are more columns.
+
+    That counts where the header is one column with the usual one, or has names that begin or end with a space, as in
+    `question;the better, longer answer;winner`.
+    """
+    marked = _EXCEL_SEPARATOR.fullmatch(file.readline(MAX_LINE))
+    file.seek(0)
+    if marked:
+        return CsvLayout(marked[1], _header_by(file, marked[1], skipped=1), skipped=1)
+    first = CsvLayout(usual, _header_by(file, usual))
+    if len(first.names) > 1 and _are_names(first.names):
+        return first
+    layouts = [first]
+    for delimiter in _DELIMITERS:
+        with suppress(csv.Error):  # with this delimiter, the quotes of the header would be wrong
+            layouts.append(CsvLayout(delimiter, _header_by(file, delimiter)))
+    # A delimiter between words: one in front of a space is a part of the only column's name.
+    able = [layout for layout in layouts if _are_names(layout.names)]
+    candidates = [first, *able] if len(first.names) > 1 else able or layouts
+    return max(candidates, key=lambda layout: len(layout.names))
+
+
+def _are_names(names: Sequence[str]) -> bool:
+    return all(name == name.strip() for name in names)
+
+
+def _header_by(file: IO[str], delimiter: str, *, skipped: int = 0) -> list[str]:
+    """The names of the columns if this is the delimiter. Leaves the file at its beginning."""
+    for _ in range(skipped):
+        file.readline()
+    names = csv.DictReader(_lines(file), strict=True, delimiter=delimiter).fieldnames
+    file.seek(0)
+    return list(names or ())
+
+
+def _lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a file. A file whose lines are iterated directly cannot tell or seek afterward."""
+    while line := file.readline():
+        yield line
+
+
+def _csv_rows(file: IO[str], usual: str = ",") -> Iterator[Row | str]:
     csv.field_size_limit(MAX_LINE)  # Python's default limit of 131,072 characters is too low for some conversations
-    reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-    if not reader.fieldnames:
+    layout = _layout(file, usual)
+    if not layout.names:
         raise BadFile("it is empty")
-    _check_header(reader.fieldnames)
+    _check_header(layout.names)
+    for _ in range(layout.skipped):
+        file.readline()
+    reader = csv.DictReader(file, strict=True, delimiter=layout.delimiter)
+    only = layout.names[0] if len(layout.names) == 1 else None
     n_rows = 0
     for row in reader:
         n_rows += 1
-        has_more_cells = None in row  # the reader stores extra cells under the key None
-        yield "more cells than columns" if has_more_cells else row
+        more_cells = row.pop(None, None)  # the reader stores extra cells under the key None
+        if more_cells and only is not None:
+            # A list of texts, one a line, some of which have commas: nothing else can be meant.
+            row[only] = layout.delimiter.join([row[only], *more_cells])
+        elif more_cells:
+            yield "more cells than columns"
+            continue
+        yield row
     if n_rows == 0:
-        raise BadFile(f"it has a header ({_first_names(reader.fieldnames)}) and no rows: check how it was written")
+        raise BadFile(f"it has a header ({_first_names(layout.names)}) and no rows: check how it was written")
 
 
 def _check_header(names: Sequence[str]) -> None:
-    """Raises `BadFile` for a name that two columns have, and for cells that are not separated by commas."""
+    """Raises `BadFile` for a name that two columns have."""
     named = [name for name in names if name.strip()]  # columns without a name may follow the table
     twice = [name for name in dict.fromkeys(named) if named.count(name) > 1]
     if twice:
         raise BadFile(f"two columns have the name {twice[0]!r}: rename or remove one")
-    if len(names) == 1 and re.search(r"\w[;\t|]\w", names[0]):
-        raise BadFile(f"the header is one column, {names[0][:60]!r}: save it with commas, or with tabs as .tsv")
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -235,7 +319,7 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _text_rows(file: IO[str]) -> Iterator[Row | str]:
-    """Yields one prompt per line. Empty lines are skipped."""
+    """Yields one prompt per line. Blank lines are skipped; `blank_lines` counts them."""
     n_rows = 0
     while line := file.readline(MAX_LINE):
         if line.strip():
@@ -243,6 +327,19 @@ def _text_rows(file: IO[str]) -> Iterator[Row | str]:
             yield {"prompt": line.strip()}
     if n_rows == 0:
         raise BadFile("it is empty: write one prompt per line")
+
+
+def blank_lines(path: Path) -> list[int]:
+    """The numbers, from 0, of the blank lines of a text file, without those at its end."""
+    blank = []
+    last = -1
+    with _open_text(path) as file:
+        for number, line in enumerate(file):
+            if line.strip():
+                last = number
+            else:
+                blank.append(number)
+    return [number for number in blank if number < last]
 
 
 def _excel_rows(path: Path, sheet: str | None) -> Iterator[Row | str]:
@@ -295,6 +392,6 @@ def _plain(value: Any) -> Any:
 _READERS: dict[str | None, Callable[[IO[str]], Iterator[Row | str]]] = {
     "json": _json_rows,
     "csv": _csv_rows,
-    "tsv": partial(_csv_rows, delimiter="\t"),
+    "tsv": partial(_csv_rows, usual="\t"),
     "text": _text_rows,
 }

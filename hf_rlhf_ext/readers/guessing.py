@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -849,7 +850,7 @@ def nearest_reading(profile: Profile, given: Roles | None = None) -> str:
     mapping = {role: value for role, value in guess.roles.as_mapping().items() if role not in ("as_text", "repeats")}
     has_sides = guess.roles.rejected is not None or guess.roles.answers or guess.roles.answer
     if not has_sides:
-        mapping |= {"chosen": "…", "rejected": "…"}
+        mapping |= {side: _misspelt(guess, side) for side in ("chosen", "rejected")}
         if guess.unclear is None and guess.roles.prompt is None:
             mapping = {"prompt": "…"} | mapping
     elif guess.unclear_ranks is not None:
@@ -860,6 +861,12 @@ def nearest_reading(profile: Profile, given: Roles | None = None) -> str:
         if guess.roles.prompt is None and all(map(_are_plain_texts, map(guess.values, guess.roles.answers))):
             mapping = {"prompt": _free_text(guess) or "…"} | mapping
     return json.dumps(mapping, ensure_ascii=False)
+
+
+def _misspelt(guess: _Guess, name: str) -> str:
+    """The free column whose name is nearly this one; "…" without one."""
+    near = get_close_matches(name, guess.names, n=1, cutoff=0.75)
+    return guess.names[near[0]] if near else "…"
 
 
 def _are_plain_texts(values: list[Any]) -> bool:

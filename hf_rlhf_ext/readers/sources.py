@@ -1,5 +1,6 @@
 """Reads rows from files, saved datasets, the Hub or memory, without converting them. Unreadable rows are marked."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from datasets.fingerprint import Hasher
 from ..data.schema import PreferenceDataError, Row
 from ..errors import first_line
 from .columns import holds_text
-from .files import KINDS, kind_of, rows_of, table_rows
+from .files import KINDS, csv_layout, kind_of, rows_of, table_rows
 
 _PARQUET = ".parquet"
 _KNOWN = ", ".join([*(ending for ending in KINDS if ending != ".txt"), _PARQUET])
 _MISSING = ["", "NA", "N/A", "#N/A", "<NA>", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "None"]
 """Cells of a csv file that are missing values, in columns that hold no text."""
+_PANDAS_INDEX = "__index_level_0__"
+"""The column of pandas' names of rows, which it makes of cells without a column."""
 _MANY_ROWS = 10_000
 _MANY_BYTES = 2**23
 """A larger source is converted once and cached."""
@@ -202,6 +205,9 @@ def load_rows(
     if path.is_file():
         return _load_file(path, split, config, streaming)
     if path.is_dir():
+        file = _only_file_of(path, split)
+        if file is not None and config is None:
+            return _load_file(file, "train", None, streaming)
         name = str(path)
     elif _looks_like_path(source):
         raise PreferenceDataError(f"dataset: no file or saved data set at {source}: check the path.")
@@ -214,6 +220,17 @@ def load_rows(
         reason = _with_remedy(error)
         raise PreferenceDataError(f"dataset: cannot read {source}, split {split!r}: {reason}") from error
     return _pick(rows, None, str(source))
+
+
+def _only_file_of(folder: Path, split: str | None) -> Path | None:
+    """The `.jsonl` file of a split, if the folder has just this one for it; None otherwise.
+
+    `datasets` reads all splits at once, and refuses a column without values in one split and with texts in another.
+    """
+    file = folder / f"{split}.jsonl"
+    # A README may say which files a split has, as may names such as train-00001.jsonl.
+    of_split = [item for item in folder.iterdir() if str(split) in item.name or item.name == "README.md"]
+    return file if split is not None and file.is_file() and of_split == [file] else None
 
 
 def _as_dataset(rows: Iterable[Row | str], name: str, streaming: bool) -> Dataset | IterableDataset:
@@ -231,9 +248,18 @@ def _csv_options_of(name: str, config: str | None, revision: str | None) -> dict
     builder = load_dataset_builder(name, config, revision=revision)
     if builder.name != "csv":
         return {}
+    files = [Path(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    layout = csv_layout(files[0]) if files and files[0].is_file() and kind_of(files[0]) else None
+    if layout is not None and builder.config.sep == ",":  # otherwise the folder's README says it
+        return _csv_options(layout.names) | {"sep": layout.delimiter, "skiprows": layout.skipped}
     rows = builder.as_streaming_dataset()
     first_split = next(iter(rows.values()))
-    return _csv_options(next(iter(first_split), {}))
+    columns = [name for name in next(iter(first_split), {}) if name != _PANDAS_INDEX]
+    if len(columns) != 1 or not re.search(r"\w[;\t|]\w", columns[0]):
+        return _csv_options(columns)
+    # The whole header is one column: another character than the comma separates the cells.
+    delimiter = max(";\t|", key=columns[0].count)
+    return _csv_options(columns[0].split(delimiter)) | {"sep": delimiter}
 
 
 def _csv_options(columns: Iterable[str]) -> dict[str, Any]:
@@ -327,12 +353,19 @@ def _load_file(
     if kind is None and not _is_parquet(path):
         raise PreferenceDataError(f"{path.name}: unknown ending; known are {_KNOWN}, .txt, each also with .gz.")
     _check_file(path, split, config)
-    if kind in ("text", "xlsx"):  # for `datasets`, the column of a text file would be `text`
-        return _as_dataset(_open_file(path, split, config).rows, path.name, streaming)
     builder = {None: "parquet", "tsv": "csv"}.get(kind, kind)
-    options = _csv_options(_header(path)) if builder == "csv" else {}
-    if kind == "tsv":
-        options["sep"] = "\t"
+    options: dict[str, Any] = {}
+    layout = None
+    if builder == "csv":
+        layout = csv_layout(path)
+    if layout is not None:
+        options = _csv_options(layout.names) | {"sep": layout.delimiter, "skiprows": layout.skipped}
+        if not streaming:
+            _check_cells(path)
+    # For `datasets`, the column of a text file would be `text`, and commas in a table of one column would separate.
+    has_one_column = layout is not None and len(layout.names) == 1
+    if kind in ("text", "xlsx") or has_one_column:
+        return _as_dataset(_open_file(path, split, config).rows, path.name, streaming)
     try:
         return load_dataset(builder, data_files=str(path), split=split or "train", streaming=streaming, **options)
     except Exception as error:  # each builder raises errors of its own
@@ -341,13 +374,16 @@ def _load_file(
         raise PreferenceDataError(f"{path.name}: cannot be read as {builder}: {reason}") from error
 
 
-def _header(path: Path) -> list[str]:
-    """Returns the columns of a csv file. An unreadable file has none here; the error comes when it is read."""
-    try:
-        row = next(rows_of(path), {})
-    except PreferenceDataError:
-        return []
-    return list(row) if isinstance(row, dict) else []
+def _check_cells(path: Path) -> None:
+    """Raises `PreferenceDataError` for the first row of a csv file with more cells than columns.
+
+    pandas would take the first cells of all rows for the names of the rows, and shift the others.
+    """
+    for number, row in enumerate(rows_of(path)):
+        if not isinstance(row, dict):
+            raise PreferenceDataError(
+                f"{path.name} row {number}: {row}: put double quotes around texts that have the delimiter in them."
+            )
 
 
 def _pick(dataset: AnyDataset, split: str | None, name: str) -> Dataset | IterableDataset:

@@ -11,7 +11,7 @@ from ..training.config_checks import checked_options
 from ..training.option_values import check_ranges
 from ..training.refused_options import refuse_fsdp_alone
 from .losses import TIE_MODELS
-from .trainer_options import check_reward_options
+from .trainer_options import REFUSED_OPTIONS, UNUSED_OPTIONS, check_reward_options
 
 RANKING_LOSSES = ("bradley_terry", "plackett_luce")
 
@@ -22,11 +22,14 @@ class BradleyTerryConfig(RewardConfig):
 
     Two options of `RewardConfig` differ in meaning. `max_length` is a limit, and `overflow` determines what happens to
     longer rows (TRL drops them without a count). `center_rewards_coefficient` weights each pair as the loss does. Each
-    option is described in its field's `help`, which `hf-rlhf reward --help` prints.
+    option is described in its field's `help`, which `hf-rlhf reward --help-all` prints.
 
     Raises:
         UserError: if an option is outside of its range or has an unknown value.
     """
+
+    unused_options = UNUSED_OPTIONS
+    refused_options = REFUSED_OPTIONS
 
     # The default of TRL. Its help says that longer rows are dropped, which here depends on `overflow`.
     max_length: int | None = field(

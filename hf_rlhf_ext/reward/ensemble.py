@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from peft import PeftConfig, PeftModel
 
+from ..data.prompt_form import PromptForm
 from ..errors import UserError
 from ..modeling.adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
 from ..modeling.embeddings import embedding_mismatch
@@ -101,6 +102,14 @@ class RewardEnsemble:
         self.members = members
         self.combine = combine
         self.penalty = penalty
+        for member in members[1:]:  # what is said of one member's form is not repeated for the others
+            member.asked.said = members[0].asked.said
+
+    @property
+    def form(self) -> str | None:
+        """What the members were trained on, see `RewardScorer.form`; `None` if they differ."""
+        forms = {member.form for member in self.members}
+        return forms.pop() if len(forms) == 1 else None
 
     @classmethod
     def from_pretrained(
@@ -161,7 +170,7 @@ class RewardEnsemble:
         """Combined rewards of completions.
 
         Args:
-            prompts: N prompts, as text or as messages.
+            prompts: N prompts, as text or as messages; or one, with one completion.
             completions: N completions, as text or as messages.
             log_metric: function of a trainer that logs a metric; `None` logs nothing.
             columns: `tools` and `chat_template_kwargs`, as for `RewardScorer`; others are not used.
@@ -244,7 +253,7 @@ def _attach_member(folder: Path, adapter: str, first: RewardScorer, options: dic
     first.model.load_adapter(str(folder), adapter_name=adapter)
     refuse_lost_weights(folder, first.model, adapter, weights)
     tokenizer = load_tokenizer(str(folder), trust_remote_code=options.get("trust_remote_code", False))
-    return RewardScorer(
+    scorer = RewardScorer(
         first.model,
         tokenizer,
         mean=recorded.mean,
@@ -252,4 +261,7 @@ def _attach_member(folder: Path, adapter: str, first: RewardScorer, options: dic
         batch_size=first.batch_size,
         autocast=first.autocast,
         adapter=adapter,
+        trained_on=PromptForm.load(folder),
     )
+    scorer.asked.name = str(folder)
+    return scorer

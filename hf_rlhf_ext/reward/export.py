@@ -8,12 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.prompt_form import PromptForm
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.loading import resolve_dtype
 from ..modeling.merging import merge_into_base
 from ..modeling.quantization import describe_quantization, quantization_record
-from .scorer import RewardNormalization, RewardScorer
+from .asked import FormOfTraining
+from .scorer import RewardNormalization, RewardScorer, local_folder
 
 PROBE_TEXTS = (("Tell me about rain.", "Rain waters the fields."), ("Tell me about rain.", ""), ("", "No."))
 """Prompts and completions whose scores are compared before and after the merge."""
@@ -61,7 +63,7 @@ def export_merged(
     options = {"device": "cpu"} | options  # two copies may not fit on a small GPU
     dtype = resolve_dtype(dtype)
 
-    as_trained = RewardScorer.from_pretrained(folder_or_repo, **options)
+    as_trained = _scorer_of_texts(folder_or_repo, options)
     padding = _check_padding(as_trained.tokenizer, pad_token)
     prompts = [prompt for prompt, _ in PROBE_TEXTS]
     completions = [completion for _, completion in PROBE_TEXTS]
@@ -70,15 +72,24 @@ def export_merged(
 
     # Merging into quantized weights would quantize the sum again and lose the update.
     options |= {"dtype": dtype, "load_in_4bit": False}
-    scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
+    form = PromptForm.load(local_folder(folder_or_repo, options.get("revision")))
+    scorer = _scorer_of_texts(folder_or_repo, options)
     _check_not_quantized(scorer.model)
     texts = [scorer.text(prompt, completion) for prompt, completion in PROBE_TEXTS]
     device = scorer.model.device
     token_ids = _save_merged(scorer, output_dir, dtype=dtype, pad_token=padding, texts=texts)
+    form.save(output_dir)
     del scorer  # frees memory before the merged model is loaded
     scores_after = _plain_scores(output_dir, token_ids, device, options.get("trust_remote_code", False))
     differences = [abs(before - after) for before, after in zip(scores_before, scores_after, strict=True)]
     return max(differences)
+
+
+def _scorer_of_texts(folder_or_repo: str | Path, options: dict[str, Any]) -> RewardScorer:
+    """The reward model without the form of its training: the texts of the comparison go into no chat template."""
+    scorer = RewardScorer.from_pretrained(folder_or_repo, **options)
+    scorer.asked = FormOfTraining(PromptForm())
+    return scorer
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> str:

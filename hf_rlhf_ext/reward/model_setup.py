@@ -321,13 +321,18 @@ def check_rows_of_tokens(
         source: name of the dataset, for the message.
     """
     rows = n_rows(model)
+    numbers = dataset["row"] if "row" in dataset.column_names else range(len(dataset))  # those of the given dataset
+    first = 0
     for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
         prompts = pc.list_flatten(batch["prompt_ids"])
         completions = pc.list_flatten(pc.list_flatten(batch["completion_ids"]))
-        for ids in (prompts, completions):
-            largest = pc.max(ids).as_py()
-            if largest is not None and largest >= rows:
-                check_token_ids(f"dataset {source!r}: a row", [largest], tokenizer, rows)
+        largest = max(pc.max(ids).as_py() or 0 for ids in (prompts, completions))
+        if largest >= rows:
+            pairs = zip(batch["prompt_ids"].to_pylist(), batch["completion_ids"].to_pylist(), strict=True)
+            for index, (prompt, of_row) in enumerate(pairs):
+                ids = prompt + [token for completion in of_row for token in completion]
+                check_token_ids(f"dataset {source!r} row {numbers[first + index]}", ids, tokenizer, rows)
+        first += len(batch)
 
 
 def single_row(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import pad_right
+from ..data.prompt_form import PromptForm, remember_form
 from ..data.templates import TEMPLATE_COLUMNS, template_options
 from ..data.text import (
     Messages,
@@ -23,7 +24,6 @@ from ..data.text import (
     completion_text,
     encode_completion,
     encode_prompt,
-    is_messages,
     prefill_of,
     render_prompt,
     with_prefill,
@@ -38,6 +38,8 @@ from ..modeling.loading import attach_adapter, base_and_revision, found_or_refus
 from ..modeling.probing import evaluating
 from ..modeling.quantization import keep_nf4_gradients_right, quantization_record
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
+from ..training.bars import progress_bar
+from .asked import FormOfTraining, as_lists, form_of_reward_model
 from .normalization import NORMALIZATION_FILE, RewardNormalization, dtype_name, is_4bit
 from .prefix_probe import shared_prefix_problem
 from .scores import check_one_output, score_batch, score_head, score_sequences
@@ -65,7 +67,8 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 class RewardScorer:
     """A reward model as a reward function: `scorer(prompts, completions)` returns a list of rewards.
 
-    Pass it in `reward_funcs` of `PPOTrainer` or of TRL's trainers. Scores are the same as in training.
+    Pass it in `reward_funcs` of `PPOTrainer` or of TRL's trainers. Scores are the same as in training. A model that was
+    trained on messages puts text into its chat template, and says so once.
 
     Args:
         model: sequence-classification model with one label, or a `PeftModel` of one.
@@ -78,6 +81,7 @@ class RewardScorer:
         autocast: dtype to compute in; `None` means that of the weights.
         adapter: name of the adapter to use if a `PeftModel` has several; `None` means the active one.
         head: score head, if `model` is a causal LM without one.
+        trained_on: form of the prompts in training; `None` means what `model` was trained on, if that is known.
 
     Raises:
         UserError: if `std` is not positive, if the tokenizer lacks a token that is needed, or if the model has no head.
@@ -97,6 +101,7 @@ class RewardScorer:
         autocast: torch.dtype | None = None,
         adapter: str | None = None,
         head: nn.Module | None = None,
+        trained_on: PromptForm | None = None,
     ):
         if not std > 0:
             raise UserError(f"std: must be positive, got {std}.")
@@ -113,9 +118,17 @@ class RewardScorer:
         self.autocast = autocast
         self.adapter = adapter
         self.head = head
+        if trained_on is None:  # with a head, `model` is the policy that shares its base
+            trained_on = form_of_reward_model(model) if head is None else PromptForm()
+        self.asked = FormOfTraining(trained_on)
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:  # Transformers refuses batches without one
             text_config.pad_token_id = tokenizer.pad_token_id
+
+    @property
+    def form(self) -> str | None:
+        """What it was trained on: `"text"`, `"messages"`, or `"mixed"` for both; `None` if that is not known."""
+        return self.asked.trained.prompt_form
 
     @classmethod
     def from_pretrained(
@@ -175,20 +188,23 @@ class RewardScorer:
         if quantization_record(model) is None:  # quantized weights are already in their place
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-        return cls(
+        scorer = cls(
             model.eval(),
             tokenizer,
             mean=recorded.mean,
             std=recorded.std,
             batch_size=batch_size,
             autocast=recorded.autocast_dtype,
+            trained_on=PromptForm.load(folder),
         )
+        scorer.asked.name = str(folder_or_repo)
+        return scorer
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Rewards of completions.
 
         Args:
-            prompts: N prompts, as text or as messages.
+            prompts: N prompts, as text or as messages; or one, with one completion.
             completions: N completions, as text or as messages.
             columns: `tools` and `chat_template_kwargs` with N entries each, see `raw`. Others are not used; trainers
                 pass all columns of the dataset.
@@ -213,7 +229,7 @@ class RewardScorer:
         """Raw scores of completions, without the normalization.
 
         Args:
-            prompts: N prompts, as text or as messages.
+            prompts: N prompts, as text or as messages; or one, with one completion.
             completions: N completions, as text or as messages. Text after a prompt that ends with a turn of the
                 assistant continues this turn.
             tools: N lists of function schemas, or their JSON text, for the chat template; `None` means no tools.
@@ -226,13 +242,7 @@ class RewardScorer:
             UserError: if the numbers of entries differ, if an entry is not text or messages or cannot be rendered by
                 the chat template, or if a sequence is longer than the model supports.
         """
-        if len(prompts) != len(completions):
-            raise UserError(
-                f"completions: {len(completions)} for {len(prompts)} prompts: give one completion per prompt."
-            )
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            _check_is_text("prompts", index, prompt)
-            _check_is_text("completions", index, completion)
+        prompts, completions = as_lists(prompts, completions)
         options = _template_options(len(prompts), {"tools": tools, "chat_template_kwargs": chat_template_kwargs})
         sequences = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -265,11 +275,13 @@ class RewardScorer:
         for index, ids in enumerate(sequences):
             check_token_ids(f"completion {index} with its prompt", ids, self.tokenizer, rows)
         scores = [0.0] * len(sequences)
-        with evaluating(self.model), self._own_adapter():
+        bar = progress_bar(f"scoring {len(sequences)} completions", len(sequences))
+        with evaluating(self.model), self._own_adapter(), bar as advance:
             for indices in self._batches([len(ids) for ids in sequences]):
                 batch_scores = self._score([sequences[index] for index in indices])
                 for index, score in zip(indices, batch_scores, strict=True):
                     scores[index] = score
+                advance(len(indices))
         return scores
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
@@ -306,7 +318,11 @@ class RewardScorer:
     def _as_turns(
         self, prompt: str | Messages, completion: str | Messages, options: dict[str, Any]
     ) -> tuple[str | Messages, str | Messages]:
-        """Joins text with the turn of the assistant that it continues. Messages are turns of their own."""
+        """Puts a pair into the form of training, and joins text with the turn of the assistant that it continues.
+
+        Messages are turns of their own.
+        """
+        prompt, completion = self.asked.fit(prompt, completion, self.tokenizer)
         if isinstance(completion, str) and prefill_of(prompt) is not None:
             return with_prefill(self.tokenizer, prompt, completion, options)
         return prompt, completion
@@ -333,11 +349,6 @@ class RewardScorer:
         if adds_bos:
             before = before.removeprefix(tokenizer.bos_token)
         return before + after.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
-
-
-def _check_is_text(option: str, index: int, value: Any) -> None:
-    if not isinstance(value, str) and not is_messages(value):
-        raise UserError(f"{option}[{index}] is a {type(value).__name__}: give a string or a list of messages.")
 
 
 def _template_options(n: int, columns: dict[str, list | None]) -> list[dict[str, Any]]:
@@ -437,7 +448,9 @@ def load_trainable_adapter(folder_or_repo: str, *, revision: str | None = None, 
     options = {"dtype": recorded.base_dtype} | options
     if "load_in_4bit" not in options and options.get("quantization_config") is None:
         options |= _quantization_options(recorded, None)
-    return _load_reward_model(folder, None, options, is_trainable=True)
+    model = _load_reward_model(folder, None, options, is_trainable=True)
+    remember_form(model, PromptForm.load(folder))
+    return model
 
 
 def _load_reward_model(

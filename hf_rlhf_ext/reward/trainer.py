@@ -23,6 +23,7 @@ from trl import RewardTrainer
 from ..checkpointing import resolve_checkpoint
 from ..data.given import as_dataset, as_datasets, as_python
 from ..data.json_columns import without_arrow_fill
+from ..data.prompt_form import PromptForm, remember_form
 from ..data.schema import LoadReport, dataset_of
 from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, tokenize_comparisons
 from ..data.trl_rows import read_comparisons, warn_of_nan_margins
@@ -35,8 +36,9 @@ from ..modeling.quantization import quantization_record
 from ..modeling.vocabulary import check_special_tokens
 from ..publishing import new_publisher, require_publisher
 from ..training.arguments import check_arguments
+from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
-from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
+from ..training.loop import all_steps_are_done, end_of_training, forget_unscaled_gradients, log_last_steps
 from ..training.optimizers import (
     check_lists_of_schedule,
     check_weights,
@@ -44,6 +46,9 @@ from ..training.optimizers import (
     plain_optimizer,
     use_evaluation_weights,
 )
+from ..training.shown_table import show_table
+from ..training.table import REWARD_MODEL_COLUMNS
+from .asked import form_of_reward_model
 from .config import BradleyTerryConfig
 from .labels import LABEL_FIELDS, EvaluatedPairs, join_batches, pad_by_prompt, pair_labels, stack_padded
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
@@ -102,6 +107,7 @@ class BradleyTerryTrainer(RewardTrainer):
     Attributes:
         data_reports: for each dataset, which rows were dropped or cut, and why.
         normalization: mean and standard deviation of the scores, and the precision of training.
+        prompt_form: whether it is trained on text or messages, and with which chat template.
         layout: layout of batches in use, `plain` or `shared_prefix`.
 
     Raises:
@@ -145,6 +151,7 @@ class BradleyTerryTrainer(RewardTrainer):
         set_seed(args.seed)  # a new head is initialized when the model is loaded
         prepared = prepare_model(model, processing_class, peft_config, args, trainer_options)
         check_special_token_options(args, prepared.tokenizer.get_vocab())
+        earlier_form = form_of_reward_model(prepared.model)
 
         # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
@@ -153,6 +160,7 @@ class BradleyTerryTrainer(RewardTrainer):
         self.data_reports: dict[str, LoadReport] = {}
         self.judged: JudgedPairs | None = None  # of the last evaluation, for plots
         self._category_codes: dict[str, int] = {}
+        self._first_prompt: str | list | None = None  # None if the training data are tokenized already
         self._sized_model = prepared.model  # its embedding has rows for the tokens of the data
         self._user_metrics = compute_metrics
         self._meter = TrainMeter()
@@ -172,9 +180,12 @@ class BradleyTerryTrainer(RewardTrainer):
                 peft_config=prepared.peft_config,
                 **trainer_options,
             )
+        show_table(self, REWARD_MODEL_COLUMNS)
         repair_fp32(self.model, weights_before_cast)
         self._check_final_model()
         self._base_record = BaseRecord.of_model(self.model, self._autocast_dtype)
+        self.prompt_form = PromptForm.of(self._first_prompt, prepared.tokenizer).after(earlier_form)
+        remember_form(self.model, self.prompt_form)
         self.normalization = self._current_normalization()
         self._normalization_rows = self._prepare_normalization(normalization_dataset)
 
@@ -227,6 +238,8 @@ class BradleyTerryTrainer(RewardTrainer):
             warn_of_nan_margins(dataset, source=dataset_name)
         with args.main_process_first(desc=f"{dataset_name} dataset"):
             dataset, report = read_comparisons(dataset, source=dataset_name)
+            if dataset_name == "train":
+                self._first_prompt = dataset[0]["prompt"]
             if "category" in dataset.column_names:
                 dataset = self._with_category_codes(dataset, dataset["category"])
             return self._tokenize(dataset, report, processing_class, args)
@@ -399,6 +412,10 @@ class BradleyTerryTrainer(RewardTrainer):
             logs |= totals.metrics()
             logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
+
+    def _run_epoch(self, *args, **kwargs):
+        if not all_steps_are_done(self):
+            super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         log_last_steps(self.args, self.control)
@@ -575,7 +592,8 @@ class BradleyTerryTrainer(RewardTrainer):
         own_share = sequences[self.accelerator.process_index :: self.accelerator.num_processes]
         scores, problem = [], ""
         try:
-            scores = scorer.score_ids(own_share)
+            with no_bars(when=self.args.disable_tqdm or not self.is_world_process_zero()):
+                scores = scorer.score_ids(own_share)
         except (RuntimeError, UserError) as error:  # for example, out of memory
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -607,6 +625,7 @@ class BradleyTerryTrainer(RewardTrainer):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.normalization.save(output_dir or self.args.output_dir)
+            self.prompt_form.save(output_dir or self.args.output_dir)
             if self._base_record is not None:
                 self._base_record.save(output_dir or self.args.output_dir)
 

@@ -10,8 +10,10 @@ from ..errors import UserError
 from ..training.refused_options import (
     AUTO_BATCH_SIZE,
     COMPILE,
+    FOR_SCRIPTS,
     FULL_EVAL,
     LENGTH_COLUMN,
+    LOADED_MODEL,
     ONLY_DATA_PARALLEL,
     TOKEN_COUNT,
     refuse_options,
@@ -32,6 +34,9 @@ REFUSED_OPTIONS = {
     "torch_compile": COMPILE,
 }
 """Options whose default is the only value, each with the reason and the remedy."""
+
+UNUSED_OPTIONS = FOR_SCRIPTS | {"model_init_kwargs": LOADED_MODEL}
+"""Options that change nothing in `hf-rlhf reward`, each with the reason. It neither lists nor takes them."""
 
 
 def check_reward_options(args: RewardConfig) -> None:

@@ -25,6 +25,18 @@ def log_last_steps(args: TrainingArguments, control: TrainerControl) -> None:
         control.should_log = True
 
 
+def all_steps_are_done(trainer: Trainer) -> bool:
+    """Whether a resumed run has no step left; then it asks for the end of training.
+
+    `Trainer` looks at the number of steps only after a step, so that a finished run whose last epoch is not complete
+    would take one more.
+    """
+    is_done = trainer.state.global_step >= trainer.state.max_steps
+    if is_done:
+        trainer.control.should_training_stop = True
+    return is_done
+
+
 def forget_unscaled_gradients(accelerator: Accelerator) -> None:
     """Makes the gradient scaler of fp16 ready for a new optimizer step; the loss scale stays the same.
 

@@ -115,13 +115,12 @@ def _check_schedule(args: TrainingArguments) -> None:
         raise UserError(f"lr_scheduler_kwargs with lr_scheduler_type={name!r}: {first_line(error)}.") from None
 
 
-def require_optimizer(args: TrainingArguments) -> None:
+def require_optimizer(args: TrainingArguments, *, warn: bool = True) -> None:
     """Checks that `optim` and `optim_args` give an optimizer, before models are loaded.
-
-    A warning is logged if `warmup_steps` has no effect.
 
     Args:
         args: the options.
+        warn: whether to log a warning if `warmup_steps` has no effect.
 
     Raises:
         UserError: if a package is missing, or if `optim_args` is not usable.
@@ -141,7 +140,7 @@ def require_optimizer(args: TrainingArguments) -> None:
     check_optim_args(args_of_stand_in, stand_in)
     name = args.lr_scheduler_type.value
     schedules_itself = args.optim.value.startswith("schedule_free")
-    if args.warmup_steps and name in _WITHOUT_WARMUP and not schedules_itself:
+    if warn and args.warmup_steps and name in _WITHOUT_WARMUP and not schedules_itself:
         remedy = "choose constant_with_warmup" if name == "constant" else "leave it out"
         logger.warning("warmup_steps has no effect with lr_scheduler_type=%r: %s.", name, remedy)
 

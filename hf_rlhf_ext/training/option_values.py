@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -213,7 +214,10 @@ def _check_trackers(args: TrainingArguments) -> None:
     installed = [*get_available_reporting_integrations(), *_NOT_IN_LIST]
     for name in chosen:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(f"report_to: {name!r} is not known: choose none or {', '.join(INTEGRATION_TO_CALLBACK)}.")
+            nearest = get_close_matches(str(name), INTEGRATION_TO_CALLBACK, n=1)
+            known = f"choose none or {', '.join(INTEGRATION_TO_CALLBACK)}."
+            meant = f"did you mean {nearest[0]}?" if nearest else known
+            raise UserError(f"report_to: {name!r} is not known: {meant}")
         if name not in installed:
             raise UserError(
                 f"report_to: the package of {name} is not installed: pip install {name}, or choose another tracker "

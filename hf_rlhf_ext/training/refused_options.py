@@ -20,6 +20,15 @@ COMPILE = "the trainer reads inner layers of the model, which compilation may sk
 FULL_EVAL = "Trainer would round the weights themselves: leave it out, evaluation has the precision of training"
 ONLY_DATA_PARALLEL = "only plain data parallelism is supported: leave it out"
 
+FOR_SCRIPTS = {
+    "do_eval": "for scripts: Trainer does not read it",
+    "do_predict": "for scripts: Trainer does not read it",
+    "do_train": "for scripts: Trainer does not read it",
+    "local_rank": "for launchers: Trainer does not read it",
+}
+"""Options that no trainer reads, each with the reason."""
+LOADED_MODEL = "the command loads the model: see --dtype, --attn_implementation and --load_in_4bit"
+
 
 @contextmanager
 def in_one_line() -> Iterator[None]:

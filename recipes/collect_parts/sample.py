@@ -170,6 +170,7 @@ def read_prompts(args: SampleArguments) -> list[dict[str, Any]]:
     from hf_rlhf_ext.cli.options import DataArguments
     from hf_rlhf_ext.data.media import refuse_media_columns
     from hf_rlhf_ext.readers.formats import load_rows, with_prompts
+    from hf_rlhf_ext.readers.prompts import blank_lines_of
 
     check_file_exists(args.prompts, "prompts")
     rows = load_rows(args.prompts, args.split, args.revision, config=args.subset)
@@ -186,6 +187,9 @@ def read_prompts(args: SampleArguments) -> list[dict[str, Any]]:
         known = ", ".join(rows.column_names)
         raise UserError(f"category_column: {args.prompts} has no column {args.category_column!r}, only {known}.")
     say_unread_columns(rows.column_names, args)
+    n_blank = len(blank_lines_of(args.prompts))
+    if n_blank:
+        print(f"{args.prompts}: {n_blank} blank lines skipped")
     prompts = []
     for number, row in enumerate(rows):
         prompts.append({**row, **origin_of(row, number, args)})

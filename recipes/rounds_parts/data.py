@@ -11,6 +11,7 @@ from hf_rlhf_ext.data.schema import with_defaults
 from hf_rlhf_ext.data.text import is_text, plain_text, text_key
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.formats import load_rows
+from hf_rlhf_ext.readers.prompts import blank_lines_of
 
 Row = dict[str, Any]
 
@@ -34,6 +35,9 @@ def read_prompts(source: str, option: str) -> list[Row]:
     if "prompt" not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise UserError(f"{option}: {source} has no column prompt, but {columns}: rename the column of the prompts.")
+    n_blank = len(blank_lines_of(source))
+    if n_blank:
+        print(f"{source}: {n_blank} blank lines skipped")
     distinct: dict[str, Row] = {}
     for number, row in enumerate(rows):
         prompt = row["prompt"]

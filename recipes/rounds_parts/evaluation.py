@@ -20,6 +20,7 @@ from hf_rlhf_ext.modeling.logprobs import (
     scatter_to_mask,
 )
 from hf_rlhf_ext.modeling.probing import evaluating
+from hf_rlhf_ext.modeling.quantization import quantization_record
 from hf_rlhf_ext.ppo.batching import budget_chunks
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
 from hf_rlhf_ext.ppo.rollout import pack_sequences
@@ -66,7 +67,7 @@ class PolicyEvaluator:
         """Loads a policy for evaluation, to the GPU if there is one."""
         revision = self.revision if policy == self.sft else None
         model, tokenizer = load_policy(policy, revision=revision, **self.base_options)
-        if torch.cuda.is_available() and not self.base_options.get("load_in_4bit"):
+        if torch.cuda.is_available() and quantization_record(model) is None:  # quantized weights are there already
             model.to("cuda")
         return model.eval(), tokenizer
 

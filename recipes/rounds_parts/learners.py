@@ -1,11 +1,9 @@
 """What a round trains: the reward model on all judgments so far, and the policy by PPO or DPO."""
 
 import gc
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, set_seed
@@ -14,14 +12,16 @@ from trl import DPOConfig, DPOTrainer
 from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import finish_run
+from hf_rlhf_ext.cli.first_checks import check_policy_folder
 from hf_rlhf_ext.cli.lineage import lineage_of, public_name
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, machine_defaults
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.progress import show_progress
+from hf_rlhf_ext.cli.stage_options import model_options, trainer_options, warmup_steps
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.report import base_precision
 from hf_rlhf_ext.modeling.adapters import save_adapter
-from hf_rlhf_ext.modeling.loading import base_and_revision, found_or_refused, resolve_dtype
+from hf_rlhf_ext.modeling.loading import base_and_revision, found_or_refused
 from hf_rlhf_ext.modeling.locations import resolve_location
 from hf_rlhf_ext.recipes.ppo import RewardArguments, train_ppo
 from hf_rlhf_ext.recipes.reward import train_reward
@@ -29,8 +29,6 @@ from hf_rlhf_ext.recipes.rounds_parts.options import RoundsArguments
 
 STEPS_PER_UPDATE = 4
 """Optimizer steps of one PPO update: two passes over the rollout in two mini-batches, as in the quickstart."""
-WARMUP_STEPS = 5
-"""Steps in which the learning rate of reward model and DPO rises, of a training of 50 steps or more."""
 NORMALIZATION_ROWS = 128
 """Number of judged prompts on whose completions the rewards are normalized: more cost time and change little."""
 
@@ -51,26 +49,11 @@ class Learners:
 
     def common(self, output_dir: Path) -> dict[str, Any]:
         """Options that all trainers share."""
-        options = {
-            "output_dir": str(output_dir),
-            "seed": self.args.seed,
-            "report_to": "none",
-            "gradient_checkpointing": self.model_args.load_in_4bit,  # costs time; a small model has room without it
-            **machine_defaults(),
-        }
-        if self.model_args.dtype not in (None, "auto"):
-            # Mixed precision follows the base: an fp32 base computes in fp32.
-            dtype = resolve_dtype(self.model_args.dtype)
-            options["bf16"] = dtype == torch.bfloat16
-            options["fp16"] = dtype == torch.float16
-        return options
+        return trainer_options(self.model_args) | {"output_dir": str(output_dir), "seed": self.args.seed}
 
     def model_options(self, name: str, revision: str | None = None) -> ModelArguments:
         """The options of the model for another name: same precision, same size of a new adapter."""
-        values = dict(vars(self.model_args))
-        values["model_name_or_path"] = name
-        values["model_revision"] = revision or "main"
-        return ModelArguments(**values)
+        return model_options(self.model_args, name, revision)
 
     def check_model(self) -> None:
         """Reads the configuration of the first policy's base, which shows whether there is such a model.
@@ -80,6 +63,7 @@ class Learners:
         """
         if self.args.learner == "dpo" and not self.model_args.use_peft:
             raise UserError("use_peft: --learner dpo trains an adapter: leave it out, or pass --learner ppo.")
+        check_policy_folder(self.model_args.model_name_or_path)
         name, revision = self.base()
         path, location = resolve_location(name, revision)
         with found_or_refused("model_name_or_path", name):
@@ -113,11 +97,12 @@ class Learners:
             save_strategy="no",
             normalization_max_rows=NORMALIZATION_ROWS,
             unrenderable="drop",
+            resume_from_checkpoint=last_complete_checkpoint(output_dir),  # of a run that was stopped in this stage
         )
         data = DataArguments(
             dataset_name=str(comparisons),
             dataset_test_split="test" if n_heldout else None,
-            overwrite=True,
+            overwrite=args.resume_from_checkpoint is None,
         )
         report = train_reward(data, self.model_options(*self.base()), args, verbose=self.verbose)
         return report["reward_model"]
@@ -197,9 +182,7 @@ class Learners:
         return measured
 
     def _warmup_steps(self, n_rows: int, n_epochs: int) -> int:
-        """Steps of warm-up: at most a tenth of all, so that a few judgments are learned from at all."""
-        n_steps = math.ceil(n_rows / self.args.reward_batch) * n_epochs
-        return min(WARMUP_STEPS, n_steps // 10)
+        return warmup_steps(n_rows, n_epochs, self.args.reward_batch)
 
     def _start_options(self, start: str) -> ModelArguments:
         """The options of the model that a round starts from; the revision is that of the first policy only."""

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_rlhf_ext.cli.functions import reward_function
 from hf_rlhf_ext.cli.options import check_at_least
 from hf_rlhf_ext.collect.simulated import GoldReward
 from hf_rlhf_ext.errors import UserError
@@ -121,9 +122,9 @@ class RoundsArguments:
     gold: str | None = field(
         default=None,
         metadata={
-            "help": "Gold reward of the evaluation and of simulated annotators, as `package.function` of prompts and "
-            "completions, which returns a number for each, or None where it does not apply. If `None`, the sentiment "
-            "of VADER where annotators are simulated, else no gold reward."
+            "help": "Gold reward of the evaluation and of simulated annotators, as `file.py:function` or "
+            "`module:function`, of prompts and completions, which returns a number for each, or None where it does not "
+            "apply. If `None`, the sentiment of VADER where annotators are simulated, else no gold reward."
         },
     )
     noise: float = field(
@@ -200,6 +201,9 @@ class RoundsArguments:
         check_at_least(self, learning_rate=0, value_learning_rate=0, reward_learning_rate=0, max_tokens_per_batch=1)
         if not self.temperature > 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}: 0 always gives the same completion.")
+        for option in ("learning_rate", "value_learning_rate", "reward_learning_rate"):
+            if getattr(self, option) == 0:
+                raise UserError(f"{option} must be positive, got 0: nothing would be trained.")
         if self.heldout_share > 0.5:
             raise UserError(
                 f"heldout_share must be at most 0.5, got {self.heldout_share}: it is a share of the prompts."
@@ -268,12 +272,9 @@ class RoundsArguments:
         Raises:
             UserError: the function cannot be imported.
         """
-        # Imported here: it loads torch, which `--help` does not need.
-        from hf_rlhf_ext.recipes.ppo import imported_function
-
         is_simulated = self.judge in ("simulated", "mixed")
         if self.gold is not None:
-            return CheckedGold(imported_function(self.gold, "gold"), self.gold, needs_all=is_simulated)
+            return CheckedGold(reward_function(self.gold, "gold"), self.gold, needs_all=is_simulated)
         return GoldReward() if is_simulated else None
 
     def pairs_to_judge(self, n_prompts: int, n_policies: int) -> int:

@@ -21,8 +21,8 @@ from hf_rlhf_ext.cli.shipped import find_config, recipes_folder, shipped_configs
 from hf_rlhf_ext.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-WANTED = ["quickstart", "sft", "reward", "ppo", "rounds", "check-reward", "inspect-data", "collect"]
-WANTED += ["merge", "push", "env"]
+WANTED = ["quickstart", "init", "pipeline", "sft", "reward", "ppo", "rounds", "check-reward", "inspect-data", "collect"]
+WANTED += ["chat", "generate", "merge", "push", "env"]
 
 
 def refusal(call, *args) -> str:
@@ -243,7 +243,7 @@ def test_a_reader_that_has_read_enough_ends_in_no_traceback():
 @pytest.mark.parametrize(
     "words, fragment",
     [
-        ("merge", "the following arguments are required: folder, output_dir"),
+        ("merge", "the following arguments are required: FOLDER"),
         ("merge nope out --dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("push", "the following arguments are required: folder"),
         ("env --verbose", "unrecognized arguments: --verbose"),

@@ -32,6 +32,22 @@ class Recipe:
             raise ValueError(f"max_rows must be positive,\ngot {self.max_rows}")
 
 
+@dataclass
+class Values:
+    unused_options = {"speed": "nothing moves", "quiet": "nothing is said"}
+    refused_options = {"refused": "only 4 works"}
+
+    max_rows: int | None = None
+    share: float = field(default=0.5, metadata={"help": "A share of the rows. Not shown in the short help."})
+    kind: str = field(default="pairs", metadata={"help": "what rows are", "choices": ["pairs", "ranks"]})
+    splits: list[str] = field(default_factory=lambda: ["train"])
+    sure: bool | None = None
+    overwrite: bool = False
+    speed: int = 1
+    quiet: bool = True
+    refused: int = 4
+
+
 @pytest.fixture
 def config(tmp_path):
     """Writes a YAML file and returns its path as text."""
@@ -160,7 +176,7 @@ def test_a_yaml_value_of_the_wrong_kind(config, line, expected):
 
 def test_command_line_values_are_refused_in_one_line():
     assert refusal(Recipe, ["--dataset_name", "x", "--max_rows", "many"]) == (
-        "argument --max_rows/--max-rows: invalid int value: 'many' (see --help)"
+        "`--max_rows` needs an integer, got 'many'"
     )
     assert refusal(Recipe, []) == ("the following arguments are required: --dataset_name/--dataset-name (see --help)")
     assert refusal(Recipe, ["--dataset_name", "x", "--max_rows", "0"]) == "max_rows must be positive, got 0"
@@ -193,6 +209,83 @@ def test_help_shows_choices_kinds_and_defaults_once(capsys, monkeypatch):
     assert "--dataset_name TEXT" in text and "--max_rows INTEGER" in text
     assert "--no_careful" not in text and "--dataset-name" not in text  # taken, not shown
     assert parse_recipe(Recipe, ["--dataset-name", "x", "--no_careful"])[0].careful is False
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--max_rows"], "`--max_rows` needs an integer"),
+        (["--max_rows", "--overwrite"], "`--max_rows` needs an integer"),
+        (["--max-rows", "2.5"], "`--max_rows` needs an integer, got '2.5'"),
+        (["--kind"], "`--kind` needs one of pairs, ranks"),
+        (["--kind", "pair"], "`--kind` needs one of pairs, ranks, got 'pair': did you mean pairs?"),
+        (["--splits"], "`--splits` needs a value"),
+        (["--sure"], "`--sure` needs true or false"),
+        (["--sure", "perhaps"], "`--sure` needs true or false, got 'perhaps'"),
+        (["--share", "half"], "`--share` needs a number, got 'half'"),
+    ],
+)
+def test_a_missing_or_wrong_value_says_which_values_there_are(argv, expected):
+    line = refusal(Values, argv)
+    assert line.startswith(expected) and "argument" not in line
+
+
+@pytest.mark.parametrize("word, value", [("yes", True), ("ON", True), ("1", True), ("no", False), ("off", False)])
+def test_switches_take_the_words_of_yaml(word, value):
+    assert parse_recipe(Values, ["--sure", word])[0].sure is value
+    assert parse_recipe(Values, [f"--overwrite={word}"])[0].overwrite is value
+
+
+def test_options_without_effect_are_neither_listed_nor_taken(config, capsys):
+    for argv in (["--speed", "3"], ["--speed=3"]):
+        line = refusal(Values, argv)
+        assert "`--speed` has no effect" in line and "nothing moves" in line and "leave it out" in line
+    path = config("speed: 3\n")
+    assert refusal(Values, ["--config", path]).startswith(f"{path}: `speed` has no effect")
+    assert "`--no_quiet` has no effect" in refusal(Values, ["--no_quiet"])
+    with pytest.raises(SystemExit):
+        parse_recipe(Values, ["--help-all"])
+    text = capsys.readouterr().out
+    assert "--share" in text and "--speed" not in text and "--quiet" not in text and "--refused" not in text
+    assert parse_recipe(Values, ["--refused", "4"])[0].refused == 4  # the dataclass decides
+
+
+def help_of(argv, main_options, capsys, **options) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse_recipe(Values, argv, main_options=main_options, **options)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_main_options_in_groups_and_help_all_the_rest(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    groups = {"size": {"max_rows": "Rows to use, 100 % of them without it.", "share": ""}, "other": {"sure": "Sure?"}}
+    text = help_of(["--help"], groups, capsys, defaults={"share": 0.25})
+    # It has no default.
+    assert re.search(r"size:\n  --max_rows INTEGER +Rows to use, 100 % of them without it\.\n", text)
+    assert "A share of the rows. (default: 0.25)" in text and "Not shown" not in text
+    assert "--kind" not in text and text.index("size:") < text.index("--share") < text.index("other:")
+    assert text.rstrip().endswith("--help-all shows the other 3 options.")
+    for name in ("--help-all", "--help_all"):
+        text = help_of([name], groups, capsys)
+        assert "--kind" in text and "--max_rows" in text and "Not shown" in text
+    assert help_of(["--help"], ("kind",), capsys).count("--kind") == 1  # names alone
+    assert "--kind" in help_of(["--help"], (), capsys)  # no main options: all of them
+
+
+def test_a_stray_word_is_the_option_that_it_looks_like(tmp_path):
+    from hf_rlhf_ext.cli.options import DataArguments, ModelArguments
+    from hf_rlhf_ext.recipes.check_reward import CheckArguments
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "adapter_config.json").write_text("{}")
+    check, train = (DataArguments, CheckArguments), (DataArguments, ModelArguments)
+    assert refusal(check, ["runs/reward"]).endswith("did you mean `--reward_model runs/reward`?")
+    assert refusal(check, [str(model)]).endswith(f"did you mean `--reward_model {model}`?")
+    assert refusal(check, ["runs/pairs.jsonl"]).endswith("did you mean `--dataset_name runs/pairs.jsonl`?")
+    assert refusal(train, [str(model)]).endswith(f"did you mean `--model_name_or_path {model}`?")
+    assert refusal(train, ["alice/pairs"]).endswith("did you mean `--dataset_name alice/pairs`?")
 
 
 SCRIPT = """

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hf_rlhf_ext.cli.stages import StageRunner, has_manifest, peak_memory_gb
+from hf_rlhf_ext.cli.stopping import line_of
 from hf_rlhf_ext.errors import UserError
 
 SETTINGS = {"seed": 0, "size": "small", "noise": 0.1}
@@ -34,8 +35,10 @@ def test_a_stage_that_fails_is_run_again(runner):
     def stopped():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         runner().run("data", "a few rows", stopped)  # the very first stage: nothing is finished yet
+    line = line_of(caught.value)
+    assert line.startswith("interrupted in stage 1 of 3 (data), which starts again; finished stages are kept; resume")
     assert runner().seconds == {}
     assert runner().run("data", "a few rows", lambda: {"train": 7}) == {"train": 7}
 
@@ -51,10 +54,22 @@ def test_a_stage_that_fails_is_run_again(runner):
 def test_other_settings_are_refused_before_anything_is_done(runner, tmp_path, changes, named):
     runner().run("data", "a few rows", lambda: {})
     before = (tmp_path / "manifest.json").read_text()
-    with pytest.raises(UserError, match="holds a run with other settings") as caught:
+    with pytest.raises(UserError, match="other settings .*--overwrite true to delete its finished stages") as caught:
         runner(**changes)
     assert f"({named})" in str(caught.value) and "--overwrite true" in str(caught.value)
     assert (tmp_path / "manifest.json").read_text() == before
+
+
+def test_settings_that_nothing_depends_on_yet_may_change(tmp_path):
+    names = ["data", "sft"]
+    StageRunner(tmp_path, SETTINGS, names).run("data", "a few rows", lambda: {})
+    changed = {**SETTINGS, "noise": 0.2, "steps": 3}
+    changed.pop("size")
+    StageRunner(tmp_path, changed, names, changeable=["noise", "steps", "size"])
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"] == changed
+    with pytest.raises(UserError, match="noise: 0.2 then, 0.1 now"):
+        StageRunner(tmp_path, {**changed, "noise": 0.1}, names, changeable=["steps"])
+    assert StageRunner(tmp_path, changed, names).is_finished("data")
 
 
 def test_the_manifest_is_written_whole_or_not_at_all(runner, tmp_path):

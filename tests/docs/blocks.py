@@ -108,8 +108,14 @@ def check(block: Block) -> None:
     if block.language == "python":
         check_python(block.code)
     elif block.language == "bash":
+        written: set[str] = set()
         for words in shell_lines(block.code):
+            if "--config" in words and words[words.index("--config") + 1] in written:
+                find_command(as_hf_rlhf(words)[0])  # what it needs is in the file that is not there
+                continue
             check_command(words)
+            if "init" in words and "--output" in words:
+                written.add(words[words.index("--output") + 1])
     elif block.language == "yaml":
         yaml.safe_load(block.code)
     elif block.language == "json":
@@ -146,8 +152,12 @@ def check_command(words: list[str]) -> None:
         if options:  # a subcommand, with options of its own
             import_module("recipes.collect").parse(options)
         return
+    recipe = import_module(f"recipes.{stage}")
+    if hasattr(recipe, "parse"):  # words outside of options
+        recipe.parse(options)
+        return
     defaults = machine_defaults() if stage in TRAINING else {}
-    parse_recipe(import_module(f"recipes.{stage}").ARGUMENTS, options, defaults=defaults)
+    parse_recipe(recipe.ARGUMENTS, options, defaults=defaults)
 
 
 def check_make(words: list[str]) -> None:

@@ -107,12 +107,11 @@ def put_base_on_hub(hub, folder: Path) -> None:  # noqa: F811
 def test_readme_runs_from_an_empty_environment_to_a_model_loaded_back(newcomer, clone, hub, tmp_path):  # noqa: F811
     steps = sessions(blocks_of(README))
     kinds = [step.code.split()[0] if step.language == "bash" else "python" for step in steps]
-    assert kinds == ["pip", "cat", "python", "hf-rlhf", "python"]
-    install, make_file, train, push, load = steps
+    assert kinds == ["pip", "python", "hf-rlhf", "python"]
+    install, train, push, load = steps
     newcomer(install, clone)
     work = tmp_path / "work"
     work.mkdir()
-    newcomer(make_file, work)
 
     code = train.code + "\nimport hf_rlhf_ext\nprint(hf_rlhf_ext.__file__)\n"
     printed = newcomer(Block(train.page, train.line, "python", code, ""), work)
@@ -120,7 +119,7 @@ def test_readme_runs_from_an_empty_environment_to_a_model_loaded_back(newcomer, 
     scores = re.search(r"^\[(\S+), (\S+)\]$", printed, re.MULTILINE)  # of two completions
     assert float(scores[1]) > float(scores[2])
     assert str(tmp_path / "env") in printed.splitlines()[-1]  # what was installed ran, not this checkout
-    assert (work / "runs" / "policy" / "adapter_model.safetensors").is_file()
+    assert (work / "runs" / "ppo" / "adapter_model.safetensors").is_file()
 
     put_base_on_hub(hub, tmp_path / "base")
     assert "alice/brief-policy" in newcomer(push, work)

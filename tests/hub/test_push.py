@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save, save_file
 
+from hf_rlhf_ext.data.prompt_form import PromptForm
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub import client, push
 from hf_rlhf_ext.hub.push import (
@@ -36,6 +37,7 @@ PUSHED = {
     "adapter_model.safetensors",
     "base_record.json",
     "frontier.png",
+    "prompt_form.json",
     "report.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,6 +65,7 @@ def run_folder(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer.json").write_text("{}")
     BaseRecord("bfloat16", weights={"model.norm.weight": {"shape": [2], "values": [1.0, -0.5]}}).save(folder)
+    PromptForm("text").save(folder)
     (folder / "report.json").write_text(json.dumps(REPORT | {"card": CARD}))
     (folder / "training_config.yaml").write_text("learning_rate: 1.0e-4\n")
     (folder / "frontier.png").write_bytes(b"\x89PNG\0")

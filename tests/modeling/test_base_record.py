@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.adapters import save_adapter
 from hf_rlhf_ext.modeling.base_record import BASE_RECORD_FILE, BaseRecord, check_same_base
-from hf_rlhf_ext.modeling.loading import load_base_model, load_policy, load_tokenizer
+from hf_rlhf_ext.modeling.loading import four_bit_config, load_base_model, load_policy, load_tokenizer
 from hf_rlhf_ext.modeling.quantization import refuse_trained_quantized
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -185,3 +185,14 @@ def test_quantized_weights_are_not_trained_themselves(base):
         refuse_trained_quantized(model, has_adapter=False)
     refuse_trained_quantized(model, has_adapter=True)
     refuse_trained_quantized(load(base), has_adapter=False)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_packed_weights_in_a_floating_point_dtype_are_not_taken_for_weights(base, tmp_path, storage):
+    config = four_bit_config(storage=storage)
+    model = saved(load_base_model(str(base), quantization_config=config), tmp_path / "adapter")
+    recorded = BaseRecord.load(tmp_path / "adapter").weights
+    assert recorded and not [name for name in recorded if name.endswith("_proj.weight")]
+    check_same_base(model, tmp_path / "adapter")
+    other = get_peft_model(load_base_model(str(base), load_in_4bit=True), LoraConfig(r=2, target_modules=["q_proj"]))
+    check_same_base(other, tmp_path / "adapter")  # how the same bits are stored is no difference

@@ -1,7 +1,8 @@
-"""8-bit bases with outliers, whose rounding depends on the other tokens, are not mistaken for other models."""
+"""8-bit bases with outliers are not mistaken for other models; adapters on 8-bit and FP4 bases get right gradients."""
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -13,7 +14,7 @@ from transformers import (
 
 from hf_rlhf_ext.modeling.families import reads_later_tokens
 from hf_rlhf_ext.modeling.padding import reads_left_padding
-from hf_rlhf_ext.modeling.quantization import each_token_alone
+from hf_rlhf_ext.modeling.quantization import each_token_alone, keep_nf4_gradients_right
 
 IDS = [5, 9, 14, 33, 7]
 
@@ -57,3 +58,37 @@ def test_an_encoder_in_8_bits_still_reads_later_tokens(tmp_path):
     BertLMHeadModel(BertConfig(vocab_size=300, **small)).save_pretrained(tmp_path)
     model = BertLMHeadModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert reads_later_tokens(model, IDS)
+
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    "quantized",
+    [{"load_in_8bit": True}, FOUR_BITS, FOUR_BITS | {"bnb_4bit_use_double_quant": True}],
+    ids=["int8", "fp4", "fp4-double"],
+)
+def test_gradients_of_an_adapter_are_those_of_the_unquantized_base_up_to_rounding(tiny_config, tmp_path, quantized):
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
+    exact = adapter_gradients(LlamaForCausalLM.from_pretrained(tmp_path))
+    config = BitsAndBytesConfig(**quantized)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config)
+    keep_nf4_gradients_right(model)
+    before = adapter_gradients(model)
+    assert torch.cosine_similarity(before, exact, dim=0) > 0.9
+    # bitsandbytes may repack weights at the first pass without gradients.
+    with torch.no_grad():
+        model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=2, do_sample=False)
+    assert torch.allclose(adapter_gradients(model), before, atol=1e-6)
+
+
+def adapter_gradients(model):
+    """The gradients of a new adapter with weights of its own, as one vector."""
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    with_adapter = get_peft_model(model, lora)
+    with_adapter(input_ids=torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()
+    gradients = [p.grad.flatten().clone() for p in with_adapter.parameters() if p.requires_grad]
+    with_adapter.unload()
+    return torch.cat(gradients)

@@ -9,9 +9,10 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
-OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 160, "save_strategy": "steps", "save_steps": 4}
+OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 80, "save_strategy": "steps", "save_steps": 4}
 OPTIONS |= {"critic": "adapter", "save_total_limit": 3, "eval_strategy": "no", "kl_target": 0.5}
 OPTIONS |= {"normalize_rewards": True, "top_k": 0}
 
@@ -28,12 +29,12 @@ def train(folder, name, resume):
 
     class Note(__import__("transformers").TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            steps.write_text(json.dumps({"began": state.global_step, "at": state.global_step}))
+            self.began = state.global_step
+            self.on_step_end(args, state, control)
 
         def on_step_end(self, args, state, control, **kwargs):
-            began = json.loads(steps.read_text())["began"]
             new = steps.with_suffix(".new")
-            new.write_text(json.dumps({"began": began, "at": state.global_step}))
+            new.write_text(json.dumps({"began": self.began, "at": state.global_step}))
             new.rename(steps)
 
     trainer.add_callback(Note())
@@ -50,8 +51,21 @@ def child(folder, name, resume):
         sys.stdout = sys.stderr
         train(folder, name, resume)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
+
+
+def steps_made(note):
+    seen = json.loads(note.read_text())
+    return seen["at"] - seen["began"]
+
+
+def is_running(pid):
+    """Whether the child has not ended; it is not reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def main():
@@ -69,7 +83,11 @@ def main():
         while not note.exists():
             time.sleep(0.02)
             assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        time.sleep(rng.uniform(0.2, 1.0))
+        # Counted in steps: in a fixed time, a busy machine may not reach a single checkpoint.
+        n_steps = rng.randint(1, 12)
+        while steps_made(note) < n_steps and is_running(pid):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))  # into the next step, or into a save
         os.kill(pid, signal.SIGKILL)
         finished = os.waitpid(pid, 0)[1] == 0
         seen, last = json.loads(note.read_text()), last_complete_checkpoint(out)

@@ -158,7 +158,7 @@ def test_tokens_without_a_row_are_one_line_from_every_trainer(make_trainer, fold
         with pytest.raises(UserError, match=f"processing_class: .*the {kind} token"):
             BradleyTerryTrainer(reward, args, rows_of_text, processing_class=tokenizer, peft_config=lora("SEQ_CLS"))
     reward = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
-    with pytest.raises(UserError, match="dataset 'train': a row has token '</?think>'"):
+    with pytest.raises(UserError, match="dataset 'train' row 0 has token '</?think>'"):
         BradleyTerryTrainer(reward, args, Dataset.from_list(PAIRS), processing_class=longer)
     reward = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
     with pytest.raises(UserError, match="completion 1 with its prompt has token '<think>'"):

@@ -131,3 +131,12 @@ def test_explained_variance_worked_by_hand(values, expected):
     returns, mask = f64([[1.0, 2.0, 4.0, NAN]]), torch.tensor([[True, True, True, False]])
     got = explained_variance(f64([[*values[0], 1e30]]), returns, mask)
     assert got.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1234.5])
+def test_explained_variance_of_equal_returns_is_not_defined(constant):
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    for values in (torch.zeros(3, 5), torch.full((3, 5), constant), torch.randn(3, 5)):
+        assert explained_variance(values, torch.full((3, 5), constant), mask).isnan()
+    returns = constant + 1e-3 * max(1.0, abs(constant)) * torch.randn(3, 5)
+    assert explained_variance(returns, returns, mask) == 1

@@ -192,7 +192,7 @@ def test_negative_kl_names_the_sampling_options_that_cause_it():
     history = [{"objective/kl": -0.5}] * 3
     truncated = diagnose(history, temperature=0.7, top_k=50, top_p=0.9)["negative_kl"]
     assert "(temperature=0.7, top_k=50, top_p=0.9). Set top_k=0 and top_p=1.0" in truncated
-    assert "bf16=False" in diagnose(history)["negative_kl"]
+    assert "bf16 to false" in diagnose(history)["negative_kl"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What may be a reward function, how it is called, and what it may log."""
 
+import asyncio
 import functools
 import math
 
@@ -105,15 +106,134 @@ def other_names(p, c):
     ("func", "says"),
     [
         (by_position, "remove the slash"),
-        (other_names, r"needs 'p'.*does not take 'prompts'.*\(prompts, completions, \*\*kwargs\)"),
+        (other_names, r"needs 'p'.*does not take 'completions'.*\(prompts, completions, \*\*kwargs\)"),
+        (lambda: [], r"does not take 'completions'.*\(prompts, completions, \*\*kwargs\)"),
         (len, r"\(prompts, completions, \*\*kwargs\)"),
-        (lambda completions, answer, **columns: [], "needs 'answer', but train_dataset has no such column"),
-        (lambda prompts, completions: [], r"add \*\*kwargs"),
+        (lambda completions, answer, **columns: [], r"needs 'answer', but train_dataset has no such.*\(it has level\)"),
+        (lambda completions, levels: [], r"needs 'levels'.*did you mean 'level'\?"),
+        (lambda completions, completion: [], r"needs 'completion'.*did you mean 'completions'\?"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused_at_the_start(func, says):
     with pytest.raises(UserError, match=says):
         check(func)
+
+
+def test_a_module_may_take_the_completions_alone():
+    class Lengths(torch.nn.Module):
+        def forward(self, completions):
+            return torch.tensor([[float(len(text))] for text in completions])
+
+    assert check(Lengths()).score(["a"], ["four"]).sequence.tolist() == [4.0]
+
+
+def test_functions_get_the_arguments_that_they_name():
+    class Judge:
+        def method(self, completions, level):
+            return [float(value) for value in level]
+
+        def __call__(self, completions):
+            return [2.0] * len(completions)
+
+    class Module(torch.nn.Module):
+        def forward(self, prompts, completions):
+            return torch.ones(len(completions))
+
+    async def in_parallel(completions):
+        return [3.0] * len(completions)
+
+    def decorated(prompts, completions):
+        return [4.0] * len(completions)
+
+    def scaled(completions, factor):
+        return [factor] * len(completions)
+
+    funcs = [
+        Judge().method,
+        Judge(),
+        Module(),
+        in_parallel,
+        hidden(decorated),
+        functools.partial(scaled, factor=5.0),
+        lambda completions, *, level: [6.0] * len(completions),
+        lambda prompts, completions, missing=7.0: [missing] * len(completions),
+        lambda completions, **columns: [float(len(columns))] * len(completions),
+    ]
+    rewards = check(funcs)
+    scores = rewards.score(["a"], ["b"], completion_ids=[[1]], level=[1], trainer_state=None)
+    assert scores.per_func.tolist() == [[1, 2, 1, 3, 4, 5, 6, 7, 4]]
+    assert len(set(rewards.names)) == len(funcs) and rewards.names[:4] == ["method", "Judge", "Module", "in_parallel"]
+
+
+def test_names_stay_distinct_whatever_functions_are_called():
+    def f(completions):
+        return [1.0]
+
+    def f_0(completions):
+        return [1.0]
+
+    assert len(set(RewardFunctions([f, f, f_0]).names)) == 3
+
+
+# --- mistakes inside a function --------------------------------------------------------------------------------------
+
+
+MESSAGES = [[{"role": "assistant", "content": "Yes"}]]
+
+
+def shouts(completions):
+    return [float(text.isupper()) for text in completions]
+
+
+async def shouts_later(completions):
+    return shouts(completions)
+
+
+def shouts_each(completions):
+    yield from (float(text.isupper()) for text in completions)
+
+
+def takes_messages(completions):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+class FailingModule(torch.nn.Module):
+    def forward(self, completions):
+        return {}["answer"]
+
+
+@pytest.mark.parametrize(
+    ("func", "completions", "says"),
+    [
+        (
+            shouts,
+            MESSAGES,
+            r"'shouts' failed: AttributeError: .*\(test_reward_calls.py, line \d+\).*\['content'\]",
+        ),
+        (shouts_later, MESSAGES, r"'shouts_later' failed: AttributeError.*test_reward_calls.py, line \d+"),
+        (shouts_each, MESSAGES, r"'shouts_each' failed: AttributeError.*test_reward_calls.py, line \d+"),
+        (takes_messages, ["Yes"], "TypeError: string indices.*a completion is text"),
+        (lambda completions, **columns: [columns["answer"]], ["a"], "KeyError: 'answer'.*correct the function"),
+        (lambda completions, answer: [1.0], ["a"], "failed: TypeError: .*'answer'"),
+        (lambda completions: completions[5], MESSAGES, r"IndexError: list index.*line \d+\): correct the function"),
+        (FailingModule(), ["a"], r"KeyError: 'answer' \(test_reward_calls.py, line \d+"),
+        (functools.partial(shouts), [3], r"AttributeError.*\(test_reward_calls.py, line \d+"),
+        (lambda completions: [shouts_later([3])], ["a"], r"AttributeError.*\(test_reward_calls.py, line \d+"),
+    ],
+)
+def test_a_mistake_inside_a_function_is_one_line_with_file_and_line(func, completions, says):
+    with pytest.raises(UserError, match=f"^reward function .*{says}") as caught:
+        RewardFunctions(func).score(["a"], completions)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, KeyboardInterrupt, torch.OutOfMemoryError, UserError])
+def test_other_errors_keep_their_type(kind):
+    def fails(completions):
+        raise kind("as it is")
+
+    with pytest.raises(kind, match="^as it is$"):
+        RewardFunctions(fails).score(["a"], ["b"])
 
 
 # --- coroutines ------------------------------------------------------------------------------------------------------
@@ -143,6 +263,42 @@ def test_coroutines_that_come_back_are_awaited():
     funcs = [later, hidden(later), functools.partial(later), one_each, length]
     scores = RewardFunctions(funcs).score(["a", "b"], ["x", "yy"]).per_func
     assert scores.tolist() == [[3.0, 3.0, 3.0, 0.0, 1.0], [3.0, 3.0, 3.0, 1.0, 2.0]]
+
+
+def test_what_an_async_function_keeps_can_be_used_in_the_next_call():
+    limit = asyncio.Semaphore(1)
+
+    async def graded(text):
+        async with limit:  # bound to the event loop in which somebody waits for it first
+            await asyncio.sleep(0)
+            return float(len(text))
+
+    async def judge(completions):
+        return await asyncio.gather(*map(graded, completions))
+
+    rewards = RewardFunctions([judge, lambda completions: [graded(text) for text in completions]])
+    for _ in range(2):
+        assert rewards.score(["a", "b"], ["x", "yy"]).per_func.tolist() == [[1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("error", [SystemExit, ConnectionError])
+def test_an_error_in_an_async_function_ends_the_call_and_not_the_next_one(error):
+    canceled = []
+
+    async def fails(completions):
+        raise error("as it is")
+
+    async def waits(completions):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            canceled.append(True)
+            raise
+
+    with pytest.raises((RuntimeError, ConnectionError), match="SystemExit|as it is"):
+        RewardFunctions([fails, waits]).score(["a"], ["b"])
+    assert RewardFunctions(later).score(["a"], ["b"]).sequence.tolist() == [3.0]
+    assert canceled == [True]
 
 
 # --- metrics of functions --------------------------------------------------------------------------------------------

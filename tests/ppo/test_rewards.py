@@ -3,8 +3,11 @@
 import asyncio
 import functools
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -53,10 +56,64 @@ def test_a_callable_gets_prompts_completions_and_columns():
 
 @pytest.mark.parametrize(
     "answer",
-    [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1, 2, 3]), [np.float32(1), torch.tensor(2.0), 3]],
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([1, 2, 3]),
+        torch.tensor([1, 2, 3]),
+        [np.float32(1), torch.tensor(2.0), 3],
+        [Decimal(1), Fraction(2), np.int64(3)],
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([[1.0], [2.0], [3.0]]),
+        np.array([[1.0, 2.0, 3.0]]),
+        [torch.tensor([1.0]), np.array([2.0]), torch.tensor([[3.0]])],
+        np.array([1, 2, 3], dtype=object),
+        pd.Series([1, 2, 3], index=[7, 8, 9]),
+        pd.DataFrame({"score": [1, 2, 3]}),
+        {"reward": [1, 2, 3]},
+        {"scores": torch.tensor([[1.0], [2.0], [3.0]])},
+        [{"score": 1.0}, {"score": 2.0}, {"score": 3.0}],
+        dict.fromkeys([1, 2, 3]).keys(),
+        range(1, 4),
+    ],
+    ids=lambda answer: type(answer).__name__,
 )
 def test_every_kind_of_numbers_is_taken(answer):
-    assert score(lambda **kwargs: answer).flatten().tolist() == [1.0, 2.0, 3.0]
+    rewards = RewardFunctions(lambda **kwargs: answer)
+    longer = [[1, 1], [2], [3]]  # a tensor with one element for each is no reward of tokens
+    scores = rewards.score(PROMPTS, COMPLETIONS, completion_ids=longer)
+    assert scores.sequence.tolist() == [1.0, 2.0, 3.0] and scores.dense is None
+
+
+@pytest.mark.parametrize(
+    "answer", [[True, False, True], np.array([True, False, True]), torch.tensor([True, False, True]), [np.True_, 0, 1]]
+)
+def test_truth_values_are_one_and_zero(answer):
+    assert score(lambda **kwargs: answer).flatten().tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_generator_is_taken():
+    def one_by_one(completions):
+        for text in completions:
+            yield len(text)
+
+    assert score(one_by_one).flatten().tolist() == [1.0, 2.0, 3.0]
+    assert score(lambda completions: map(len, completions)).flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_none_in_an_array_of_objects_is_no_score():
+    rewards = RewardFunctions([lambda **kwargs: np.array([1.0, None, 3.0], dtype=object), length])
+    assert rewards(PROMPTS, COMPLETIONS)[:, 0].isnan().tolist() == [False, True, False]
+
+
+def test_one_completion_with_token_rewards_in_a_tensor_is_no_row_of_scores():
+    rewards = RewardFunctions(lambda **kwargs: torch.tensor([[1.0, 2.0, 3.0]]))
+    scores = rewards.score(["a"], ["x"], completion_ids=[[1, 2, 3]])
+    assert scores.per_func.tolist() == [[6.0]] and scores.dense.tolist() == [[1.0, 2.0, 3.0]]
+
+
+async def each_later(**kwargs):
+    yield 1.0
 
 
 def test_a_list_with_weights_and_async_callables():
@@ -96,6 +153,18 @@ def test_none_leaves_a_row_to_the_other_functions():
         ([1.0, 2.0, (3.0,)], "'reward' returned 1.0 for completion 0 and a list for completion 2: return a number"),
         (np.ones((3, 1, 1)), "return a number."),
         ([{"a": 1}, 2.0, 0.0], "returned {'a': 1} for completion 0: return a number."),
+        ({"a": [1.0, 2.0, 3.0]}, "'reward' returned a dict with 'a': return a list with the score of each"),
+        ({"reward": [1, 2, 3], "len": [1, 2, 3]}, "returned a dict with 'reward', 'len': return a list with the score"),
+        ({}, "returned a dict with no key: return a list"),
+        ({"two\nlines": 1.0}, "returned a dict with 'two\\nlines': return a list"),
+        ({1.0, 2.0, 3.0}, "returned a set, which has no order and equal scores once: return a list."),
+        (each_later(), "returned an async generator: return a list."),
+        ([1.0, 2.0, 1j], "returned 1j for completion 2: return a number."),
+        ([1.0, np.str_("2"), 0.0], "returned '2' for completion 1: return a number."),
+        ([1.0, Decimal("NaN"), 0.0], "returned nan for completion 1: return a finite number"),
+        ([1.0, 1e39, 0.0], "returned 1e+39 for completion 1: return a finite number"),
+        ([1.0, 10**400, 0.0], "returned inf for completion 1: return a finite number"),
+        (torch.tensor(1.0), "returned tensor(1.) for 3 completions: return one score each."),
         (
             [[1.0], [2.0, 3.0], None],
             "'reward' returned 2 token rewards for completion 1, which has 1 tokens: return one",
@@ -178,7 +247,24 @@ def test_token_rewards_need_the_tokens():
         RewardFunctions(lambda **kwargs: [[1.0]] * 3)(PROMPTS, COMPLETIONS)
 
 
+def test_another_reward_of_evaluation_does_not_take_the_name_of_one_of_training():
+    rewards = RewardFunctions([length, per_token])
+
+    class Other:
+        __name__ = "length"
+
+        def __call__(self, completions):
+            return [0.0] * len(completions)
+
+    assert RewardFunctions([Other(), per_token, slow_length], beside=rewards).names == [
+        "eval_length",
+        "per_token",
+        "slow_length",
+    ]
+
+
 def test_functions_with_their_weights():
+    assert RewardFunctions([length, per_token], [2.0, -0.5]).formula == "2 × length - 0.5 × per_token"
     assert list(RewardFunctions([length, per_token], [2.0, 0.5]).weighted()) == [(length, 2.0), (per_token, 0.5)]
 
 
@@ -188,7 +274,11 @@ def test_functions_with_their_weights():
         ([], {}, "reward_funcs: give at least one callable, reward model or path."),
         (None, {"option": "eval_reward_funcs"}, "eval_reward_funcs: give at least one callable"),
         (7, {}, "reward_funcs: 7 is not a function, a model or a path."),
-        ([length, length], {"reward_weights": [1.0]}, "reward_weights has 1 entries for 2 reward_funcs: give one"),
+        (
+            [length, length],
+            {"reward_weights": [1.0]},
+            "1 entries for 2 reward_funcs: give one each, in the order length, length",
+        ),
         ([length], {"processing_classes": [None, None]}, "reward_processing_classes has 2 entries for 1 reward_funcs"),
         ("./no/such/folder", {}, "reward model: no folder at ./no/such/folder: check the path, or give a Hub id."),
     ],

@@ -132,8 +132,6 @@ def test_nothing_else_in_ppo_stores_into_a_trainer():
 ELSEWHERE = {
     ("checkpoints.py", "args.save_total_limit"),  # for the length of a save only: rotation is ours
     ("prompts.py", "args.max_steps"),  # of a copy
-    ("callbacks.py", "control.should_save"),  # what callbacks are for
-    ("callbacks.py", "control.should_training_stop"),
 }
 """What functions of `ppo/` store into Trainer's options, state and control."""
 

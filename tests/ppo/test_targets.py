@@ -126,10 +126,13 @@ def test_the_reference_of_tied_lora_is_a_whole_copy(make_trainer, bases, targets
     trainer = make_trainer(model=model, peft_config=None, critic="adapter", max_steps=1)
     assert model.peft_config["default"].ensure_weight_tying  # that of the user is not changed
     reference = trainer.stack.roles["reference"].adapter
-    assert adapter_state(model, "default").keys() == adapter_state(model, reference).keys()
-    assert reference_is_off(trainer) == 0
+    weights, copied = adapter_state(model, "default"), adapter_state(model, reference)
+    assert weights.keys() == copied.keys()
+    assert all(torch.equal(weights[name], copied[name]) for name in weights)
+    # The adapter of the head is a transposed view, its copy is not: on some CPUs the products round differently.
+    assert reference_is_off(trainer) < 1e-5
     trainer.train()
-    assert reference_is_off(trainer) > 1e-6
+    assert reference_is_off(trainer) > 1e-3
 
 
 def test_tied_copies_of_an_adapter_leave_the_base_as_it_is(bases, tmp_path):

@@ -495,7 +495,10 @@ def rows(**columns):
         ({"max_prompt_length": 4}, "over the 4 that max_prompt_length leaves: change that option, or shorten or drop"),
         ({"max_completion_length": 510}, "over the 2 that max_completion_length of 512 positions leaves: change"),
         ({"train_dataset": IterableDataset.from_generator(iter)}, "train_dataset is streamed: read as many rows as"),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 entries for 1 reward_funcs: give one each."),
+        (
+            {"reward_weights": [1.0, 2.0]},
+            "reward_weights has 2 entries for 1 reward_funcs: give one each, in the order letter_reward.",
+        ),
         ({"reward_funcs": []}, "reward_funcs: give at least one callable, reward model or path."),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"kl_target": 0.0}, "kl_target must be positive, got 0.0: leave it out for a fixed kl_coef."),

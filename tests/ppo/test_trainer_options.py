@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.ppo.config import PPOConfig
 from hf_rlhf_ext.ppo.prompts import prompt_indices
-from hf_rlhf_ext.ppo.trainer_options import REFUSED_OPTIONS
+from hf_rlhf_ext.ppo.trainer_options import REFUSED_OPTIONS, UNUSED_OPTIONS
 
 # Options that are used, by where.
 OPTIMIZER = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules
@@ -30,27 +30,7 @@ DEVICES = "use_cpu ddp_backend ddp_timeout fsdp fsdp_config deepspeed accelerato
 PARTS_OF_ANOTHER = "torch_compile_backend torch_compile_mode"  # setting them sets torch_compile
 USED = " ".join((OPTIMIZER, ROLLOUTS, PRECISION, LOGS, EVALUATION, SAVING, DEVICES, PARTS_OF_ANOTHER)).split()
 
-HARMLESS_OPTIONS = {
-    "average_tokens_across_devices": "the loss always counts the tokens of all processes",
-    "dataloader_drop_last": "every rollout is full: prompts of the next pass complete it",
-    "dataloader_in_order": "no data loader reads prompts",
-    "dataloader_multiprocessing_context": "no data loader reads prompts",
-    "dataloader_num_workers": "prompts are tokenized once at the start",
-    "dataloader_persistent_workers": "no data loader reads prompts",
-    "dataloader_pin_memory": "no data loader reads prompts",
-    "dataloader_prefetch_factor": "no data loader reads prompts",
-    "ddp_broadcast_buffers": "PPO sums the gradients of all processes itself",
-    "ddp_bucket_cap_mb": "PPO sums the gradients of all processes itself",
-    "ddp_find_unused_parameters": "PPO sums the gradients of all processes itself",
-    "ddp_static_graph": "PPO sums the gradients of all processes itself",
-    "do_eval": "for scripts: Trainer does not read it",
-    "do_predict": "for scripts: Trainer does not read it",
-    "do_train": "for scripts: Trainer does not read it",
-    "local_rank": "for launchers: Trainer does not read it",
-    "remove_unused_columns": "all columns are passed to the reward functions",
-    "resume_from_checkpoint": "for scripts: pass it to train()",
-    "use_cache": "generation has a cache of its own, and training needs none",
-}
+HARMLESS_OPTIONS = dict(sorted({**UNUSED_OPTIONS, "resume_from_checkpoint": "for scripts: pass it to train()"}.items()))
 """Options that change nothing in PPO, and that are right all the same, each with the reason."""
 
 # A value that is not the default, of each option that is refused.

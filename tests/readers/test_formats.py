@@ -575,11 +575,6 @@ def test_arbitrary_json_in_demonstration_columns_is_accounted_for(fmt, tmp_path,
     "name, content, message",
     [
         ("page.jsonl", b"<!DOCTYPE html><html><body>404</body></html>", "line 1 is not JSON, it looks like HTML"),
-        (
-            "semicolons.csv",
-            b"prompt;chosen;rejected\np;a;b\n",
-            "cannot be read as csv: the header is one column, .*save it with commas",
-        ),
         ("cut.json", b'[{"chosen": "a", "rejected": "b"},', "cannot be read as json: line 1: "),
         ("latin.jsonl", b'{"chosen": "\xe9", "rejected": "b"}', "line 1 is not UTF-8: convert the file"),
         (

@@ -71,6 +71,14 @@ def test_any_reply_survives_in_a_folder_of_csv(tmp_path_factory, replies):
     assert list(open_source(folder).rows) == rows
 
 
+def test_splits_may_have_other_types_in_a_column(tmp_path):
+    """A column of the held-out rows may be the first one with a value, or with a fraction."""
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": str(n), "answer": None, "n": n} for n in range(3)])
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "answer": "b", "n": 0.5}])
+    assert load_rows(tmp_path, "train")["n"] == [0, 1, 2]
+    assert load_rows(tmp_path, "test")[0] == {"prompt": "a", "answer": "b", "n": 0.5}
+
+
 def test_several_files_and_splits_of_a_folder(tmp_path):
     for n in range(3):
         write_csv(tmp_path / f"train-0000{n}-of-00003.csv", [ROWS[n]])

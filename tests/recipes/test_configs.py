@@ -51,6 +51,7 @@ def test_every_stage_of_every_model_has_a_config_and_a_script():
     models = {"smollm2-135m", *SHAPES}
     assert found == {(model, stage) for model in models for stage in ("sft", "reward", "ppo")}
     stages = {"sft", "reward", "ppo", "rounds", "quickstart", "inspect_data", "check_reward", "collect"}
+    stages |= {"init", "pipeline", "chat", "generate"}
     assert {path.stem for path in SCRIPTS} == stages
 
 
@@ -127,22 +128,27 @@ def test_the_package_brings_what_the_config_needs(path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_the_command_in_the_docstring_parses(script):
-    """What `--help` shows first must not be wrong: its options exist, and the files of the checkout are there."""
+def test_the_commands_in_the_docstring_parse(script):
+    """What `--help` shows first must not be wrong: its options exist, and the files of the checkout are there.
+
+    A config is shipped, or the docstring says which command writes it.
+    """
     (name,) = [command.name for command in COMMANDS if command.recipe == script.name]
     text = script.read_text()
-    command = re.search(rf"^hf-rlhf {name} ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
-    words = command.replace("\\\n", " ").split()
-    for config in [word for word in words if word.endswith(".yaml")]:
-        assert config in shipped_configs()
-    known = {word for word in words if word.startswith("--")} - {"--config"}
-    if script.stem == "collect":
-        importlib.import_module("hf_rlhf_ext.recipes.collect").parse(words)
-    elif script.stem == "quickstart":
-        assert known == {"--size", "--seed", "--output_dir"}
-    else:
-        fields = {name for arguments in arguments_of(script.stem) for name in arguments.__dataclass_fields__}
-        assert {word.removeprefix("--") for word in known} <= fields
+    commands = re.findall(rf"^hf-rlhf {name} ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = command.replace("\\\n", " ").split()
+        for config in [word for word in words if word.endswith(".yaml")]:
+            assert config in shipped_configs() or re.search(rf"`hf-rlhf init .*--output {config}`", text)
+        known = {word for word in words if word.startswith("--")} - {"--config"}
+        if script.stem == "collect":
+            importlib.import_module("hf_rlhf_ext.recipes.collect").parse(words)
+        elif script.stem == "quickstart":
+            assert known == {"--size", "--seed", "--output_dir"}
+        else:
+            fields = {name for arguments in arguments_of(script.stem) for name in arguments.__dataclass_fields__}
+            assert {word.removeprefix("--") for word in known} <= fields
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -5,6 +5,9 @@ import json
 import pytest
 from datasets import Dataset
 
+from hf_rlhf_ext.cli.options import ComparisonArguments, DataArguments
+from hf_rlhf_ext.recipes.check_reward import read_heldout
+
 
 def report(folder):
     return json.loads((folder / "report.json").read_text())
@@ -115,6 +118,13 @@ def test_every_answer_of_a_conversation_is_trained_on(call, tmp_path, write_json
 
 
 @pytest.mark.slow
+def test_check_reward_says_that_train_rows_alone_are_not_used(judged, capsys):
+    read_heldout(DataArguments(dataset_name=str(judged), train_rows=1), ComparisonArguments())
+    assert "not used without --eval_rows" in capsys.readouterr().out
+    read_heldout(DataArguments(dataset_name=str(judged), train_rows=1, eval_rows=1), ComparisonArguments())
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_check_reward_reports_on_a_trained_model(call, tmp_path):
     trained = call("reward", max_steps=1, output_dir=tmp_path / "reward")
     assert trained.code == 0, trained.err

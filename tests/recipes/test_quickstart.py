@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_rlhf_ext.cli.merge import make_parser
 from hf_rlhf_ext.cli.options import machine_defaults
 from hf_rlhf_ext.cli.output import MARKER
 from hf_rlhf_ext.cli.parsing import parse_recipe
@@ -128,7 +129,7 @@ def finished(quickstart, tmp_path, monkeypatch):
     return run
 
 
-def test_a_complete_run_ends_well_and_names_three_commands_that_work(finished, capsys):
+def test_a_complete_run_ends_well_and_names_commands_that_work(finished, capsys):
     folder = finished()
     report = json.loads((folder / "report.json").read_text())
     assert report["ppo"]["gold_gain_ci95"] == [0.1, 0.3] and report["peak_memory_gb"] >= 1.5
@@ -141,12 +142,18 @@ def test_a_complete_run_ends_well_and_names_three_commands_that_work(finished, c
         program, name, *options = shlex.split(line)
         assert Path(program).name == "hf-rlhf"
         commands.append(name)
+        if name == "merge":
+            make_parser().parse_args(options)
+            continue
         recipe = importlib.import_module(f"hf_rlhf_ext.recipes.{name}")
+        if hasattr(recipe, "parse"):  # words outside of options
+            recipe.parse(options)
+            continue
         arguments = getattr(recipe, "ARGUMENTS", None) or recipe.QuickstartArguments
         parse_recipe(arguments, options, defaults={} if name == "quickstart" else machine_defaults())
-    assert commands == ["quickstart", "ppo", "reward"]
+    assert commands == ["chat", "merge", "quickstart", "ppo", "reward"]
     # One line per stage, the table and the next steps. With the lines of training, a small run has less than 60.
-    assert len(text.splitlines()) <= 32 and text.count("elapsed)") == 6
+    assert len(text.splitlines()) <= 34 and text.count("elapsed)") == 6
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
 
+from hf_rlhf_ext.cli.locking import only_process
 from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.cli.program import command_line
-from hf_rlhf_ext.cli.stages import StageRunner, only_process
+from hf_rlhf_ext.cli.stages import StageRunner
 from hf_rlhf_ext.collect.client import JudgeClient, ServerGone, work
 from hf_rlhf_ext.collect.simulated import SimulatedPerson
 from hf_rlhf_ext.collect.store import Store
@@ -563,7 +564,7 @@ def check_push(folder, place):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"gold": "vowel_gold.vowel"}, "gold: cannot import"),
+        ({"gold": "vowel_gold.vowel"}, "gold: .*did you mean vowels"),
         ({"eval_prompts": 20}, "eval_prompts=20 are held out"),
         ({"model": "no/model"}, "model_name_or_path: no/model is no folder here"),
     ],
@@ -577,7 +578,7 @@ def test_a_mistake_leaves_nothing_behind(run, place, changes, message):
 def test_a_second_process_is_kept_out_of_the_folder(run, place):
     holds = (
         "import sys, time\n"
-        "from hf_rlhf_ext.cli.stages import only_process\n"
+        "from hf_rlhf_ext.cli.locking import only_process\n"
         "with only_process(sys.argv[1]):\n"
         "    print('in', flush=True)\n"
         "    time.sleep(60)\n"

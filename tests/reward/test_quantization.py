@@ -292,7 +292,7 @@ def test_a_quantized_encoder_is_refused(given_as, train, tokenizer, tmp_path):
     )
     config = BitsAndBytesConfig(load_in_8bit=True)
     if given_as == "name":
-        with pytest.raises(UserError, match="^quantization_config: .*encoder.*fp32"):
+        with pytest.raises(UserError, match="^quantization_config .*encoder.*fp32"):
             load_base_model(str(tmp_path), task="reward", quantization_config=config)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)

@@ -1,0 +1,1 @@
+"""Parts of `hf-rlhf init`: the user's files, the base that fits the machine, and the YAML."""
