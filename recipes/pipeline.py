@@ -12,7 +12,7 @@ Finished stages are kept: the same command goes on where the run stopped.
 """
 
 # First, because it hides messages of other libraries that appear when they are imported.
-from hf_rlhf_ext.cli.output import MARKER, prepare_output_dir
+from hf_rlhf_ext.cli.output import prepare_output_dir, refuse_used_folder
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
 # isort: split
@@ -331,12 +331,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def refuse_used_folder(folder: Path) -> None:
-    """Raises `UserError` if a folder without a run of stages has other files than the marker of recipes."""
-    if folder.is_dir() and any(item.name != MARKER for item in folder.iterdir()):
-        raise UserError(f"output_dir: {folder} is not empty and holds no pipeline: pass another --output_dir.")
-
-
 def run_pipeline(
     args: PipelineArguments, model_args: ModelArguments, *, verbose: bool = False, kind: type[Pipeline] = Pipeline
 ) -> dict[str, Any]:
@@ -358,7 +352,7 @@ def run_pipeline(
     folder = args.folder
     is_resumed = has_manifest(folder) and not args.overwrite
     if not (is_resumed or args.overwrite):
-        refuse_used_folder(folder)
+        refuse_used_folder(folder, "pipeline")
     pipeline = kind(args, model_args, verbose=verbose)
     pipeline.check()
     with only_process(folder):

@@ -11,7 +11,7 @@ With --judge file, the command ends with exit status 3 while it waits for a judg
 """
 
 # First, because it hides messages of other libraries that appear when they are imported.
-from hf_rlhf_ext.cli.output import MARKER, prepare_output_dir
+from hf_rlhf_ext.cli.output import prepare_output_dir, refuse_used_folder
 from hf_rlhf_ext.cli.parsing import parse_recipe, run_recipe
 
 # isort: split
@@ -372,7 +372,7 @@ def run_rounds(
     folder = args.folder
     is_resumed = has_manifest(folder) and not args.overwrite
     if not (is_resumed or args.overwrite):
-        refuse_used_folder(folder)
+        refuse_used_folder(folder, "run of rounds")
     rounds = kind(args, model_args, verbose=verbose)
     rounds.check()
     with only_process(folder):
@@ -413,12 +413,6 @@ def finished_rounds(stages: StageRunner) -> int:
     while stages.is_finished(stage_name(number + 1, STAGES[-1])):
         number += 1
     return number
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raises `UserError` if a folder without a run of rounds has other files than the marker of recipes."""
-    if folder.is_dir() and any(item.name != MARKER for item in folder.iterdir()):
-        raise UserError(f"output_dir: {folder} is not empty and holds no run of rounds: pass another --output_dir.")
 
 
 def run_stages(rounds: Rounds, stages: StageRunner) -> None:

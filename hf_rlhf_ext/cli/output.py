@@ -62,6 +62,17 @@ def is_empty(folder: Path) -> bool:
     return not _content(folder)
 
 
+def refuse_used_folder(folder: Path, run: str) -> None:
+    """Raises `UserError` if a folder without a run of stages has other files than the marker.
+
+    Args:
+        folder: the output folder, without the manifest of such a run.
+        run: what it should hold, for the message, such as `pipeline`.
+    """
+    if folder.is_dir() and _content(folder):
+        raise UserError(f"output_dir: {folder} is not empty and holds no {run}: pass another --output_dir.")
+
+
 def _content(folder: Path) -> list[Path]:
     """What is in the folder, without the marker."""
     if not folder.exists():

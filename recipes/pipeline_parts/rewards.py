@@ -11,6 +11,7 @@ from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.compat import get_callable_name
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.privacy import strip_local_paths
+from hf_rlhf_ext.ppo.reward_calls import weighted_sum
 from hf_rlhf_ext.ppo.rewards import RewardFunctions, score_completions
 from hf_rlhf_ext.recipes.pipeline_parts.data import Row
 
@@ -68,8 +69,7 @@ def reward_in_words(n_models: int, names: Sequence[str], weights: Sequence[float
     """
     models = ["reward model"] if n_models == 1 else [f"reward model {number}" for number in range(1, n_models + 1)]
     terms = [*models, *names]
-    weighted = [f"{weight:g} × {term}" for weight, term in zip(weights or [1.0] * len(terms), terms, strict=True)]
-    return f"reward = {' + '.join(weighted)}".replace("+ -", "- ")
+    return f"reward = {weighted_sum(terms, weights or [1.0] * len(terms))}"
 
 
 def sources_of(functions: Mapping[str, Callable]) -> dict[str, str]:
