@@ -23,7 +23,7 @@ def wrong(completions):
 def job(workspace):
     """A file of functions and a random reward model beside the workspace's files."""
     folder = workspace / "job"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # the tests of this module may not run in one block
     (folder / "own.py").write_text(OWN)
     tokenizer = AutoTokenizer.from_pretrained(workspace / "base")
     sizes = LlamaConfig.from_pretrained(workspace / "base").to_dict() | {"num_labels": 1, "num_hidden_layers": 1}

@@ -28,7 +28,9 @@ def drawn(monkeypatch):
             patch.setattr(sys, "stderr", stderr)
             work()
             print("end", file=stderr, flush=True)  # so that there is something to read
-            text = os.read(controller, 1 << 16).decode()
+            text = ""
+            while not text.rstrip().endswith("end"):  # a terminal hands over what is written in pieces
+                text += os.read(controller, 1 << 16).decode()
         os.close(controller)
         return text
 
