@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -65,18 +66,30 @@ FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
 
 @pytest.mark.parametrize(
     "quantized",
-    [{"load_in_8bit": True}, FOUR_BITS, FOUR_BITS | {"bnb_4bit_use_double_quant": True}],
-    ids=["int8", "fp4", "fp4-double"],
+    [
+        {"load_in_8bit": True},
+        FOUR_BITS,
+        FOUR_BITS | {"bnb_4bit_use_double_quant": True},
+        FOUR_BITS | {"bnb_4bit_quant_type": "nf4"},
+    ],
+    ids=["int8", "fp4", "fp4-double", "nf4"],
 )
 def test_gradients_of_an_adapter_are_those_of_the_unquantized_base_up_to_rounding(tiny_config, tmp_path, quantized):
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
-    exact = adapter_gradients(LlamaForCausalLM.from_pretrained(tmp_path))
     config = BitsAndBytesConfig(**quantized)
     model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config)
     keep_nf4_gradients_right(model)
+    unquantized = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:  # the rounding of the weights themselves is not what is tested
+                unquantized.get_submodule(name).weight.copy_(dequantize_4bit(module.weight.data, state))
+    exact = adapter_gradients(unquantized)
     before = adapter_gradients(model)
-    assert torch.cosine_similarity(before, exact, dim=0) > 0.9
+    # 8 bits round the activations too; 4-bit kernels of CPUs with bf16 instructions round to bf16.
+    assert torch.cosine_similarity(before, exact, dim=0) > (0.9 if "load_in_8bit" in quantized else 0.99)
     # bitsandbytes may repack weights at the first pass without gradients.
     with torch.no_grad():
         model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=2, do_sample=False)
