@@ -29,7 +29,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -103,6 +103,9 @@ bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base
 
 bench-collect: $(STAMP)  ## 50 simulated people judge 5,000 tasks on the real server: none lost, none doubled, latencies (3 minutes)
 	$(OFFLINE) $(PY) benchmarks/collect_load.py $(ARGS)
+
+bench-leaks: $(STAMP)  ## what the leak scanner finds and wrongly finds, on seeded lists and public rows (a minute); BASE=commit compares
+	$(OFFLINE) $(PY) benchmarks/leaks.py $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 first-hour: $(STAMP)  ## a new user's first hour, from the wheel in an empty environment; SCENARIO=csv, conversations or demonstrations
 	$(OFFLINE) $(PY) benchmarks/first_hour.py --scenario $(SCENARIO) $(ARGS)

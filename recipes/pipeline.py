@@ -149,6 +149,11 @@ class Pipeline:
 
     def given_for(self, role: str) -> tuple[str, str | None]:
         """The file, folder or Hub id that has the rows of a role, and its revision on the Hub."""
+        data = self.data_of(role)
+        return data.dataset_name, data.dataset_revision
+
+    def data_of(self, role: str) -> DataArguments:
+        """Which rows of a role were read: the file, folder or Hub id, its revision, configuration and split."""
         given = {
             "demonstrations": self.args.demonstrations,
             "comparisons": self.args.comparisons,
@@ -156,7 +161,9 @@ class Pipeline:
         }[role]
         named = [role, *SECTION_OF_ROLE]  # two roles may have one file, each read with the options of its own section
         source = next(name for name in named if getattr(self.args, name) == given)
-        return given, getattr(self.args, SECTION_OF_ROLE[source]).get("dataset_revision")
+        section = getattr(self.args, SECTION_OF_ROLE[source])
+        where = ("dataset_revision", "dataset_config", "dataset_train_split")
+        return DataArguments(dataset_name=given, **{name: section[name] for name in where if name in section})
 
     def settings(self) -> dict[str, Any]:
         """What finished stages depend on. Files are named with a digest, so that changed ones are refused."""

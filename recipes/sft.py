@@ -26,7 +26,7 @@ from hf_rlhf_ext.cli import main_options
 from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.first_checks import check_policy_folder, check_training
 from hf_rlhf_ext.cli.idle_options import say_idle_options
-from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
+from hf_rlhf_ext.cli.lineage import base_lineage, data_records, hub_dataset, lineage_of, with_commit_read
 from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
@@ -43,7 +43,7 @@ from hf_rlhf_ext.cli.rows import check_heldout, choose_demonstrations, describe_
 from hf_rlhf_ext.data.text import check_tokenizer, is_messages, without_start
 from hf_rlhf_ext.data.tokenization import drop_unrenderable
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub.report import base_precision
+from hf_rlhf_ext.hub.reports.trainer_report import draw_plot, section_steps, trainer_card_options
 from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
@@ -83,7 +83,7 @@ def train_sft(
 
     With `says_rows=False`, how many rows were read and held out is only printed if it is not what the file has.
     """
-    check_push(args, model_args)
+    check_push(args, model_args, data)
     model_args.check_task_type("CAUSAL_LM")
     check_metric(args)
     check_training(args)
@@ -125,19 +125,21 @@ def train_sft(
     forget_checkpoints_of_stops(args)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here needs
 
-    card = {
-        "base_model": public_name(model_args.model_name_or_path),
+    card = trainer_card_options(trainer)
+    dataset = with_commit_read(dataset, card)
+    card |= {
+        **draw_loss(trainer, args),
         "lineage": {
-            "demonstrations": lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train))
+            **base_lineage(card, model_args.model_name_or_path, model_args.revision),
+            "demonstrations": lineage_of(data.dataset_name, data.dataset_revision, dataset=True, rows=len(train)),
         },
-        "relation": "adapter" if model_args.use_peft else "finetune",
-        "chat": tokenizer.chat_template is not None,
-        "rows_read": rows_read,
-        **base_precision(trainer.model),
+        "data": data_records(data, "demonstrations", train, heldout, dataset, known=card),
+        "rows_read": [*rows_read, *card.get("rows_read", ())],
         **dataset,
     }
     options = (data, demonstrations, model_args, args)
-    report = {"sft": metrics | chosen, **record.write(args.output_dir, is_first_process=args.process_index == 0)}
+    measured = metrics | chosen | section_steps(trainer)
+    report = {"sft": measured, **record.write(args.output_dir, is_first_process=args.process_index == 0)}
     finish_run(args, "sft", report, options, seconds=time.monotonic() - start, card=card)
     return trainer.model, trainer.processing_class
 
@@ -233,6 +235,14 @@ def train_and_evaluate(
             metrics |= trainer.evaluate()
             metrics["heldout_rows"] = n_heldout
     return metrics
+
+
+def draw_loss(trainer: PublishingSFTTrainer, args: SFTConfig) -> dict[str, Any]:
+    """Draws the curve of the loss. Returns the card's entries for it; empty for a run with too few logs for a curve."""
+    if args.process_index != 0:  # only the first process writes a card
+        return {}
+    drawn = draw_plot(trainer, Path(args.output_dir))
+    return {} if drawn is None else dict(zip(("plot", "caption"), drawn, strict=True))
 
 
 def main() -> None:

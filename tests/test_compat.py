@@ -207,6 +207,7 @@ SIGNATURES = {
     "predict": ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
     "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
 }

@@ -109,6 +109,24 @@ def test_every_module_has_a_layer():
     assert not unknown, f"put {sorted(unknown)} into CORE, KIT or OUTERMOST"
 
 
+def test_no_two_modules_of_the_hub_import_each_other():
+    imported = {
+        module: {
+            name
+            for _, name in imported_modules(path.read_text(encoding="utf-8"), f"{PACKAGE}.{module}", is_package=False)
+        }
+        for module, path in library_files().items()
+        if module.startswith("hub.") and path.name != "__init__.py"
+    }
+
+    def imports(module: str, other: str) -> bool:
+        return any(f"{name}.".startswith(f"{PACKAGE}.{other}.") for name in imported[module])
+
+    assert imports("hub.check", "hub.check_parts")  # so that the test can fail
+    found = [(one, other) for one in imported for other in imported if one < other]
+    assert not [pair for pair in found if imports(*pair) and imports(*reversed(pair))]
+
+
 def test_the_core_imports_nothing_of_the_kit():
     """The same rule, spelled without the order: what a reader of the design looks for."""
     outside = {f"{PACKAGE}.{part}" for part in KIT + OUTERMOST}

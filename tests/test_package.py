@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert "hf_rlhf_ext-0.1.0.dist-info/licenses/LICENSE" in info
     assert {name for name in names - info if not name.startswith("hf_rlhf_ext/")} == set()
     package = ROOT / "hf_rlhf_ext"
-    wanted = [*package.rglob("*.py"), package / "py.typed", *package.glob("*/templates/*")]
+    wanted = [*package.rglob("*.py"), package / "py.typed", *package.rglob("templates/*")]
     wanted += [*package.glob("collect/web/static/*"), *package.glob("collect/space/*")]
     library = {str(path.relative_to(ROOT)) for path in wanted if path.is_file()}
     recipes = ROOT / "recipes"

@@ -2,47 +2,37 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..compat import versions
 from ..errors import UserError
-from ..hub.card import hardware, write_card
+from ..hub.card import EMBEDDED_BASES, hardware, write_card
+from ..hub.licenses import license_of_base
 from ..hub.privacy import strip_local_paths
 from ..hub.publisher import push_options
 from ..hub.push import check_access, try_push
+from ..hub.refusals import check_before_training
+from ..hub.reports.provenance import options_yaml, training_options_yaml
+from ..hub.visibility import warn_private_base
 from ..modeling.loading import adapter_base
 from ..modeling.locations import resolve_location
-from .options import ModelArguments
+from .options import DataArguments, ModelArguments
 from .program import command_line
 
-NOT_ABOUT_TRAINING = (
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "overwrite",
-    "resume_from_checkpoint",
-    "lora_task_type",
-    "verbose",
-)
-"""Options that `training_config.yaml` leaves out."""
 
-
-def check_push(args: TrainingArguments, model_args: ModelArguments) -> None:
+def check_push(args: TrainingArguments, model_args: ModelArguments, data: DataArguments | None = None) -> None:
     """Checks `--push_to_hub` before anything is loaded, so that it does not fail after training.
 
-    Sets `args.hub_model_id` to the full id.
+    Sets `args.hub_model_id` to the full id. Warns of a public adapter on a private base.
 
     Raises:
-        UserError: no write access, a local base model (nobody else could load the adapter), or a model with code of
-            its own.
+        UserError: a name that no repository can have, no write access, a local base model (nobody else could load the
+            adapter), a model with code of its own, or a header of the card that the Hub refuses.
     """
     if not args.push_to_hub:
         return
@@ -59,11 +49,29 @@ def check_push(args: TrainingArguments, model_args: ModelArguments) -> None:
     # Trainer uses the same default.
     repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
     args.hub_model_id = check_access(repo_id, args.hub_token)
+    check_before_training(args.hub_model_id, header=_known_header(base, data, args.hub_token), token=args.hub_token)
+    if args.process_index == 0 and not pushes_whole_model:
+        warn_private_base(base, args.hub_private_repo, args.hub_token, repo_id=args.hub_model_id)
     if args.trust_remote_code or _brings_code(name, model_args.revision, whole_model=pushes_whole_model):
         raise UserError(
             f"push_to_hub: {name} brings code of its own (trust_remote_code, auto_map), which is not pushed unless you "
             "allow it: train without push_to_hub, then run `hf-rlhf push`, which says what to --allow."
         )
+
+
+def _known_header(base: str, data: DataArguments | None, token: str | None) -> dict[str, Any]:
+    """The header of the card as far as it is known before training."""
+    header: dict[str, Any] = {"tags": ["trl", "hf_rlhf_ext"]}
+    base = EMBEDDED_BASES.get(base, base)
+    if not Path(base).expanduser().exists():
+        header["base_model"] = base
+        license = license_of_base(base, token)
+        if license is not None:
+            fields = {"license": license.id, "license_name": license.name, "license_link": license.link}
+            header |= {name: value for name, value in fields.items() if value is not None}
+    if data is not None and not Path(data.dataset_name).expanduser().exists():
+        header["datasets"] = [data.dataset_name]
+    return header
 
 
 def _brings_code(name: str, revision: str | None, *, whole_model: bool) -> bool:
@@ -97,7 +105,7 @@ def finish_run(
         card: arguments of `write_card`, with plots as file names in the folder. None writes no card.
     """
     folder = Path(args.output_dir)
-    config = training_config(*options)
+    config = options_yaml(*options)
     report = {
         **report,
         "seed": args.seed,
@@ -109,7 +117,7 @@ def finish_run(
     if args.process_index == 0:
         (folder / "training_config.yaml").write_text(config, encoding="utf-8")
         if card is not None:
-            card = {"kind": kind, "config": config, **card}
+            card = {**card, "kind": kind, "config": training_options_yaml(*options)}
         report = write_report_and_card(folder, report, card)
     PartialState().wait_for_everyone()  # before the push, which may take longer than their timeout
     if args.process_index == 0 and args.push_to_hub:
@@ -138,46 +146,12 @@ def write_report_and_card(
     return report
 
 
-def training_config(*options: Any) -> str:
-    """The options that differ from their defaults, as YAML for `--config`, without tokens and local paths."""
-    changed: dict[str, Any] = {}
-    for dataclass_options in options:
-        changed.update(_changed_options(dataclass_options))
-
-    values = {}
-    for name, value in changed.items():
-        if name in NOT_ABOUT_TRAINING:
-            continue
-        if isinstance(value, Enum):
-            value = value.value
-        values[name] = value
-    plain = json.loads(json.dumps(values, default=str))  # values of other types become text
-    return strip_local_paths(yaml.safe_dump(plain, sort_keys=False))
+def recorded_report(folder: str | Path) -> dict[str, Any]:
+    """The report in a folder, as the mapping that `report.json` is; empty without one."""
+    path = Path(folder) / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _changed_options(options: Any) -> dict[str, Any]:
-    """The options of one dataclass that differ from their defaults."""
-    if isinstance(options, TrainingArguments):
-        # `__post_init__` changes options, so the defaults are those of an instance, not of the class. Without these
-        # four options, it would refuse some machines.
-        machine = {name: getattr(options, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
-        values = options.to_dict()
-        defaults = type(options)(**machine).to_dict()
-    else:
-        values = vars(options)
-        defaults = {field.name: _default(field) for field in fields(options)}
-
-    changed = {}
-    for name, default in defaults.items():
-        value = values[name]
-        if isinstance(default, list) and isinstance(value, str):
-            value = [value]  # `report_to: none` for ["none"]
-        if value != default:
-            changed[name] = value
-    return changed
-
-
-def _default(field: Field) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
+def recorded_card(folder: str | Path) -> dict[str, Any]:
+    """The card options in the report of a folder, such as what its trainer knew; empty without a report or a card."""
+    return recorded_report(folder).get("card") or {}

@@ -47,6 +47,7 @@ COMMANDS = (
     Command("generate", "answers to the prompts of a file, with rewards, as rows", recipe="generate.py"),
     Command("merge", "an adapter and its base model as one model", module="hf_rlhf_ext.cli.merge"),
     Command("push", "a finished run to the Hub, after a check for private data", module="hf_rlhf_ext.hub.push"),
+    Command("check-hub", "a push and a pull on the Hub, in private repositories", module="hf_rlhf_ext.hub.check"),
     Command("env", "versions and devices for a bug report", module="hf_rlhf_ext.cli.env"),
 )
 

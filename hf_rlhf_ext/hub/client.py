@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +15,25 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from ..errors import UserError, first_line
+from .cards.card_parts import text_of
 from .privacy import hub_owners
-from .scan import Files, refuse_findings, scan
+from .refusals import check_header, check_repo_name, reason_of
+from .scan import Files, refuse_findings, scan, with_origin
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MergeCard = Callable[[Path | bytes | None, bytes | None], tuple[bytes | None, list[str]]]
+"""The card to push and the card in the repository -> the card to commit (None: no card), and what there is to say."""
 
 MANIFEST = ".hf_rlhf_ext.json"
 """File in the repository that lists the files of the last push. The next push deletes those that it does not have."""
+CARD = "README.md"
 ATTEMPTS = 4
 _LONGEST_WAIT = 300  # seconds; if the Hub asks for a longer wait, the push fails, since a rented machine would idle
 _WORTH_ANOTHER_TRY = (408, 409, 412, 429)
 """Client errors to retry: timeout, conflict, a concurrent commit, too many requests."""
+_NEVER_TEMPORARY = (TypeError, ValueError, LookupError, AttributeError)
+"""Errors of a program or of its arguments; without a response of the Hub, other errors are those of the connection."""
 _NAMES_REPOSITORIES = ("report.json", "adapter_config.json", "training_config.yaml")
 """Suffixes of files whose values may be ids on the Hub."""
 
@@ -71,8 +78,10 @@ def check_access(repo_id: str, token: str | None = None) -> str:
         The full id `owner/name`. If the Hub cannot be reached, a warning is logged and `repo_id` is returned unchanged.
 
     Raises:
-        UserError: There is no token, the token is invalid or read-only, or the namespace belongs to somebody else.
+        UserError: No repository can have this name, there is no token, the token is invalid or read-only, or the
+            namespace belongs to somebody else.
     """
+    check_repo_name(repo_id)
     try:
         account = HfApi(token=token).whoami()
     except LocalTokenNotFoundError:
@@ -115,9 +124,9 @@ def create_private_repo(repo_id: str, *, token: str | None = None, private: bool
     try:
         return _create(api, target).repo_id
     except Exception as error:
-        if _status(error) in (401, 402, 403):
-            raise UserError(f"push_to_hub: cannot create {repo_id}: {first_line(error)}") from error
-        logger.warning("push_to_hub: cannot create %s now (%s).", repo_id, first_line(error))
+        if _status(error) in (400, 401, 402, 403):
+            raise UserError(f"push_to_hub: cannot create {repo_id}: {reason_of(error)}.") from error
+        logger.warning("push_to_hub: cannot create %s now (%s).", repo_id, reason_of(error))
         return repo_id
 
 
@@ -135,6 +144,9 @@ def push_files(
     public: Iterable[str] = (),
     message: str = "Upload",
     repo_type: str = "model",
+    known: Callable[[], Collection[str]] | None = None,
+    merge_card: MergeCard | None = None,
+    card_origin: Path | None = None,
 ) -> CommitInfo:
     """Scans files and pushes them in one commit.
 
@@ -151,9 +163,12 @@ def push_files(
             of `repo_id` and of the ids in the report and options are always included.
         message: Commit message.
         repo_type: `"model"` or `"dataset"`.
+        known: Returns texts that are public already, such as those of the base (see `scan`).
+        merge_card: Puts the card and the one in the repository together, so that its owner's text stays.
+        card_origin: The owner's card on this machine, if that in `files` was made from it: findings name its lines.
 
     Raises:
-        UserError: The leak scanner found something.
+        UserError: The leak scanner found something, or the Hub refuses the header of the card.
         PushError: The Hub failed, even after retries.
     """
     if "/" not in repo_id:
@@ -161,23 +176,41 @@ def push_files(
     manifest = json.dumps({"files": sorted(files)}, indent=2) + "\n"
     files = {**files, MANIFEST: manifest.encode()}
     owners = hub_owners(repo_id, *_values_in(files))
-    refuse_findings(scan(files, allow, {*public, *owners}))
+    findings = scan(files, allow, {*public, *owners}, known)
+    card = files.get(CARD)
+    if isinstance(card, bytes) and card_origin is not None:
+        findings = [with_origin(one, card, card_origin) if one.file == CARD else one for one in findings]
+    refuse_findings(findings)
+    if CARD in files:  # before anything is created or uploaded
+        check_header(text_of(files[CARD]), repo_type=repo_type, token=token)
     api = HfApi(token=token)
     target = Target(repo_id, repo_type, private, revision)
     try:
-        return retried(lambda: _commit(api, target, files, message))
+        commit, said = retried(lambda: _commit(api, target, files, message, merge_card))
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds of errors
-        raise PushError(f"not pushed to {repo_id}: {first_line(error)}.") from error
+        raise PushError(f"not pushed to {repo_id}: {reason_of(error)}.") from error
+    for line in said:
+        logger.warning("%s", line)
+    return commit
 
 
-def _commit(api: HfApi, target: Target, files: Files, message: str) -> CommitInfo:
-    """Creates repository and branch if they do not exist, and makes one commit of `files`."""
+def _commit(
+    api: HfApi, target: Target, files: Files, message: str, merge_card: MergeCard | None
+) -> tuple[CommitInfo, list[str]]:
+    """Creates repository and branch if they do not exist, and makes one commit of `files`.
+
+    Returns:
+        The commit, and what there is to say about the card.
+    """
     _create(api, target)
     if target.revision is not None:
         api.create_branch(**target.repository, branch=target.revision, exist_ok=True)
     head = api.repo_info(**target.repository, revision=target.revision)
     stored = {file.rfilename for file in head.siblings}
     ours = _pushed_earlier(api, target, head.sha, stored)
+    said: list[str] = []
+    if merge_card is not None:  # in every attempt, since the owner may have edited the card meanwhile
+        files, said = _with_merged_card(api, target, files, head.sha, stored, merge_card)
     stale = ours - files.keys()
     # New operations for every attempt: they check again which files have arrived.
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
@@ -187,13 +220,26 @@ def _commit(api: HfApi, target: Target, files: Files, message: str) -> CommitInf
         operations.append(CommitOperationDelete(name))
     # Not `upload_folder`: with hf_xet it splits large uploads into several commits. If another push came in between,
     # the Hub rejects this commit (412, because of `parent_commit`), and it is tried again.
-    return api.create_commit(
+    commit = api.create_commit(
         **target.repository,
         operations=operations,
         commit_message=message,
         revision=target.revision,
         parent_commit=head.sha,
     )
+    return commit, said
+
+
+def _with_merged_card(
+    api: HfApi, target: Target, files: Files, commit: str, stored: set[str], merge_card: MergeCard
+) -> tuple[Files, list[str]]:
+    """Returns the files with the card as it is committed, and what there is to say about it."""
+    there = None
+    if CARD in stored:
+        there = Path(api.hf_hub_download(**target.repository, filename=CARD, revision=commit)).read_bytes()
+    card, said = merge_card(files.get(CARD), there)
+    files = {name: content for name, content in files.items() if name != CARD}
+    return (files if card is None else {**files, CARD: card}), said
 
 
 def _pushed_earlier(api: HfApi, target: Target, commit: str, stored: set[str]) -> set[str]:
@@ -201,14 +247,20 @@ def _pushed_earlier(api: HfApi, target: Target, commit: str, stored: set[str]) -
     if MANIFEST not in stored:
         return set()
     path = api.hf_hub_download(**target.repository, filename=MANIFEST, revision=commit)
-    manifest = json.loads(Path(path).read_bytes())
-    return stored.intersection(manifest["files"])
+    try:
+        return stored.intersection(json.loads(Path(path).read_bytes())["files"])
+    except (ValueError, TypeError, KeyError):  # somebody changed it, so that nothing is known to be ours
+        logger.warning("%s of %s cannot be read, so files of an earlier push stay.", MANIFEST, target.repo_id)
+        return set()
 
 
 def _create(api: HfApi, target: Target) -> RepoUrl:
     url = api.create_repo(**target.repository, private=target.private, exist_ok=True)
-    if target.private and not api.repo_info(**target.repository).private:
+    is_private = api.repo_info(**target.repository).private
+    if target.private and not is_private:
         logger.warning("%s exists and is public, so everything pushed to it is public.", url.repo_id)
+    elif is_private and not target.private:
+        logger.warning("%s exists and is private, and stays so: make it public in its settings.", url.repo_id)
     return url
 
 
@@ -254,9 +306,9 @@ def retried(call: Callable[[], T]) -> T:
 
 def _is_permanent(error: BaseException) -> bool:
     status = _status(error)
-    if status is None or status in _WORTH_ANOTHER_TRY:  # None: the connection broke
-        return False
-    return 400 <= status < 500
+    if status is None:
+        return isinstance(error, _NEVER_TEMPORARY) and not isinstance(error, OSError | json.JSONDecodeError)
+    return 400 <= status < 500 and status not in _WORTH_ANOTHER_TRY
 
 
 def _wait(error: BaseException | None, attempt: int) -> int:

@@ -9,13 +9,18 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..data.schema import LoadReport
 from ..errors import UserError
 from ..quality.report import QualityReport
 from ..readers.formats import to_comparisons
+from .cards.markdown import template_environment
+from .cards.owner_text import CardMerge, marked
 from .client import check_access, push_files
-from .markdown import template_environment
+from .dataset_files import check_split_names, with_loading, with_one_schema, without_empty, write_shards
+from .licenses import license_id, license_name, nearest_license
 from .privacy import hub_owners, strip_local_paths
 from .scan import Finding, refuse_findings, scan_text
 
@@ -39,13 +44,18 @@ MEANINGS = {
     "row": "row number in the source",
 }
 """Meaning of each column of comparison rows."""
+_RECORDED = ("source", "made_by")
+"""Columns that programs fill in, so that a path in them is one of a machine, not text."""
 _JUDGED = {"completions", "pairs", "targets"}
 """Columns of comparison rows. Rows without them are read as preference rows."""
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+"""Bounds of the Hub's size classes: 1,000 rows, and ten times as many in each step."""
+SHARD_BYTES = 500_000_000
+"""Size of the rows in one parquet file, as in `datasets`."""
 
 
 def push_comparisons(
-    dataset: Dataset | DatasetDict,
+    dataset: Dataset | DatasetDict | Mapping[str, Dataset],
     repo_id: str,
     *,
     licenses: Licenses | None = None,
@@ -64,7 +74,8 @@ def push_comparisons(
     """Pushes comparisons to the Hub as a dataset with a card, in one commit.
 
     Args:
-        dataset: Comparison rows, or rows in any format of `load_comparisons`: one split (`train`), or several.
+        dataset: Comparison rows, or rows in any format of `load_comparisons`: one split (`train`), or several
+            by their names.
         repo_id: `owner/name`, or only a name in your own namespace.
         licenses: License of each source by its name, such as
             `{"Anthropic/hh-rlhf": "mit", "our annotators": "cc-by-4.0"}`. Required.
@@ -86,17 +97,29 @@ def push_comparisons(
         URL of the commit.
 
     Raises:
-        UserError: There are no licenses, the leak scanner found something, or the token has no write access.
+        UserError: There are no licenses, the name of a split cannot be loaded, there are no rows, the leak scanner
+            found something, or the token has no write access.
         PushError: The Hub failed, even after retries.
     """
     licenses = _licenses("push_comparisons", licenses, licences)
-    if not licenses:
-        raise UserError("push_comparisons: licenses is empty: give the license of each source by its name.")
+    _check_licenses(licenses)
+    if isinstance(dataset, Mapping) and dataset and all(isinstance(rows, Dataset) for rows in dataset.values()):
+        dataset = DatasetDict(dataset)
+    if not isinstance(dataset, Dataset | DatasetDict):
+        raise UserError(
+            f"push_comparisons: got {type(dataset).__name__}: pass a Dataset or a DatasetDict, such as "
+            "Dataset.from_list(list(rows))."
+        )
+    _say_unknown_licenses(licenses)
+    if isinstance(dataset, DatasetDict):
+        check_split_names(dataset)
     repo_id = check_access(repo_id, token)
     public = hub_owners(repo_id, *licenses)
     # The rows are from the only licensed source. Of several, it is not known from which one.
     source = next(iter(licenses)) if len(licenses) == 1 else ""
     splits, reports = _comparisons_of(dataset, source, columns=columns, ignore=ignore)
+    splits = with_one_schema(without_empty(splits))
+    _say_other_sources(splits, licenses, [] if report is None else [report.source])
     if not keep_annotators:
         splits = _with_numbered_annotators(splits)
     if report is not None:
@@ -113,10 +136,11 @@ def push_comparisons(
         keep_annotators=keep_annotators,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        files = _write_parquet(splits, Path(scratch))
+        shards = write_shards(splits, Path(scratch), SHARD_BYTES)
+        files: dict[str, Path | bytes] = {name: path for paths in shards.values() for name, path in paths.items()}
         for name in files:
             allowed.add(f"binary:{name}")  # its rows were scanned above
-        files["README.md"] = card.encode()
+        files["README.md"] = marked(with_loading(card, splits, shards)).encode()
         commit = push_files(
             files,
             repo_id,
@@ -127,6 +151,7 @@ def push_comparisons(
             public=public,
             message="Upload comparisons",
             repo_type="dataset",
+            merge_card=CardMerge(),
         )
     return commit.commit_url
 
@@ -144,9 +169,9 @@ def dataset_card(
 ) -> str:
     """Renders the card of a dataset of comparisons.
 
-    The license of the dataset is that of the sources if they all have the same, else `other`. The arguments are those
-    of `push_comparisons`, except that `splits` holds the comparison rows as they are published, and that `report` may
-    map each split to its report.
+    The header has the licenses of all sources as the Hub knows them, and `other` for one that it does not know. The
+    arguments are those of `push_comparisons`, except that `splits` holds the comparison rows as they are published, and
+    that `report` may map each split to its report.
     """
     licenses = _licenses("dataset_card", licenses, licences)
     title = title or repo_id.rsplit("/", 1)[-1]
@@ -172,6 +197,18 @@ def _licenses(caller: str, licenses: Licenses | None, licences: Licenses | None)
         logger.warning("%s: the argument licences is deprecated: use licenses.", caller)
         licenses = licenses or licences
     return licenses or {}
+
+
+def _check_licenses(licenses: Licenses) -> None:
+    if not licenses:
+        raise UserError("push_comparisons: licenses is empty: give the license of each source by its name.")
+    if not isinstance(licenses, Mapping) or not all(
+        isinstance(text, str) and text.strip() for text in licenses.values()
+    ):
+        raise UserError(
+            f"push_comparisons: licenses: got {licenses!r}: give the license of each source by its name, such as "
+            '{"our annotators": "cc-by-4.0"}.'
+        )
 
 
 def _comparisons_of(
@@ -215,46 +252,109 @@ def _numbered(rows: Dataset, numbers: dict[str, str]) -> Dataset:
 
 def _refuse_leaks(splits: Mapping[str, Dataset], allowed: set[str], public: set[str]) -> None:
     """Raises `UserError` if rows contain leaks. Parquet files cannot be scanned after they are written."""
-    findings: list[Finding] = []
+    findings: dict[Finding, None] = {}  # without repetitions
     for name, rows in splits.items():
-        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        for finding in scan_text(lines, f"{name}.jsonl", public=public):
-            finding = finding._replace(file=name)  # line n is row n of the split, counted from 1
-            if not finding.allowed(allowed):
-                findings.append(finding)
-    refuse_findings(findings)
-
-
-def _write_parquet(splits: Mapping[str, Dataset], folder: Path) -> dict[str, Path | bytes]:
-    """Writes each split. Returns the files by their names in the repository, which tell `load_dataset` the splits."""
-    files: dict[str, Path | bytes] = {}
-    for name, rows in splits.items():
-        path = folder / f"{name}.parquet"
-        rows.to_parquet(path)
-        files[f"data/{name}-00000-of-00001.parquet"] = path
-    return files
+        recorded = [column for column in _RECORDED if column in rows.column_names]
+        for columns, written_by_people in ((rows.column_names, True), (recorded, False)):
+            if not columns:
+                continue
+            lines = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows.select_columns(columns))
+            for finding in scan_text(lines, f"{name}.jsonl", public=public, written_by_people=written_by_people):
+                finding = finding._replace(file=name)  # line n is row n of the split, counted from 1
+                if not finding.allowed(allowed):
+                    findings[finding] = None
+    refuse_findings(list(findings))
 
 
 def _card_data(splits: Mapping[str, Dataset], licenses: Licenses, title: str) -> DatasetCardData:
     """Builds the YAML header."""
     n_rows = sum(len(rows) for rows in splits.values())
-    distinct = set(licenses.values())  # the header has a single license
-    on_the_hub = [name for name in licenses if name.count("/") == 1 and " " not in name]
+    ids: list[str] = []
+    unknown: list[str] = []
+    for license in licenses.values():
+        id = license_id(license)
+        if id is None:
+            id = "other"
+            unknown.append(license)
+        if id not in ids:
+            ids.append(id)
+    named = {"license_name": license_name(" ".join(dict.fromkeys(unknown)))} if unknown else {}
     return DatasetCardData(
-        license=distinct.pop() if len(distinct) == 1 else "other",
+        license=ids[0] if len(ids) == 1 else ids,
         task_categories=["reinforcement-learning", "text-generation"],
         tags=["preference", "comparisons", "rlhf", "hf_rlhf_ext"],
         size_categories=[_size_category(n_rows)],
-        source_datasets=on_the_hub or None,
-        pretty_name=title,
+        source_datasets=[name for name in licenses if _is_on_the_hub(name)] or None,
+        pretty_name=" ".join(title.split()),
+        **named,
     )
 
 
+def _is_on_the_hub(name: str) -> bool:
+    """True if the name of a source is the id of a data set, `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _say_unknown_licenses(licenses: Licenses) -> None:
+    """Logs a warning for each license that the Hub does not know, so that the header says `other`."""
+    for source, license in licenses.items():
+        if license_id(license) is None:
+            near = nearest_license(license)
+            hint = f" (or did you mean {near}?)" if near else ""
+            logger.warning(
+                "push_comparisons: license of %s: the Hub does not know %r, so the header says `other`%s.",
+                source,
+                license,
+                hint,
+            )
+
+
+def _say_other_sources(splits: Mapping[str, Dataset], licenses: Licenses, read: Iterable[str]) -> None:
+    """Logs a warning if licenses and rows name different sources.
+
+    Args:
+        splits: The rows. Rows that name no source may be from any.
+        licenses: License of each source by its name.
+        read: Names of sources that were read, as reports have them.
+    """
+    named: set[str] = set()
+    for rows in splits.values():
+        named.update(rows.unique("source") if "source" in rows.column_names else [""])
+    if None in named or "" in named:
+        return
+    unknown = [source for source in licenses if source not in named.union(read)]
+    unlicensed = sorted(named - set(licenses))
+    if unknown:
+        logger.warning("push_comparisons: licenses: no row is from %s: %s.", _listed(unknown), _listed_rest(unlicensed))
+    elif unlicensed:
+        logger.warning("push_comparisons: licenses: %s.", _listed_rest(unlicensed))
+
+
+def _listed_rest(sources: Sequence[str]) -> str:
+    if not sources:
+        return "leave it out, or check the name"
+    return f"rows are from {_listed(sources)}, whose license is missing"
+
+
+def _listed(sources: Sequence[str]) -> str:
+    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    return ", ".join(repr(strip_local_paths(source)) for source in sources[:3]) + more
+
+
 def _size_category(n_rows: int) -> str:
-    for limit, name in _SIZES:
+    """Returns the Hub's class for a number of rows."""
+    lowest = None
+    limit = 1_000
+    for name in _SIZES:
         if n_rows < limit:
-            return name
-    return "n>1M"
+            return f"n<{name}" if lowest is None else f"{lowest}<n<{name}"
+        lowest = name
+        limit *= 10
+    return f"n>{lowest}"
 
 
 def _n_pairs(rows: Dataset) -> int:

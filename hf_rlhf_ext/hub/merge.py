@@ -7,19 +7,34 @@ import json
 import shutil
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpointing import require_writable
 from ..compat import versions
 from ..data.prompt_form import PromptForm
 from ..errors import UserError
-from ..modeling.loading import attach_adapter, base_and_revision, load_base_model, load_tokenizer, resolve_dtype
-from ..modeling.merging import merge_into_base
-from ..modeling.probing import LOGPROB_ROUNDING, mean_difference, probe_logprobs
+from ..modeling.adapter_kinds import refuse_lost_start
+from ..modeling.loading import attach_adapter, load_base_model, load_tokenizer, resolve_dtype
+from ..modeling.locations import resolve_location
+from ..modeling.lookup import base_and_revision, found_or_refused, has_tokenizer
+from ..modeling.merging import merge_into_base, merge_problem
+from ..modeling.probing import LOGPROB_ROUNDING, mean_difference
+from ..modeling.quantization import stored_quantization
 from ..reward.ensemble import ENSEMBLE_FILE
 from ..reward.export import export_merged
 from ..reward.normalization import NORMALIZATION_FILE
+from .merge_check import (
+    PolicyProbe,
+    check_merged,
+    check_scores,
+    measured_as_trained,
+    warn_of_lost_update,
+    warn_of_other_precision,
+)
 from .report import REPORT_FILE, MergeRecord, RunReport
+from .reports.folder_report import report_of_folder
 
 MARKER = "hf_rlhf_ext.json"
 """File in every folder of merged models, as in those of recipes: only a folder with it is ever emptied."""
@@ -50,7 +65,8 @@ def merge_run(
         `output_dir`.
 
     Raises:
-        UserError: `folder` has no adapter, the base is quantized, or `output_dir` is not empty or cannot be written.
+        UserError: `folder` has no adapter, an adapter of its kind cannot be merged, the base is quantized, `output_dir`
+            is not empty or cannot be written, or what was written is another model than the adapter on its base.
     """
     folder = Path(folder)
     output_dir = Path(output_dir)
@@ -69,17 +85,28 @@ def merge_run(
         raise UserError(f"merge: {folder} holds no adapter, so there is nothing to merge: {what}.")
     if output_dir.resolve() == folder.resolve():
         raise UserError(f"merge: {output_dir} is the adapter's own folder: give another one for the merged model.")
-    _read_report(folder)  # a wrong one is refused before anything is loaded
+    dtype = _dtype_name(dtype)
+    report = _read_report(folder)  # a wrong one is refused before anything is loaded
+    _refuse_early(folder, base_id, revision)
     _make_output_dir(output_dir, overwrite=overwrite)
-    difference = None
+    merge = MergeRecord(dtype, _public_name(base_id, revision))
     if (folder / NORMALIZATION_FILE).is_file():  # a reward model, whose head is merged too
-        difference = export_merged(folder, output_dir, dtype=dtype, base=base_model)
+        merge.max_score_difference = export_merged(folder, output_dir, dtype=dtype, base=base_model)
+        check_scores(merge.max_score_difference, folder, output_dir, dtype)
     else:
-        _merge_policy(folder, output_dir, base_id, revision, dtype)
-    if (folder / REPORT_FILE).is_file():
-        merge = MergeRecord(dtype, _public_name(base_id, revision), difference)
-        _write_report(folder, output_dir, merge, base_model)
+        merge.mean_logprob_difference = _merge_policy(folder, output_dir, base_id, revision, dtype)
+    report = report or report_of_folder(folder)  # the merged folder alone does not know its base
+    if report is not None:
+        _write_report(report, folder, output_dir, merge, base_model)
     return output_dir
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a dtype that merged weights may have."""
+    resolved = resolve_dtype(dtype)
+    if resolved not in LOGPROB_ROUNDING:  # others are not computed in, so that the result could not be checked
+        raise UserError(f"dtype: merged weights are bfloat16, float16 or float32, not {dtype}: choose one of these.")
+    return str(resolved).removeprefix("torch.")
 
 
 def _make_output_dir(folder: Path, *, overwrite: bool) -> None:
@@ -111,30 +138,56 @@ def _is_merged(folder: Path) -> bool:
         return False
 
 
-def _merge_policy(folder: Path, output_dir: Path, base_id: str, revision: str | None, dtype: str) -> None:
-    base = load_base_model(base_id, dtype=dtype, load_in_4bit=False, revision=revision)
-    if getattr(base, "is_quantized", False):
+def _refuse_early(folder: Path, base_id: str, revision: str | None) -> None:
+    """Raises `UserError` for adapters and bases of which it is known, without any weights, that they do not merge."""
+    config = PeftConfig.from_pretrained(str(folder))
+    problem = merge_problem(config)
+    if problem is not None:
+        raise UserError(f"merge: {problem}: load the adapter with {_loader(folder)}.")
+    refuse_lost_start(folder, config, is_trainable=False)
+    path, location = resolve_location(base_id, revision)
+    with found_or_refused("base_model", base_id):
+        stored = stored_quantization(path, **location)
+    if stored is not None:
         raise UserError(f"merge: {base_id} is itself quantized: give the unquantized model as base_model.")
-    policy = attach_adapter(base, folder)
-    before = probe_logprobs(policy)
+
+
+def _loader(folder: Path) -> str:
+    """The function that loads an adapter without a merge."""
+    is_reward_model = (folder / NORMALIZATION_FILE).is_file()
+    return "RewardScorer.from_pretrained" if is_reward_model else "load_policy"
+
+
+def _merge_policy(folder: Path, output_dir: Path, base_id: str, revision: str | None, dtype: str) -> float:
+    """Writes the merged policy.
+
+    Returns:
+        The mean difference between its log-probabilities and those of the adapter as it was trained, in nats per token.
+    """
+    tokenizer = _tokenizer(folder, base_id, revision)
+    policy = attach_adapter(load_base_model(base_id, dtype=dtype, revision=revision), folder)
+    probe = PolicyProbe.of(policy, tokenizer)
+    before, effect = probe.measure(policy), probe.effect(policy)
     merge_into_base(policy, "merge", "load the adapter with load_policy").save_pretrained(output_dir)
-    load_tokenizer(str(folder)).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     PromptForm.load(folder).save(output_dir)
-    del base, policy  # frees memory before the merged model is loaded
-    _check_merged(before, output_dir, dtype)
+    del policy  # frees memory before the merged model is loaded
+    after = probe.measure(load_base_model(str(output_dir), dtype=dtype))
+    check_merged(before, after, output_dir, dtype)
+    difference = mean_difference(after.texts, before.texts)
+    warn_of_lost_update(difference, effect, dtype)
+    trained = measured_as_trained(probe, folder, base_id, revision, dtype)
+    if trained is not None:
+        difference = mean_difference(after.texts, trained.texts)
+        warn_of_other_precision(difference, folder, dtype)
+    return difference
 
 
-def _check_merged(before: Tensor, output_dir: Path, dtype: str) -> None:
-    """Raises `UserError` if the model that was written computes something else than the adapter on its base."""
-    merged = load_base_model(str(output_dir), dtype=dtype)
-    difference = mean_difference(probe_logprobs(merged), before)
-    limit = LOGPROB_ROUNDING[resolve_dtype(dtype)]
-    if not difference <= limit:
-        raise UserError(
-            f"merge: the model in {output_dir} is not the adapter on its base: log-probabilities differ by "
-            f"{difference:.2g} nats on average, where {dtype} explains {limit:g}: remove it, and load the adapter with "
-            "load_policy."
-        )
+def _tokenizer(folder: Path, base_id: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of an adapter, or that of the base that it is merged into."""
+    if has_tokenizer(str(folder)):
+        return load_tokenizer(str(folder))
+    return load_tokenizer(base_id, revision=revision)
 
 
 def _public_name(base_id: str, revision: str | None) -> str:
@@ -157,15 +210,17 @@ def _read_report(folder: Path) -> RunReport | None:
         ) from error
 
 
-def _write_report(folder: Path, output_dir: Path, merge: MergeRecord, base_model: str | None) -> None:
+def _write_report(
+    report: RunReport, folder: Path, output_dir: Path, merge: MergeRecord, base_model: str | None
+) -> None:
     """Writes the report of the adapter with card options for a merged model, and copies the plot of the card."""
-    report = _read_report(folder)
     report.merge = merge
     if report.card is not None:
         report.card.relation = "merge"
         # The card names the base that was merged, if it is on the Hub. A local path is of no use to others.
         if base_model is not None and not Path(base_model).expanduser().exists():
             report.card.base_model = base_model
+            report.card.base_revision = None  # of the recorded base
         plot = report.card.plot
         if plot and (folder / plot).is_file():
             shutil.copyfile(folder / plot, output_dir / plot)

@@ -7,6 +7,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from .scanning.rules import TOKENS
+
 _URL = r"[a-zA-Z][\w+.-]*://"
 # An absolute path (POSIX, ~, drive letter or UNC), or a path that leaves the working folder ("../"), but not the slash
 # in "reward/nat" or the slashes of a URL.
@@ -18,7 +20,7 @@ _PATH = re.compile(
 _MARKED_PATH = re.compile(r"<path>([^\s'\",;:|)\]}<>]*)")  # a known folder, already replaced, and the rest of the path
 _ID = r"(?<![\w./~-])(?:datasets/)?{name}/[\w.-]+(?![\w.-]*/)"  # owner/name on the Hub; a path has more parts
 _HUB_ID = re.compile(r"(?:datasets/)?([\w.-]+)/[\w.-]+(?:@.*)?")
-_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|hf_oauth_\S+|[sg]h[ps]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,})")
+_TOKEN = re.compile(r"\b(?:gh[oprsu]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,})")  # besides the scanner's formats
 
 COMMON_NAMES = frozenset("root user users admin ubuntu runner model base data test main host app".split())
 """User and host names that reveal nothing, and that also occur in ordinary text and options."""
@@ -77,7 +79,7 @@ def _node() -> str:
 
 
 def _without_tokens(text: str) -> str:
-    text = _TOKEN.sub("<token>", text)
+    text = _TOKEN.sub("<token>", TOKENS.sub("<token>", text))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         secret = os.environ.get(name, "")
         if len(secret) >= 8:  # a shorter value may occur in ordinary text

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..compat import versions
-
 REPORT_FILE = "report.json"
 FROM_PYTHON = "# started from Python, not by a recipe"
 """The `command` of a run without a recipe. Its report is rewritten at every push."""
@@ -32,9 +30,16 @@ class Section:
     Attributes:
         metrics: Numbers by name. For some of them, `NAME_ci95` is a 95 % confidence interval ([low, high]) and `NAME_n`
             is the number of samples.
+        evaluation_sets: Metrics of several evaluation sets, by the name of the set. None if there is only one without a
+            name.
+        weights_step: Step of the weights that are published and that the metrics are of. None if it is not recorded.
+        total_steps: Number of steps that training made, which is larger if the best checkpoint was loaded at the end.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation_sets: dict[str, dict[str, Any]] | None = None
+    weights_step: int | None = None
+    total_steps: int | None = None
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> Self:
@@ -144,7 +149,8 @@ class CardOptions:
 
     Args:
         kind: Kind of model: `"policy"` (by PPO), `"dpo"` (a policy by DPO), `"reward_model"` or `"sft"`.
-        base_model: Hub id of the base, or the name of an embedded model.
+        base_model: Hub id of the base, or the name of an embedded model. None if the base is not on the Hub, as of a
+            whole model that was trained from a local folder.
         model_name: Title of the card; the default is made from base and kind.
         repo_id: Hub id of the model, for the code snippet. An id with two or more slashes is a folder that is not
             published. If None, the snippet has a placeholder.
@@ -166,10 +172,31 @@ class CardOptions:
         quantization: The whole quantization of the base in training, as `reward_normalization.json` has it. None if the
             base was not quantized; in reports of earlier versions, 4 bits were NF4 with double quantization.
         autocast: Data type in which a reward model computes its scores. None means the data type of the weights.
+        encoder: Whether a reward model is an encoder, such as BERT, whose head has layers of its own. None if it is not
+            known.
+        base_revision: Branch, tag or commit of the base in training; the commit if that is known. None if nothing is
+            known.
+        revision: Branch of the repository of the model, for the code snippet. None means `main`.
+        data: What each dataset of training and evaluation was: mappings with some of `role` ("comparisons", "prompts",
+            "demonstrations", "evaluation"), `name` (Hub id, or file name), `revision` (commit), `config`, `split`,
+            `rows`, `sha256` (of a local file) and `set` (name of an evaluation set, if there are several).
+        max_length: Longest sequence in training, in tokens: `max_length`, or prompt and completion of PPO.
+        prompt_form: What the model was trained on: "text", "messages", "mixed" (both). None if it is not known.
+        chat_template: Which chat template rendered the messages: "base" (that of the base), "own" (another one, which
+            is saved with the tokenizer). None without messages, or if it is not known.
+        adapter: Kind of adapter, such as `{"type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": [...]}`, and
+            `vocabulary`, the number of tokens of a base that was resized for it.
+        tags: Additional tags of the repository.
+        language: Language of the texts, as a code such as "en".
+        license_name: Name of a license that is `other`.
+        license_link: Address, or file in the repository, of a license that is `other`.
+        emissions: Energy and emissions as codecarbon measured them: `energy_kwh`, `emissions_g`, and perhaps `source`.
+        only_text: Whether the rows of SFT were text without prompts.
+        is_foreign: Whether it is not known that this library trained the model. Its card then says nothing of training.
     """
 
     kind: str
-    base_model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base_model: str | None = None
     model_name: str | None = None
     repo_id: str | None = None
     config: Mapping[str, Any] | str | None = None
@@ -189,6 +216,21 @@ class CardOptions:
     load_in_4bit: bool = False
     quantization: Mapping[str, Any] | None = None
     autocast: str | None = None
+    encoder: bool | None = None
+    base_revision: str | None = None
+    revision: str | None = None
+    data: Sequence[Mapping[str, Any]] = ()
+    max_length: int | None = None
+    prompt_form: str | None = None
+    chat_template: str | None = None
+    adapter: Mapping[str, Any] | None = None
+    tags: Sequence[str] = ()
+    language: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    emissions: Mapping[str, Any] | None = None
+    only_text: bool = False
+    is_foreign: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as in `report.json`: those that are not the default, and some that are always there."""
@@ -208,11 +250,14 @@ class MergeRecord:
         dtype: Data type of the merged weights.
         base: The base that the adapter was merged into.
         max_score_difference: Largest change of the scores of a reward model. None for other models.
+        mean_logprob_difference: Mean absolute difference of a policy's log-probabilities on probe texts, in nats per
+            token, between the merged weights and the adapter. None for reward models.
     """
 
     dtype: str
     base: str
     max_score_difference: float | None = None
+    mean_logprob_difference: float | None = None
 
 
 @dataclass
@@ -349,126 +394,3 @@ def hardware() -> str:
     if torch is not None and torch.cuda.is_available():
         description += f", {torch.cuda.get_device_name()}"
     return description
-
-
-# The report of a run without a recipe
-
-_SECTION_OF = {"policy": "ppo", "reward_model": "reward_model", "sft": "sft"}
-
-_LOGGED: dict[str, dict[str, str]] = {
-    "policy": {
-        "objective/kl": "kl",
-        "objective/scores": "proxy_after",
-        "completions/mean_length": "mean_length_after",
-    },
-    "reward_model": {
-        "pairs": "heldout_pairs",
-        "accuracy": "accuracy",
-        "nll": "nll",
-        "brier": "brier",
-        "ece": "ece",
-        "longer_wins_baseline": "longer_wins_baseline",
-        "gain": "gain",
-    },
-    "sft": {"loss": "eval_loss", "mean_token_accuracy": "eval_mean_token_accuracy"},
-}
-"""Kind of model -> logged name of each evaluation metric (without `eval_`) -> name in the report."""
-
-_CARD_CONFIG = (
-    "learning_rate",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "kl_coef",
-    "temperature",
-)
-"""Options that the card of a run without a recipe shows."""
-
-
-def trainer_report(trainer: Any) -> RunReport:
-    """Makes the report of a run without a recipe from the last evaluation that the trainer logged."""
-    kind = getattr(trainer, "card_kind", "sft")
-    name = _SECTION_OF[kind]
-    metrics = _last_evaluation(trainer.state.log_history, kind)
-    section = _SECTIONS[name](metrics)
-    if kind == "reward_model":
-        _add_judged(section, trainer.judged)
-    elif kind == "policy":
-        _add_count(section, trainer.eval_dataset, "n")
-        _add_ppo_state(section, trainer)
-    else:
-        _add_count(section, trainer.eval_dataset, "heldout_rows")
-    return RunReport(
-        seed=trainer.args.seed,
-        command=FROM_PYTHON,
-        hardware=hardware(),
-        versions=versions(),
-        card=_trainer_card(trainer, kind),
-        **{name: section},
-    )
-
-
-def _last_evaluation(log_history: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
-    """Returns the metrics of the last evaluation, under their names in the report and with intervals."""
-    logged: dict[str, Any] = {}
-    for log in log_history:  # from oldest to newest, so the last one is kept
-        evaluated = {name: value for name, value in log.items() if name.startswith("eval_")}
-        if evaluated:
-            logged = evaluated
-    metrics = {}
-    for name, reported in _LOGGED[kind].items():
-        if f"eval_{name}" not in logged:
-            continue
-        metrics[reported] = logged[f"eval_{name}"]
-        low = logged.get(f"eval_{reported}_low")
-        high = logged.get(f"eval_{reported}_high")
-        if low is not None:
-            metrics[f"{reported}_ci95"] = [low, high]
-    return metrics
-
-
-def _add_judged(section: RewardModelSection, judged: Any) -> None:
-    """Adds the number of decided pairs and the groups of the last evaluation (`JudgedPairs`)."""
-    if judged is None:
-        return
-    # Ties have no winner, so accuracy only counts the other pairs.
-    section.metrics["decided_pairs"] = int((judged.targets != 0.5).sum())
-    section.groups = judged.groups()
-
-
-def _add_count(section: Section, eval_dataset: Any, name: str) -> None:
-    if hasattr(eval_dataset, "column_names"):  # a single dataset, not a dict of datasets
-        section.metrics[name] = len(eval_dataset)
-
-
-def _add_ppo_state(section: PPOSection, trainer: Any) -> None:
-    """Adds the number of updates, the KL coefficient, and why a guard stopped the run."""
-    for name in ("kl_coef", "updates"):
-        value = getattr(trainer, name, None)
-        if value is not None:
-            section.metrics[name] = value
-    section.stop_reason = getattr(trainer, "stop_reason", None)
-
-
-def _trainer_card(trainer: Any, kind: str) -> CardOptions:
-    args = trainer.args
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    # Without an adapter, all weights were trained, and base and model are the same object.
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    config = {}
-    for name in _CARD_CONFIG:  # each trainer has some of these options
-        if hasattr(args, name):
-            config[name] = getattr(args, name)
-    base_model = base.config.name_or_path
-    if Path(base_model).exists():
-        base_model = Path(base_model).resolve().name  # only the name of a local folder, not its path
-    normalization = getattr(trainer, "normalization", None)  # only for reward models
-    return CardOptions(
-        kind=kind,
-        config=config,
-        base_model=base_model,
-        relation="finetune" if base is model else "adapter",
-        chat=trainer.processing_class.chat_template is not None,
-        autocast=normalization.autocast if normalization is not None else None,
-        **base_precision(model),
-    )

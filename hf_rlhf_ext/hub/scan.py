@@ -1,18 +1,19 @@
 """Leak scanner: finds secrets, local paths and names, e-mail addresses, and files that run code, before a push."""
 
-import io
 import json
-import os
-import pickletools
-import re
 import struct
-import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import UserError
-from .privacy import machine_names, user_name
+from .cards.markdown import escape_markdown
+from .scanning.findings import Finding, refuse_findings, with_origin
+from .scanning.pickles import is_pickle
+from .scanning.pictures import holds_archive, picture_texts, printable_texts
+from .scanning.text import Match, as_finding, find_leaks, scan_text, strings_in, without_strings, without_texts
+from .scanning.vocabularies import VOCABULARIES, only_lines, sentencepiece_texts, without_entries
+
+__all__ = ["PICKLES", "Files", "Finding", "refuse_findings", "scan", "scan_folder", "scan_text", "with_origin"]
 
 PICKLES = (
     "*.bin",
@@ -28,109 +29,57 @@ PICKLES = (
 )
 """Patterns of files that may run code when they are loaded, such as optimizer states and training arguments."""
 
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")  # may match most patterns by chance
-# Files that may be binary: images, and vocabularies of sentencepiece.
-_BINARIES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".model")
-_RUNS_CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # pickle opcodes that run code
-
-# Patterns of the findings in one line of text, by kind.
-_TOKENS = (
-    r"\bhf_[A-Za-z0-9]{16,}|\bhf_oauth_\S{8,}|\bapi_org_\w{20,}|\bsk-[\w-]{20,}|\bgh[oprsu]_[A-Za-z0-9]{20,}"
-    r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abeoprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}"
-    r"|\bpypi-[\w-]{16,}|\bA(?:KIA|SIA)[A-Z0-9]{16}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
-)
-_CREDENTIALS = (
-    r"(?i)\bbearer\s+[\w.~+/-]{12,}|://[^\s/:@'\"]+:[^\s/@'\"]+@"
-    r"|(?:aws_secret_access_key|api_?key|\bsecret|passw(?:or)?d|(?:access|auth|hub|hf|push_to_hub)_?token)"
-    r"[\"']?\s*[:=]\s*[\"']?(?!null|none|true|false|<|\$|\{)[^\s\"',}{]{8,}"
-)
-_PATHS = (  # two or more parts, a home, a drive or a share; not the rest of a URL, a closing tag or Reddit's /r/
-    r"(?<![\w.:/\\<>~-])(?!/[ru]/)(?:/[\w.@-]+){2,}|(?<![\w.:/\\<>~-])/(?:root|home|tmp|mnt|data|scratch)\b"
-    r"|(?<!\w)~\w*/\w|\bfile:/+\w|(?<!\w)[A-Za-z]:\\{1,2}(?:Users|Windows|home|(?![nrt])\w{2,}\\{1,2}\w)|(?<!\\)\\\\\w[\w.-]+\\\w"
-)
-_KINDS = {
-    "token": _TOKENS,
-    "private-key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-    "credential": _CREDENTIALS,
-    "home": r"(?<![\w.])(?:/home/|/Users/|/root\b|[A-Za-z]:\\{1,2}Users\\{1,2})[\w.-]*",
-    "email": r"(?<![\w.+/-])(?!git@|no-?reply@)[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
-    "address": r"(?<![\d.])(?:(?:10|127)\.\d+|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2}(?![\d.])",
-    "remote-code": r"(?i)trust_remote_code[\"']?\s*[:=]\s*[\"']?(?:true|1|yes|on)\b|[\"']?auto_map[\"']?\s*:"
-    r"|--trust_remote_code\b(?![\s=]+[\"']?(?:false|f|no|n|off|0)\b)",
-    "path": _PATHS,
-}
-_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
-_SECRET_KINDS = ("token", "private-key", "credential")
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))")  # escapes in JSON strings
-_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")  # opcode PROTO, at the start of pickles with protocol 2 to 5
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_SHORTEST_SECRET = 12  # characters; a shorter environment variable may occur in ordinary text
-
-
-class Finding(NamedTuple):
-    """A finding of the leak scanner.
-
-    Attributes:
-        kind: Kind of finding, such as `token`, `path` or `binary`.
-        file: Name of the file in the repository.
-        line: Line number, from 1. It is 0 for findings on a whole file.
-        text: The text that was found; only the first characters of a secret.
-    """
-
-    kind: str
-    file: str
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.file}:{self.line} ({self.text})"
-
-    def allowed(self, allow: Collection[str]) -> bool:
-        """True if `allow` contains `kind:file:line`, or `kind:file` for the whole file."""
-        of_file = f"{self.kind}:{self.file}"
-        of_line = f"{of_file}:{self.line}"
-        return of_file in allow or of_line in allow
-
-
-Pattern = tuple[str, re.Pattern]
-"""Kind of finding, and its pattern."""
-
-
-class Match(NamedTuple):
-    """Position of a finding in a line."""
-
-    kind: str
-    start: int
-    end: int
-
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_WRITTEN_BY_PEOPLE = ("*.jsonl", "samples.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Patterns of files with rows and samples, which people or models wrote, and of licenses, which name whom to ask."""
+_REPORT = "report.json"
+_CARD = "README.md"
+_SHOWS_SAMPLES = (_REPORT, _CARD)
+"""Files in which the samples of a report are shown."""
+_UNKNOWN_CONTENT = "not UTF-8 text, safetensors, a picture or a vocabulary, so it cannot be checked"
 
 Files = Mapping[str, Path | bytes]
 """Name in the repository -> content, or path of the file."""
+Known = Callable[[], Collection[str]]
+"""Returns texts that are public already, such as the templates of the base."""
+
+
+class _Context(NamedTuple):
+    """What all files of a scan share."""
+
+    public: Collection[str]
+    known: Collection[str]
+    in_samples: Collection[tuple[str, str]]  # kind and text of what is only text, since it is in a sample
 
 
 def scan(
     files: Files,
     allow: Iterable[str] = (),
     public: Collection[str] = (),
+    known: Known | None = None,
 ) -> list[Finding]:
     """Scans files for leaks.
 
-    Any file that is not text, safetensors or an image is reported as `binary`.
+    Any file that is not text, safetensors, a picture or a vocabulary is reported as `binary`. In rows (`*.jsonl`) and
+    samples, which people or models wrote, only tokens and traces of this machine are reported.
 
     Args:
         files: Name in the repository -> content, or path of the file.
         allow: Findings to accept, as `kind:file:line`, or `kind:file` for a whole file.
         public: Names, in lower case, that may be published even if the user or host has the same name.
+        known: Returns texts that are public already, such as the templates of the base: they are no findings. It is
+            only called if there are findings without it.
 
     Returns:
         All findings, except those in `allow`.
     """
     allowed = set(allow)
-    findings = []
-    for name, content in sorted(files.items()):
-        for finding in _scan_file(name, content, public):
-            if not finding.allowed(allowed):
-                findings.append(finding)
+    context = _Context(public, (), _in_samples(files, public))
+    findings = _scan_files(files, allowed, context)
+    if findings and known is not None:
+        concerned = {finding.file for finding in findings}
+        files = {name: content for name, content in files.items() if name in concerned}
+        findings = _scan_files(files, allowed, context._replace(known=known()))
     return findings
 
 
@@ -144,133 +93,155 @@ def scan_folder(folder: str | Path, allow: Iterable[str] = ()) -> list[Finding]:
     return scan(files, allow)
 
 
-def refuse_findings(findings: list[Finding]) -> None:
-    """Raises `UserError` with a one-line message if there are findings."""
-    if not findings:
-        return
-    listed = "; ".join(map(str, findings[:5]))
-    more = len(findings) - 5
-    if more > 0:
-        listed += f"; and {more} more"
-    first = findings[0]
-    raise UserError(
-        f"not pushed, this must not be published: {listed}. Remove it, or accept a finding with "
-        f"--allow {first.kind}:{first.file}:{first.line} (allow= in Python)."
-    )
+# Samples
 
 
-# Text
+def _in_samples(files: Files, public: Collection[str]) -> set[tuple[str, str]]:
+    """Returns kind and text of what looks like a leak in the samples of the report, but is text that models wrote."""
+    if _REPORT not in files:
+        return set()
+    try:
+        report = json.loads(_read_bytes(files[_REPORT]))
+    except (ValueError, OSError):
+        return set()
+    samples = list(strings_in(list(_samples(report))))
+    text = "\n".join(samples)
+    only_text: set[tuple[str, str]] = set()
+    # As they stand in JSON, on one line, and in a card.
+    for file, reading in (
+        (_REPORT, text),
+        (_REPORT, "\n".join(sample.replace("\n", " ") for sample in samples)),
+        (_CARD, "\n".join(map(escape_markdown, samples))),
+    ):
+        only_text.update((match.kind, match.text) for match in find_leaks(reading, file, public=public))
+    leaks = find_leaks(text, _REPORT, public=public, written_by_people=True)
+    return only_text - {(match.kind, match.text) for match in leaks}
 
 
-def scan_text(text: str, file: str, *, vocabulary: bool = False, public: Collection[str] = ()) -> Iterator[Finding]:
-    """Yields findings in text, line by line. In a vocabulary, only tokens and local folders are reported."""
-    patterns = list(_machine_patterns(names=not vocabulary, public=public))
-    for kind, pattern in _PATTERNS.items():
-        if kind == "token" or not vocabulary:
-            patterns.append((kind, pattern))
-    is_json = file.endswith((".json", ".jsonl"))
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a row of JSON may contain U+2028
-        if is_json:
-            line = _ESCAPE.sub(_unescaped, line)
-        for match in _matches(line, patterns):
-            text_there = line[match.start : match.end]
-            excerpt = _excerpt(match.kind, text_there)
-            yield Finding(match.kind, file, number, excerpt)
-
-
-def _matches(line: str, patterns: Iterable[Pattern]) -> Iterator[Match]:
-    """Yields matches of the patterns. If several match at one place (a home is also a path), the first one counts."""
-    taken: list[Match] = []
-    for kind, pattern in patterns:
-        for match in pattern.finditer(line):
-            place = Match(kind, match.start(), match.end())
-            if not any(_overlap(other, place) for other in taken):
-                taken.append(place)
-                yield place
-
-
-def _overlap(a: Match, b: Match) -> bool:
-    return a.start < b.end and b.start < a.end
-
-
-def _unescaped(match: re.Match) -> str:
-    """Returns the character of a JSON escape. White space becomes a blank."""
-    code, character = match[1], match[2]
-    if code:
-        return chr(int(code, 16))
-    return " " if character in "nrtbf" else character
-
-
-def _machine_patterns(*, names: bool, public: Collection[str] = ()) -> Iterator[Pattern]:
-    """Yields patterns for this machine: folders, secrets in environment variables and, with `names`, user and host."""
-    for folder in {Path.home(), Path.cwd()}:
-        name = str(folder)
-        if name.count(os.sep) > 1:  # not "/root" or "/", which are part of other paths
-            yield "home", re.compile(re.escape(name))
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
-            yield "token", re.compile(re.escape(value))
-    if not names:
-        return
-    for name in machine_names():
-        if name.lower() in public:
-            continue
-        kind = "user" if name == user_name() else "host"
-        escaped = re.escape(name)
-        yield kind, re.compile(rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
-
-
-def _excerpt(kind: str, text: str) -> str:
-    """Returns the text of a finding. Of a secret, only the first characters."""
-    if kind in _SECRET_KINDS:
-        return f"{text[:6]}…"
-    return text[:60]
+def _samples(value: Any) -> Iterator[Any]:
+    """Yields the values of all keys `samples`."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if name == "samples":
+                yield part
+            else:
+                yield from _samples(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _samples(part)
 
 
 # Files
 
 
-def _scan_file(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
+def _scan_files(files: Files, allowed: set[str], context: _Context) -> list[Finding]:
+    findings = []
+    for name, content in sorted(files.items()):
+        for finding in _scan_file(name, content, context):
+            if not finding.allowed(allowed):
+                findings.append(finding)
+    return findings
+
+
+def _scan_file(name: str, content: Path | bytes, context: _Context) -> Iterator[Finding]:
     if isinstance(content, Path) and content.is_symlink():
         yield Finding("link", name, 0, "a symbolic link: its target is not checked")
         return
-    for finding in scan_text(name, name, public=public):  # file names can contain leaks too
+    for finding in scan_text(name, name, public=context.public):  # file names can contain leaks too
         yield finding._replace(line=0)
     if name.endswith((".py", ".so", ".sh")):
         yield Finding("code", name, 0, "code that others may run")
     if Path(name).match("events.out.tfevents*"):
         yield Finding("event-file", name, 0, "contains the name of the host")
     elif name.endswith(".safetensors"):
-        yield from _scan_safetensors(name, content, public)
-    elif _has_ending(name, PICKLES):
+        yield from _scan_safetensors(name, content, context)
+    elif _matches(name, PICKLES):
         yield Finding("pickle", name, 0, "may run code when it is loaded")
     else:
-        yield from _scan_content(name, _read_bytes(content), public)
+        yield from _scan_content(name, _read_bytes(content), context)
 
 
-def _has_ending(name: str, patterns: Iterable[str]) -> bool:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(Path(name).match(pattern) for pattern in patterns)
 
 
-def _scan_content(name: str, content: bytes, public: Collection[str]) -> Iterator[Finding]:
+def _scan_content(name: str, content: bytes, context: _Context) -> Iterator[Finding]:
     """Yields findings in a file whose type is determined by its content."""
-    if _is_pickle(content):
+    if is_pickle(content):
         yield Finding("pickle", name, 0, "may run code when it is loaded")
         return
     text = _decoded(content)
     if text is not None:
-        vocabulary = Path(name).name in _VOCABULARIES
-        yield from scan_text(text, name, vocabulary=vocabulary, public=public)
-    elif name.lower().endswith(_BINARIES):
-        text = content.decode("latin-1")  # maps every byte to a character, so that metadata can be searched
-        for kind, pattern in _machine_patterns(names=False):
-            if pattern.search(text):
-                yield Finding(kind, name, 0, pattern.pattern)
+        for match in _leaks_in_file(name, text, context):
+            yield as_finding(match, name)
+        return
+    if name.lower().endswith(_PICTURES) and not holds_archive(content):
+        matches = _leaks_in_picture(content, context)
+    elif name.endswith(".model"):
+        matches = _leaks_in_sentencepiece(content, context)
     else:
-        yield Finding("binary", name, 0, "not UTF-8 text, safetensors or an image, so it cannot be checked")
+        matches = None
+    if matches is None:
+        yield Finding("binary", name, 0, _UNKNOWN_CONTENT)
+        return
+    for match in dict.fromkeys(match._replace(line=0) for match in matches):
+        yield as_finding(match, name)
 
 
-def _scan_safetensors(name: str, content: Path | bytes, public: Collection[str]) -> Iterator[Finding]:
+def _leaks_in_file(name: str, text: str, context: _Context) -> Iterator[Match]:
+    """Yields leaks in a text file."""
+    if context.known:
+        remove = without_strings if name.endswith(".json") else without_texts
+        text = remove(text, context.known)
+    base_name = Path(name).name
+    if base_name in VOCABULARIES:
+        yield from _leaks_in_vocabulary(base_name, text, context)
+        return
+    written = _matches(name, _WRITTEN_BY_PEOPLE)
+    for match in find_leaks(text, name, public=context.public, written_by_people=written):
+        if name in _SHOWS_SAMPLES and (match.kind, match.text) in context.in_samples:
+            continue
+        yield match
+
+
+def _leaks_in_vocabulary(name: str, text: str, context: _Context) -> Iterator[Match]:
+    """Yields tokens and local folders in the entries, and all leaks in what is no entry."""
+    lines = {match.line for match in find_leaks(text, name, public=context.public)}
+    if not lines:  # the usual case, in which nothing needs to be parsed
+        return
+    suspects = only_lines(text, lines)
+    rest = without_entries(name, text, suspects)
+    yield from dict.fromkeys(
+        [
+            *find_leaks(rest, name, public=context.public),
+            *find_leaks(suspects, name, vocabulary=True),
+        ]
+    )
+
+
+def _leaks_in_sentencepiece(content: bytes, context: _Context) -> list[Match] | None:
+    """Returns leaks in a SentencePiece model, which may name the files that it was trained on. None for other files."""
+    texts = sentencepiece_texts(content)
+    if texts is None:
+        return None
+    pieces, others = texts
+    in_pieces = find_leaks("\n".join(pieces), "", vocabulary=True)
+    return [*in_pieces, *find_leaks("\n".join(others), "", public=context.public)]
+
+
+def _leaks_in_picture(content: bytes, context: _Context) -> list[Match]:
+    """Returns leaks in the texts of a picture, and secrets and homes in any run of printable characters."""
+    texts = "\n".join(picture_texts(content))
+    matches = list(find_leaks(texts, "", public=context.public))
+    found = {match.text for match in matches}
+    for match in find_leaks(printable_texts(content), "", public=context.public):
+        # Pixels look like short paths and addresses by chance, but not like these.
+        if match.kind in ("token", "private-key", "home") and match.text not in found:
+            matches.append(match)
+    return matches
+
+
+def _scan_safetensors(name: str, content: Path | bytes, context: _Context) -> Iterator[Finding]:
     """Yields findings in the metadata. The tensors are numbers, which need no scan."""
     try:
         (size,) = struct.unpack("<Q", _read_bytes(content, 8))
@@ -280,8 +251,9 @@ def _scan_safetensors(name: str, content: Path | bytes, public: Collection[str])
     except (ValueError, struct.error, AttributeError):
         yield Finding("binary", name, 0, "has no valid safetensors header")
     else:
-        text = json.dumps(metadata, ensure_ascii=False)
-        yield from scan_text(text, name, public=public)
+        text = "\n".join(strings_in(metadata)) if isinstance(metadata, dict) else str(metadata)
+        for finding in scan_text(text, name, public=context.public):
+            yield finding._replace(line=0)
 
 
 def _read_bytes(content: Path | bytes, size: int = -1) -> bytes:
@@ -300,29 +272,3 @@ def _decoded(content: bytes) -> str | None:
         return content.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _is_pickle(content: bytes) -> bool:
-    """True for a pickle that runs code, with any protocol, or an archive that contains one (written by torch.save)."""
-    if _PICKLE_HEADER.match(content):
-        return True
-    try:
-        stream = io.BytesIO(content)
-        if zipfile.is_zipfile(stream):
-            names = zipfile.ZipFile(stream).namelist()
-            return any(name.endswith(".pkl") for name in names)
-        return _runs_code(content)
-    except Exception:  # zipfile and pickletools raise many kinds of errors for other content
-        return False
-
-
-def _runs_code(content: bytes) -> bool:
-    """True if the whole content is a pickle (with protocol 0 or 1, which has no header) that calls something."""
-    names = set()
-    end = None
-    for opcode, _, position in pickletools.genops(content):
-        names.add(opcode.name)
-        end = position
-    # Text may look like opcodes by chance, up to a period, which ends a pickle.
-    last = len(content.rstrip()) - 1
-    return end == last and not _RUNS_CODE.isdisjoint(names)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from concurrent.futures import Future
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 
+from ..data.origin import origins_of
 from ..data.prompt_form import PromptForm, example_of, form_of_model, remember_form
 from ..errors import UserError
 from ..modeling.adapter_start import attached_or_refused, warn_of_unmatched_names
-from ..modeling.adapters import autocast_dtype, saved_as_one_adapter
+from ..modeling.adapters import autocast_dtype, bare_model, saved_as_one_adapter
 from ..modeling.base_record import BaseRecord
 from ..modeling.embeddings import n_rows, token_layers
+from ..modeling.quantization import refuse_trained_quantized
+from ..modeling.source import remember_revision
 from ..modeling.vocabulary import check_token_ids
-from ..publishing import new_publisher, require_publisher
+from ..publishing import new_publisher, require_publisher, save_with_report, without_card
 from ..training.loop import all_steps_are_done
 from ..training.shown_table import show_table
 from ..training.table import SFT_COLUMNS
@@ -49,6 +53,11 @@ class PublishingSFTTrainer(SFTTrainer):
             arguments["model"] = str(arguments["model"])
         arguments = _with_tokens_of_template(arguments)
         peft_config = arguments.get("peft_config")
+        model = arguments["model"]
+        if isinstance(model, nn.Module):  # one that is given by name is loaded by TRL
+            has_adapter = peft_config is not None or isinstance(model, PeftModel)
+            refuse_trained_quantized(model, has_adapter=has_adapter)
+        self.data_origins = origins_of(arguments.get("train_dataset"), arguments.get("eval_dataset"))
         example = _example(arguments)
         earlier_form = _earlier_form(arguments["model"])
         with attached_or_refused("peft_config", arguments["model"], peft_config):
@@ -56,6 +65,8 @@ class PublishingSFTTrainer(SFTTrainer):
         show_table(self, SFT_COLUMNS)
         if isinstance(arguments["model"], str):  # which was loaded inside the context
             warn_of_unmatched_names("peft_config", self.model, peft_config)
+            options = self.args.model_init_kwargs or {}
+            remember_revision(bare_model(self.model), arguments["model"], options.get("revision"))
         _give_wrapped_head_a_bias(self.model)
         _check_rows_of_tokens("train_dataset", self.train_dataset, self.processing_class, self.model)
         self._base_record = BaseRecord.of_model(self.model, autocast_dtype(self.args))
@@ -74,8 +85,12 @@ class PublishingSFTTrainer(SFTTrainer):
             if self._base_record is not None:
                 self._base_record.save(output_dir or self.args.output_dir)
 
+    # ---- The Hub, through the publisher ----
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)
+        """Checks the token and creates the repository, before training."""
+        publisher = require_publisher(self.publisher)
+        self.hub_model_id = publisher.check_access(self, token=token, private=private)
 
     def push_to_hub(
         self,
@@ -85,9 +100,58 @@ class PublishingSFTTrainer(SFTTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
+    ) -> str | Future[str | None] | None:
+        """Saves the model and pushes `output_dir` with its card. Text that you wrote into the card stays.
+
+        Args:
+            commit_message: message of the commit.
+            blocking: whether to wait for the push. `False` returns at once after saving.
+            token: access token of the Hub; `None` uses `hub_token` or the saved one.
+            revision: branch to push to; `None` uses `hub_revision`, or `main`.
+            private: whether a new repository is private; `None` uses `hub_private_repo`. An existing one is kept.
+            kwargs: options of the card, as of `create_model_card`.
+
+        Returns:
+            The URL of the commit; `None` if the push failed, and on processes that do not push. With `blocking=False`
+            a `concurrent.futures.Future` of these.
+
+        Raises:
+            UserError: if no publisher is set, or an option of the card is not possible.
+        """
         publisher = require_publisher(self.publisher)
-        return publisher.push_run(self, commit_message, token=token, revision=revision, private=private)
+        options = {"blocking": blocking, "token": token, "revision": revision, "private": private}
+        return publisher.push_run(self, commit_message, **options, **kwargs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the card with what was measured into `output_dir`, and remembers the options for the next push.
+
+        Args:
+            model_name: title of the card; `None` means the name of the repository.
+            dataset_name: Hub id of the training data, or several.
+            tags: tags in addition to those of the card.
+            kwargs: `language`, `license` (with `license_name` and `license_link` if it is `other`), `finetuned_from`
+                (Hub id of the base), `dataset` (names of the training data), `dataset_tags` (their Hub ids),
+                `dataset_args` (their configurations) and `tasks`, as in `transformers.Trainer`.
+
+        Raises:
+            UserError: if no publisher is set, or an option is not possible.
+        """
+        publisher = require_publisher(self.publisher)
+        publisher.write_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
+        save_with_report(self, super().save_model, output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with without_card(self):
+            super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         require_publisher(self.publisher).push_checkpoint(self, checkpoint_folder)

@@ -250,8 +250,7 @@ def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -
         if axes.lines:
             axes.legend(frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
     figure.supxlabel("optimizer steps", fontsize=LABEL_SIZE, color=INK)
-    figure.savefig(path)
-    return Path(path)
+    return _save_png(figure, path)
 
 
 def _has_ppo_metrics(log_history: Sequence[Mapping[str, float]]) -> bool:
@@ -268,8 +267,10 @@ def _draw_logged(
     name: str,
     color: str,
     marker: str,
+    *,
+    label: str | None = None,
 ) -> None:
-    """Draws one metric over the optimizer steps at which it was logged."""
+    """Draws one metric over the optimizer steps at which it was logged. `label` defaults to its name."""
     steps = []
     values = []
     for row in log_history:
@@ -285,10 +286,84 @@ def _draw_logged(
         values,
         color=color,
         linewidth=1.4,
-        label=name,
+        label=(label or name).replace("$", r"\$"),  # between two dollar signs, matplotlib reads a formula
         marker=marker,
         markersize=4,
     )
+
+
+LOSS_PLOT = "loss.png"
+"""Usual name of the plot of `plot_loss` in the folder of a run."""
+_HELDOUT_STYLES = ((GOLD_COLOR, "o"), ("#009E73", "s"), ("#CC79A7", "^"), ("#56B4E9", "D"))
+"""Color and marker of the loss on each evaluation set."""
+
+
+def plot_loss(
+    log_history: Sequence[Mapping[str, float]], path: str | Path, *, weights_step: int | None = None
+) -> Path | None:
+    """Draws the logged loss of an SFT run over optimizer steps as a PNG, in training and on each evaluation set.
+
+    Args:
+        log_history: `trainer.state.log_history`, with `loss` and `eval_loss`, or `eval_NAME_loss` of several sets.
+        path: File to write. Missing folders are created.
+        weights_step: Step of the weights that are published. It is marked if training went on after it. An evaluation
+            after training is then left out, as its weights are not those of the step at which it is logged.
+
+    Returns:
+        The path of the plot. None if no loss was logged at two steps, so that there is no curve: nothing is written,
+        and a plot of an earlier run is deleted.
+    """
+    goes_on = weights_step is not None and any(row.get("step", 0) > weights_step for row in log_history)
+    if goes_on:
+        log_history = _while_training(log_history)
+    heldout = _heldout_losses(log_history)
+    names = ["loss", *heldout]
+    steps = {name: {row["step"] for row in log_history if _is_finite(row.get(name))} for name in names}
+    if max(map(len, steps.values())) < 2:
+        Path(path).unlink(missing_ok=True)
+        return None
+    figure = _new_figure(8, 4.5, dpi=120)
+    axes = figure.subplots()
+    rows = [{name: value for name, value in row.items() if name == "step" or _is_finite(value)} for row in log_history]
+    _draw_logged(axes, rows, "loss", PROXY_COLOR, "", label="training")
+    for name, (color, marker) in zip(heldout, _HELDOUT_STYLES, strict=False):  # more curves cannot be told apart
+        label = "held-out rows" if name == "eval_loss" else name.removeprefix("eval_").removesuffix("_loss")
+        _draw_logged(axes, rows, name, color, marker, label=label)
+    if goes_on:
+        axes.axvline(weights_step, color=INK, linewidth=0.9, linestyle=":", label="published weights")
+    axes.set_xlabel("optimizer steps", fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel("loss, nats per token", fontsize=LABEL_SIZE, color=INK)
+    axes.legend(frameon=False, fontsize=TICK_SIZE, labelcolor=INK)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    _plain_axes(axes)
+    return _save_png(figure, path)
+
+
+def loss_caption(log_history: Sequence[Mapping[str, float]]) -> str:
+    """Returns the caption of the plot of `plot_loss`, which has no curve of held-out rows if none were evaluated."""
+    heldout = " and on held-out rows" if _heldout_losses(log_history) else ""
+    return f"loss in training{heldout}, nats per token, over optimizer steps"
+
+
+def _while_training(log_history: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """Returns the logs up to the end of training, which Trainer logs with `train_runtime`."""
+    ends = [position for position, row in enumerate(log_history) if "train_runtime" in row]
+    return log_history[: ends[-1]] if ends else log_history
+
+
+def _heldout_losses(log_history: Sequence[Mapping[str, float]]) -> list[str]:
+    """Returns the names of the logged losses of evaluation sets, in the order in which they were first logged."""
+    names = []
+    for row in log_history:
+        for name in row:
+            if name.startswith("eval_") and name.endswith("_loss") and name not in names:
+                names.append(name)
+    return names
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def histogram_png(edges: Sequence[float], counts: Sequence[int], xlabel: str) -> bytes:

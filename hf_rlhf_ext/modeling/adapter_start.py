@@ -78,7 +78,8 @@ def warn_of_unmatched_names(option: str, model: nn.Module, config: PeftConfig | 
         model: the model, with or without its adapter.
         config: configuration of the adapter, or `None`.
     """
-    paths = [f".{path}" for path, _ in model.named_modules()]
+    # PEFT trains a copy of a module to save, and keeps the original in it. "all-linear" names layers of both.
+    paths = [f".{path}".replace(".original_module", "") for path, _ in model.named_modules()]
     for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field, None)
         if not isinstance(names, list | tuple | set):  # a regular expression, or "all-linear"

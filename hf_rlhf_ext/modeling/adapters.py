@@ -36,6 +36,7 @@ from .embeddings import embeddings_to_save, load_embeddings
 from .locations import is_only_known_here
 from .ownership import adapter_state
 from .resizing import was_resized
+from .source import requested_revision_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,11 @@ def save_adapter(
     # An adapter that is loaded from the folder starts frozen. The adapter in memory does not change.
     was_inference = config.inference_mode
     config.inference_mode = True
-    # An adapter that was created in memory may not name its base yet.
-    config.base_model_name_or_path = config.base_model_name_or_path or model.get_base_model().name_or_path
+    # An adapter that was created in memory may not name its base yet, and PEFT does not know the base's revision.
+    base = model.get_base_model()
+    config.base_model_name_or_path = config.base_model_name_or_path or base.name_or_path
+    if config.base_model_name_or_path == base.name_or_path:
+        config.revision = config.revision or requested_revision_of(base)
     config.save_pretrained(str(folder))
     config.inference_mode = was_inference
     _say_how_others_open(folder, config.base_model_name_or_path)
@@ -246,7 +250,8 @@ def saved_as_one_adapter(model: nn.Module):
     """Inside the context, `save_pretrained` of a `PeftModel` writes its active adapter as `save_adapter` does.
 
     PEFT's own would write every adapter, those with another name than `default` in folders of their own, and it asks
-    the Hub whether the embeddings were resized. `Trainer` calls it when it saves.
+    the Hub whether the embeddings were resized. It would also leave an empty form as `README.md`, which whoever wants
+    to add a line would take for the card. `Trainer` calls it when it saves.
 
     Args:
         model: the model of a trainer, also inside wrappers. Models without adapters are not changed.
@@ -259,7 +264,6 @@ def saved_as_one_adapter(model: nn.Module):
     def save_pretrained(folder, state_dict=None, is_main_process=True, **kwargs) -> None:
         if is_main_process:
             save_adapter(peft_model, peft_model.active_adapter, folder, state_dict=state_dict)
-            peft_model.create_or_update_model_card(str(folder))
 
     peft_model.save_pretrained = save_pretrained
     try:

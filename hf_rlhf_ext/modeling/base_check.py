@@ -20,6 +20,7 @@ from .adapters import bare_model
 from .checkpoint_files import is_head
 from .locations import resolve_location
 from .ownership import plain_name
+from .source import requested_revision_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ def warn_of_changed_base(option: str, model: nn.Module, peft_config: PeftConfig 
 
 def _name_of_base(base: PreTrainedModel, config: PeftConfig) -> tuple[str | None, str | None]:
     """Name and revision of the base that the saved adapter will have."""
-    return config.base_model_name_or_path or getattr(base, "name_or_path", None), config.revision
+    name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+    # Without a revision of its own, the configuration is saved with the one that the base was loaded with.
+    return name, config.revision or requested_revision_of(base)
 
 
 def _first_changed_weight(base: PreTrainedModel, name: str, revision: str | None) -> str | None:

@@ -1,17 +1,15 @@
 """Loading of base models, policies and tokenizers, in any dtype and quantization."""
 
 import contextlib
-import json
 import logging
 import os
 import platform
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel, TaskType
 from transformers import (
     AutoModelForCausalLM,
@@ -26,15 +24,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compat import suppress_seqcls_warning
 from ..data.prompt_form import PromptForm, remember_form
-from ..errors import UserError, first_line, last_line
+from ..errors import UserError, last_line
 from .adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
 from .adapter_kinds import refuse_lost_start, task_name
 from .base_record import warn_of_other_precision
 from .checkpoint_files import is_head, load_complete
 from .embeddings import restore_embeddings
-from .families import check_config, loading_problem
+from .families import check_config
 from .heads import install_fp32_score, is_encoder
-from .locations import EMBEDDED_MODEL, LOCAL_PREFIXES, resolve_location
+from .locations import EMBEDDED_MODEL, resolve_location
+from .lookup import adapter_base as adapter_base  # kept here for its callers
+from .lookup import base_and_revision, found_or_refused, tokenizer_source
 from .ownership import refuse_adapted_base
 from .quantization import (
     as_quantization_config,
@@ -47,6 +47,7 @@ from .quantization import (
     stored_quantization,
     with_head_left_alone,
 )
+from .source import remember_revision, remember_source
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ def load_base_model(
         known_name = os.path.abspath(os.path.expanduser(known_name))
     model.name_or_path = known_name
     model.config.name_or_path = known_name
+    remember_revision(model, model_name_or_path, revision)
 
     keep_nf4_gradients_right(model)
     if task == "reward":
@@ -285,7 +287,8 @@ def load_tokenizer(
     """Loads a tokenizer that pads on the left, as generation needs.
 
     If it has no pad token, eos is used, which is safe in this library: padding is never recognized by its id. The
-    tokenizer of an encoder gets its separator as eos, and a chat template.
+    tokenizer of an encoder gets its separator as eos, and a chat template. An adapter that was saved without a
+    tokenizer has that of its base.
 
     Args:
         model_name_or_path: Hub id, folder, path of a `.gguf` file, or `EMBEDDED_MODEL`.
@@ -298,7 +301,7 @@ def load_tokenizer(
     Raises:
         UserError: if the tokenizer cannot be loaded.
     """
-    model_name_or_path = os.fspath(model_name_or_path)
+    model_name_or_path, revision = tokenizer_source(os.fspath(model_name_or_path), revision)
     path, location = resolve_location(model_name_or_path, revision)
     with found_or_refused("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, **location, trust_remote_code=trust_remote_code)
@@ -354,7 +357,7 @@ def load_policy(
     with found_or_refused("model_name_or_path", base_id or folder_or_repo):
         check_config(path, name=base_id or folder_or_repo, task="causal_lm", **remote, **location)
     if tokenizer is None:  # before the weights, which may take minutes
-        tokenizer = _tokenizer_of_policy(folder_or_repo, revision, base_id, base_revision, **remote)
+        tokenizer = load_tokenizer(folder_or_repo, revision=revision, **remote)
     if base_id is None:
         # A whole model, not an adapter.
         model = load_base_model(folder_or_repo, revision=revision, **remote, **base_options)
@@ -363,17 +366,8 @@ def load_policy(
         model = attach_adapter(base, folder_or_repo, revision=revision, is_trainable=is_trainable)
         warn_of_other_precision(model, folder_or_repo, revision)
     remember_form(model, PromptForm.load(folder_or_repo, revision))
+    remember_source(model, folder_or_repo, revision)
     return model, tokenizer
-
-
-def _tokenizer_of_policy(
-    folder_or_repo: str, revision: str | None, base_id: str | None, base_revision: str | None, **remote: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a policy, or that of the base of an adapter that was saved without one."""
-    folder = Path(folder_or_repo)
-    if base_id is not None and folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(base_id, revision=base_revision, **remote)
-    return load_tokenizer(folder_or_repo, revision=revision, **remote)
 
 
 def _refuse_reward_adapter(folder_or_repo: str, revision: str | None) -> None:
@@ -425,73 +419,6 @@ def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options:
         ) from error
     refuse_lost_weights(folder_or_repo, model, model.active_adapter, weights)
     return model
-
-
-@contextlib.contextmanager
-def found_or_refused(option: str, name: str) -> Iterator[None]:
-    """Inside the context, turns exceptions of Transformers and the Hub into a `UserError`.
-
-    Args:
-        option: name of the option, for the message.
-        name: the folder or Hub id that is loaded.
-    """
-    try:
-        yield
-    except (OSError, HFValidationError) as error:
-        reason = first_line(error)
-        problem = "cannot be loaded"
-        if not Path(name).expanduser().exists():
-            problem = "is no folder here, and as a Hub id it cannot be loaded"
-        raise UserError(f"{option}: {name} {problem}: {reason}") from error
-    except UserError:
-        raise
-    except (ImportError, KeyError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{option}: {name} {loading_problem(error)}") from error
-
-
-def adapter_base(folder_or_repo: str, revision: str | None = None) -> str | None:
-    """Returns the base model that an adapter names in `adapter_config.json`; `None` if this is not an adapter."""
-    return base_and_revision(folder_or_repo, revision)[0]
-
-
-def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """Returns the base model that an adapter names, and its revision.
-
-    Args:
-        folder_or_repo: local folder or Hub id.
-        revision: branch, tag or commit of `folder_or_repo`.
-
-    Returns:
-        The name of the base, `None` if this is not an adapter, and the revision of the base, `None` for the newest.
-    """
-    if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
-        return None, None
-    path = _adapter_config_path(folder_or_repo, revision)
-    if path is None or not path.is_file():
-        return None, None
-    config = json.loads(path.read_text())
-    return config.get("base_model_name_or_path"), config.get("revision")
-
-
-def _adapter_config_path(folder_or_repo: str, revision: str | None) -> Path | None:
-    """The path of an adapter's configuration; `None` if the repository has none or cannot be reached."""
-    folder = Path(folder_or_repo).expanduser()
-    if folder.is_dir() or folder_or_repo.startswith(LOCAL_PREFIXES):
-        return folder / "adapter_config.json"
-    from transformers.utils import cached_file
-
-    with found_or_refused("model_name_or_path", folder_or_repo):
-        path = cached_file(
-            folder_or_repo,
-            "adapter_config.json",
-            revision=revision,
-            # Without these two options, a whole model or a Hub that cannot be reached would raise an error here.
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if path is None:
-        return None
-    return Path(path)
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

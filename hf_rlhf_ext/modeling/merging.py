@@ -2,7 +2,9 @@
 
 import logging
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -10,6 +12,38 @@ from ..errors import UserError, first_line
 from .embeddings import plain_layer
 
 logger = logging.getLogger(__name__)
+
+_COMPUTES_WITH_THE_INPUT = {
+    "ADAPTION_PROMPT": "adds virtual tokens to the attention",
+    "LILY": "chooses its weights by the input",
+    "SHADOW": "computes with a second stream of hidden states",
+    "XLORA": "mixes adapters by the input",
+}
+"""Types of adapters that no weights of the base can replace, with the reason."""
+
+
+_PEFT_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def merge_problem(config: PeftConfig) -> str | None:
+    """Why an adapter cannot be merged, as far as its configuration tells; `None` if that is not known to fail.
+
+    Args:
+        config: the configuration of the adapter.
+
+    Returns:
+        Words for a message, such as "adapters of type CPT have no weights to merge".
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        return f"adapters of type {kind} have no weights to merge"
+    if kind in _COMPUTES_WITH_THE_INPUT:
+        return f"adapters of type {kind} cannot be merged, as this kind {_COMPUTES_WITH_THE_INPUT[kind]}"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA (alora_invocation_tokens) cannot be merged, as it changes the tokens after its invocation only"
+    if getattr(config, "arrow_config", None) is not None:
+        return "Arrow (arrow_config) cannot be merged, as it mixes adapters by the input"
+    return None
 
 
 def merge_into_base(model: PeftModel, option: str, instead: str) -> PreTrainedModel:
@@ -27,8 +61,9 @@ def merge_into_base(model: PeftModel, option: str, instead: str) -> PreTrainedMo
         UserError: if the adapter has no weights to merge, or if PEFT cannot merge adapters of this kind.
     """
     kind = model.active_peft_config.peft_type.value
-    if model.active_peft_config.is_prompt_learning:
-        raise UserError(f"{option}: adapters of type {kind} have no weights to merge: {instead}.")
+    problem = merge_problem(model.active_peft_config)
+    if problem is not None:
+        raise UserError(f"{option}: {problem}: {instead}.")
     if untie_adapted_embeddings(model):
         logger.warning(
             "%s: the adapter changes one of two tied embeddings: the merged model has tie_word_embeddings=False and "
@@ -38,13 +73,29 @@ def merge_into_base(model: PeftModel, option: str, instead: str) -> PreTrainedMo
     if getattr(model.active_peft_config, "layer_replication", None):
         own_weights_of_replicated_layers(model)
     try:
+        _merge_inner_wrappers(model)
         merged = model.merge_and_unload()
     except Exception as error:  # each kind of adapter refuses in its own way
         raise UserError(
             f"{option}: this adapter of type {kind} cannot be merged ({first_line(error)}): {instead}."
         ) from error
+    left = [name for name, module in merged.named_modules() if isinstance(module, _PEFT_LAYERS)]
+    if left:
+        raise UserError(f"{option}: PEFT left a part of this adapter of type {kind} in {left[0]} unmerged: {instead}.")
     record_tying(merged)
     return merged
+
+
+def _merge_inner_wrappers(model: PeftModel) -> None:
+    """Merges trained tokens inside layers that the adapter targets too, which PEFT would leave there.
+
+    PEFT wraps a tied output head like this if `trainable_token_indices` and `target_modules` both change it.
+    """
+    for module in list(model.modules()):
+        inner = getattr(module, "base_layer", None)
+        if isinstance(module, BaseTunerLayer) and isinstance(inner, AuxiliaryTrainingWrapper):
+            options = {"merge": True, "safe_merge": False, "adapter_names": None}
+            module.base_layer = inner.unload_and_optionally_merge_module(**options)
 
 
 def untie_adapted_embeddings(model: PeftModel) -> bool:

@@ -408,5 +408,5 @@ def shared_reward(stack: AdapterStack, folder_or_repo: str | Path) -> RewardScor
         head=attached.head,
         trained_on=PromptForm.load(folder),
     )
-    scorer.asked.name = str(folder_or_repo)
+    scorer.set_source(folder_or_repo)
     return scorer

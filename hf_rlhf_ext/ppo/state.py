@@ -1,7 +1,7 @@
 """The state of a PPO run that `Trainer` does not hold: what changes during training and what a resumed run needs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -49,6 +49,7 @@ class PPOState:
         good_checkpoint: name of the last good checkpoint, one whose next rollout was below `max_kl`.
         new_checkpoint: name of the newest checkpoint. It becomes the good one if the next rollout is below `max_kl`.
         critic_learning_rate: learning rate of the critic in the last optimizer step; `None` before the first.
+        evaluated_rows: number of prompts of the last evaluation, by the prefix of its metrics.
     """
 
     kl_coef: float
@@ -65,6 +66,7 @@ class PPOState:
     good_checkpoint: str | None = None
     new_checkpoint: str | None = None
     critic_learning_rate: float | None = None
+    evaluated_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def updates(self) -> int:
@@ -124,6 +126,7 @@ class PPOState:
             "guards": guards,
             "kl_coef_option": args.kl_coef,
             "geometry": geometry(args, ranks),
+            "evaluated_rows": self.evaluated_rows,
             "files": _needed_files(folder),
         }
         (folder / PPO_STATE_FILE).write_text(json.dumps(content))
@@ -158,6 +161,7 @@ class PPOState:
             rollbacks=guards["rollbacks"],
             good_checkpoint=guards["good_checkpoint"],
             new_checkpoint=guards["new_checkpoint"],
+            evaluated_rows=content.get("evaluated_rows", {}),  # earlier versions did not save them
         )
         if in_use:
             state.step_in_rollout = content["step_in_rollout"]

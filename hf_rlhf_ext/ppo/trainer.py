@@ -9,6 +9,7 @@ each role, then `_finish_step`.
 import logging
 import math
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from ..checkpointing import resolve_checkpoint
 from ..compat import BaseTrainer
 from ..data.given import as_dataset, as_datasets
+from ..data.origin import origins_of
 from ..data.prompt_form import remember_form
 from ..errors import UserError
 from ..modeling.adapter_config import check_same_adapter
@@ -34,7 +36,7 @@ from ..modeling.logprobs import completion_hidden_states, scatter_to_mask
 from ..modeling.probing import unchanged_random_state
 from ..modeling.stack import AdapterStack
 from ..modeling.takeover import Hold
-from ..publishing import new_publisher, require_publisher
+from ..publishing import new_publisher, require_publisher, save_with_report
 from ..training.arguments import check_arguments
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
@@ -124,6 +126,7 @@ class PPOTrainer(BaseTrainer):
     Attributes:
         roles: policy, reference and critic.
         ppo: the state of the run.
+        data_origins: where the rows of each dataset come from.
         prompt_form: whether the policy is trained on text or messages, and with which chat template.
 
     Raises:
@@ -167,6 +170,7 @@ class PPOTrainer(BaseTrainer):
             model, args, train_dataset, eval_dataset, ptx_dataset, tokenizer=processing_class, peft_config=peft_config
         )
         args = inputs.args  # a copy, with `max_steps`
+        self.data_origins = origins_of(inputs.train_dataset, inputs.eval_dataset, ptx=ptx_dataset)
         self._max_positions = inputs.max_positions
         self._ptx = inputs.ptx_texts
 
@@ -746,6 +750,7 @@ class PPOTrainer(BaseTrainer):
     def _evaluate_set(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         """Evaluates one set, logs its metrics, and tells the callbacks."""
         rows, metrics = self._measure(dataset, metric_key_prefix)
+        self.ppo.evaluated_rows[metric_key_prefix] = len(rows)
         self.log(metrics)
         for callback in self._ppo_callbacks():
             callback.on_eval_completions(
@@ -931,25 +936,54 @@ class PPOTrainer(BaseTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
-        """Saves the model and pushes `output_dir` with its card. Waits for the push.
+    ) -> str | Future[str | None] | None:
+        """Saves the model and pushes `output_dir` with its card. Text that you wrote into the card stays.
 
         Args:
             commit_message: message of the commit.
-            blocking: not used; the push is always blocking.
+            blocking: whether to wait for the push. `False` returns at once after saving.
             token: access token of the Hub; `None` uses `hub_token` or the saved one.
-            revision: branch to push to; `None` means `main`.
-            private: whether a new repository is private; `None` uses `hub_private_repo`.
-            kwargs: not used.
+            revision: branch to push to; `None` uses `hub_revision`, or `main`.
+            private: whether a new repository is private; `None` uses `hub_private_repo`. An existing one is kept.
+            kwargs: options of the card, as of `create_model_card`.
 
         Returns:
-            The URL of the commit; `None` if the push failed, and on processes that do not push.
+            The URL of the commit; `None` if the push failed, and on processes that do not push. With `blocking=False`
+            a `concurrent.futures.Future` of these.
 
         Raises:
-            UserError: if no publisher is set.
+            UserError: if no publisher is set, or an option of the card is not possible.
         """
         publisher = require_publisher(self.publisher)
-        return publisher.push_run(self, commit_message, token=token, revision=revision, private=private)
+        options = {"blocking": blocking, "token": token, "revision": revision, "private": private}
+        return publisher.push_run(self, commit_message, **options, **kwargs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the card with what was measured into `output_dir`, and remembers the options for the next push.
+
+        Args:
+            model_name: title of the card; `None` means the name of the repository.
+            dataset_name: Hub id of the training data, or several.
+            tags: tags in addition to those of the card.
+            kwargs: `language`, `license` (with `license_name` and `license_link` if it is `other`), `finetuned_from`
+                (Hub id of the base), `dataset` (names of the training data), `dataset_tags` (their Hub ids),
+                `dataset_args` (their configurations) and `tasks`, as in `transformers.Trainer`.
+
+        Raises:
+            UserError: if no publisher is set, or an option is not possible.
+        """
+        publisher = require_publisher(self.publisher)
+        publisher.write_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
+        save_with_report(self, super().save_model, output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         require_publisher(self.publisher).push_checkpoint(self, checkpoint_folder)

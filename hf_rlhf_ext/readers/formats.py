@@ -25,6 +25,7 @@ from ..data.conversion import (
     with_labels,
 )
 from ..data.json_columns import without_arrow_fill
+from ..data.origin import with_origin
 from ..data.schema import (
     Comparison,
     LoadReport,
@@ -436,7 +437,8 @@ def _load(
     columns: Mapping[str, Any] | None = None,
     streaming: bool = False,
 ) -> tuple[Dataset | IterableDataset, LoadReport]:
-    source = replace(source, rows=without_arrow_fill(source.rows))
+    given = source.rows
+    source = replace(source, rows=without_arrow_fill(given))
     profile = _profile_of_source(source, columns, options.ignore)
     reading = resolve(profile.without(options.ignore), formats, source.name, name, columns)
     if options.category_column is not None and options.category_column not in profile.values and columns is None:
@@ -467,7 +469,7 @@ def _load(
     rows = collect(convert_source(conversion), report)
     if options.group:
         rows = group_by_prompt(rows, report)
-    dataset = as_dataset(rows, source.name)
+    dataset = with_origin(as_dataset(rows, source.name), given, source.name)
     if cached is None:
         return dataset, report
     _keep(cached, dataset, report)

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..modeling.adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
 from ..modeling.embeddings import embedding_mismatch
 from ..modeling.loading import adapter_base, load_tokenizer
+from ..modeling.source import public_name
 from .scorer import RewardNormalization, RewardScorer, local_folder
 from .sharing import base_mismatch
 
@@ -102,6 +103,8 @@ class RewardEnsemble:
         self.members = members
         self.combine = combine
         self.penalty = penalty
+        self.loaded_from: str | None = None
+        """Hub id, or name of the local folder, of a saved ensemble that was loaded; `None` for others."""
         for member in members[1:]:  # what is said of one member's form is not repeated for the others
             member.asked.said = members[0].asked.said
 
@@ -150,7 +153,10 @@ class RewardEnsemble:
             combine = record.combine
         if penalty is None:
             penalty = record.penalty
-        return cls(_load_members(member_folders, options), combine=combine, penalty=penalty)
+        ensemble = cls(_load_members(member_folders, options), combine=combine, penalty=penalty)
+        if not isinstance(folders, list):
+            ensemble.loaded_from = public_name(folders)
+        return ensemble
 
     @staticmethod
     def save(folder: str | Path, members: list[str], *, combine: str = "mean", penalty: float = 1.0) -> None:
@@ -209,8 +215,12 @@ def load_reward(folder_or_repo: str | Path, **options: Any) -> RewardScorer | Re
     code = options.get("trust_remote_code", False)
     folder = local_folder(folder_or_repo, options.pop("revision", None), code=code)
     if (folder / ENSEMBLE_FILE).is_file():
-        return RewardEnsemble.from_pretrained(folder, **options)
-    return RewardScorer.from_pretrained(folder, **options)
+        ensemble = RewardEnsemble.from_pretrained(folder, **options)
+        ensemble.loaded_from = public_name(folder_or_repo)  # of the Hub, the folder is one of the cache
+        return ensemble
+    scorer = RewardScorer.from_pretrained(folder, **options)
+    scorer.set_source(folder_or_repo)
+    return scorer
 
 
 def _load_members(folders: list[Path], options: dict[str, Any]) -> list[RewardScorer]:
@@ -263,5 +273,5 @@ def _attach_member(folder: Path, adapter: str, first: RewardScorer, options: dic
         adapter=adapter,
         trained_on=PromptForm.load(folder),
     )
-    scorer.asked.name = str(folder)
+    scorer.set_source(folder)
     return scorer

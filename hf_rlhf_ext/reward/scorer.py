@@ -37,6 +37,7 @@ from ..modeling.heads import head_name, install_fp32_score, is_encoder, learned_
 from ..modeling.loading import attach_adapter, base_and_revision, found_or_refused, load_base_model, load_tokenizer
 from ..modeling.probing import evaluating
 from ..modeling.quantization import keep_nf4_gradients_right, quantization_record
+from ..modeling.source import public_name
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from ..training.bars import progress_bar
 from .asked import FormOfTraining, as_lists, form_of_reward_model
@@ -121,6 +122,8 @@ class RewardScorer:
         if trained_on is None:  # with a head, `model` is the policy that shares its base
             trained_on = form_of_reward_model(model) if head is None else PromptForm()
         self.asked = FormOfTraining(trained_on)
+        self.loaded_from: str | None = None
+        """Hub id, or name of the local folder, that it was loaded from; `None` for a model that was in memory."""
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:  # Transformers refuses batches without one
             text_config.pad_token_id = tokenizer.pad_token_id
@@ -197,8 +200,13 @@ class RewardScorer:
             autocast=recorded.autocast_dtype,
             trained_on=PromptForm.load(folder),
         )
-        scorer.asked.name = str(folder_or_repo)
+        scorer.set_source(folder_or_repo)
         return scorer
+
+    def set_source(self, folder_or_repo: str | Path) -> None:
+        """Sets what messages and reports call the reward model: what it was loaded from."""
+        self.asked.name = str(folder_or_repo)
+        self.loaded_from = public_name(folder_or_repo)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Rewards of completions.

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trl import RewardTrainer
 from ..checkpointing import resolve_checkpoint
 from ..data.given import as_dataset, as_datasets, as_python
 from ..data.json_columns import without_arrow_fill
+from ..data.origin import origins_of
 from ..data.prompt_form import PromptForm, remember_form
 from ..data.schema import LoadReport, dataset_of
 from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, tokenize_comparisons
@@ -34,7 +36,7 @@ from ..modeling.base_record import BaseRecord, check_same_base
 from ..modeling.loading import refuse_fp16_weights
 from ..modeling.quantization import quantization_record
 from ..modeling.vocabulary import check_special_tokens
-from ..publishing import new_publisher, require_publisher
+from ..publishing import new_publisher, require_publisher, save_with_report, without_card
 from ..training.arguments import check_arguments
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
@@ -106,6 +108,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     Attributes:
         data_reports: for each dataset, which rows were dropped or cut, and why.
+        data_origins: where the rows of each dataset come from.
         normalization: mean and standard deviation of the scores, and the precision of training.
         prompt_form: whether it is trained on text or messages, and with which chat template.
         layout: layout of batches in use, `plain` or `shared_prefix`.
@@ -158,7 +161,9 @@ class BradleyTerryTrainer(RewardTrainer):
         self.layout = resolve_layout(prepared.model, prepared.peft_config, args.layout, args.device)
         self.max_length = length_limit(prepared.model, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
+        self.data_origins = origins_of(train_dataset, eval_dataset, normalization=normalization_dataset)
         self.judged: JudgedPairs | None = None  # of the last evaluation, for plots
+        self.judged_by_best: JudgedPairs | None = None  # of the evaluation of the best checkpoint
         self._category_codes: dict[str, int] = {}
         self._first_prompt: str | list | None = None  # None if the training data are tokenized already
         self._sized_model = prepared.model  # its embedding has rows for the tokens of the data
@@ -428,6 +433,12 @@ class BradleyTerryTrainer(RewardTrainer):
             check_evaluated_metric(self.args, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self.judged_by_best = self.judged
+        return is_best
+
     def _check_is_there(self, eval_dataset: Any) -> None:
         """Refuses an evaluation of no set, or of one by a name that the trainer does not know."""
         if eval_dataset is None and self.eval_dataset is None:
@@ -629,13 +640,12 @@ class BradleyTerryTrainer(RewardTrainer):
             if self._base_record is not None:
                 self._base_record.save(output_dir or self.args.output_dir)
 
-    def create_model_card(self, *args, **kwargs):
-        """Does nothing: the card of TRL would overwrite the one with the measured results."""
-
     # ---- The Hub, through the publisher ----
 
-    def init_hf_repo(self, token=None, private=None):
-        self.hub_model_id = require_publisher(self.publisher).check_access(self, token=token, private=private)
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Checks the token and creates the repository, before training."""
+        publisher = require_publisher(self.publisher)
+        self.hub_model_id = publisher.check_access(self, token=token, private=private)
 
     def push_to_hub(
         self,
@@ -645,30 +655,63 @@ class BradleyTerryTrainer(RewardTrainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> str | None:
-        """Saves the model and pushes `output_dir` with its card. Waits for the push.
+    ) -> str | Future[str | None] | None:
+        """Saves the model and pushes `output_dir` with its card. Text that you wrote into the card stays.
 
         Args:
             commit_message: message of the commit.
-            blocking: not used; the push is always blocking.
+            blocking: whether to wait for the push. `False` returns at once after saving.
             token: access token of the Hub; `None` uses `hub_token` or the saved one.
-            revision: branch to push to; `None` means `main`.
-            private: whether a new repository is private; `None` uses `hub_private_repo`.
-            kwargs: not used.
+            revision: branch to push to; `None` uses `hub_revision`, or `main`.
+            private: whether a new repository is private; `None` uses `hub_private_repo`. An existing one is kept.
+            kwargs: options of the card, as of `create_model_card`.
 
         Returns:
-            The URL of the commit; `None` if the push failed, and on processes that do not push.
+            The URL of the commit; `None` if the push failed, and on processes that do not push. With `blocking=False`
+            a `concurrent.futures.Future` of these.
 
         Raises:
-            UserError: if no publisher is set.
+            UserError: if no publisher is set, or an option of the card is not possible.
         """
         publisher = require_publisher(self.publisher)
-        return publisher.push_run(self, commit_message, token=token, revision=revision, private=private)
+        options = {"blocking": blocking, "token": token, "revision": revision, "private": private}
+        return publisher.push_run(self, commit_message, **options, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the card with what was measured into `output_dir`, and remembers the options for the next push.
+
+        Args:
+            model_name: title of the card; `None` means the name of the repository.
+            dataset_name: Hub id of the training data, or several.
+            tags: tags in addition to those of the card.
+            kwargs: `language`, `license` (with `license_name` and `license_link` if it is `other`), `finetuned_from`
+                (Hub id of the base), `dataset` (names of the training data), `dataset_tags` (their Hub ids),
+                `dataset_args` (their configurations) and `tasks`, as in `transformers.Trainer`.
+
+        Raises:
+            UserError: if no publisher is set, or an option is not possible.
+        """
+        publisher = require_publisher(self.publisher)
+        publisher.write_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
+        save_with_report(self, super().save_model, output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with without_card(self):
+            super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         require_publisher(self.publisher).push_checkpoint(self, checkpoint_folder)
 
-    def _finish_current_push(self):
+    def _finish_current_push(self) -> None:
         if self.publisher is not None:
             self.publisher.finish()
 

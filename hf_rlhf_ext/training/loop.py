@@ -12,6 +12,7 @@ from .optimizers import use_evaluation_weights
 @contextmanager
 def end_of_training(trainer: Trainer) -> Iterator[None]:
     """Around `Trainer.train`: afterward the trainer is not in training, however it ended, and its weights are final."""
+    was_trained_before(trainer)
     try:
         yield
     finally:
@@ -31,10 +32,25 @@ def all_steps_are_done(trainer: Trainer) -> bool:
     `Trainer` looks at the number of steps only after a step, so that a finished run whose last epoch is not complete
     would take one more.
     """
+    was_trained_before(trainer)
     is_done = trainer.state.global_step >= trainer.state.max_steps
     if is_done:
         trainer.control.should_training_stop = True
     return is_done
+
+
+def was_trained_before(trainer: Trainer) -> bool:
+    """Whether a trainer that has trained was told to train again from the start, so that its log lacks earlier steps.
+
+    `Trainer` replaces its state in each call of `train`, so this must be asked in each call. A resumed run has the
+    steps of the earlier call in its state.
+    """
+    last = getattr(trainer, "_last_state", None)
+    is_new = last is not None and last is not trainer.state
+    if is_new and last.global_step > 0 and getattr(trainer, "_initial_global_step", 0) == 0:
+        trainer._was_trained_before = True
+    trainer._last_state = trainer.state
+    return getattr(trainer, "_was_trained_before", False)
 
 
 def forget_unscaled_gradients(accelerator: Accelerator) -> None:

@@ -80,6 +80,7 @@ def run(args: ExportArguments) -> None:
     # Only here, and in the functions below: it takes a second to import, for which `--help` should not wait.
     from hf_rlhf_ext.collect.export import write_comparisons
 
+    check_push(args)
     chosen: dict[str, Any] = {"batch": args.batch, "annotators": args.annotators or None}
     n_rows = 0
     with existing_store(args.store) as store:
@@ -92,6 +93,14 @@ def run(args: ExportArguments) -> None:
     if args.push_to_hub is not None:
         push(args)
     print_next_steps(args, n_rows, n_demonstrations)
+
+
+def check_push(args: ExportArguments) -> None:
+    """Refuses a name that no repository can have, before a file is written."""
+    from hf_rlhf_ext.hub.refusals import check_before_training
+
+    if args.push_to_hub is not None:
+        check_before_training(args.push_to_hub, repo_type="dataset")
 
 
 def export_demonstrations(store: Store, args: ExportArguments, chosen: dict[str, Any]) -> int:

@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from hf_rlhf_ext.cli.finish import write_report_and_card
-from hf_rlhf_ext.cli.lineage import hub_dataset, lineage_of, public_name
-from hf_rlhf_ext.cli.options import DataArguments
+from hf_rlhf_ext.cli.lineage import data_records, hub_dataset, lineage_of, public_name
 from hf_rlhf_ext.cli.program import PROGRAM, command_line, how_to_run
 from hf_rlhf_ext.cli.stages import StageRunner
 from hf_rlhf_ext.compat import versions
-from hf_rlhf_ext.hub.markdown import escape_markdown
+from hf_rlhf_ext.hub.cards.markdown import escape_markdown
 from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.recipes.rounds_parts.report import table
 
@@ -267,24 +266,36 @@ def write_card_of_stage(pipeline: "Pipeline", report: Mapping[str, Any], stage: 
     """Writes report and card of a model again, with the user's files in place of the copies that it was trained on."""
     path = pipeline.folder / folder
     role = {"sft": "demonstrations", "reward_model": "comparisons", "ppo": "prompts"}[stage]
-    given, revision = pipeline.given_for(role)
+    data = pipeline.data_of(role)
     own = json.loads((path / "report.json").read_text(encoding="utf-8"))
     card = own["card"]
-    changes: dict[str, Any] = {"lineage": lineage(pipeline, report, stage)}
-    changes |= hub_dataset(DataArguments(dataset_name=given, dataset_revision=revision))
-    if stage != "ppo":
-        read, *_ = report["data"][role]["read"]
-        changes["rows_read"] = [strip_local_paths(read)]
+    own_base = {name: text for name, text in card["lineage"].items() if name == "base model"}
+    changes: dict[str, Any] = {"lineage": own_base | lineage(pipeline, report, stage)}
+    changes |= hub_dataset(data)
+    changes["data"] = data_of_card(card, role, data_records(data, role, (), (), changes)[0])
+    for read in report["data"].get(role, {}).get("read", ())[:1]:
+        # The first line of the card is about the copy, and the others are what the trainer dropped.
+        changes["rows_read"] = [strip_local_paths(read), *card.get("rows_read", ())[1:]]
     added = []
     if stage == "ppo":
         added.append(f"PPO maximized this: {report['reward']}.")
     if stage != "sft":
         added += verdicts(report, pipeline)
     changes["notes"] = list(dict.fromkeys([*added, *card.get("notes", ())]))  # they are there if it is written again
-    own["rows"]["source"] = lineage_of(given, revision, dataset=True)
+    own["rows"]["source"] = lineage_of(data.dataset_name, data.dataset_revision, dataset=True)
     own["command"] = report["command"]
     own["pipeline"] = {name: report[name] for name in ("first_policy", "check", "reward") if name in report}
     write_report_and_card(path, own, card | changes)
+
+
+def data_of_card(card: Mapping[str, Any], role: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The data of a card with the user's data set in place of the copies that were trained and evaluated on."""
+    records = []
+    for record in card.get("data", ()):
+        if record["role"] in (role, "evaluation"):
+            record = {**source, "role": record["role"], "rows": record["rows"]}
+        records.append(record)
+    return records
 
 
 def lineage(pipeline: "Pipeline", report: Mapping[str, Any], stage: str) -> dict[str, str]:

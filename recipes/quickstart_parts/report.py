@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_rlhf_ext.hub.markdown import escape_markdown
+from hf_rlhf_ext.hub.cards.markdown import escape_markdown
 
 CATEGORIES = (  # InstructGPT's table 1; written here again, so that the check does not depend on what it checks
     "generation",

@@ -13,13 +13,14 @@ from hf_rlhf_ext import BradleyTerryConfig, PPOConfig, load_policy
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import finish_run
 from hf_rlhf_ext.cli.first_checks import check_policy_folder
-from hf_rlhf_ext.cli.lineage import lineage_of, public_name
+from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.cli.options import DataArguments, ModelArguments
 from hf_rlhf_ext.cli.output import prepare_output_dir
 from hf_rlhf_ext.cli.progress import show_progress
 from hf_rlhf_ext.cli.stage_options import model_options, trainer_options, warmup_steps
+from hf_rlhf_ext.data.prompt_form import PromptForm, form_of_model
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.hub.report import base_precision
+from hf_rlhf_ext.hub.reports.trainer_report import section_steps, trainer_card_options
 from hf_rlhf_ext.modeling.adapters import save_adapter
 from hf_rlhf_ext.modeling.loading import base_and_revision, found_or_refused
 from hf_rlhf_ext.modeling.locations import resolve_location
@@ -158,6 +159,7 @@ class Learners:
         )
         # An adapter is trained further, and TRL keeps a copy of it as the reference. A base model gets a new adapter.
         peft_config = None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM")
+        prompt_form = PromptForm.of(pairs[0]["prompt"], tokenizer).after(form_of_model(model))
         trainer = DPOTrainer(
             model,
             args=args,
@@ -165,15 +167,21 @@ class Learners:
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        trainer.prompt_form = prompt_form  # for the card: TRL's trainer does not keep it
         show_progress(trainer, verbose=self.verbose)
         result = trainer.train()
         save_adapter(trainer.model, "default", output_dir)  # without the copy
         tokenizer.save_pretrained(output_dir)
-        measured = {"pairs": len(pairs), "loss": result.metrics["train_loss"], "beta": args.beta}
-        card = {
-            "base_model": public_name(self.base()[0]),
+        prompt_form.save(output_dir)
+        measured = {
+            "pairs": len(pairs),
+            "loss": result.metrics["train_loss"],
+            "beta": args.beta,
+            **section_steps(trainer),
+        }
+        card = trainer_card_options(trainer) | {
             "lineage": {"start": lineage_of(start, model_args.revision)},
-            **base_precision(trainer.model),
+            "data": [{"role": "comparisons", "rows": len(pairs)}],
         }
         seconds = result.metrics["train_runtime"]
         finish_run(args, "dpo", {"dpo": measured}, (model_args, args), seconds=seconds, card=card)

@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from hf_rlhf_ext.cli.finish import write_report_and_card
-from hf_rlhf_ext.cli.lineage import lineage_of
+from hf_rlhf_ext.cli.lineage import lineage_of, public_name
+from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.cli.program import command_line
 from hf_rlhf_ext.cli.stages import StageRunner
 from hf_rlhf_ext.compat import versions
 from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.metrics.plots import plot_rounds
+from hf_rlhf_ext.modeling.loading import adapter_base
+from hf_rlhf_ext.recipes.ppo import STARTS, kind_of_start
 from hf_rlhf_ext.recipes.rounds_parts.data import read_rows
 
 if TYPE_CHECKING:
@@ -193,7 +196,8 @@ def write_policy_card(rounds: "Rounds", report: Mapping[str, Any], number: int) 
     entry = report["rounds"][number - 1]
     own = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     section = rounds.args.learner
-    own[section] = own[section] | {"start": start_in_words(entry)} | against_sft(report, entry)
+    start = start_in_words(entry, first_policy(rounds.model_args))
+    own[section] = own[section] | {"start": start} | against_sft(report, entry)
     if "gold" in entry and rounds.args.gold is None:
         own["gold_reward"] = "vader"
     shutil.copyfile(rounds.folder / PLOT, folder / PLOT)
@@ -208,10 +212,20 @@ def write_policy_card(rounds: "Rounds", report: Mapping[str, Any], number: int) 
     write_report_and_card(folder, own, card)
 
 
-def start_in_words(entry: Mapping[str, Any]) -> str:
-    """What the policy of a round started from."""
+def first_policy(model_args: ModelArguments) -> str:
+    """The policy of round 0 in words: of which kind it is, if its report says so, and else its name."""
+    kind = kind_of_start(model_args)
+    if kind is not None:
+        return f"the {STARTS[kind]}"
+    name = model_args.model_name_or_path
+    is_adapter = adapter_base(name, model_args.revision) is not None
+    return f"the {'adapter' if is_adapter else 'base model'} {public_name(name)}"
+
+
+def start_in_words(entry: Mapping[str, Any], first: str) -> str:
+    """What the policy of a round started from. `first` is the policy of round 0."""
     if entry["start"] == "sft":
-        return "the SFT policy"
+        return first
     return "the policy of " + entry["start"].replace("-", " ")
 
 
@@ -228,14 +242,16 @@ def against_sft(report: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str
         numbers["eval_rewards"] = ["gold"]
         numbers["gold_before"] = report["sft"]["gold"]["mean"]
         numbers["gold_after"] = entry["gold"]["mean"]
+        numbers["gold_n"] = entry["gold_gain"]["sft"]["n"]  # a gold reward may leave out prompts
         numbers["gold_gain"] = entry["gold_gain"]["sft"]["mean"]
         numbers["gold_gain_ci95"] = entry["gold_gain"]["sft"]["ci95"]
     return numbers
 
 
 def lineage_of_policy(rounds: "Rounds", report: Mapping[str, Any], number: int) -> dict[str, str]:
-    """What a policy was made from: SFT policy, start, reward model, and the judgments of every round so far."""
-    made_from = {"SFT policy": lineage_of(rounds.location(0), rounds.model_args.revision)}
+    """What a policy was made from: first policy, start, reward model, and the judgments of every round so far."""
+    label = STARTS.get(kind_of_start(rounds.model_args), "first policy")
+    made_from = {label: lineage_of(rounds.location(0), rounds.model_args.revision)}
     if rounds.args.start_from == "last" and number > 1:
         made_from[f"policy of round {number - 1}"] = lineage_of(rounds.location(number - 1))
     if rounds.args.learner == "ppo":
@@ -254,9 +270,10 @@ def notes(rounds: "Rounds", report: Mapping[str, Any], number: int) -> list[str]
     """Sentences on how the policy of a round was trained and measured."""
     args = rounds.args
     entry = report["rounds"][number - 1]
+    first = first_policy(rounds.model_args)
     lines = [
-        f"Round {entry['round']} of {args.learner.upper()}, started from {start_in_words(entry)}, to which the KL "
-        "penalty of training refers. KL, rewards and lengths below compare it with the SFT policy.",
+        f"Round {entry['round']} of {args.learner.upper()}, started from {start_in_words(entry, first)}, to which the "
+        f"KL penalty of training refers. KL, rewards and lengths below compare it with {first}.",
         f"One completion for each of {args.eval_prompts} held-out prompts was sampled at temperature "
         f"{args.temperature:g} with seed {args.seed} and cut at {args.max_completion_length} tokens. Samples are of "
         "the first prompts.",

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -22,7 +23,7 @@ from hf_rlhf_ext.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 WANTED = ["quickstart", "init", "pipeline", "sft", "reward", "ppo", "rounds", "check-reward", "inspect-data", "collect"]
-WANTED += ["chat", "generate", "merge", "push", "env"]
+WANTED += ["chat", "generate", "merge", "push", "check-hub", "env"]
 
 
 def refusal(call, *args) -> str:
@@ -259,7 +260,10 @@ def test_a_wrong_word_of_a_small_command_is_one_line(words, fragment, capsys):
 def test_a_merge_into_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    config = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stopped:
         command_line.main(["merge", str(adapter), str(tmp_path / "file" / "merged")])

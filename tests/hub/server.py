@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
-
 from tests.hub.repos import File, Refused, Repo
 
 USERS = {  # token -> account, with the organizations that the token can write to
@@ -89,6 +87,16 @@ class HubServer:
 
     def files(self, name: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
         return {path: file.data for path, file in self.repo(name, kind).at(revision).files.items()}
+
+
+def rules():
+    """Returns the module with the Hub's rules for names and headers.
+
+    It imports huggingface_hub, which reads its environment, and that may be set after this server has started.
+    """
+    from tests.hub import headers
+
+    return headers
 
 
 def cut(connection: socket.socket) -> None:
@@ -168,7 +176,8 @@ class Handler(BaseHTTPRequestHandler):
                 status, data = (206, data[first : last + 1]) if first < len(data) else (416, b"")
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value).splitlines()[0] if str(value) else "")
+            line = str(value).splitlines()[0] if str(value) else ""
+            self.send_header(name, line.encode("latin-1", "replace").decode("latin-1"))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -219,6 +228,8 @@ class Handler(BaseHTTPRequestHandler):
         if owner not in (account["name"], *account["orgs"]):
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
         name = f"{owner}/{asked['name']}"
+        if not rules().is_id(name):
+            raise Refused(400, f"Invalid repository name: {name}")
         found = {"url": f"{self.hub.url}/{TYPES[kind]}{name}", "name": name}
         if (kind, name) in self.hub.repos:
             raise Refused(409, body=found | {"error": "You already created this model repo"})
@@ -237,7 +248,9 @@ class Handler(BaseHTTPRequestHandler):
         commit = found.at(revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         dates = {"lastModified": commit.date, "createdAt": found.history()[-1].date}
-        about = {"id": repo, "author": found.owner, "sha": commit.oid, "private": found.private, "tags": []}
+        about = {"id": repo, "author": found.owner, "sha": commit.oid, "private": found.private}
+        card = commit.files.get("README.md")
+        about |= rules().understood(card.data.decode(errors="replace") if card else "")
         return about | dates | {"siblings": siblings, "downloads": 0, "likes": 0, "gated": False, "disabled": False}
 
     def refs(self, kind, repo):
@@ -337,6 +350,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
         for line in lines[1:]:
+            self.check_card(line)
             key, value = line["key"], line["value"]
             if key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
@@ -351,14 +365,22 @@ class Handler(BaseHTTPRequestHandler):
         found.branches[revision] = made.oid
         return {"commitUrl": f"{self.hub.url}/{TYPES[kind]}{repo}/commit/{made.oid}", "commitOid": made.oid}
 
+    def check_card(self, line: dict) -> None:
+        """Refuses a commit whose README.md has a header that the Hub does not accept."""
+        if line["key"] == "file" and line["value"]["path"] == "README.md":
+            errors, _ = rules().errors_in(base64.b64decode(line["value"]["content"]).decode())
+            if errors:
+                raise Refused(400, "\n".join(errors))
+
     def validate_yaml(self):
-        front = re.match(r"---\n(.*?)\n---(\n|$)", self.json()["content"], re.DOTALL)
-        try:
-            metadata = yaml.safe_load(front[1]) if front else None
-        except yaml.YAMLError as error:
-            raise Refused(400, body={"errors": [{"message": str(error)}], "warnings": []}) from None
-        warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
-        return {"errors": [], "warnings": warnings}
+        errors, warnings = rules().errors_in(self.json()["content"])
+        answer = {
+            "errors": [{"message": text} for text in errors],
+            "warnings": [{"message": text} for text in warnings],
+        }
+        if errors:
+            raise Refused(400, body=answer)
+        return answer
 
 
 ROUTES = [

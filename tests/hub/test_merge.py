@@ -76,7 +76,9 @@ def test_bf16_is_rounded_once(make_run, tmp_path):
     weights = load_file(merged / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     report = json.loads((merged / "report.json").read_text())  # names the base without a local path
+    measured = report["merge"].pop("mean_logprob_difference")
     assert report["merge"] == {"dtype": "bfloat16", "base": "base", "max_score_difference": None}
+    assert 0 < measured < 0.15  # against the adapter on the base in the precision of training
 
 
 def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make_run, base, tmp_path):
@@ -89,7 +91,7 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
     assert "model.safetensors" in found and "adapter_config.json" not in found
     card = ModelCard.load("alice/merged")
     assert card.data.base_model_relation == "merge" and card.data.library_name == "transformers"
-    assert "merged into [alice/base]" in card.text and "AutoModelForSequenceClassification" in card.text
+    assert "[alice/base](" in card.text and "AutoModelForSequenceClassification" in card.text
     scorer = RewardScorer.from_pretrained(folder, dtype="float32")
     text = scorer.text("Hello?", "Yes.")
     plain = AutoModelForSequenceClassification.from_pretrained("alice/merged")
@@ -97,7 +99,8 @@ def test_a_merged_reward_model_is_pushed_and_read_without_this_library(hub, make
     assert plain(ids).logits.item() == pytest.approx(scorer.score_ids(ids.tolist())[0], abs=1e-5)
     again = RewardScorer.from_pretrained("alice/merged", dtype="float32")
     merge = json.loads(found["report.json"])["merge"]
-    assert merge.pop("max_score_difference") < 1e-5 and merge == {"dtype": "float32", "base": "alice/base"}
+    assert merge.pop("max_score_difference") < 1e-5 and merge.pop("mean_logprob_difference") is None
+    assert merge == {"dtype": "float32", "base": "alice/base"}
     assert again(["Hello?"], ["Yes."]) == pytest.approx(scorer(["Hello?"], ["Yes."]), abs=1e-5)
     assert not (folder / "pushed.json").exists()  # the adapter itself was not pushed
 
@@ -110,6 +113,10 @@ def test_what_cannot_be_merged_is_one_line(make_run, base, tmp_path):
     folder = make_run("policy")
     with pytest.raises(UserError, match="quantized is itself quantized: .*base_model"):
         merge_run(folder, tmp_path / "merged", base_model=str(quantized))
+    for dtype in ("float64", "float8_e4m3fn", "int8"):  # refused before anything is written
+        with pytest.raises(UserError, match="dtype.*float16"):
+            merge_run(folder, tmp_path / "merged", dtype=dtype)
+    assert not (tmp_path / "merged").exists()
     with pytest.raises(UserError, match="the adapter's own folder: give another one"):
         merge_run(folder, folder)
     (folder / "report.json").write_text('{"card": {"hue": "red"}}')

@@ -53,6 +53,7 @@ class SecondProcess(PublishingTrainer):
 def make_trainer(hub, tiny_llama, chat_tokenizer, tmp_path):
     """Makes trainers for an adapter that can save and push at each of two steps."""
     tiny_llama.save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
     HfApi().create_repo("alice/base")
     HfApi().upload_folder(repo_id="alice/base", folder_path=tmp_path / "base")
 

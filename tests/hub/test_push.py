@@ -3,11 +3,12 @@
 import json
 import logging
 import random
+import re
 import shlex
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save, save_file
 
@@ -19,6 +20,7 @@ from hf_rlhf_ext.hub.push import (
     check_access,
     content_digest,
     create_private_repo,
+    main,
     push_files,
     push_run,
     try_push,
@@ -92,7 +94,7 @@ def test_one_private_commit_of_what_others_need(hub, run_folder):
     card = ModelCard.load("alice/polite")
     assert card.data.base_model == BASE and card.data.base_model_relation == "adapter"
     assert 'from_pretrained(base, "alice/polite")' in card.text  # although only "polite" was given
-    assert "prompts: [a/prompts](https://huggingface.co/a/prompts)" in card.text and "1.0 minutes" in card.text
+    assert "prompts: [a/prompts](https://huggingface.co/a/prompts)" in card.text and "in 1 minute." in card.text
     known = json.loads((run_folder / "pushed.json").read_text())  # for the cards of models made from it
     digest = content_digest(run_folder)
     assert known == {"repo_id": "alice/polite", "commit": repo.history()[0].oid, "weights": digest}
@@ -168,6 +170,35 @@ def test_a_leak_is_refused_and_nothing_is_sent(hub, run_folder):
     assert "\n" not in str(error.value) and hub.repos == {}
     push_run(run_folder, allow=["path:training_config.yaml:2"])
     assert set(hub.files("alice/polite")) == PUSHED
+
+
+def test_a_finding_in_the_card_names_the_line_in_the_folder_and_all_are_allowed_at_once(hub, run_folder, capsys):
+    secret = "hf_" + "Ab3Cd4Ef5Gh6Ij7K" * 2
+    card = run_folder / "README.md"
+    card.write_text(f"{ModelCard.from_template(ModelCardData()).text}\nMy token is {secret}.\nSee /mnt/disk/x.\n")
+    line = card.read_text().split("\n").index("See /mnt/disk/x.") + 1
+    with pytest.raises(SystemExit):
+        main([str(run_folder)])
+    said = capsys.readouterr().err
+    pushed = int(re.search(r"path:README.md:(\d+) ", said)[1])
+    assert f"/mnt/disk/x., line {line} of {card})" in said or f"/mnt/disk/x, line {line} of {card})" in said
+    assert f"line {line - 1} of {card})" in said and pushed != line
+    allowed = re.search(r"--allow (path:\S+ token:\S+) \(", said)[1].split()  # the secret is the last
+    with pytest.raises(SystemExit):
+        main(["--allow", *allowed, str(run_folder)])
+    assert "give the folder before --allow" in capsys.readouterr().err and hub.repos == {}
+    main([str(run_folder), "--allow", *allowed[:1], "--allow", *allowed[1:]])
+    text = hub.files("alice/polite")["README.md"].decode()
+    assert secret in text and "More Information Needed" not in text
+    assert text.split("\n")[pushed - 1] == "See /mnt/disk/x."
+
+
+def test_a_finding_in_the_generated_part_says_that_it_is_of_the_card_that_is_made(hub, run_folder):
+    report = json.loads((run_folder / "report.json").read_text())
+    report["card"]["data"] = [{"role": "prompts", "name": "rows of jane@corp-of-jane.com"}]
+    (run_folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=r"email:README.md:\d+ \([^)]*, a line of the README.md that this push makes\)"):
+        push_run(run_folder)
 
 
 def test_a_base_that_nobody_else_has(hub, run_folder, tmp_path):
@@ -261,7 +292,9 @@ def test_a_failure_is_one_line_with_the_command_that_pushes_later(hub, run_folde
 
 def test_the_later_command_says_all_that_was_asked_for(hub, run_folder, naps, capsys):
     hub.fault(503, match="/commit/", times=100)
-    options = {"private": False, "revision": "x", "base_model": "alice/base", "license": "mit", "allow": ["a:b:1", "c"]}
+    options = {"private": False, "revision": "x", "base_model": "alice/base", "allow": ["a:b:1", "c"]}
+    options |= {"license": "other", "license_name": "mine-1.0", "license_link": "https://me.org", "language": "en"}
+    options |= {"model_name": "A title", "tags": ["a", "b"], "datasets": ["alice/x"]}
     assert try_push(run_folder, "polite", token=ALICE, **options) is None
     line = capsys.readouterr().err.splitlines()[-1]
     hub.faults.clear()
@@ -339,6 +372,24 @@ def test_the_license_is_the_base_s_or_the_one_given(hub, run_folder):
     assert ModelCard.load("alice/polite").data.license == "llama3.2"
     push_run(run_folder, license="mit")
     assert ModelCard.load("alice/polite").data.license == "mit"
+
+
+def test_an_error_of_the_program_is_not_tried_again(naps):
+    for error in (TypeError("x"), KeyError("x"), ValueError("x")):
+        with pytest.raises(type(error)):
+            client.retried(lambda error=error: (_ for _ in ()).throw(error))
+    assert naps == []
+
+
+def test_a_broken_list_of_pushed_files_and_a_broken_note_of_the_last_push_stop_nothing(hub, run_folder, naps, caplog):
+    (run_folder / "pushed.json").write_text(json.dumps({"repo_id": "alice/polite", "owner_text": 5}))
+    push_run(run_folder, "alice/polite")
+    HfApi().upload_file(repo_id="alice/polite", path_or_fileobj=b"[]", path_in_repo=client.MANIFEST)
+    push_run(run_folder, "alice/polite", tags="one", datasets=None, allow="path:none", message="")
+    assert "cannot be read" in caplog.text and naps == []
+    assert "one" in ModelCard(hub.files("alice/polite")["README.md"].decode()).data.tags
+    with pytest.raises(UserError, match="tags"):
+        push_run(run_folder, "alice/polite", tags=[""])
 
 
 def test_what_the_hub_refuses_for_good_is_not_tried_again(hub, run_folder, naps):

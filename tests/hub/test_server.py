@@ -1,6 +1,10 @@
 """The Hub stand-in, tested with its clients: huggingface_hub, datasets, peft and transformers."""
 
+import base64
 import json
+import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from tests.hub.conftest import ALICE, BOB
+from tests.hub.conftest import ALICE, BOB, ROOT
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -141,6 +145,58 @@ def test_a_readme_is_validated_on_every_commit(hub):
         )
     ModelCard("---\nlicense: mit\n---\n# A").push_to_hub("alice/a")
     assert ModelCard.load("alice/a").data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    "header, refused",
+    [
+        ("license: [mit, cc-by-4.0]\nbase_model: [alice/a, gpt2]\nlanguage: [en, deu]\ntags: [a]", None),
+        ("license: other\nlicense_name: a-1.0\nmodel-index: [{name: a, results: []}]", None),
+        ("license: Apache 2.0", r'"license" must be one of \[apache-2.0, mit'),
+        ("base_model: /runs/base", r'"base_model" with value "/runs/base" is not valid'),
+        ("datasets: [my rows]", r'"datasets\[0\]" with value "my rows" is not valid'),
+        ("language: english", r'"language\[0\]" with value "english" is not valid'),
+        ("tags: a", '"tags" must be an array'),
+        ("model-index: [{name: a}]", r'"model-index\[0\].results" is required'),
+        ("model-index: [{name: a, results: [{}]}]", r'"model-index\[0\].results\[0\].task" is required'),
+    ],
+)
+def test_a_header_that_the_hub_refuses_is_refused_by_the_check_and_by_the_commit(hub, header, refused):
+    HfApi().create_repo("alice/a")
+    card = f"---\n{header}\n---\n# A\n"
+    line = {"key": "file", "value": {"path": "README.md", "content": base64.b64encode(card.encode()).decode()}}
+    body = "\n".join(map(json.dumps, [{"key": "header", "value": {"summary": "x"}}, line]))
+    url, headers = f"{hub.url}/api/models/alice/a/commit/main", {"Authorization": f"Bearer {ALICE}"}
+    check = get_session().post(f"{hub.url}/api/validate-yaml", json={"content": card, "repoType": "model"}).json()
+    commit = get_session().post(url, content=body, headers=headers)
+    if refused is None:
+        assert check == {"errors": [], "warnings": []} and commit.status_code == 200
+        return
+    assert re.match(refused, check["errors"][0]["message"])
+    assert commit.status_code == 400 and re.match(refused, commit.json()["error"])
+    assert len(hub.repo("alice/a").history()) == 1
+
+
+def test_a_name_that_no_repository_can_have_is_refused(hub):
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    answer = get_session().post(f"{hub.url}/api/repos/create", json={"name": "a--b", "type": "model"}, headers=headers)
+    assert answer.status_code == 400 and hub.repos == {}
+
+
+def test_the_header_of_a_card_is_what_the_hub_knows_of_a_model(hub):
+    header = "library_name: peft\npipeline_tag: text-generation\nbase_model: alice/base\ntags: [rlhf]"
+    HfApi().create_repo("alice/a")
+    ModelCard(f"---\n{header}\n---\n# A").push_to_hub("alice/a")
+    info = HfApi().model_info("alice/a")
+    assert (info.library_name, info.pipeline_tag) == ("peft", "text-generation")
+    assert set(info.tags) == {"rlhf", "base_model:alice/base", "base_model:adapter:alice/base"}
+
+
+def test_the_server_starts_before_the_client_is_imported(tmp_path):
+    # Programs start it, and set HF_ENDPOINT to its address, which the client reads when it is imported.
+    code = "import sys, tests.hub.server; print(sorted({'huggingface_hub', 'hf_rlhf_ext'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_faults_happen_when_and_where_they_are_asked_for(hub, folder, naps):

@@ -5,8 +5,18 @@ import sys
 import numpy as np
 import pytest
 from matplotlib import colors, image
+from PIL import Image
 
-from hf_rlhf_ext.metrics.plots import GOLD_COLOR, PROXY_COLOR, plot_frontier, plot_judged, plot_ppo_run
+from hf_rlhf_ext.metrics.plots import (
+    GOLD_COLOR,
+    INK,
+    PROXY_COLOR,
+    loss_caption,
+    plot_frontier,
+    plot_judged,
+    plot_loss,
+    plot_ppo_run,
+)
 from hf_rlhf_ext.reward.preference_metrics import JudgedPairs
 
 POINTS = [
@@ -115,3 +125,55 @@ def test_the_curves_of_a_ppo_run_are_drawn_where_they_were_logged(tmp_path):
     assert drawn(left) > 100 < drawn(right) and drawn(bottom) == 0  # no critic and no coefficient in that history
     with pytest.raises(ValueError, match="no metrics of a PPO run"):
         plot_ppo_run([{"step": 1, "loss": 0.1}], tmp_path / "none.png")
+
+
+def losses(name, values, every=10):
+    return [{"step": every * n, name: value} for n, value in enumerate(values, start=1)]
+
+
+def test_the_loss_is_drawn_in_training_and_on_each_set_of_held_out_rows(tmp_path):
+    training = losses("loss", [4.0, 3.0, 2.5, 2.2, 2.1])
+
+    def drawn(*logs, **options):
+        path = plot_loss([*training, *logs, {"step": 50, "train_runtime": 3.0}], tmp_path / "loss.png", **options)
+        return count_pixels(path, PROXY_COLOR), count_pixels(path, GOLD_COLOR), count_pixels(path, "#009E73")
+
+    alone, one, none = drawn()
+    assert alone > 200 and one == none == 0
+    heldout = losses("eval_loss", [3.9, 3.1, 2.9, 2.9, 3.0])
+    assert drawn(*heldout)[1] > 200
+    sets = drawn(*losses("eval_short_loss", [3.9, 3.1]), *losses("eval_$long$_loss", [3.5, 3.4]))
+    assert sets[1] > 100 < sets[2]
+    assert drawn({"step": 50, "eval_loss": math.nan})[1] == 0
+
+    def dark(weights_step):
+        plot_loss([*training, *heldout], tmp_path / "loss.png", weights_step=weights_step)
+        return count_pixels(tmp_path / "loss.png", INK)
+
+    ended = [*training, *heldout, {"step": 50, "train_runtime": 3.0}]
+    plots = [plot_loss(logs, tmp_path / "best.png", weights_step=30).read_bytes() for logs in (ended, ended[:-1])]
+    after = plot_loss([*ended, {"step": 50, "eval_loss": 2.9}], tmp_path / "best.png", weights_step=30)
+    assert plots[0] == plots[1] == after.read_bytes()  # not a second loss at the last step
+    assert dark(30) > dark(None) + 30 and dark(50) == dark(None)  # marked where training went on after them
+
+
+def test_a_run_without_a_curve_has_no_plot_and_loses_an_earlier_one(tmp_path):
+    path = tmp_path / "loss.png"
+    assert plot_loss(losses("loss", [4.0, 3.0]), path) == path
+    assert "held-out" not in loss_caption(losses("loss", [4.0, 3.0]))
+    assert "held-out" in loss_caption(losses("eval_loss", [4.0, 3.0]))
+    for history in ([], losses("loss", [4.0]), [{"step": 4, "eval_loss": 3.0}] * 2, losses("loss", [math.nan] * 3)):
+        plot_loss(losses("loss", [4.0, 3.0]), path)
+        assert plot_loss(history, path) is None and not path.exists()
+
+
+def test_pictures_of_a_run_have_no_text(tmp_path):
+    pictures = [
+        plot_loss(losses("loss", [4.0, 3.0]), tmp_path / "loss.png"),
+        plot_ppo_run(losses("objective/kl", [4.0, 3.0]), tmp_path / "curves.png"),
+        plot_frontier(POINTS, tmp_path / "frontier.png"),
+    ]
+    for path in pictures:
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.info.keys() <= {"dpi"}

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from peft import CPTConfig, LoraConfig, PrefixTuningConfig, get_peft_model, load_peft_weights
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.adapter_config import check_same_adapter
@@ -48,6 +48,15 @@ def test_names_that_the_model_has_are_not_said(tiny_config, caplog, fields):
     with caplog.at_level(logging.WARNING):
         warn_of_unmatched_names("peft_config", model, config)
         warn_of_unmatched_names("peft_config", model, None)
+    assert not caplog.records
+
+
+def test_all_linear_layers_of_an_encoder_are_not_said_although_its_pooler_is_trained_as_a_whole(caplog):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["pooler"])
+    model = get_peft_model(BertForSequenceClassification(BertConfig(vocab_size=32, **sizes)), config)
+    with caplog.at_level(logging.WARNING):
+        warn_of_unmatched_names("peft_config", model, config)
     assert not caplog.records
 
 

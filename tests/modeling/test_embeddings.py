@@ -233,6 +233,7 @@ def test_a_trainer_saves_the_active_adapter_whatever_its_name(bases, tmp_path):
     with saved_as_one_adapter(model):
         model.save_pretrained(tmp_path, state_dict=None, is_main_process=True)
     assert "save_pretrained" not in vars(model)
+    assert not (tmp_path / "README.md").exists()  # PEFT's form, which is no card
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert {"base_model.model.score.weight", "base_model.model.model.embed_tokens.weight"} <= weights.keys()
     assert weights["base_model.model.model.embed_tokens.weight"].shape[0] == ROWS + 2

@@ -138,12 +138,12 @@ def test_an_adapter_on_a_tied_head_does_not_change_the_embedding(folders, tmp_pa
 def test_an_adapter_that_peft_cannot_merge_is_one_line(folders, tmp_path):
     lily = LilyConfig(r=2, target_modules=["q_proj"], num_B=2, stride_A=1, task_type="SEQ_CLS")
     model = get_peft_model(load_base_model(str(folders / "base"), task="reward", dtype="float32"), lily)
-    with pytest.raises(UserError, match="value_model: .* LILY cannot be merged .*use a reward model") as refused:
+    with pytest.raises(UserError, match="value_model: .* LILY cannot be merged.*use a reward model") as refused:
         prepare_value_model(model, LlamaForCausalLM(tiny()))
     assert "\n" not in str(refused.value)
     save_adapter(model, "default", tmp_path)
     load_tokenizer(str(folders / "base")).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="export_merged: .* LILY cannot be merged .*RewardScorer.from_pretrained"):
+    with pytest.raises(UserError, match="export_merged: .* LILY cannot be merged.*RewardScorer.from_pretrained"):
         export_merged(tmp_path, tmp_path / "merged")
 
 

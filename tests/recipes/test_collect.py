@@ -526,6 +526,14 @@ def test_export_pushes_a_private_data_set_without_names(collect, store_file, hub
     assert not any(b"anna" in data for data in files.values())
 
 
+def test_a_name_that_no_data_set_can_have_is_refused_before_a_file_is_written(collect, store_file, hub):  # noqa: F811
+    judge_all(store_file)
+    options = {"store": store_file.name, "output": "refused.jsonl", "license": "cc-by-4.0"}
+    status, _, error = collect("export", **options, push_to_hub="alice/judged..again")
+    assert status == 2 and "alice/judged.again" in error.splitlines()[-1]
+    assert not (store_file.parent / "refused.jsonl").exists() and not hub.repos
+
+
 def hub_settings(hub, home: Path) -> dict[str, str]:  # noqa: F811
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": ALICE, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(home / "hf_home"), "HOME": str(home)}

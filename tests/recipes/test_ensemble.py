@@ -25,7 +25,13 @@ def test_an_ensemble_is_trained_checked_and_used(call, tmp_path, workspace):
     assert (
         f"standard deviation of their rewards | {report['disagreement']:.3f} |" in card and report["disagreement"] > 0
     )
-    assert "ensemble of 2" in card and f"| 1 | {report['members'][1]['accuracy']:.3f} |" in card
+    assert "ensemble of 2" in card and f"- member 1: accuracy {report['members'][1]['accuracy']:.3f}" in card
+    stated, of_member = (
+        json.loads((tmp_path / "reward" / name / "report.json").read_text())["card"] for name in (".", "member-0")
+    )
+    same = of_member.keys() - {"config", "rows_read"}
+    assert {name: stated[name] for name in same} == {name: of_member[name] for name in same}
+    assert "members: 2" in stated["config"] and stated["prompt_form"] == "messages"
     ensemble = load_reward(tmp_path / "reward", device="cpu")
     assert (ensemble.combine, ensemble.penalty) == ("conservative", 0.5)
 

@@ -95,7 +95,7 @@ def test_the_command_launches_two_processes_that_leave_one_report(workspace, tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved the policy in") == 1
     report = json.loads((tmp_path / "ppo" / "report.json").read_text())
-    assert report["ppo"]["updates"] >= 1 and "PPO policy" in (tmp_path / "ppo" / "README.md").read_text()
+    assert report["ppo"]["updates"] >= 1 and "trained by PPO" in (tmp_path / "ppo" / "README.md").read_text()
     assert report["command"].startswith("hf-rlhf ppo --num_processes 2 --config ")
     # 2 steps, each of 2 prompts on each of two processes.
     (checkpoint,) = (tmp_path / "ppo").glob("checkpoint-*")

@@ -156,6 +156,29 @@ def test_a_complete_run_ends_well_and_names_commands_that_work(finished, capsys)
     assert len(text.splitlines()) <= 34 and text.count("elapsed)") == 6
 
 
+def test_cards_keep_what_the_trainers_of_the_stages_knew(finished, tmp_path):
+    known = {
+        "adapter": {"type": "LORA", "r": 16},
+        "max_length": 256,
+        "prompt_form": "messages",
+        "base_dtype": "float32",
+    }
+    data = [{"role": "demonstrations", "name": "demonstrations.jsonl", "rows": 32}]
+    own = {"kind": "sft", "base_model": None, "data": data, "plot": "curves.png", "caption": "of the stage", **known}
+    for stage in ("sft", "policy"):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        written = {"card": own, "sft": {"train_loss": 2.5, "weights_step": 4, "total_steps": 4}}
+        (tmp_path / "run" / stage / "report.json").write_text(json.dumps(written))
+    for _ in range(2):  # also when the report is written again
+        folder = finished()
+        reports = {stage: json.loads((folder / stage / "report.json").read_text()) for stage in ("sft", "policy")}
+        for report in reports.values():
+            assert known.items() <= report["card"].items() and report["card"]["data"] == data
+            assert report["card"]["base_model"] and report["hardware"] and report["sft"]["train_loss"] == 2.5
+        assert reports["sft"]["card"]["caption"] == "of the stage"
+        assert reports["policy"]["card"]["plot"] == "frontier.png" and not reports["policy"]["card"].get("caption")
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [

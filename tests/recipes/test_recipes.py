@@ -96,8 +96,8 @@ def test_sft_leaves_a_trained_adapter_that_loads(runs, workspace):
     measured = report(folder)
     assert math.isfinite(measured["sft"]["train_loss"]) and math.isfinite(measured["sft"]["eval_loss"])
     card = (folder / "README.md").read_text()
-    assert f"| Loss, nats per token | {measured['sft']['eval_loss']:.3f} | – | 2 |" in card
-    assert f"| Accuracy of the next token | {measured['sft']['eval_mean_token_accuracy']:.3f} | – | 2 |" in card
+    assert f"| Loss, nats per token | {measured['sft']['eval_loss']:.3f} | 2 |" in card
+    assert f"| Accuracy of the next token | {measured['sft']['eval_mean_token_accuracy']:.3f} | 2 |" in card
 
 
 @pytest.mark.slow
@@ -127,10 +127,12 @@ def test_ppo_trains_on_the_sft_adapter_towards_both_rewards(runs, workspace):
         and all(math.isfinite(measured[name]) for name in ("proxy_before", "proxy_after", "kl", "mean_length_after"))
     )
     card = (folder / "README.md").read_text()
-    assert f"| Gain in proxy reward | {measured['proxy_gain']:.3f} |" in card
-    assert re.search(r"KL (a|per) completion \(β = ", card)
-    assert re.search(r"^\| KL to the initial policy.* \| -?[\d.]+ \| -?[\d.]+ to -?[\d.]+ \| 2 \|$", card, re.MULTILINE)
-    assert "- SFT policy: local sft" in card and "the SFT policy, rewarded by" in card
+    before, after, gain = (measured[f"proxy_{name}"] for name in ("before", "after", "gain"))
+    assert f"| Proxy reward | {before:.3f} | {after:.3f} | {gain:+.3f} (" in card
+    assert "β = " in card and "starting from the SFT policy" in card and "- SFT policy: local sft" in card
+    interval = r"-?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)"
+    assert re.search(rf"^\| KL to the initial policy.* \| {interval} \| 2 \|$", card, re.MULTILINE)
+    assert measured["rewards"] == ["reward", "length"] and "`1 × reward + 1 × length`" in card
     logged = {name for log in read_log(folder / LOG_FILE) for name in log}
     assert {"rewards/reward_model/mean", "rewards/length/mean"} <= logged
     assert "before PPO: reward " in runs["ppo"].out and "after PPO: reward " in runs["ppo"].out
@@ -188,14 +190,13 @@ def test_the_next_round_names_the_last_and_second_opinions_are_reported(runs, ca
     assert done.code == 0, done.err
     folder = workspace / "runs" / "ppo-2"
     measured, card = report(folder)["ppo"], (folder / "README.md").read_text()
-    assert (
-        measured["start"] == "the PPO policy of the last round" and "- PPO policy of the last round: local ppo" in card
-    )
+    assert measured["start"] == "the PPO policy" and "- PPO policy: local ppo" in card
     assert measured["eval_rewards"] == ["vowels"] and measured["rewards"] == ["length"]
     assert measured["vowels_gain"] == pytest.approx(measured["vowels_after"] - measured["vowels_before"])
     low, high = measured["vowels_gain_ci95"]
     assert low <= measured["vowels_gain"] <= high
-    assert f"| Gain in reward vowels, unseen by PPO | {measured['vowels_gain']:.3f} |" in card
+    assert f"{measured['vowels_after']:.3f} | {measured['vowels_gain']:+.3f} (" in card
+    assert "Reward vowels, unseen by PPO" in card
     assert "before PPO: reward " in done.out and ", vowels " in done.out
     assert "No curves.png" in done.out and "--logging_strategy" in done.out
     assert not (folder / "curves.png").exists() and "![" not in card

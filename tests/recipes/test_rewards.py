@@ -57,7 +57,7 @@ def test_rewards_keep_their_order_and_are_said(call, job, tmp_path):
     first = next(row for row in log if "rewards/length/mean" in row)
     assert first["objective/scores"] == pytest.approx(first["rewards/length/mean"])
     measured = json.loads((tmp_path / "out" / "report.json").read_text())["ppo"]
-    assert measured["reward_formula"] == "0 × reward_model + 1 × length + 0.5 × zero"
+    assert measured["reward_formula"] == "0 × rm + 1 × length + 0.5 × zero"
     assert [line.startswith(warning) for line in measured["reward_warnings"]] == [True]
     # The card's options give the same rewards again: models first, with the weights in that order.
     again = yaml.safe_load(json.loads((tmp_path / "out" / "report.json").read_text())["card"]["config"])

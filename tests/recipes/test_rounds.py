@@ -29,6 +29,7 @@ from hf_rlhf_ext.collect.client import JudgeClient, ServerGone, work
 from hf_rlhf_ext.collect.simulated import SimulatedPerson
 from hf_rlhf_ext.collect.store import Store
 from hf_rlhf_ext.collect.tasks import Task, read_tasks, write_rows
+from hf_rlhf_ext.data.prompt_form import PromptForm
 from hf_rlhf_ext.data.schema import validate_comparison
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.push import push_run
@@ -544,7 +545,13 @@ def check_folder(folder):
     evaluated = {str(json.loads(line)["prompt"]) for line in (folder / "data/heldout.jsonl").open()}
     assert not evaluated & {str(row["prompt"]) for row in train + heldout}
     card = (folder / "round-2/policy/README.md").read_text()
-    for part in ("SFT policy", "policy of round 1", "reward model", "judgments of round 1", "judgments of round 2"):
+    for part in (
+        "first policy: local base",
+        "policy of round 1",
+        "reward model",
+        "judgments of round 1",
+        "judgments of round 2",
+    ):
         assert part in card
     assert "labels by simulated" in card
     assert (folder / "round-2/policy/rounds.png").is_file() and (folder / "rounds.png").is_file()
@@ -682,7 +689,11 @@ def test_a_file_is_waited_for_and_dpo_learns_from_it(run, place, capsys, write_j
     model, _ = load_policy(folder / "policy")
     assert list(model.peft_config) == ["default"]
     card = (folder / "policy" / "README.md").read_text()
-    assert "DPO policy" in card and "starting from the SFT policy" in card and "judgments of round 1" in card
+    assert "by DPO" in card and "starting from the base model base" in card and "judgments of round 1" in card
+    card_of_run = json.loads((folder / "policy" / "report.json").read_text())["card"]
+    assert card_of_run["adapter"]["type"] == "LORA" and card_of_run["data"] == [{"role": "comparisons", "rows": 6}]
+    form = "text" if isinstance(pairs[0]["prompt"], str) else "messages"
+    assert PromptForm.load(folder / "policy").prompt_form == card_of_run["prompt_form"] == form
     assert "PPO" not in card and "learning_rate: 0.01" in card
     check_push(folder / "policy", place)
     assert "gold" not in (place / "by_hand" / "rounds.md").read_text()

@@ -28,6 +28,12 @@ class Journal:
         self.calls.append(("push_run", message, options))
         return "https://commit"
 
+    def write_report(self, trainer, folder):
+        self.calls.append(("write_report", str(folder)))
+
+    def write_card(self, trainer, **options):
+        self.calls.append(("write_card", options))
+
     def finish(self):
         self.calls.append(("finish",))
 
@@ -45,7 +51,7 @@ def test_it_inherits_trls_trainer_alone():
     assert BradleyTerryTrainer.card_kind == "reward_model"
 
 
-def test_access_is_checked_before_training_and_every_push_is_the_publishers(make_trainer, set_publisher):
+def test_access_is_checked_before_training_and_every_push_is_the_publishers(make_trainer, set_publisher, tmp_path):
     set_publisher(Journal)
     trainer = make_trainer(comparisons(4), push_to_hub=True, hub_strategy="every_save", max_steps=2, save_steps=2)
     journal = trainer.publisher
@@ -53,7 +59,15 @@ def test_access_is_checked_before_training_and_every_push_is_the_publishers(make
     trainer.train()
     assert ("push_checkpoint", "checkpoint-2") in journal.calls and journal.calls[-1] == ("finish",)
     assert trainer.push_to_hub("done", revision="v1", private=False) == "https://commit"
-    assert journal.calls[-1] == ("push_run", "done", {"token": None, "revision": "v1", "private": False})
+    options = {"blocking": True, "token": None, "revision": "v1", "private": False}
+    assert journal.calls[-1] == ("push_run", "done", options)
+    trainer.push_to_hub(blocking=False, tags=["polite"])
+    assert journal.calls[-1][2] == dict.fromkeys(options) | {"blocking": False, "tags": ["polite"]}
+    trainer.create_model_card("Judge", tags="polite")
+    assert journal.calls[-1] == ("write_card", {"model_name": "Judge", "dataset_name": None, "tags": "polite"})
+    trainer.save_model(str(tmp_path))  # which pushes too, as in Trainer
+    assert [call[0] for call in journal.calls[-3:]] == ["finish", "push_run", "write_report"]
+    assert journal.calls[-1] == ("write_report", str(tmp_path))
     assert make_trainer(comparisons(4), folder="other").publisher is not journal  # one trainer's alone
 
 
