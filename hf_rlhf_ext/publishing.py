@@ -133,3 +133,74 @@ def without_card(trainer: "Trainer") -> Iterator[None]:
         yield
     finally:
         del trainer.create_model_card
+
+
+# ---- Methods of the trainers ----
+#
+# Each trainer has TRL's class as its only base, and takes these functions into its class as they are.
+
+
+def push_to_hub(
+    self: "Trainer",
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> str | Future[str | None] | None:
+    """Saves the model and pushes `output_dir` with its card. Text that you wrote into the card stays.
+
+    Args:
+        commit_message: message of the commit.
+        blocking: whether to wait for the push. `False` returns at once after saving.
+        token: access token of the Hub; `None` uses `hub_token` or the saved one.
+        revision: branch to push to; `None` uses `hub_revision`, or `main`.
+        private: whether a new repository is private; `None` uses `hub_private_repo`. An existing one is kept.
+        kwargs: options of the card, as of `create_model_card`.
+
+    Returns:
+        The URL of the commit; `None` if the push failed, and on processes that do not push. With `blocking=False`
+        a `concurrent.futures.Future` of these.
+
+    Raises:
+        UserError: if no publisher is set, or an option of the card is not possible.
+    """
+    publisher = require_publisher(self.publisher)
+    options = {"blocking": blocking, "token": token, "revision": revision, "private": private}
+    return publisher.push_run(self, commit_message, **options, **kwargs)
+
+
+def create_model_card(
+    self: "Trainer",
+    model_name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Writes the card with what was measured into `output_dir`, and remembers the options for the next push.
+
+    Args:
+        model_name: title of the card; `None` means the name of the repository.
+        dataset_name: Hub id of the training data, or several.
+        tags: tags in addition to those of the card.
+        kwargs: `language`, `license` (with `license_name` and `license_link` if it is `other`), `finetuned_from`
+            (Hub id of the base), `dataset` (names of the training data), `dataset_tags` (their Hub ids),
+            `dataset_args` (their configurations) and `tasks`, as in `transformers.Trainer`.
+
+    Raises:
+        UserError: if no publisher is set, or an option is not possible.
+    """
+    publisher = require_publisher(self.publisher)
+    publisher.write_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+
+
+def push_from_checkpoint(self: "Trainer", checkpoint_folder: str) -> None:
+    """Pushes the model of a checkpoint in the background."""
+    require_publisher(self.publisher).push_checkpoint(self, checkpoint_folder)
+
+
+def finish_current_push(self: "Trainer") -> None:
+    """Waits for a push that runs in the background."""
+    if self.publisher is not None:
+        self.publisher.finish()

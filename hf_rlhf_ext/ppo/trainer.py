@@ -9,7 +9,6 @@ each role, then `_finish_step`.
 import logging
 import math
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,15 @@ from ..modeling.logprobs import completion_hidden_states, scatter_to_mask
 from ..modeling.probing import unchanged_random_state
 from ..modeling.stack import AdapterStack
 from ..modeling.takeover import Hold
-from ..publishing import new_publisher, require_publisher, save_with_report
+from ..publishing import (
+    create_model_card,
+    finish_current_push,
+    new_publisher,
+    push_from_checkpoint,
+    push_to_hub,
+    require_publisher,
+    save_with_report,
+)
 from ..training.arguments import check_arguments
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
@@ -928,66 +935,12 @@ class PPOTrainer(BaseTrainer):
         publisher = require_publisher(self.publisher)
         self.hub_model_id = publisher.check_access(self, token=token, private=private)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> str | Future[str | None] | None:
-        """Saves the model and pushes `output_dir` with its card. Text that you wrote into the card stays.
-
-        Args:
-            commit_message: message of the commit.
-            blocking: whether to wait for the push. `False` returns at once after saving.
-            token: access token of the Hub; `None` uses `hub_token` or the saved one.
-            revision: branch to push to; `None` uses `hub_revision`, or `main`.
-            private: whether a new repository is private; `None` uses `hub_private_repo`. An existing one is kept.
-            kwargs: options of the card, as of `create_model_card`.
-
-        Returns:
-            The URL of the commit; `None` if the push failed, and on processes that do not push. With `blocking=False`
-            a `concurrent.futures.Future` of these.
-
-        Raises:
-            UserError: if no publisher is set, or an option of the card is not possible.
-        """
-        publisher = require_publisher(self.publisher)
-        options = {"blocking": blocking, "token": token, "revision": revision, "private": private}
-        return publisher.push_run(self, commit_message, **options, **kwargs)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the card with what was measured into `output_dir`, and remembers the options for the next push.
-
-        Args:
-            model_name: title of the card; `None` means the name of the repository.
-            dataset_name: Hub id of the training data, or several.
-            tags: tags in addition to those of the card.
-            kwargs: `language`, `license` (with `license_name` and `license_link` if it is `other`), `finetuned_from`
-                (Hub id of the base), `dataset` (names of the training data), `dataset_tags` (their Hub ids),
-                `dataset_args` (their configurations) and `tasks`, as in `transformers.Trainer`.
-
-        Raises:
-            UserError: if no publisher is set, or an option is not possible.
-        """
-        publisher = require_publisher(self.publisher)
-        publisher.write_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags, **kwargs)
+    # The same for all trainers of this library.
+    push_to_hub = push_to_hub
+    create_model_card = create_model_card
+    _push_from_checkpoint = push_from_checkpoint
+    _finish_current_push = finish_current_push
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
         save_with_report(self, super().save_model, output_dir, _internal_call)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        require_publisher(self.publisher).push_checkpoint(self, checkpoint_folder)
-
-    def _finish_current_push(self) -> None:
-        if self.publisher is not None:
-            self.publisher.finish()
