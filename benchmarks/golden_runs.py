@@ -421,7 +421,7 @@ class SpoilGradients(TrainerCallback):
 COMMON_OPTIONS = {
     "use_cpu": True,
     "bf16": False,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "report_to": "none",
     "disable_tqdm": True,
     "seed": 3,
@@ -621,7 +621,7 @@ def reward_plackett_luce(folder: Path) -> dict[str, Any]:
         ranked_rows(24),
         arguments={"eval_dataset": sets},
         ranking_loss="plackett_luce",
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         eval_strategy="steps",
         eval_steps=4,
     )
@@ -782,7 +782,7 @@ def ppo_dora(folder: Path) -> dict[str, Any]:
 def ppo_value_model(folder: Path) -> dict[str, Any]:
     """A critic that starts from a reward model, with gradient checkpointing."""
     arguments = {"value_model": tiny_reward_model()}
-    trainer = ppo_trainer(folder, arguments=arguments, critic="model", gradient_checkpointing=True, max_steps=8)
+    trainer = ppo_trainer(folder, arguments=arguments, critic="model", activation_checkpointing=True, max_steps=8)
     return finished_ppo(trainer)
 
 

@@ -58,7 +58,7 @@ def accuracy(level: float, method: str, seed: int) -> float:
             folder,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             report_to="none",
             save_strategy="no",
             per_device_train_batch_size=16,

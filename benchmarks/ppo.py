@@ -195,7 +195,7 @@ def make_trainer(job: dict, folder: str, critic: str, updates: int, engine=None)
         max_tokens_per_batch=MAX_TOKENS,
         max_completion_length=NEW_TOKENS,
         stop_token_ids=[3],  # <repo_name>, which the model never generates
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         max_steps=INNER_EPOCHS * (updates + 1),
         logging_strategy="no",
     )

@@ -74,7 +74,7 @@ def options(folder: str, seed: int, steps_per_rollout: int, eval_every: int) -> 
     return {
         "output_dir": folder,
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "lr_scheduler_type": "constant",
         "value_clip_range": None,
         "logging_steps": steps_per_rollout,

@@ -114,7 +114,7 @@ def common_options(folder: str, max_steps: int, checkpointing: bool) -> dict[str
         "output_dir": folder,
         **machine_defaults(),
         "learning_rate": 2e-4,
-        "gradient_checkpointing": checkpointing,
+        "activation_checkpointing": checkpointing,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,  # each log has the number of tokens so far

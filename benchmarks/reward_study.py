@@ -65,7 +65,7 @@ def options(folder: str, seed: int) -> dict[str, Any]:
         "learning_rate": 2e-4,
         "warmup_steps": 5,
         "num_train_epochs": 1,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "max_length": MAX_LENGTH,
         "save_strategy": "no",
         "logging_steps": 10,

@@ -5,6 +5,7 @@ TRL may change its private names in any release. Each private name that this lib
 first use: importing this module imports neither torch nor TRL.
 """
 
+import os
 import platform
 import warnings
 from importlib import import_module
@@ -16,9 +17,28 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 TRL_SUPPORTED = SpecifierSet(">=1.16,<1.17")
+ANY_TRL = "HF_RLHF_EXT_ANY_TRL"
+"""Environment variable with which `make test-newest` asks what moved in a TRL that is not supported yet."""
 
 # tqdm warns at its import in a notebook without ipywidgets, and then draws its bars as text: nothing is missing.
 warnings.filterwarnings("ignore", "IProgress not found")
+
+RENAMED_OPTIONS = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Options of `TrainingArguments` with a new name since Transformers 5.23: old name -> new name. Both are taken here."""
+
+OLD_NAME_WARNINGS = (
+    (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
+    (r"`past_key_values` is deprecated", FutureWarning),
+)
+"""What Transformers says about old names: the beginning, a regular expression, and the category."""
+
+# PEFT reads `is_gradient_checkpointing` from every model, and passes the cache under its old name: whoever trains could
+# do nothing about it. `gradient_checkpointing` in a config of TRL is not here: it is for its user to rename.
+for _beginning, _category in OLD_NAME_WARNINGS:
+    warnings.filterwarnings("ignore", _beginning, _category)
 
 _REPORTED = (
     "hf-rlhf-ext",
@@ -140,10 +160,24 @@ def require_supported_trl() -> None:
         raise ImportError(
             f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found none: pip install 'trl{TRL_SUPPORTED}'"
         ) from None
-    if not TRL_SUPPORTED.contains(trl_version, prereleases=True):
+    if not TRL_SUPPORTED.contains(trl_version, prereleases=True) and not os.environ.get(ANY_TRL):
         raise ImportError(
             f"hf_rlhf_ext needs trl{TRL_SUPPORTED}, found {trl_version}: pip install 'trl{TRL_SUPPORTED}'"
         )
+
+
+def resolve_renamed_options(args: Any) -> None:
+    """Sets each option of `RENAMED_OPTIONS` from its old name, unless it is set; without a warning.
+
+    Call it before `TrainingArguments.__post_init__`, which does the same with a warning, also for TRL's default, and
+    then gives both names the same value.
+
+    Args:
+        args: a config whose class derives from `TrainingArguments`; changed in place.
+    """
+    for old, new in RENAMED_OPTIONS.items():
+        if getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
 
 
 def accelerate_configs() -> dict[str, Path]:

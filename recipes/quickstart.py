@@ -201,7 +201,7 @@ class Quickstart:
             "seed": self.args.seed,
             "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": False,  # for a model this small, time matters more than memory
+            "activation_checkpointing": False,  # for a model this small, time matters more than memory
             "report_to": "none",
             "logging_steps": 4,
         }

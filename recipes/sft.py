@@ -48,6 +48,7 @@ from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
 from hf_rlhf_ext.modeling.adapters import adapters_in_autocast_dtype
 from hf_rlhf_ext.modeling.loading import load_base_model, load_tokenizer
 from hf_rlhf_ext.readers.formats import UnknownFormat, load_demonstrations, load_rows
+from hf_rlhf_ext.training.engines import require_active
 from hf_rlhf_ext.training.optimizers import require_optimizer
 from hf_rlhf_ext.training.refused_options import in_one_line
 from hf_rlhf_ext.training.sft_config import CheckedSFTConfig
@@ -119,6 +120,7 @@ def train_sft(
             peft_config=model_args.peft_config("CAUSAL_LM"),
             callbacks=[stopping_callback()],
         )
+    require_active(args, trainer.accelerator)
     show_progress(trainer, verbose=verbose)
     metrics = train_and_evaluate(trainer, args, checkpoint, n_heldout=len(heldout))
     trainer.save_model(_internal_call=True)  # it is pushed at the end, with its card

@@ -1,24 +1,46 @@
 """Contracts: what we rely on in TRL's internals and in the methods that our trainers override.
 
-When one of these fails after an upgrade, upstream changed something that a trainer here is built on.
+When one of these fails after an upgrade, upstream changed something that a trainer here is built on. Each test records
+its seam, the name that it watches in another library: `make test-newest` lists those that moved.
 """
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import warnings
 from importlib import import_module
 
+import accelerate
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModelForCausalLM, PeftModelForSequenceClassification, get_peft_model
 
 from hf_rlhf_ext import compat
-from hf_rlhf_ext.hub.sft import PublishingSFTTrainer
-from hf_rlhf_ext.ppo.trainer import PPOTrainer
-from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def seam_of(node):
+    """What a test watches in another library, as `module.name`; None for a test of our own lists."""
+    values = node.callspec.params if hasattr(node, "callspec") else {}
+    for name in (node.originalname.removeprefix("test_contract_of_"), values.get("name")):
+        if name in compat._TRL_NAMES:
+            return ".".join(compat._TRL_NAMES[name])
+    if "method" in values:
+        upstream = None
+        with contextlib.suppress(ImportError):  # of the trainer: the test itself says so
+            upstream = upstream_class(trainer_class(values["trainer"]), values["method"])
+        upstream = upstream or transformers.Trainer
+        return f"{upstream.__module__}.{upstream.__name__}.{values['method']}"
+    mark = node.get_closest_marker("seam")
+    return mark and mark.args[0]
+
+
+@pytest.fixture(autouse=True)
+def seam(request, record_property):
+    record_property("seam", seam_of(request.node) or "")
 
 
 def parameters(func):
@@ -47,6 +69,23 @@ def test_every_name_has_a_contract_here():
     assert [name for name in compat._TRL_NAMES if f"def test_contract_of_{name}(" not in source] == []
 
 
+OF_OUR_LISTS = {
+    "test_every_name_has_a_contract_here",
+    "test_every_contract_records_its_seam",
+    "test_every_name_is_used",
+    "test_an_unknown_name_is_an_attribute_error",
+    "test_the_list_names_every_override_and_nothing_else",
+    "test_every_trainer_is_in_the_list",
+    "test_importing_compat_warns_of_nothing",
+}
+"""Tests that watch no single name in another library."""
+
+
+def test_every_contract_records_its_seam(request):
+    here = [item for item in request.session.items if item.path == request.path]
+    assert {item.originalname for item in here if not seam_of(item)} <= OF_OUR_LISTS
+
+
 def test_every_name_is_used():
     package = import_module("hf_rlhf_ext").__path__[0]
     from pathlib import Path
@@ -73,7 +112,7 @@ def test_contract_of_BaseTrainer():
         "create_model_card",
     }
     assert compat.BaseTrainer.loss_is_scaled_for_ga is None
-    assert issubclass(PPOTrainer, compat.BaseTrainer)
+    assert issubclass(trainer_class("PPOTrainer"), compat.BaseTrainer)
 
 
 def test_contract_of_BaseConfig(tmp_path):
@@ -211,25 +250,34 @@ SIGNATURES = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
 }
+# Imported in a test, and not here: the contracts of names are checked, too, where a trainer cannot be imported.
 TRAINERS = {
-    "PPOTrainer": PPOTrainer,
-    "BradleyTerryTrainer": BradleyTerryTrainer,
-    "PublishingSFTTrainer": PublishingSFTTrainer,
+    "PPOTrainer": "hf_rlhf_ext.ppo.trainer",
+    "BradleyTerryTrainer": "hf_rlhf_ext.reward.trainer",
+    "PublishingSFTTrainer": "hf_rlhf_ext.hub.sft",
 }
 OVERRIDDEN = [(trainer, method) for trainer, methods in compat.OVERRIDDEN_METHODS.items() for method in methods]
 
 
-def upstream_method(trainer, name):
-    """The method of that name that the trainer would inherit from TRL or Transformers; None where there is none.
+def trainer_class(name):
+    return getattr(import_module(TRAINERS[name]), name)
+
+
+def upstream_class(trainer, name):
+    """The class of TRL or Transformers from which the trainer would inherit the method; None where there is none.
 
     Where TRL's own passes everything on (`*args, **kwargs`), it is the next one, which names its parameters.
     """
     for cls in trainer.__mro__:
         if cls.__module__.startswith(("trl.", "transformers.")) and name in vars(cls):
-            method = vars(cls)[name]
-            if parameters(method) != ["self", "args", "kwargs"]:
-                return method
+            if parameters(vars(cls)[name]) != ["self", "args", "kwargs"]:
+                return cls
     return None
+
+
+def upstream_method(trainer, name):
+    cls = upstream_class(trainer, name)
+    return None if cls is None else vars(cls)[name]
 
 
 def overrides(trainer):
@@ -241,12 +289,12 @@ def overrides(trainer):
     return {name for name in names - {"__init__"} if upstream_method(trainer, name) is not None}
 
 
-@pytest.mark.parametrize("trainer, name", OVERRIDDEN)
-def test_an_overridden_method_exists_and_takes_what_ours_takes(trainer, name):
-    upstream = upstream_method(TRAINERS[trainer], name)
-    assert upstream is not None, f"{name} is not there any more"
-    assert parameters(upstream) == SIGNATURES[name]
-    ours = inspect.signature(getattr(TRAINERS[trainer], name))
+@pytest.mark.parametrize("trainer, method", OVERRIDDEN)
+def test_an_overridden_method_exists_and_takes_what_ours_takes(trainer, method):
+    upstream = upstream_method(trainer_class(trainer), method)
+    assert upstream is not None, f"{method} is not there any more"
+    assert parameters(upstream) == SIGNATURES[method]
+    ours = inspect.signature(getattr(trainer_class(trainer), method))
     arguments = dict.fromkeys(parameters(upstream)[1:])
     required = [key for key in arguments if key not in defaults(upstream)]
     ours.bind(None, *(None for _ in required))  # as upstream calls it, by position
@@ -255,7 +303,7 @@ def test_an_overridden_method_exists_and_takes_what_ours_takes(trainer, name):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_list_names_every_override_and_nothing_else(trainer):
-    assert set(compat.OVERRIDDEN_METHODS[trainer]) == overrides(TRAINERS[trainer])
+    assert set(compat.OVERRIDDEN_METHODS[trainer]) == overrides(trainer_class(trainer))
 
 
 def test_every_trainer_is_in_the_list():
@@ -266,16 +314,19 @@ def test_every_trainer_is_in_the_list():
 # Behavior of Trainer's own loop that the trainers count on.
 
 
+@pytest.mark.seam("transformers.trainer.Trainer.training_step")
 def test_trainer_scales_no_loss_that_says_it_is_scaled():
     assert "self.loss_is_scaled_for_ga is not None" in inspect.getsource(transformers.Trainer.training_step)
 
 
+@pytest.mark.seam("transformers.trainer.Trainer._save_checkpoint")
 def test_a_checkpoint_is_complete_when_trainer_state_json_is_there():
     source = inspect.getsource(transformers.Trainer._save_checkpoint)
     order = [source.index(text) for text in ("self.save_model(", "self._save_rng_state(", "self.state.save_to_json(")]
     assert order == sorted(order)
 
 
+@pytest.mark.seam("transformers.trainer.Trainer._inner_training_loop")
 def test_an_epoch_that_asks_for_the_end_of_training_is_the_last():
     # `all_steps_are_done` leaves out the epoch of a finished run: no callback could, before the first step is taken.
     source = inspect.getsource(transformers.Trainer._inner_training_loop)
@@ -283,11 +334,66 @@ def test_an_epoch_that_asks_for_the_end_of_training_is_the_last():
     assert "should_training_stop" not in source[: source.index("self._run_epoch(")]
 
 
+@pytest.mark.seam("transformers.trainer.Trainer._finalize_training")
 def test_the_options_that_a_stop_changes_are_those_that_trainer_reads_at_the_end():
     # `StopWithCheckpoint`: with a limit of 1, the end of training deletes all checkpoints but the best one.
     source = inspect.getsource(transformers.Trainer._finalize_training)
     assert "self.args.save_total_limit == 1" in source and "self.args.load_best_model_at_end" in source
     assert source.index("shutil.rmtree") < source.index("callback_handler.on_train_end")
+
+
+@pytest.mark.seam("transformers.trainer.Trainer._run_epoch")
+def test_a_step_is_logged_and_saved_with_the_loss_that_trainer_has_gathered():
+    # `PPOTrainer._stop_before_rollout` does it in the place of `Trainer`.
+    assert "self._tr_loss = torch.tensor(" in inspect.getsource(transformers.Trainer._inner_training_loop)
+    calls = inspect.getsource(transformers.Trainer._run_epoch).split("self._maybe_log_save_evaluate(")[1:]
+    assert calls and all(call.lstrip().startswith("self._tr_loss,") for call in calls)
+    source = inspect.getsource(transformers.Trainer._maybe_log_save_evaluate)
+    # No gradient norm is known then, and nothing is logged or saved twice.
+    assert "if grad_norm is not None" in source and "self.state.global_step > self._globalstep_last_logged" in source
+
+
+@pytest.mark.seam("accelerate.Accelerator.prepare_model")
+def test_an_evaluation_marks_the_model_as_prepared():
+    # `forget_evaluated_model` takes the mark away, so that training wraps the model.
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare_model(torch.nn.Linear(1, 1), evaluation_mode=True)
+    assert model._is_accelerate_prepared
+    assert accelerator._models == [model]
+    accelerator.free_memory()
+    assert accelerator._models == []
+    assert "self.model_wrapped = model" in inspect.getsource(transformers.Trainer._prepare_for_training)
+
+
+@pytest.mark.seam("accelerate.utils.save_fsdp_model")
+def test_the_files_of_fsdp_have_the_names_that_trainer_knows():
+    # `ppo.sharding` removes the first, and tells by the second which engine a checkpoint is of.
+    assert accelerate.utils.constants.FSDP_MODEL_NAME == transformers.trainer.FSDP_MODEL_NAME
+    assert f"{accelerate.utils.constants.OPTIMIZER_NAME}.bin" == transformers.trainer.OPTIMIZER_NAME_BIN
+    for function, name in (("save_fsdp_model", "FSDP_MODEL_NAME"), ("save_fsdp_optimizer", "OPTIMIZER_NAME")):
+        source = inspect.getsource(getattr(accelerate.utils, function))
+        assert f'{{{name}}}.bin"' in source and f'f"{{{name}}}_{{' in source
+    assert parameters(accelerate.utils.load_fsdp_optimizer)[:5] == [
+        "fsdp_plugin",
+        "accelerator",
+        "optimizer",
+        "model",
+        "input_dir",
+    ]
+    saving = inspect.getsource(transformers.Trainer._save_optimizer_and_scheduler)
+    assert saving.index("save_fsdp_model(") < saving.index("save_fsdp_optimizer(")
+
+
+@pytest.mark.seam("accelerate.utils.FullyShardedDataParallelPlugin")
+def test_the_settings_of_fsdp_that_trainers_change_or_refuse():
+    names = {field.name for field in dataclasses.fields(accelerate.FullyShardedDataParallelPlugin)}
+    assert {
+        "mixed_precision_policy",
+        "ignored_modules",
+        "cpu_ram_efficient_loading",
+        "activation_checkpointing",
+    } <= names
+    assert {"cpu_offload", "state_dict_type", "fsdp_version"} <= names
 
 
 def test_importing_compat_warns_of_nothing():
@@ -296,6 +402,43 @@ def test_importing_compat_warns_of_nothing():
         assert compat.require_supported_trl() is None
 
 
+# What modeling/cache_name.py stands on. When PEFT knows the new name of the cache, that module can go.
+
+
+@pytest.mark.seam("peft.peft_model.PeftModelForCausalLM.generate")
+def test_peft_gives_the_base_its_own_preparation_of_inputs():
+    source = inspect.getsource(PeftModelForCausalLM.generate)
+    assert "self.base_model.prepare_inputs_for_generation = self.prepare_inputs_for_generation" in source
+    source = inspect.getsource(PeftModelForCausalLM.prepare_inputs_for_generation)
+    assert "self.base_model_prepare_inputs_for_generation(*args, **kwargs)" in source
+
+
+@pytest.mark.seam("peft.peft_model.PeftModelForCausalLM.prepare_inputs_for_generation")
+def test_peft_knows_the_old_name_of_the_cache_only():
+    methods = [PeftModelForCausalLM.prepare_inputs_for_generation, PeftModelForCausalLM.forward]
+    methods.append(PeftModelForSequenceClassification._prefix_tuning_forward)
+    for method in methods:
+        source = inspect.getsource(method)
+        assert 'kwargs["past_key_values"]' in source or '"past_key_values" in fwd_params' in source
+        assert '"cache"' not in source
+
+
+@pytest.mark.seam("peft.peft_model.PeftModelForSequenceClassification._prefix_tuning_forward")
+def test_peft_looks_for_the_cache_in_the_signature_of_a_classifier():
+    source = inspect.getsource(PeftModelForSequenceClassification._prefix_tuning_forward)
+    assert "inspect.signature(self.base_model.forward)" in source
+
+
+@pytest.mark.seam("transformers.training_args.TrainingArguments.__post_init__")
+def test_a_renamed_option_that_is_set_warns_of_nothing_and_its_old_name_follows(tmp_path):
+    # `compat.resolve_renamed_options` sets the new name first.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = compat.BaseConfig(str(tmp_path), use_cpu=True, activation_checkpointing=False)
+    assert args.activation_checkpointing is args.gradient_checkpointing is False
+
+
+@pytest.mark.seam("transformers.generation.utils.GenerationMixin._sample")
 def test_generation_samples_in_a_method_that_takes_a_full_list_of_processors():
     # ppo.rollout calls it from `custom_generate`, where the list is complete: a recorder must come last.
     assert parameters(transformers.GenerationMixin._sample)[:5] == [

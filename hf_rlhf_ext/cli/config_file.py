@@ -80,7 +80,7 @@ def _expected_of_one(action: "Action", value: Any) -> str | None:
     if action.choices:
         expected = "one of " + ", ".join(map(str, action.choices))
     if isinstance(value, (list, dict)):
-        return expected  # None for options such as `gradient_checkpointing_kwargs`, which argparse treats as text
+        return expected  # None for options such as `activation_checkpointing_kwargs`, which argparse treats as text
     # The same conversion as for a value on the command line.
     converted = value
     if action.type is not None:

@@ -30,7 +30,7 @@ PARTS = {
     "eval_strategy": _strategy("eval"),
     "save_strategy": _strategy("save"),
     "logging_strategy": _strategy("logging"),
-    "gradient_checkpointing": Part("--gradient_checkpointing true", bool, ("gradient_checkpointing_kwargs",)),
+    "activation_checkpointing": Part("--activation_checkpointing true", bool, ("activation_checkpointing_kwargs",)),
     "packing": Part("--packing true", bool, ("packing_strategy",)),
     "members": Part("--members 2 or more", lambda members: members > 1, ("combine", "penalty")),
     "kl_target": Part("--kl_target", bool, ("kl_horizon",)),

@@ -6,8 +6,9 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from ..errors import UserError
 from .config_file import read_config
 from .parsing import LAUNCH_OPTIONS
 from .program import LAUNCHED_WITH
+from .shipped import shipped_accelerate_configs
+
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Environment variable of torchrun: seconds from SIGTERM, which it passes on, to SIGKILL. Its default is 30."""
+SECONDS_TO_SAVE = "600"
+"""Enough for the end of a step and a checkpoint. Processes that have saved end at once."""
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """The number of processes, and an accelerate configuration: a file, or the name of one that TRL ships."""
+    """The number of processes, and an accelerate configuration: a file, or the name of a shipped one."""
 
     num_processes: int | None = None
     accelerate_config: str | None = None
@@ -85,20 +92,22 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> None:
     n_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     words = [*accelerate_words(options, n_devices), "--module", "hf_rlhf_ext", *command]
     os.environ[LAUNCHED_WITH] = shlex.join(options.words())
-    # It warns of each signal that it passes on, and the first process says what is kept.
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, SECONDS_TO_SAVE)
+    # It tells of each signal that it passes on and of each process that fails, and these say more.
     for part in ("agent.server.api", "multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.ERROR)
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
     try:
         with _signals_left_to_the_processes():
             launch_command(launch_command_parser().parse_args(words))
     except SignalException as stop:  # several processes: torchrun has passed it on, and waited for them
         raise SystemExit(128 + stop.sigval) from None
-    except ChildFailedError as error:  # several processes: torchrun has printed which ones failed
-        _, failure = error.get_first_failure()
-        raise SystemExit(shell_status(failure.exitcode)) from None
+    except ChildFailedError as error:  # several processes
+        raise SystemExit(_status_of(error.failures)) from None
     except subprocess.CalledProcessError as error:  # one process
         raise SystemExit(shell_status(error.returncode)) from None
     except (ImportError, ValueError) as error:  # a wrong configuration, or DeepSpeed is missing
+        if options.accelerate_config is not None:
+            check_engine(command[0], read_config(find_accelerate_config(options.accelerate_config)))
         raise UserError(" ".join(str(error).split())) from None
     finally:
         del os.environ[LAUNCHED_WITH]
@@ -130,6 +139,25 @@ def _signals_left_to_the_processes() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _status_of(failures: dict[int, Any]) -> int:
+    """The exit status of several processes of which some have failed. Says which ones the system has killed.
+
+    Args:
+        failures: torchrun's `ProcessFailure` of each of them, by the number of the process.
+    """
+    ended = {number: failure.exitcode for number, failure in failures.items()}
+    # The launcher sends SIGTERM to the others when one has failed.
+    causes = {number: code for number, code in ended.items() if shell_status(code) != 128 + signal.SIGTERM}
+    for number, code in causes.items():
+        if code < 0:
+            memory = ", often as the machine had no memory left" if code == -signal.SIGKILL else ""
+            print(f"error: process {number} was ended by {signal.Signals(-code).name}{memory}", file=sys.stderr)
+    # A process that has said what is wrong has recorded it; one that has lost its partner has not.
+    recorded = [failures[number].exitcode for number in causes if failures[number].error_file != "<N/A>"]
+    codes = recorded or list(causes.values()) or list(ended.values())
+    return shell_status(codes[0])
+
+
 def shell_status(code: int) -> int:
     """The exit status as shells count it: 128 + N for a process that was ended by signal N."""
     return 128 - code if code < 0 else code
@@ -156,7 +184,10 @@ def accelerate_words(options: LaunchOptions, n_devices: int) -> list[str]:
     if options.accelerate_config is not None:
         path = find_accelerate_config(options.accelerate_config)
         config = read_config(path)
-        _check_processes(options, config)
+        if n_processes is None and n_devices and path in shipped_accelerate_configs().values():
+            n_processes = n_devices
+            words += ["--num_processes", str(n_processes)]
+        _check_processes(options, config, n_processes, n_devices)
         words += ["--config_file", str(path)]
         has_port = "main_process_port" in config or config.get("num_machines", 1) != 1
         expected_processes = n_processes or config.get("num_processes", 1)
@@ -177,24 +208,56 @@ def accelerate_words(options: LaunchOptions, n_devices: int) -> list[str]:
     return words
 
 
-def _check_processes(options: LaunchOptions, config: dict[str, Any]) -> None:
-    """Raises for several processes with a configuration for one, which accelerate would use without a warning."""
+def _check_processes(options: LaunchOptions, config: dict[str, Any], n_processes: int | None, n_devices: int) -> None:
+    """Refuses a configuration that starts another number of processes than the options or the machine allow."""
+    # For one process: accelerate would use it without a warning.
     distributed = str(config.get("distributed_type", "NO"))  # YAML reads a bare NO as False
     if distributed in ("NO", "False") and (options.num_processes or 1) > 1:
         raise UserError(
             f"--accelerate_config {options.accelerate_config} runs one process, but --num_processes is "
             f"{options.num_processes}: use one of the two options"
         )
+    expected = int(n_processes or config.get("num_processes", 1))
+    if n_devices and expected > n_devices and config.get("num_machines", 1) == 1 and not config.get("use_cpu"):
+        raise UserError(
+            f"--accelerate_config {options.accelerate_config} starts {expected} processes, and this machine has "
+            f"{n_devices} accelerator(s): add --num_processes {n_devices}"
+        )
+
+
+def check_engine(command: str, config: Mapping[str, Any]) -> None:
+    """Refuses an engine that a command does not support.
+
+    The processes do it too. It is for an engine whose package is missing, so that nobody installs it in vain.
+
+    Args:
+        command: name of the command.
+        config: the configuration of accelerate.
+
+    Raises:
+        UserError: with the engines that are supported.
+    """
+    # Imported here, because they load transformers.
+    from ..ppo.trainer_options import ENGINES as OF_PPO
+    from ..reward.trainer_options import ENGINES as OF_REWARD
+    from ..training.engines import engine_of_config, require_engine
+
+    trainers = {"ppo": ("PPOTrainer", OF_PPO), "reward": ("BradleyTerryTrainer", OF_REWARD)}
+    if command in trainers:
+        trainer, supported = trainers[command]
+        require_engine(trainer, engine_of_config(config), supported)
 
 
 def find_accelerate_config(name: str) -> Path:
-    """The file for `--accelerate_config NAME`: an existing path, otherwise a file that TRL ships."""
+    """The file for `--accelerate_config NAME`: an existing path, otherwise a file of the recipes, otherwise of TRL."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = accelerate_configs()
-    if name not in shipped:
+    ours = shipped_accelerate_configs()
+    of_trl = {known: file for known, file in accelerate_configs().items() if known not in ours}
+    if name not in ours | of_trl:
         raise UserError(
-            f"--accelerate_config: no file {name}: give a path, or a name that TRL ships ({', '.join(shipped)})"
+            f"--accelerate_config: no file {name}: give a path, or one of the names {', '.join(ours)} (TRL has others: "
+            f"{', '.join(of_trl)})"
         )
-    return shipped[name]
+    return (ours | of_trl)[name]

@@ -117,7 +117,7 @@ def overview() -> str:
     lines += [
         "",
         f"{PROGRAM} COMMAND --help shows the options of a command that matter most, --help-all all of them.",
-        "sft, reward and ppo also take --num_processes N and --accelerate_config FILE|NAME (multi_gpu; sft and reward",
-        "also zero2, …), which start several processes.",
+        "sft, reward and ppo also take --num_processes N and --accelerate_config FILE|NAME (ddp, fsdp2; sft and reward",
+        "also zero2, zero3), which start several processes.",
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ SFT: MainOptions = {
         "per_device_train_batch_size": "Rows in a forward pass, on each device.",
         "gradient_accumulation_steps": "Forward passes in an optimizer step.",
         "max_length": "Tokens of prompt and completion; longer rows are cut.",
-        "gradient_checkpointing": "Save memory, and take more time.",
+        "activation_checkpointing": "Save memory, and take more time (default: true).",
     },
     "run": _FOLDER
     | {

@@ -1,7 +1,6 @@
 """Makes the output folder of a recipe, without deleting what a recipe did not make, and prints metrics."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from ..checkpointing import require_writable
 from ..compat import versions
 from ..errors import UserError
+from . import processes
 
 MARKER = "hf_rlhf_ext.json"
 """File in every folder that `prepare_output_dir` made. Only these folders are ever emptied."""
@@ -29,7 +29,7 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool | str | None, ove
         UserError: the folder is not empty and neither option is set, both are set, the folder has no marker, or it
             cannot be made or written.
     """
-    if os.environ.get("RANK", "0") != "0":  # set by torchrun and accelerate
+    if not processes.is_first():
         return
     require_writable(output_dir)
     folder = Path(output_dir)

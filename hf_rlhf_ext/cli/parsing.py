@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, refuse_words
-from . import quiet  # noqa: F401  # hides messages of libraries that are imported later
+from ..compat import RENAMED_OPTIONS
+from ..errors import UserError, first_line, refuse_words
+from . import (
+    processes,
+    quiet,  # noqa: F401  # hides messages of libraries that are imported later
+)
 from .config_file import expected_instead, problem_of_value, read_config, string_to_bool
 from .help import HelpFormatter, help_text, wants_help
 from .program import program_name
@@ -35,52 +39,86 @@ EPILOG = """\
 
 EPILOG_FOR_TRAINING = """
 FILE is a path, or the name of a file that comes with the package, such as qwen2.5-1.5b/ppo.yaml.
-The command `hf-rlhf` also takes --num_processes N and --accelerate_config FILE or NAME (multi_gpu, …), which start
+The command `hf-rlhf` also takes --num_processes N and --accelerate_config FILE or NAME (ddp, fsdp2, …), which start
 several processes with accelerate."""
 
 
 def run_recipe(main: Callable[[], object]) -> None:
     """Runs `main`. A `UserError` is printed in one line on stderr, with exit status 2.
 
-    So is a missing package, with the command that installs it. Ctrl-C and SIGTERM end with exit status 130 and 143, and
-    a line on what is kept. Other errors keep their traceback.
+    So is a missing package, with the command that installs it, and memory that runs out. Ctrl-C and SIGTERM end with
+    exit status 130 and 143, and a line on what is kept. Other errors keep their traceback. Of several processes, those
+    that end because another one has failed say nothing.
     """
     try:
-        with _stdout_of_the_first_process(), _bars_closed_on_errors(), sigterm_as_ctrl_c():
+        with _output_of_the_first_process(), _bars_closed_on_errors(), sigterm_as_ctrl_c():
             main()
     except UserError as error:
-        print(f"{_error_word()}: {error}", file=sys.stderr)
+        processes.say(f"error: {error}")
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         command = install_command(error.name)
         if command is None:  # not a package that this library needs: a bug
             raise
-        print(f"{_error_word()}: {error.name} is not installed: {command}", file=sys.stderr)
+        processes.say(f"error: {error.name} is not installed: {command}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        if _rank() == "0":
+        # The launcher sends SIGTERM to all others when one has failed.
+        if processes.is_first() and not processes.has_another_failed():
             print(line_of(stop), file=sys.stderr)
         raise SystemExit(128 + number_of(stop)) from None  # as shells count
     except BrokenPipeError:  # `hf-rlhf env | head -1`: nobody reads the rest
         # Python flushes stdout when it ends, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE
+    except Exception as error:
+        _explain_in_one_line(error)
+        raise
     finally:
         release_folders()
 
 
-def _rank() -> str:
-    """The number of this process, as torchrun and accelerate set it."""
-    return os.environ.get("RANK", "0")
+def _explain_in_one_line(error: Exception) -> None:
+    """Ends the process with a line for an error whose traceback tells a user nothing; other errors are recorded.
+
+    Raises:
+        SystemExit: in this case.
+    """
+    if is_out_of_memory(error):
+        processes.say(
+            f"error: out of memory ({first_line(error)}): lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps, set activation_checkpointing, or set max_tokens_per_batch."
+        )
+        raise SystemExit(2) from None
+    if processes.is_echo(error):
+        if not processes.has_another_failed():
+            processes.say(f"error: the connection to another process is lost, which has ended ({first_line(error)})")
+        raise SystemExit(1) from None
+    line = f"{type(error).__name__}: {error}"
+    processes.record(line)
+    if processes.is_said_by_first(line):  # with its traceback
+        raise SystemExit(1) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of a device or of the machine has run out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch need not be loaded here
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
-def _stdout_of_the_first_process() -> Iterator[None]:
-    """Lets only the first of several processes print to stdout: the others would print the same."""
-    if _rank() == "0":
+def _output_of_the_first_process() -> Iterator[None]:
+    """Lets only the first of several processes print: the others would print the same."""
+    if processes.is_first():
+        processes.say_if_alone()
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 
@@ -95,12 +133,6 @@ def _bars_closed_on_errors() -> Iterator[None]:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
         raise
-
-
-def _error_word() -> str:
-    """`error`, with the number of the process if it is not the first one."""
-    rank = _rank()
-    return "error" if rank == "0" else f"error (process {rank})"
 
 
 def parse_recipe(
@@ -145,6 +177,7 @@ def parse_recipe(
     if argv and not argv[0].startswith("-"):
         raise UserError(f"unexpected argument `{argv[0]}`{_hint_for_stray(argv[0], parser)}")
     options, config_name = _split_config(argv)
+    options = _with_new_names(options, parser)
     if wants_help(options):  # the help is shown even if the config file has a mistake
         print(help_text(parser, options, main_options), end="")
         raise SystemExit(0)
@@ -183,7 +216,7 @@ def _parser_of(types: list[type], description: str | None, usage: str) -> "Argum
         epilog=_epilog(types),
         formatter_class=HelpFormatter,
     )
-    hidden = [*_names_of(types, "unused_options"), *_names_of(types, "refused_options")]
+    hidden = [*_names_of(types, "unused_options"), *_names_of(types, "refused_options"), *RENAMED_OPTIONS]
     for action in parser._actions:
         # `--use_peft false` is enough, and the help of `--no_use_peft` shows a wrong default.
         if action.dest in hidden or action.option_strings[0] == f"--no_{action.dest}":
@@ -236,6 +269,27 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return options, config_name
 
 
+def _with_new_names(words: Iterable[str], parser: "ArgumentParser") -> list[str]:
+    """The words of the command line with the new names of Transformers' renamed options, of which both are known.
+
+    Where the new name is set, the old one counts for nothing: without this, a config file with the new name would
+    override a command line with the old one.
+    """
+    known = {action.dest for action in parser._actions}
+    renamed: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        old = name.removeprefix("no_")
+        if not word.startswith("--") or RENAMED_OPTIONS.get(old) not in known:
+            renamed.append(word)
+        elif name == old:
+            renamed.append(f"--{RENAMED_OPTIONS[old]}{equals}{value}")
+        else:
+            renamed += [f"--{RENAMED_OPTIONS[old]}", "false"]
+    return renamed
+
+
 def _names_of(types: Iterable[type], attribute: str) -> dict[str, str]:
     """The entries of an attribute such as `renamed_options`, of all dataclasses."""
     names: dict[str, str] = {}
@@ -272,7 +326,8 @@ def _no_effect(option: str, reason: str) -> str:
 def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str], unused: Mapping[str, str]) -> None:
     """Raises for keys and values that TrlParser would accept, or report without naming the file."""
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    for key, value in read_config(path).items():
+    config = read_config(path)
+    for key, value in config.items():
         if key == "env":  # a key of TrlParser: environment variables to set
             continue
         if key in renamed:
@@ -281,6 +336,8 @@ def _check_config(parser: "ArgumentParser", path: str, renamed: Mapping[str, str
             raise UserError(f"{path}: `{key}` belongs on the command line: hf-rlhf ppo --{key} {value} --config {path}")
         if key in unused:
             raise UserError(f"{path}: {_no_effect(key, unused[key])}")
+        if RENAMED_OPTIONS.get(key) in config:
+            raise UserError(f"{path}: `{key}` is the old name of `{RENAMED_OPTIONS[key]}`: keep one of them")
         if key not in actions:
             raise UserError(f"{path}: unknown key `{key}`{did_you_mean(str(key), actions)}")
         expected = expected_instead(actions[key], value)

@@ -6,6 +6,7 @@ when they are imported. It loads none of the libraries itself.
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +14,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ..compat import OLD_NAME_WARNINGS
+from . import processes
+
 _HIDDEN_WARNINGS = (
-    (r"`(is_)?gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning),
+    *OLD_NAME_WARNINGS,
     (r"Could not find a config file in embedded:", UserWarning),
 )
 """Warnings by the beginning of their text, a regular expression, and their category."""
@@ -26,19 +30,25 @@ _HIDDEN_MESSAGES = {
     "datasets.packaged_modules.json.json": "Failed to load JSON from file",
     "datasets.packaged_modules.csv.csv": "Failed to read file",
     "datasets.packaged_modules.parquet.parquet": "Failed to read ",
-    # At a resume: Trainer has replaced shares such as `save_steps: 0.2` by steps. Our own check compares the options.
-    "transformers.trainer_utils": "Warning: The following arguments do not match",
+    "transformers.trainer_utils": (
+        # At a resume: Trainer has replaced shares such as `save_steps: 0.2` by steps. Our own check compares options.
+        "Warning: The following arguments do not match",
+        # In every run: it gives the model's config the special tokens of the tokenizer, as it should.
+        "The tokenizer has new PAD/BOS/EOS tokens",
+        # When old checkpoints are deleted: it then goes by their numbers, which is right.
+        "mtime may not be reliable on this filesystem",
+    ),
     "hf_rlhf_ext.modeling.adapters": "Only this library finds the base of",  # the recipes' last lines say it
 }
-"""Logger and beginning of its message."""
+"""Logger and beginning of its message, or several."""
 
 
 class _HideMessage(logging.Filter):
-    """Hides the messages of one logger that begin with a text, unless `show_everything` is set."""
+    """Hides the messages of one logger that begin with a text, or one of several, unless `show_everything` is set."""
 
     show_everything = False
 
-    def __init__(self, beginning: str):
+    def __init__(self, beginning: str | tuple[str, ...]):
         super().__init__()
         self.beginning = beginning
 
@@ -54,6 +64,20 @@ def _hide_messages() -> None:
 
 
 _hide_messages()
+
+
+def _let_only_the_first_process_warn() -> None:
+    """Of several processes, all would give the same warnings of libraries. Must come before torch is loaded."""
+    if processes.count() == 1:
+        return
+    # Notes for developers, from C++ code: DDP says in each process that its search for unused weights found none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not processes.is_first():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+
+_let_only_the_first_process_warn()
 
 
 def _explain_ctrl_c_in_imports() -> None:

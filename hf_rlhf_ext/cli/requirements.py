@@ -31,7 +31,7 @@ OPTIONAL_PACKAGES = (
         "pip install 'hf-rlhf-ext[collect]'",
         comes_with=("uvicorn", "markdown_it", "nh3", "httpx2"),
     ),
-    OptionalPackage("deepspeed", "--accelerate_config zero2", "pip install deepspeed"),
+    OptionalPackage("deepspeed", "--accelerate_config zero2 and zero3, and --deepspeed", "pip install deepspeed"),
 )
 
 IMPORT_NAMES = {

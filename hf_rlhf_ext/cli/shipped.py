@@ -21,6 +21,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
+def shipped_accelerate_configs() -> dict[str, Path]:
+    """The configurations for `accelerate launch` by their name for `--accelerate_config`, such as `fsdp2`."""
+    return {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
+
+
 def find_config(name: str) -> Path:
     """The file for `--config NAME`: an existing path, otherwise a shipped file.
 

@@ -15,7 +15,7 @@ def trainer_options(model_args: ModelArguments) -> dict[str, Any]:
     """Options of a trainer that follow from the machine and from the precision of the base."""
     options = {
         "report_to": "none",
-        "gradient_checkpointing": model_args.is_quantized,  # costs time; a small model has room without it
+        "activation_checkpointing": model_args.is_quantized,  # costs time; a small model has room without it
         **machine_defaults(),
     }
     if model_args.dtype not in (None, "auto"):

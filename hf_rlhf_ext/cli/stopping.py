@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ..errors import UserError
+from . import processes
 from .output import is_empty, prepare_output_dir, remove
 from .program import typed_command
 
@@ -92,7 +93,7 @@ def stoppable(train: Callable[P, T]) -> Callable[P, T]:
                 run.callback.give_back()
             if run.locked is not None:
                 _locks.pop(run.locked).close()
-        if run.options is not None and _is_first():
+        if run.options is not None and processes.is_first():
             from .run_record import write_record
 
             write_record(run.folder, run.options, finished=True)
@@ -125,21 +126,21 @@ def open_run(
     """
     folder = Path(args.output_dir)
     answer: list[Any] = [None]
-    if _is_first():
+    if processes.is_first():
         try:
             answer = [("checkpoint", _open(recipe, folder, args, options, overwrite=overwrite, has_parts=has_parts))]
         except UserError as error:
-            if _n_processes() == 1:
+            if processes.count() == 1:
                 raise
             answer = [("refused", str(error))]
-    if _n_processes() > 1:
+    if processes.count() > 1:
         _ = args.device  # connects the processes, as the options say
         from accelerate.utils import broadcast_object_list
 
         answer = broadcast_object_list(answer, from_process=0)
     kind, value = answer[0]
     if kind == "refused":
-        if _is_first():
+        if processes.is_first():
             raise UserError(value)
         raise SystemExit(2)  # the first process says why
     if _runs:
@@ -152,7 +153,7 @@ def stopping_callback() -> "StopWithCheckpoint":
     """For the `callbacks` of a trainer: at Ctrl-C or SIGTERM, a checkpoint is saved and training ends."""
     from ..training.stopping import StopWithCheckpoint
 
-    callback = StopWithCheckpoint(say=_say if _is_first() else lambda line: None)
+    callback = StopWithCheckpoint(say=_say if processes.is_first() else lambda line: None)
     if _runs:
         _runs[-1].callback = callback
     return callback
@@ -164,7 +165,7 @@ def forget_checkpoints_of_stops(args: "TrainingArguments") -> None:
 
     folder = Path(args.output_dir)
     record = read_record(folder)
-    if record is None or args.save_strategy != "no" or not _is_first():
+    if record is None or args.save_strategy != "no" or not processes.is_first():
         return
     for name in record.get("stops", []):
         if (folder / name).is_dir():
@@ -298,7 +299,7 @@ def _open(
         refuse_deleting_inputs(folder, options)
     resume = args.resume_from_checkpoint
     is_asked = resume is not None and str(resume).lower() != "false"
-    now = compared_options(recipe, options, _n_processes())
+    now = compared_options(recipe, options, processes.count())
     found = None
     if not (is_asked or overwrite or str(resume).lower() == "false" or is_empty(folder)):
         record = read_record(folder)
@@ -373,13 +374,7 @@ def _lock(folder: Path) -> None:
 
 def _say(line: str) -> None:
     """Prints a line from a signal handler, where `print` may be in the middle of another line."""
+    if processes.has_another_failed():  # the launcher ends this process too, and no checkpoint can be saved
+        raise Interrupted(signal.SIGTERM, "as another process has failed", None)
     with contextlib.suppress(OSError, ValueError):  # nobody reads it: training goes on to its checkpoint anyway
         os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"\n{line}\n".encode())
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _n_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

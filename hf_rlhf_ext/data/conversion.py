@@ -12,15 +12,18 @@ Every dropped row has a reason in the report.
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from .cache import Spool
 from .cells import as_label
-from .json_columns import without_arrow_fill
+from .json_columns import rows_of, without_arrow_fill
 from .schema import Comparison, LoadReport, PreferenceDataError, Row, Unusable, settle, without_missing
 from .templates import template_columns
 
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 Reader = Callable[[Row, int], Comparison | list[Comparison]]
 """Converts a source row, given with its row number."""
 
@@ -85,7 +88,7 @@ def readable_rows(rows: Iterable[Row | str], report: LoadReport) -> Iterator[tup
 
     What Arrow filled into the records of a dataset is removed.
     """
-    for index, row in enumerate(without_arrow_fill(rows)):
+    for index, row in enumerate(rows_of(without_arrow_fill(rows))):
         report.rows_in += 1
         if isinstance(row, str):
             report.drop(row, index)
@@ -195,7 +198,7 @@ def _finish(reading: Reading, source: str, *, valid: bool) -> Converted:
 def _check_encodes(row: Comparison) -> None:
     """Raises `Unusable` for half of a surrogate pair, which JSON can contain but which cannot be stored as text."""
     try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
+        _as_json(row).encode()
     except UnicodeEncodeError as error:
         raise Unusable("contains half of a surrogate pair, which is not valid text") from error
     except RecursionError as error:
@@ -238,10 +241,50 @@ def collect(converted: Iterable[Converted], report: LoadReport) -> list[Comparis
     Raises:
         PreferenceDataError: No usable row is left.
     """
-    parts = list(converted)
-    n_text = sum(part.is_text for part in parts)
-    n_messages = len(parts) - n_text  # if both are equally frequent, messages are kept
-    rows = list(keep_one_kind(parts, report, text=n_text > n_messages))
-    if not rows:
-        raise PreferenceDataError(f"{report.summary()}: no usable row is left: check the source.")
-    return rows
+    return list(Collected(converted, report))
+
+
+class Collected:
+    """The rows with the more frequent kind of prompt, text or messages, which wait on disk.
+
+    Args:
+        converted: The rows, all of which are read at once, unless `is_text` is given.
+        report: Counts the rows when they are iterated for the first time.
+        is_text: Whether all prompts are text, or none, if it is known. Then no row waits, and they are iterated once.
+
+    Attributes:
+        is_text: Whether prompts are text.
+
+    Raises:
+        PreferenceDataError: No row is usable. If `is_text` is given, it is raised when the rows are iterated.
+    """
+
+    def __init__(self, converted: Iterable[Converted], report: LoadReport, *, is_text: bool | None = None):
+        self._report = report
+        self._have_been_counted = False
+        self._counts = {True: 0, False: 0}
+        counted = self._counted(converted)
+        self._parts: Iterable[tuple]
+        if is_text is not None:
+            self._parts = counted
+            self.is_text = is_text
+            return
+        self._parts = Spool(counted)
+        # If both are equally frequent, messages are kept.
+        self.is_text = self._counts[True] > self._counts[False]
+        self._require_any()
+
+    def _require_any(self) -> None:
+        if not any(self._counts.values()):
+            raise PreferenceDataError(f"{self._report.summary()}: no usable row is left: check the source.")
+
+    def _counted(self, converted: Iterable[Converted]) -> Iterator[tuple]:
+        for part in converted:
+            self._counts[part.is_text] += 1
+            yield tuple(part)
+
+    def __iter__(self) -> Iterator[Comparison]:
+        report = LoadReport() if self._have_been_counted else self._report
+        self._have_been_counted = True
+        yield from keep_one_kind(starmap(Converted, self._parts), report, text=self.is_text)
+        self._require_any()

@@ -24,12 +24,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, Json, List, Value
 
 from ..errors import UserError, first_line
-from .json_columns import as_json_column, json_text
+from .cache import RowsFile, in_batches
+from .json_columns import as_json_column, json_text, json_values
+from .storage import TypesOfRows, arrow_table, as_dataset_of, columns_of, usual_type, values_of
 from .templates import TEMPLATE_COLUMNS, template_kwargs, tools_text
 from .text import Messages, is_text, text_key
 
@@ -160,6 +162,8 @@ def _summarize(verb: str, reason: str, rows: list[int]) -> str:
 
 def validate_comparison(row: Row, *, source: str = "", index: int | None = None) -> None:
     """Raises `PreferenceDataError`, in one line, unless `row` is a comparison row (see the module docstring)."""
+    if _is_usual(row):
+        return
     where = source or "comparisons"
     if index is not None:
         where += f" row {index}"
@@ -167,6 +171,36 @@ def validate_comparison(row: Row, *, source: str = "", index: int | None = None)
         _check_comparison(row)
     except _BrokenRow as problem:
         raise PreferenceDataError(f"{where}: {problem}.") from None
+
+
+def _is_usual(row: Row) -> bool:
+    """True for a correct row with one judgment of two completions: nearly all rows, checked in a third of the time.
+
+    False says nothing about a row.
+    """
+    for column in PER_PAIR:
+        values = row.get(column)
+        if values is None and column != "targets":
+            continue
+        if type(values) is not list or len(values) != 1 or type(values[0]) is not float or not math.isfinite(values[0]):
+            return False
+    if not 0 <= row["targets"][0] <= 1 or (row.get("weights") or [1.0])[0] < 0:
+        return False
+    pairs = row.get("pairs")
+    if pairs != [[0, 1]] or not all(type(place) is int for place in pairs[0]):
+        return False
+    if row.get("votes") or not is_list_of(row.get("flags") or [], str):
+        return False
+    labels = [row.get(column) for column in ("category", "source")]
+    if not all(label is None or type(label) is str for label in labels) or type(row.get("row")) not in (
+        int,
+        type(None),
+    ):
+        return False
+    prompt, completions = row.get("prompt"), row.get("completions")
+    if type(completions) is not list or len(completions) != 2 or completions[0] == completions[1]:
+        return False
+    return is_text(prompt) and all(is_text(text) and same_kind(text, prompt) for text in completions)
 
 
 class _BrokenRow(Exception):
@@ -481,15 +515,12 @@ def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) ->
     report = report or LoadReport()
     groups: dict[Any, list[Comparison]] = {}
     for row in rows:
-        # With other tools, or other arguments of the chat template, the question is another one.
-        labels = [str(row.get(column)) for column in ("category", *TEMPLATE_COLUMNS)]
-        key = (text_key(row["prompt"]), *labels)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(prompt_key(row), []).append(row)
 
     grouped = []
     for group in groups.values():
         if len(group) > 1:
-            grouped.append(_merge(group, report))
+            grouped.append(merge_rows(group, report))
         else:
             grouped.append(group[0])  # unchanged, including its weights
     if "duplicated_row" in report.flagged:
@@ -497,7 +528,14 @@ def group_by_prompt(rows: list[Comparison], report: LoadReport | None = None) ->
     return grouped
 
 
-def _merge(group: list[Comparison], report: LoadReport) -> Comparison:
+def prompt_key(row: Comparison) -> tuple[str, ...]:
+    """Returns what is equal in rows that `group_by_prompt` merges."""
+    # With other tools, or other arguments of the chat template, the question is another one.
+    labels = [str(row.get(column)) for column in ("category", *TEMPLATE_COLUMNS)]
+    return text_key(row["prompt"]), *labels
+
+
+def merge_rows(group: list[Comparison], report: LoadReport) -> Comparison:
     """Merges the rows of one prompt into one row."""
     completions = DistinctTexts()
     judgments: Comparison = {}
@@ -567,9 +605,11 @@ def as_dataset(rows: list[Comparison], source: str = "") -> Dataset:
     try:
         return dataset_of(columns)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        where = source or "dataset"
-        names = ", ".join(columns)
-        raise PreferenceDataError(f"{where}: columns {names}: {first_line(error)}.") from error
+        raise _not_stored(columns, source, error) from error
+
+
+def _not_stored(columns: Iterable[str], source: str, error: Exception) -> PreferenceDataError:
+    return PreferenceDataError(f"{source or 'dataset'}: columns {', '.join(columns)}: {first_line(error)}.")
 
 
 def _check_one_kind(rows: list[Comparison], source: str) -> None:
@@ -593,10 +633,8 @@ def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
     names: dict[str, None] = {}
     filled = []
     for row in rows:
-        if "pairs" in row:  # demonstrations have no pairs
-            row = with_defaults(row)
-        filled.append(row)
-        names.update(dict.fromkeys(row))
+        filled.append(_filled(row))
+        names.update(dict.fromkeys(filled[-1]))
 
     columns = {}
     for name in names:
@@ -606,33 +644,92 @@ def _columns(rows: list[Comparison]) -> dict[str, list[Any]]:
     return columns
 
 
+def _filled(row: Row) -> Row:
+    return with_defaults(row) if "pairs" in row else row  # demonstrations have no pairs
+
+
 def dataset_of(columns: dict[str, list[Any]]) -> Dataset:
     """Returns the columns as a dataset: the types of the schema, JSON for records that differ, others inferred.
 
     Raises:
         TypeError, ValueError, OverflowError, RecursionError: A column cannot be stored.
     """
-    stored: dict[str, list[Any]] = {}
-    types: dict[str, Any] = {}
-    inferred: dict[str, list[Any]] = {}
-    for name, values in columns.items():
-        as_json = None
-        if name == "tools":
-            values = list(map(tools_text, values))
-        elif name == "chat_template_kwargs":
-            # TRL's trainers unpack it, so rows without arguments have an empty record.
-            values = [json_text(template_kwargs(value)) for value in values]
-        elif name not in _FIXED_FEATURES:
-            as_json = as_json_column(values)
-        stored[name] = values
-        if as_json is not None:
-            stored[name], types[name] = as_json
-        elif name in _FIXED_FEATURES:
-            types[name] = _FIXED_FEATURES[name]
-        else:
-            inferred[name] = values
-    types |= Dataset.from_dict(inferred, on_mixed_types="use_json").features
-    return Dataset.from_dict(stored, features=Features({name: types[name] for name in stored}))
+    kinds = {name: column_kind(name, values) for name, values in columns.items()}
+    features = Features({name: kind.feature for name, kind in kinds.items()})
+    return as_dataset_of({name: stored_values(name, values, kinds[name]) for name, values in columns.items()}, features)
+
+
+class ColumnKind(NamedTuple):
+    """How a column is stored.
+
+    Attributes:
+        feature: Its type for `datasets`.
+        is_json: Whether each message is JSON text, as messages differ in their fields.
+    """
+
+    feature: Any
+    is_json: bool = False
+
+
+def column_kind(name: str, values: list[Any]) -> ColumnKind:
+    """Returns how a column is stored: as the schema says, as JSON if its records differ, or by the type of its values.
+
+    Raises:
+        TypeError, ValueError, OverflowError, RecursionError: The column cannot be stored.
+    """
+    if name in _FIXED_FEATURES:
+        return ColumnKind(_FIXED_FEATURES[name])
+    feature = usual_type(values)
+    if feature is not None:
+        return ColumnKind(feature)
+    as_json = as_json_column(values)
+    if as_json is not None:
+        return ColumnKind(as_json[1], is_json=True)
+    return ColumnKind(Dataset.from_dict({name: values}, on_mixed_types="use_json").features[name])
+
+
+def stored_values(name: str, values: list[Any], kind: ColumnKind) -> list[Any]:
+    """Returns the values of a column as they are written: tools and records as JSON text.
+
+    Raises:
+        TypeError, ValueError, OverflowError, RecursionError: The column cannot be stored.
+    """
+    if name == "tools":
+        return list(map(tools_text, values))
+    if name == "chat_template_kwargs":
+        # TRL's trainers unpack it, so rows without arguments have an empty record.
+        return [json_text(template_kwargs(value)) for value in values]
+    return json_values(values, kind.feature) if kind.is_json else values
+
+
+def write_rows(rows: Iterable[Comparison], file: RowsFile, source: str = "") -> None:
+    """Writes rows as `as_dataset` stores them, of which only a batch is in memory.
+
+    Args:
+        rows: The rows, which are iterated several times.
+        file: Takes the rows.
+        source: Name of the source, for messages.
+
+    Raises:
+        PreferenceDataError: As `as_dataset`.
+    """
+    types = TypesOfRows(_FIXED_FEATURES)
+    first = None
+    for batch in in_batches(rows, 1000):
+        first = first or batch[0]
+        _check_one_kind([first, *batch], source)
+        types.look_at(list(map(_filled, batch)))
+    try:
+        kinds = {name: ColumnKind(feature) for name, feature in (_FIXED_FEATURES | types.usual()).items()}
+        for name in types.unusual:
+            kinds[name] = column_kind(name, list(values_of(rows, name)))
+        features = Features({name: kinds[name].feature for name in types.names})
+        for batch in in_batches(rows, 1000):
+            columns = columns_of(list(map(_filled, batch)), types.names)
+            stored = {name: stored_values(name, values, kinds[name]) for name, values in columns.items()}
+            file.write(arrow_table(stored, features))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _not_stored(types.names, source, error) from error
 
 
 def with_defaults(row: Comparison) -> Comparison:

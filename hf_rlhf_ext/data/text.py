@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, first_line
 from .media import media_of_message, text_of_parts
-from .message_forms import FoundForm, find_form, shape_of
+from .message_forms import FoundForm, as_given, find_form, shape_of
 
 Messages = list[dict[str, Any]]
+
+_sorted_json = json.JSONEncoder(sort_keys=True, default=str).encode  # `json.dumps` would make an encoder at each call
+_json_string = json.JSONEncoder().encode
+_PLAIN_FIELDS = {"role", "content"}
 
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message with the thoughts before the answer. A chat template renders one of them, or none."""
@@ -62,6 +66,14 @@ def text_key(value: str | Messages) -> str:
     """Returns a key that is equal for two texts (or conversations) that differ only in white space."""
     if isinstance(value, str):
         return " ".join(value.split())
+    if (
+        len(value) == 1
+        and value[0].keys() == _PLAIN_FIELDS
+        and all(isinstance(text, str) for text in value[0].values())
+    ):
+        # What follows, in a third of the time: most conversations are one message.
+        words = " ".join(value[0]["content"].split())
+        return f'[{{"content": {_json_string(words)}, "role": {_json_string(value[0]["role"])}}}]'
     messages = []
     for message in value:
         # Arrow fills missing fields with None, which must not make a difference.
@@ -69,7 +81,7 @@ def text_key(value: str | Messages) -> str:
         words = _content(message).split()
         fields["content"] = " ".join(words)
         messages.append(fields)
-    return json.dumps(messages, sort_keys=True, default=str)
+    return _sorted_json(messages)
 
 
 def plain_text(value: str | Messages) -> str:
@@ -228,7 +240,12 @@ def encode_generation_prompt(tokenizer, prompt: str | Messages, options: Mapping
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Returns the token ids of plain text with the special tokens that start it, and without a stop token."""
-    ids = without_second_start(tokenizer, tokenizer(text)["input_ids"])
+    return as_prompt(tokenizer, tokenizer(text)["input_ids"])
+
+
+def as_prompt(tokenizer, ids: list[int]) -> list[int]:
+    """Returns the token ids of plain text as those of a prompt, of what the tokenizer gives with special tokens."""
+    ids = without_second_start(tokenizer, ids)
     # T5's tokenizer appends a stop token to every text, which a prompt must not have. An encoder's separator is kept.
     has_separator = tokenizer.sep_token_id is not None
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not has_separator:
@@ -261,12 +278,14 @@ def completion_text(
     prompt: str | Messages,
     completion: str | Messages,
     options: Mapping[str, Any] | None = None,
+    before: str | None = None,
 ) -> str:
     """Returns what the policy would write after the prompt, without the final stop token.
 
     For messages, it is exactly what the chat template adds to `render_prompt`: with headers, an empty thought, or
     trimmed, as the template has it. Only a thought in the text of the single message is kept as it is where the
-    template would leave it out, as the one of DeepSeek-R1 does.
+    template would leave it out, as the one of DeepSeek-R1 does. `before` is `render_prompt` of the prompt, if it is
+    known already.
 
     Raises:
         Unrenderable: The template refuses the messages, or leaves out a tool call or a thought.
@@ -276,7 +295,7 @@ def completion_text(
     if isinstance(prompt, str):  # not a conversation, so there is nothing to render
         return plain_text(completion)
     try:
-        return rendered_completion(tokenizer, prompt, completion, options)
+        return rendered_completion(tokenizer, prompt, completion, options, before)
     except _LostThought:
         if len(completion) > 1 or completion[0].get("tool_calls"):
             raise
@@ -288,19 +307,28 @@ def rendered_completion(
     prompt: Messages,
     completion: Messages,
     options: Mapping[str, Any] | None = None,
+    before: str | None = None,
 ) -> str:
     """Returns what the chat template adds to `render_prompt`, without the final stop token.
+
+    `before` is `render_prompt` of the prompt, if it is known already.
 
     Raises:
         Unrenderable: The template refuses the messages, or leaves out a tool call or a thought.
     """
-    before = render_prompt(tokenizer, prompt, options)
+    if before is None:
+        before = render_prompt(tokenizer, prompt, options)
     if _ends_with_separator(tokenizer, before):
         return _text_of_its_own(completion)
     whole = _render(tokenizer, [*prompt, *completion], options)
     if not whole.startswith(before):
         raise Unrenderable("the chat template renders the prompt differently when this completion follows it")
     _check_thoughts(tokenizer, prompt, completion, options)
+    return written_after(tokenizer, before, whole)
+
+
+def written_after(tokenizer, before: str, whole: str) -> str:
+    """Returns what the chat template has written after the prompt, without the final stop token."""
     # Templates write the stop token, and some write a line break after it, which a policy does not generate.
     written = whole.removeprefix(before)
     text, stop, rest = written.rpartition(tokenizer.eos_token)
@@ -353,6 +381,18 @@ def _continuation_ids(tokenizer, prompt: str | Messages, text: str, options: Map
         joined_ids = encode_text(tokenizer, joined)
     else:
         joined_ids = _plain_ids(tokenizer, joined)
+    return rest_of_joined(tokenizer, prompt_ids, joined_ids, text)
+
+
+def rest_of_joined(tokenizer, prompt_ids: list[int], joined_ids: list[int], text: str) -> list[int]:
+    """Returns the token ids of a completion: those after the prompt's, or its own if a token reaches over the border.
+
+    Args:
+        tokenizer: A tokenizer that puts a space before every text.
+        prompt_ids: Token ids of the prompt.
+        joined_ids: Token ids of prompt and completion as one text.
+        text: Text of the completion.
+    """
     if joined_ids[: len(prompt_ids)] == prompt_ids:
         return joined_ids[len(prompt_ids) :]
     for start in ("\n", ".", "0"):  # a text with which the completion shares no token
@@ -405,10 +445,7 @@ def _render(
         how["continue_final_message"] = True
 
     def render(messages: Messages) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(options or {}))
-        except Exception as error:  # a template may raise any error, for example when it adds text to a record
-            raise Unrenderable(f"the chat template refuses the messages ({first_line(error)[:100]})") from error
+        return _apply_template(tokenizer, messages, how, options)
 
     messages = _in_readable_form(tokenizer, messages, render, how | dict(options or {}))
     if not any(message.get("tool_calls") for message in messages):
@@ -419,6 +456,25 @@ def _render(
         if all(mark in render(marked) for mark in marks):
             return render(candidate)
     raise Unrenderable("the chat template does not render tool_calls")
+
+
+def _apply_template(
+    tokenizer, messages: Messages, how: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how, **(options or {}))
+    except Exception as error:  # a template may raise any error, for example when it adds text to a record
+        raise Unrenderable(f"the chat template refuses the messages ({first_line(error)[:100]})") from error
+
+
+def is_rendered_as_given(tokenizer, messages: Messages, *, add_generation_prompt: bool = False) -> bool:
+    """True if the chat template renders the text of each of these messages, in the form in which they are.
+
+    The messages have text only: no tool calls, and nothing but text as their content.
+    """
+    how = {"add_generation_prompt": add_generation_prompt}
+    found = _found_form(tokenizer, messages, lambda marked: _apply_template(tokenizer, marked, how), how)
+    return found.form is as_given and found.lost_role is None
 
 
 _forms: dict[tuple, FoundForm] = {}
@@ -440,16 +496,22 @@ def _in_readable_form(
         media = media_of_message(message) if has_lists else None
         if media is not None:
             raise Unrenderable(f"images, audio and video are not supported, but a message has a part {media!r}")
+    found = _found_form(tokenizer, messages, render, arguments)
+    if found.lost_role is not None:
+        render(found.form(messages))  # for the template's own reason, if it refuses them
+        raise Unrenderable(f"the chat template does not render the text of a message of role {found.lost_role!r}")
+    return found.form(messages)
+
+
+def _found_form(
+    tokenizer, messages: Messages, render: Callable[[Messages], str], arguments: Mapping[str, Any]
+) -> FoundForm:
     key = (*_template_key(tokenizer, arguments), shape_of(messages))
     if key not in _forms:
         if len(_forms) >= _MAX_CACHED:
             _forms.clear()
         _forms[key] = find_form(messages, lambda marked: _rendered_or_none(render, marked))
-    found = _forms[key]
-    if found.lost_role is not None:
-        render(found.form(messages))  # for the template's own reason, if it refuses them
-        raise Unrenderable(f"the chat template does not render the text of a message of role {found.lost_role!r}")
-    return found.form(messages)
+    return _forms[key]
 
 
 def _rendered_or_none(render: Callable[[Messages], str], messages: Messages) -> str | None:
@@ -464,7 +526,7 @@ def _template_key(tokenizer, arguments: Mapping[str, Any]) -> tuple[str, str, st
     return (
         str(tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
-        json.dumps(arguments, sort_keys=True, default=str),
+        _sorted_json(arguments),
     )
 
 

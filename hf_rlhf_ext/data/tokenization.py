@@ -1,12 +1,21 @@
 """Tokenizes comparison rows, and drops or truncates rows that are too long."""
 
-from collections.abc import Collection
+import copy
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from multiprocessing import Pool
 from typing import Any, Literal, get_args
 
-from datasets import Dataset
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
 
 from ..errors import UserError
+from .batch_encoding import BATCH, RowIds, encode_batches, encode_rows
+from .cache import RowsFile, in_batches, kept
+from .json_columns import rows_of
 from .schema import LoadReport, Row
+from .storage import arrow_table, columns_of, list_array, nested_list_array
 from .templates import template_options
 from .text import (
     Unrenderable,
@@ -27,7 +36,16 @@ Overflow = Literal["error", "drop", "truncate_prompt_left", "truncate_completion
 OVERFLOWS: tuple[str, ...] = get_args(Overflow)
 
 CATEGORY_CODE = "category_code"
-TOKENIZED_COLUMNS = ("prompt_ids", "completion_ids", "pairs", "targets", "weights", "margins")
+_NUMBERS = List(Value("float64"))
+_FEATURES = {
+    "prompt_ids": List(Value("int64")),
+    "completion_ids": List(List(Value("int64"))),
+    "pairs": List(List(Value("int64"))),
+    "targets": _NUMBERS,
+    "weights": _NUMBERS,
+    "margins": _NUMBERS,
+}
+TOKENIZED_COLUMNS = tuple(_FEATURES)
 
 
 def tokenize_row(row: Row, tokenizer) -> dict[str, list]:
@@ -131,47 +149,171 @@ def tokenize_comparisons(
         UserError: A row is too long and `overflow` is "error", the chat template cannot render a row and `unrenderable`
             is "error", truncation leaves nothing of a text, or no row is left.
     """
-    name = report.source or "dataset"
-    numbers = list(dataset["row"])
-    # All prompts are either text or messages, so the first one tells which.
-    first_prompt = dataset[0]["prompt"]
-    check_tokenizer(tokenizer, needs_chat_template=not isinstance(first_prompt, str))
-    tokenized = dataset.map(
-        _tokenize_or_say_why_not,
-        fn_kwargs={"tokenizer": tokenizer},
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-    )
-    _flag_two_turns(dataset, numbers, report)
-    if unrenderable == "error":
-        _refuse_unrenderable(tokenized, numbers, name)
-    tokenized, numbers = _without_unusable(tokenized, numbers, report)
-    columns = list(TOKENIZED_COLUMNS)
-    if CATEGORY_CODE in tokenized.column_names:
-        columns.append(CATEGORY_CODE)
-    tokenized = tokenized.select_columns(columns)
-    if max_length is None:
-        return tokenized
+    tokenization = Tokenization(tokenizer, max_length=max_length, overflow=overflow, unrenderable=unrenderable)
+    labels = [CATEGORY_CODE] if CATEGORY_CODE in dataset.column_names else []
 
-    # Only rows that are too long are rewritten: most datasets have few of them.
-    fitted: dict[int, Row | None] = {}
-    opening = start_ids(tokenizer)
-    for k, row in enumerate(tokenized):
-        if longest(row) > max_length:
-            where = f"{name} row {numbers[k]}"
-            fitted[k] = fit_row(row, max_length=max_length, overflow=overflow, where=where, start_ids=opening)
-    if not fitted:
-        return tokenized
-    _count_long_rows(fitted, numbers, report, max_length=max_length, overflow=overflow)
+    def build(file: RowsFile) -> dict[str, Any]:
+        counted = copy.deepcopy(report)  # as it is before, if the disk was full in between
+        columns = {name: dataset.features[name] for name in labels}
+        tokenization.write(rows_of(dataset), file, counted, columns=columns, num_proc=num_proc)
+        return {"report": asdict(counted)}
 
-    def replace(row: Row, k: int) -> Row:
-        return fitted.get(k) or {}
+    prepared = kept(None, build)
+    vars(report).update(prepared.notes["report"])
+    return prepared.rows
 
-    dropped = {k for k, row in fitted.items() if row is None}
-    kept = [k for k in range(len(tokenized)) if k not in dropped]
-    if not kept:
-        raise UserError(f"{report.summary()}: no row is left: raise max_length.")
-    return tokenized.map(replace, with_indices=True).select(kept)
+
+class Tokenization:
+    """Tokenizes comparison rows in batches, and writes those that can be used. See `tokenize_comparisons`."""
+
+    def __init__(self, tokenizer, *, max_length: int | None, overflow: Overflow, unrenderable: Unrenderables):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.overflow: Overflow = overflow
+        self.unrenderable = unrenderable
+        self._start_ids = start_ids(tokenizer)
+
+    def write(
+        self,
+        rows: Iterable[Row],
+        file: RowsFile,
+        report: LoadReport,
+        *,
+        columns: Mapping[str, Any] | None = None,
+        num_proc: int | None = None,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        """Writes the tokenized rows, and counts the others in `report`.
+
+        Args:
+            rows: Comparison rows with their number in the source, `row`.
+            file: Takes the rows.
+            report: The report on the source.
+            columns: Further columns to keep, with their types.
+            num_proc: Number of processes that tokenize; None means this one.
+            advance: Is called with the number of rows of each batch.
+        """
+        name = report.source or "dataset"
+        features = Features(_FEATURES | dict(columns or {}))
+        outcome = _Outcome(self, name)
+        batches = in_batches(rows, BATCH)
+        for batch, encoded in _encode_batches(self.tokenizer, self._checked(batches), num_proc):
+            used = outcome.usable_rows(batch, encoded)
+            if used:
+                file.write(_table(used, features))
+            advance(len(batch))
+        outcome.count_in(report)
+
+    def _checked(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
+        """Checks the tokenizer before it is used. All prompts are of one kind, text or messages."""
+        for number, batch in enumerate(batches):
+            if number == 0:
+                check_tokenizer(self.tokenizer, needs_chat_template=not isinstance(batch[0]["prompt"], str))
+            yield batch
+
+    def fit(self, row: Row, where: str) -> Row | None:
+        return fit_row(row, max_length=self.max_length, overflow=self.overflow, where=where, start_ids=self._start_ids)
+
+
+def _table(rows: list[Row], features: Features) -> pa.Table:
+    columns: dict[str, Any] = columns_of(rows, features)
+    columns["prompt_ids"] = list_array(columns["prompt_ids"])
+    columns["completion_ids"] = nested_list_array(columns["completion_ids"])
+    return arrow_table(columns, features)
+
+
+class _Outcome:
+    """What became of the rows. Problems wait until all rows are tokenized, as the first kind of problem is reported."""
+
+    def __init__(self, tokenization: Tokenization, name: str):
+        self._tokenization = tokenization
+        self._name = name
+        self._n_fitting = 0  # rows that are tokenized, whether or not they are too long
+        self._n_kept = 0
+        self._two_turns: list[int] = []
+        self._unusable: list[tuple[int, str]] = []
+        self._long: list[tuple[int, bool]] = []  # number, and whether the row is kept
+        self._too_long: UserError | None = None  # of the first row that is refused
+
+    def usable_rows(self, rows: list[Row], encoded: list[RowIds | str]) -> list[Row]:
+        """The rows of a batch with their tokens, without those that cannot be used."""
+        usable = []
+        for row, ids in zip(rows, encoded, strict=True):
+            number = row["row"]
+            # The completions are a second turn, as in TRL. A policy would continue the turn of such a prompt instead.
+            if not isinstance(row["prompt"], str) and prefill_of(row["prompt"]) is not None:
+                self._two_turns.append(number)
+            if isinstance(ids, str):
+                self._unusable.append((number, ids))
+            elif len(set(map(tuple, ids.completion_ids))) < len(ids.completion_ids):
+                self._unusable.append((number, _EQUAL))
+            else:
+                self._n_fitting += 1
+                tokens = self._fitted(ids._asdict(), number)
+                if tokens is not None:
+                    usable.append(row | tokens)
+        self._n_kept += len(usable)
+        return usable
+
+    def _fitted(self, tokens: Row, number: int) -> Row | None:
+        limit = self._tokenization.max_length
+        if limit is None or longest(tokens) <= limit:
+            return tokens
+        try:
+            fitted = self._tokenization.fit(tokens, f"{self._name} row {number}")
+        except UserError as error:
+            self._too_long = self._too_long or error
+            return None
+        self._long.append((number, fitted is not None))
+        return fitted
+
+    def count_in(self, report: LoadReport) -> None:
+        """Adds the rows to the report.
+
+        Raises:
+            UserError: A row is refused, or no row is left.
+        """
+        for number in self._two_turns:
+            report.flag("prompt_ends_with_assistant", number)
+        if self._tokenization.unrenderable == "error":
+            for number, problem in self._unusable:
+                if problem != _EQUAL:
+                    raise refused_row(f"{self._name} row {number}", problem)
+        for number, problem in self._unusable:
+            report.drop(problem, number)
+            report.kept -= 1
+        if self._n_fitting == 0:
+            raise UserError(
+                f"{report.summary()}: no row is left: use a tokenizer whose chat template renders these rows."
+            )
+        if self._too_long is not None:
+            raise self._too_long
+        for number, is_kept in self._long:
+            if is_kept:
+                report.flag(self._tokenization.overflow, number)
+            else:
+                report.drop(f"over max_length={self._tokenization.max_length}", number)
+                report.kept -= 1
+        if self._n_kept == 0:
+            raise UserError(f"{report.summary()}: no row is left: raise max_length.")
+
+
+def _encode_batches(
+    tokenizer, batches: Iterable[list[Row]], num_proc: int | None
+) -> Iterator[tuple[list[Row], list[RowIds | str]]]:
+    """Yields each batch with its token ids, in order."""
+    if num_proc is None or num_proc < 2:
+        yield from encode_batches(tokenizer, batches)
+        return
+    with Pool(num_proc) as pool:
+        waiting: deque = deque()
+        for batch in batches:
+            waiting.append((batch, pool.apply_async(encode_rows, (tokenizer, batch))))
+            if len(waiting) > 2 * num_proc:  # not all at once, so that memory does not grow with the rows
+                batch, result = waiting.popleft()
+                yield batch, result.get()
+        for batch, result in waiting:
+            yield batch, result.get()
 
 
 def drop_unrenderable(demonstrations: Dataset, tokenizer, *, source: str) -> tuple[Dataset, LoadReport]:
@@ -202,70 +344,7 @@ def drop_unrenderable(demonstrations: Dataset, tokenizer, *, source: str) -> tup
     return demonstrations if len(kept) == len(demonstrations) else demonstrations.select(kept), report
 
 
-_PROBLEM = "why_not_tokenized"
-"""Column with the reason why a row could not be tokenized, or ""."""
 _EQUAL = "two completions are the same tokens, so there is nothing to compare"
-
-
-def _tokenize_or_say_why_not(row: Row, tokenizer) -> dict[str, Any]:
-    try:
-        ids = tokenize_row(row, tokenizer)
-    except Unrenderable as error:
-        return {"prompt_ids": [], "completion_ids": [], _PROBLEM: error.reason}
-    n_distinct = len(set(map(tuple, ids["completion_ids"])))
-    if n_distinct < len(ids["completion_ids"]):
-        return ids | {_PROBLEM: _EQUAL}
-    return ids | {_PROBLEM: ""}
-
-
-def _flag_two_turns(dataset: Dataset, numbers: list[int], report: LoadReport) -> None:
-    """Flags rows whose prompt ends with a turn of the assistant: the completions are a second turn, as in TRL.
-
-    A policy would continue the turn of such a prompt instead.
-    """
-    for k, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str) and prefill_of(prompt) is not None:
-            report.flag("prompt_ends_with_assistant", numbers[k])
-
-
-def _refuse_unrenderable(tokenized: Dataset, numbers: list[int], name: str) -> None:
-    """Raises `UserError` for the first row that the chat template cannot render."""
-    for k, problem in enumerate(tokenized[_PROBLEM]):
-        if problem and problem != _EQUAL:
-            raise refused_row(f"{name} row {numbers[k]}", problem)
-
-
-def _without_unusable(tokenized: Dataset, numbers: list[int], report: LoadReport) -> tuple[Dataset, list[int]]:
-    """Drops rows that could not be tokenized, with their reasons. Also returns the numbers of the other rows."""
-    kept = []
-    for k, problem in enumerate(tokenized[_PROBLEM]):
-        if problem:
-            report.drop(problem, numbers[k])
-            report.kept -= 1
-        else:
-            kept.append(k)
-    if not kept:
-        raise UserError(f"{report.summary()}: no row is left: use a tokenizer whose chat template renders these rows.")
-    if len(kept) == len(tokenized):
-        return tokenized, numbers
-    return tokenized.select(kept), [numbers[k] for k in kept]
-
-
-def _count_long_rows(
-    fitted: dict[int, Row | None],
-    numbers: list[int],
-    report: LoadReport,
-    *,
-    max_length: int,
-    overflow: Overflow,
-) -> None:
-    """Reports dropped and truncated rows by their row numbers in the source."""
-    for k, row in fitted.items():
-        if row is None:
-            report.drop(f"over max_length={max_length}", numbers[k])
-            report.kept -= 1
-        else:
-            report.flag(overflow, numbers[k])
 
 
 # Alias with the British spelling of earlier versions.

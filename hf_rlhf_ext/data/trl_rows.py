@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 from .cells import is_absent, optional_number
 from .conversations import alike, text_or_messages
-from .conversion import collect, convert, list_columns, read_each, readable_rows, require_rows, with_labels
+from .conversion import Collected, convert, list_columns, read_each, readable_rows, require_rows, with_labels
 from .media import MEDIA_COLUMNS, refuse_media_columns
 from .prompting import SYSTEM_COLUMNS, build_prompt, common_words, put_system_first, system_text, take_off_prompts
 from .schema import (
@@ -57,6 +57,18 @@ def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, Lo
         PreferenceDataError: `dataset` is not a `Dataset`, has no rows, other columns or no usable row, or a comparison
             row violates the schema.
     """
+    report = LoadReport(source=source)
+    return as_dataset(list(collected_comparisons(dataset, report)), source), report
+
+
+def collected_comparisons(dataset: Dataset, report: LoadReport) -> Collected:
+    """Reads the rows as `read_comparisons`, of which the result is not in memory.
+
+    Args:
+        dataset: One split.
+        report: Empty report, which has the name of the source.
+    """
+    source = report.source
     require_rows(dataset, source)
     # Check for comparison rows first: they may have additional columns from their source.
     rows_are_ours = set(REQUIRED) <= set(dataset.column_names)
@@ -64,20 +76,32 @@ def read_comparisons(dataset: Dataset, *, source: str = "") -> tuple[Dataset, Lo
         refuse_media_columns(dataset, where=source or "dataset")
     else:
         _check_columns(dataset, source or "dataset")
+    # A system text needs messages, so with one in any row the prompts of all rows become messages.
+    as_text = not _has_system_text(dataset)
 
     def read(row: Row, index: int) -> Comparison:
         if rows_are_ours:
             return own_row(row, source=source, index=index)
         return with_labels(trl_row(row, as_text=as_text), row)
 
-    # A system text needs messages, so with one in any row the prompts of all rows become messages.
-    system_columns = [column for column in SYSTEM_COLUMNS if column in dataset.column_names]
-    systems = [str(value or "") for column in system_columns for value in dataset[column]]
-    as_text = not any(map(str.strip, systems))
-    report = LoadReport(source=source)
     readings = read_each(readable_rows(dataset, report), read)
-    rows = collect(convert(readings, report, valid=rows_are_ours), report)
-    return as_dataset(rows, source), report
+    converted = convert(readings, report, valid=rows_are_ours)
+    return Collected(converted, report, is_text=_kind_of_prompts(dataset) if rows_are_ours else None)
+
+
+def _kind_of_prompts(dataset: Dataset) -> bool | None:
+    """True if the type of the column says that prompts are text, False if they are messages, None if it does not."""
+    feature = dataset.features["prompt"]
+    if isinstance(feature, Value):
+        return True if feature.dtype == "string" else None
+    return False if isinstance(feature, List) else None
+
+
+def _has_system_text(dataset: Dataset) -> bool:
+    columns = [column for column in SYSTEM_COLUMNS if column in dataset.column_names]
+    if not columns:
+        return False
+    return any(str(row[column] or "").strip() for row in dataset.select_columns(columns) for column in columns)
 
 
 def warn_of_nan_margins(dataset: Dataset, *, source: str) -> None:
@@ -88,7 +112,7 @@ def warn_of_nan_margins(dataset: Dataset, *, source: str) -> None:
     for column in MARGIN_COLUMNS:
         if column not in dataset.column_names:
             continue
-        rows = [row for row, value in enumerate(dataset[column]) if isinstance(value, float) and value != value]
+        rows = _rows_with_nan(dataset, column)
         if rows:
             shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             logger.warning(
@@ -99,6 +123,13 @@ def warn_of_nan_margins(dataset: Dataset, *, source: str) -> None:
                 len(dataset),
                 shown,
             )
+
+
+def _rows_with_nan(dataset: Dataset, column: str) -> list[int]:
+    if dataset.features[column] in (Value("string"), Value("int64")):
+        return []
+    values = (value for batch in dataset.select_columns(column).iter(1000) for value in batch[column])
+    return [row for row, value in enumerate(values) if isinstance(value, float) and value != value]
 
 
 def _check_columns(dataset: Dataset, where: str) -> None:

@@ -28,8 +28,12 @@ LEFT_OUT = (
     "wandb",
     "trackio",
     "merged",
-    "ref",  # reference model of PPO: a copy of the initial adapter
-    "ppo_*",
+    "ref",  # reference model of PPO in checkpoints of earlier versions
+    "ppo_*",  # state, rollout and reference of PPO
+    "global_step*",  # states of DeepSpeed, with the next two
+    "latest",
+    "zero_to_fp32.py",
+    "*.distcp",  # states of FSDP in shards
     "emissions.csv",  # codecarbon's, with the place of the machine
     "heldout.jsonl",  # the user's own rows
     "trained_prompts.txt",  # digests of them
@@ -122,7 +126,7 @@ def _refuse_without_weights(folder: Path) -> NoReturn:
 
 
 def content_digest(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> str:
-    """Returns 16 digits of a SHA-256 over a file, or over a folder's files with these suffixes, except checkpoints."""
+    """Returns 16 digits of a SHA-256 over a file, or over a folder's files with these suffixes, without checkpoints."""
     digest = hashlib.sha256()
     if path.is_file():
         digest.update(path.read_bytes())
@@ -149,8 +153,8 @@ def _is_form(readme: Path, *, also_filled: bool) -> bool:
 
 
 def _is_of_a_checkpoint(name: Path) -> bool:
-    """True for a file in a checkpoint or a hidden folder, which training may still change."""
-    return any(part.startswith(("checkpoint-", ".")) for part in name.parts)
+    """True for a file that is no part of the model: in a checkpoint, of PPO's reference, or in a hidden folder."""
+    return any(part.startswith(("checkpoint-", "ppo_reference", ".")) for part in name.parts)
 
 
 def _is_left_out(name: Path) -> bool:

@@ -36,6 +36,7 @@ from .embeddings import embeddings_to_save, load_embeddings
 from .locations import is_only_known_here
 from .ownership import adapter_state
 from .resizing import was_resized
+from .shards import whole, whole_state
 from .source import requested_revision_of
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def save_adapter(
     *,
     start: str | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes one adapter as an ordinary PEFT folder with safetensors, which `PeftModel.from_pretrained` can load.
 
@@ -140,24 +142,26 @@ def save_adapter(
         start: name of the adapter that an initialization such as PiSSA took out of the base. What is written is then an
             ordinary LoRA of twice the rank for the original base.
         state_dict: the weights of the model by name, where they are gathered from several devices.
+        writes: whether this process writes the files. If the weights are in shards, every process must call this.
     """
+    state = _file_state(model, name, start, state_dict)
+    prompt_encoder = whole_state(model.prompt_encoder[name].state_dict()) if _has_prompt_encoder(model, name) else None
+    if not writes:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = adapter_state(model, name, state_dict)
     config = model.peft_config[name]
     if start is not None and start != name:
-        start_state = adapter_state(model, start, state_dict)
-        state = without_start(state, start_state)
         config = config_without_start(config)
-    resized = was_resized(model, name)
-    state = state | embeddings_to_save(model, name, resized=resized, start=start, state_dict=state_dict)
     tensors = {}
     for key, value in state.items():
         # Cloned, as safetensors does not accept tied tensors, which share storage.
         tensors[key] = value.detach().cpu().clone().contiguous()
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    _save_prompt_encoder(model, name, folder)
+    # What makes the virtual tokens, if that is more than PEFT saves (P-tuning).
+    if prompt_encoder is not None:
+        save_file(prompt_encoder, folder / PROMPT_ENCODER_FILE)
 
     # An adapter that is loaded from the folder starts frozen. The adapter in memory does not change.
     was_inference = config.inference_mode
@@ -170,6 +174,32 @@ def save_adapter(
     config.save_pretrained(str(folder))
     config.inference_mode = was_inference
     _say_how_others_open(folder, config.base_model_name_or_path)
+
+
+def _file_state(
+    model: PeftModel, name: str, start: str | None, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights in the file of one adapter, on their devices. The arguments are those of `save_adapter`."""
+    state = whole_state(adapter_state(model, name, state_dict))
+    if start is not None and start != name:
+        state = without_start(state, whole_state(adapter_state(model, start, state_dict)))
+    resized = was_resized(model, name)
+    return state | embeddings_to_save(model, name, resized=resized, start=start, state_dict=state_dict)
+
+
+def adapter_tensors(model: PeftModel, name: str, *, start: str | None = None) -> dict[str, torch.Tensor]:
+    """All weights that `save_adapter` writes for one adapter, by name and on their devices.
+
+    Args:
+        model: model with adapters.
+        name: name of the adapter.
+        start: as in `save_adapter`.
+    """
+    tensors = _file_state(model, name, start)
+    if _has_prompt_encoder(model, name):
+        for key, value in model.prompt_encoder[name].state_dict().items():
+            tensors[f"prompt_encoder.{key}"] = whole(value)
+    return tensors
 
 
 def _say_how_others_open(folder: Path, base: str) -> None:
@@ -202,7 +232,9 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path, *, sta
     """
     # Loaded on the CPU, and then copied into the existing weights on their device.
     weights = load_peft_weights(str(folder), device="cpu")
-    if start is not None and start != name:
+    if start == name:  # also of another start, the weights would fit, but not the base
+        _check_same_start(model, start, weights, folder)
+    elif start is not None:
         weights, start_weights = split_start(weights)
         _check_same_start(model, start, start_weights, folder)
     load_embeddings(model, weights, name, start=start)
@@ -227,12 +259,6 @@ def load_adapter_weights(model: PeftModel, name: str, folder: str | Path, *, sta
 def _has_prompt_encoder(model: PeftModel, name: str) -> bool:
     """Whether more than the virtual tokens is trained: layers that compute them, or with CPT a change of them."""
     return model.peft_config[name].is_prompt_learning and len(model.prompt_encoder[name].state_dict()) > 1
-
-
-def _save_prompt_encoder(model: PeftModel, name: str, folder: Path) -> None:
-    """Writes what makes the virtual tokens of an adapter, if that is more than PEFT saves (P-tuning)."""
-    if _has_prompt_encoder(model, name):
-        save_file(model.prompt_encoder[name].state_dict(), folder / PROMPT_ENCODER_FILE)
 
 
 def _load_prompt_encoder(model: PeftModel, name: str, folder: str | Path) -> None:

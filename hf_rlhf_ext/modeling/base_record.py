@@ -18,6 +18,7 @@ from .adapter_kinds import base_change
 from .adapters import bare_model
 from .ownership import adapter_prefixes, is_attached, is_below, plain_name
 from .quantization import describe_quantization, quantization_differs, quantization_kind, quantization_record
+from .shards import whole
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _sample(parameter: nn.Parameter) -> dict[str, list]:
     part = parameter.detach()
     while part.ndim > 1:
         part = part[part.shape[0] // 2]
-    return {"shape": list(parameter.shape), "values": part[:_VALUES].float().tolist()}
+    return {"shape": list(parameter.shape), "values": whole(part[:_VALUES]).float().tolist()}
 
 
 def _difference(record: BaseRecord, model: PeftModel, folder: Path, *, tolerance: float) -> str | None:

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .adapter_files import adapter_weights_path
+from .partitions import whole_shape
 from .probing import unchanged_random_state
+from .shards import as_shard, whole
 
 _WRAPPER_INFIXES = ("", ".base_layer", ".original_module", ".token_adapter.base_layer")
 """What PEFT puts between the name of a layer and that of its weight, depending on what wraps the layer."""
@@ -84,7 +86,7 @@ def n_rows(model: PreTrainedModel | PeftModel) -> int:
     weight = None if embedding is None else getattr(plain_layer(embedding), "weight", None)
     if weight is None:
         return base.config.get_text_config().vocab_size
-    return weight.shape[0]
+    return whole_shape(weight)[0]
 
 
 # ---- Saving ----
@@ -137,7 +139,7 @@ def _taken_out(layer: TokenLayer, start: str | None) -> Tensor | None:
     """The part of the weight of a layer that `start` was initialized with, in fp32; `None` for other layers."""
     if start is None or not _is_targeted(layer, start):
         return None
-    return layer.module.get_delta_weight(start).detach().float()
+    return whole(layer.module.get_delta_weight(start).detach()).float()
 
 
 def _is_trained(layer: TokenLayer) -> bool:
@@ -172,7 +174,7 @@ def _gathered(model: PeftModel, parameter: nn.Parameter, state_dict: Mapping[str
         for name, candidate in model.named_parameters():
             if candidate is parameter and name in state_dict:
                 return state_dict[name]
-    return parameter.detach()
+    return whole(parameter.detach())
 
 
 # ---- What the file of an adapter contains ----
@@ -363,9 +365,9 @@ def load_embeddings(model: PeftModel, weights: dict[str, Tensor], adapter: str, 
             if taken_out is not None and name == "weight":
                 tensor = tensor.to(parameter.device).float() - taken_out
                 rounding = torch.finfo(parameter.dtype).eps
-                if torch.allclose(parameter.float(), tensor, rtol=4 * rounding, atol=4 * rounding):
+                if torch.allclose(whole(parameter).float(), tensor, rtol=4 * rounding, atol=4 * rounding):
                     continue  # it is this weight, which the subtraction has rounded
-            parameter.copy_(tensor)
+            parameter.copy_(as_shard(tensor, parameter))
     for key in saved.keys:
         del weights[key]
 

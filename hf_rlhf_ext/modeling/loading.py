@@ -28,6 +28,7 @@ from ..errors import UserError, last_line
 from .adapter_files import adapter_weight_names, refuse_lost_modules, refuse_lost_weights
 from .adapter_kinds import refuse_lost_start, task_name
 from .base_record import warn_of_other_precision
+from .cache_name import accept_old_cache_name
 from .checkpoint_files import is_head, load_complete
 from .embeddings import restore_embeddings
 from .families import check_config
@@ -36,6 +37,7 @@ from .locations import EMBEDDED_MODEL, resolve_location
 from .lookup import adapter_base as adapter_base  # kept here for its callers
 from .lookup import base_and_revision, found_or_refused, tokenizer_source
 from .ownership import refuse_adapted_base
+from .partitions import loaded_whole
 from .quantization import (
     as_quantization_config,
     as_record,
@@ -185,7 +187,7 @@ def load_base_model(
     }
     requested = _requested_quantization(load_in_4bit, quantization_config, task)
     path, location = resolve_location(model_name_or_path, revision)
-    with found_or_refused("model_name_or_path", model_name_or_path):
+    with found_or_refused("model_name_or_path", model_name_or_path), loaded_whole():
         check_config(path, name=model_name_or_path, task=task, trust_remote_code=trust_remote_code, **location)
         if requested is not None and not _is_quantized_already(path, location, model_name_or_path, requested):
             options["quantization_config"] = requested
@@ -418,6 +420,7 @@ def attach_adapter(base: PreTrainedModel, folder_or_repo: str | Path, **options:
             f"{folder_or_repo}: this adapter does not fit the base model {base.name_or_path}: {last_line(error)}."
         ) from error
     refuse_lost_weights(folder_or_repo, model, model.active_adapter, weights)
+    accept_old_cache_name(model, None)
     return model
 
 

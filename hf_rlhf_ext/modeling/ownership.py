@@ -27,7 +27,8 @@ def plain_name(name: str) -> str:
 
 def is_of_peft(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's own classes, not one of the base model."""
-    return type(module).__module__.partition(".")[0] == "peft"
+    # FSDP2 gives the modules that it shards a class of its own, derived from theirs.
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def adapter_prefixes(model: PeftModel, adapter: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .cache_name import virtual_tokens_in_generate
 from .probing import unchanged_random_state
 from .quantization import each_token_alone
 
@@ -71,7 +72,7 @@ def _next_token_probabilities(model: nn.Module, padding: list[int], ids: list[in
     # The logits of the model itself, before processors such as the one that forces the last token to end the text.
     config.output_logits = True
     config.return_dict_in_generate = True
-    with unchanged_random_state(device), each_token_alone(model):
+    with unchanged_random_state(device), each_token_alone(model), virtual_tokens_in_generate(model):
         output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     return output.logits[0][0].float().softmax(-1)
 

@@ -119,7 +119,7 @@ def _attention_mask(model: nn.Module, batch: dict[str, Tensor], window: int | No
         return allowed
     # Eager attention adds its mask, so that a bool mask would hide nothing.
     dtype = base.dtype
-    if torch.is_autocast_enabled():
+    if torch.is_autocast_enabled(segments.device.type):
         dtype = torch.get_autocast_dtype(segments.device.type)
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 

@@ -48,7 +48,8 @@ def unchanged_random_state(device: torch.device) -> Iterator[None]:
     Args:
         device: device of the model.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         yield
 
 

@@ -300,6 +300,11 @@ class AdapterStack:
                 states[role] = group_hidden
         return states
 
+    @property
+    def heads(self) -> list[ScalarHead]:
+        """The scalar heads of all roles."""
+        return [role.head for role in self.roles.values() if role.head is not None]
+
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters of a role: those of its adapter or model, and of its head."""
         wanted = self.roles[role]
@@ -325,20 +330,23 @@ class AdapterStack:
                 parameters[name] = parameter
         return parameters
 
-    def save(self, role: str, folder: str | Path) -> None:
+    def save(self, role: str, folder: str | Path, *, writes: bool = True) -> None:
         """Writes a role as an ordinary PEFT or model folder, and its head as `<role>_head.safetensors`.
 
         Args:
             role: name of the role.
             folder: folder to write; it is created if missing.
+            writes: whether this process writes the files. If adapters are in shards, every process must call this.
         """
         saved = self.roles[role]
         folder = Path(folder)
+        if saved.adapter is not None:
+            save_adapter(self.model, saved.adapter, folder, start=self.start, writes=writes)
+        if not writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if saved.model is not None:
             saved.model.save_pretrained(folder)
-        elif saved.adapter is not None:
-            save_adapter(self.model, saved.adapter, folder, start=self.start)
         if saved.head is not None:
             save_file(saved.head.state_dict(), folder / f"{role}_head.safetensors")
 

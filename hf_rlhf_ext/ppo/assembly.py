@@ -39,9 +39,10 @@ from ..modeling.vocabulary import check_special_tokens
 from ..reward.scorer import RewardScorer, local_folder
 from ..reward.sharing import shareable_adapter
 from ..training.activation_checkpointing import with_possible_checkpointing
+from ..training.placement import move_before_probes
 from .adapter_setup import check_adapter, refuse_trained_base, refuse_unrepeatable, stack_with_new_adapter
 from .config import PPOConfig
-from .guards import check_setup
+from .guards import check_setup, check_sharded_roles
 from .policy_check import check_generates
 from .prompts import Prompts, warn_of_other_form, warn_of_other_sampling, with_max_steps
 from .ptx import PTXTexts
@@ -116,6 +117,7 @@ def prepare_inputs(
     for name, part in named_sets(eval_dataset).items():
         Prompts(part, tokenizer, args, split="eval", name=name, **limits)
     ptx_texts = PTXTexts(ptx_dataset, tokenizer, args, **limits)
+    move_before_probes(model, args)
     check_output_head(model, prompts.first)
     check_causal(model, prompts.first)
     check_generates(model, prompts.first)
@@ -186,6 +188,8 @@ def assemble_roles(
     Returns:
         The roles, the reward functions of training, and those of evaluation (`None` without any).
     """
+    has_adapter = peft_config is not None or isinstance(model, PeftModel)
+    check_sharded_roles(args, has_adapter=has_adapter, has_value_model=value_model is not None)
     stack = build_stack(model, peft_config)
     loading = {
         "share": lambda folder: shared_reward(stack, folder),
@@ -317,7 +321,7 @@ def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None) -> 
 
 
 def _attach_adapter_critic(stack: AdapterStack) -> None:
-    head = _head_for(stack.model)
+    head = _head_for(stack.model).to(next(stack.model.parameters()).device)
     source = "policy"
     reward = stack.roles.get("reward")
     if reward is not None:
@@ -373,11 +377,11 @@ def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: fl
 
 
 def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
-    """Turns on gradient checkpointing for a critic that is a separate model, which `Trainer` may not reach."""
+    """Turns on activation checkpointing for a critic that is a separate model, which `Trainer` may not reach."""
     critic = stack.roles["value"].model
-    if critic is None or not with_possible_checkpointing(args, critic, None).gradient_checkpointing:
+    if critic is None or not with_possible_checkpointing(args, critic, None).activation_checkpointing:
         return
-    options = dict(args.gradient_checkpointing_kwargs or {})
+    options = dict(args.activation_checkpointing_kwargs or {})
     # Transformers takes these two as separate arguments.
     which = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     enable = getattr(critic, "activation_checkpointing_enable", None) or critic.gradient_checkpointing_enable

@@ -10,6 +10,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .reference_file import needed_reference, remove_references
+
 
 def checkpoint_name(step: int) -> str:
     """Name of the checkpoint folder of a step."""
@@ -38,14 +40,19 @@ def without_rotation(args: TrainingArguments) -> Iterator[None]:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str | None]) -> None:
-    """Removes the oldest checkpoints until `limit` are left, except those whose names are in `keep`."""
+    """Removes the oldest checkpoints until `limit` are left, except those whose names are in `keep`.
+
+    A reference that only removed checkpoints need is removed too.
+    """
     if limit is None or limit <= 0:
         return
     folders = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
     removable = [folder for folder in folders if folder.name not in keep]
     excess = max(0, len(folders) - limit)
+    references = {needed_reference(folder) for folder in removable[:excess]}
     for folder in removable[:excess]:
         shutil.rmtree(folder, ignore_errors=True)
+    remove_references(output_dir, references)
 
 
 def register_callbacks(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> None:

@@ -8,10 +8,11 @@ from ..compat import BaseConfig
 from ..data.tokenization import UNRENDERABLES
 from ..errors import UserError, renamed_options
 from ..training.config_checks import checked_options
+from ..training.engines import refuse_loading_in_one_process
 from ..training.option_values import check_ranges
 from .generation_options import check_generation_kwargs
 from .kl import KL_ESTIMATORS
-from .trainer_options import REFUSED_OPTIONS, UNUSED_OPTIONS, check_ppo_options
+from .trainer_options import ENGINES, REFUSED_OPTIONS, UNUSED_OPTIONS, check_ppo_options
 
 CHOICES = {
     "critic": ("adapter", "head", "model"),
@@ -412,8 +413,11 @@ class PPOConfig(BaseConfig):
     _VALID_DICT_FIELDS = [*BaseConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     def __post_init__(self):
-        with checked_options(self, best_metric="objective/scores", remedies=_LIMITS):
+        with checked_options(
+            self, trainer="PPOTrainer", engines=ENGINES, best_metric="objective/scores", remedies=_LIMITS
+        ):
             super().__post_init__()
+            refuse_loading_in_one_process(self)
         check_ranges(self, at_least_1=_AT_LEAST_1, not_negative=_NOT_NEGATIVE, fractions=_FRACTIONS, positive=_POSITIVE)
         self._check_choices()
         self._read_stop_tokens()

@@ -17,12 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model, merged_adapter, mixed_precision
+from ..modeling.cache_name import virtual_tokens_in_generate
 from ..modeling.logprobs import contiguous_head_inputs
 from ..modeling.padding import reads_left_padding
-from ..modeling.probing import evaluating
+from ..modeling.probing import evaluating, unchanged_random_state
 from ..training.bars import Advance, progress_bar
+from ..training.leaving import check
 from .config import PPOConfig
 from .generation_options import check_generation_kwargs, check_ids_in_vocabulary
+from .sharding import Whole
 from .stopping import StopAtStrings, StopStrings, cut_at_stop
 
 logger = logging.getLogger(__name__)
@@ -160,6 +163,7 @@ class TransformersEngine:
         self.merge = merge
         self.autocast = autocast
         self.policy: nn.Module | None = None
+        self.sharding = Whole()  # a trainer replaces it
         self._reads_padding: bool | None = None  # of this policy; `None` until the first batch that needs padding
 
     def sync(self, policy: nn.Module) -> None:
@@ -191,7 +195,9 @@ class TransformersEngine:
         batch_size = sampling.batch_size or len(prompts)
         with (
             evaluating(self.policy),  # eval mode: no gradient checkpointing, no dropout, and the KV cache works
+            self.sharding.inference(),  # before and after merging, which changes the weights of the base
             merged_adapter(self.policy, enabled=self.merge),
+            self.sharding.inference(),
             mixed_precision(self.policy, self.autocast),
         ):
             return self._generate(prompts, self._batches(prompts, batch_size, config), config, sampling.string_stops)
@@ -209,16 +215,38 @@ class TransformersEngine:
         device = next(self.policy.parameters()).device
         n_tokens = sum(len(rows) for rows in batches) * config.max_new_tokens
         with progress_bar(f"sampling {len(prompts)} completions", n_tokens) as advance:
-            for rows in batches:
+            for rows, counts in self.sharding.in_step(batches):
+                own_prompts = [prompts[row] for row in rows]
+                if not counts:  # another process has more batches
+                    with unchanged_random_state(device):
+                        self._sample_batch(own_prompts, config, device, stop_strings)
+                    continue
                 counter = _TokenCounter(len(rows), config.max_new_tokens, advance)
-                completions, drawn = generate_completions(
-                    self.policy, [prompts[row] for row in rows], config, device, stop_strings, on_token=counter.count
-                )
+                completions, drawn = self._sample_batch(own_prompts, config, device, stop_strings, counter.count)
                 counter.finish()
                 for row, completion, row_logprobs in zip(rows, completions, drawn, strict=True):
                     ids[row] = completion
                     logprobs[row] = row_logprobs
         return Samples(ids, logprobs)
+
+    def _sample_batch(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        device: torch.device,
+        stop_strings: StopStrings | None,
+        on_token: Callable[[], None] | None = None,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Samples one completion per prompt; see `generate_completions`."""
+        return generate_completions(
+            self.policy,
+            prompts,
+            config,
+            device,
+            stop_strings,
+            on_token=on_token,
+            synced=self.sharding.is_sharded,
+        )
 
     def _batches(self, prompts: list[list[int]], batch_size: int, config: GenerationConfig) -> list[list[int]]:
         """The rows of each batch: of equal length if the policy reads padding, else of similar length."""
@@ -226,7 +254,9 @@ class TransformersEngine:
         order = list(range(len(prompts)))
         if batch_size < len(prompts):
             order.sort(key=lambda row: -lengths[row])  # prompts of similar length per batch: less padding
-        if len(set(lengths)) == 1 or not self._must_not_pad(prompts, config):
+        # The test is a forward pass, in which all processes take part that must.
+        is_padded = self.sharding.most(len(set(lengths))) > 1
+        if not is_padded or not self._must_not_pad(prompts, config):
             return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
         order.sort(key=lambda row: -lengths[row])
@@ -243,13 +273,14 @@ class TransformersEngine:
         if self._reads_padding is None:
             # The model's own config could force the first token, as that of BART forces the last one.
             with generation_config_of(self.policy, config):
-                self._reads_padding = reads_left_padding(
+                reads_padding = reads_left_padding(
                     self.policy,
                     min(prompts, key=len),
                     config,
                     width=max(len(ids) for ids in prompts),
                     dtype=self.autocast or next(self.policy.parameters()).dtype,
                 )
+            self._reads_padding = bool(self.sharding.most(reads_padding))
             if self._reads_padding:
                 logger.warning(
                     "%s reads the padding of shorter prompts: completions are sampled in batches of prompts of equal "
@@ -268,7 +299,8 @@ class _TokenCounter:
         self.advance = advance
 
     def count(self) -> None:
-        """Counts a token of each completion."""
+        """Counts a token of each completion. After a signal, the rollout ends here."""
+        check()
         if self.left > 0:
             self.left -= 1
             self.advance(self.n_completions)
@@ -420,6 +452,7 @@ def generate_completions(
     stop_strings: StopStrings | None = None,
     streamer: BaseStreamer | None = None,
     on_token: Callable[[], None] | None = None,
+    synced: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Samples one completion per prompt with `model.generate`.
 
@@ -434,6 +467,7 @@ def generate_completions(
         stop_strings: strings that end a completion; `None` for none.
         streamer: gets each token as it is sampled, as in Transformers, but never the prompt; for a single prompt.
         on_token: called at each step, in which every completion gets a token, for a progress bar.
+        synced: whether all processes run equally many steps, as each needs the shards of the others.
 
     Returns:
         The token ids of each completion, and the log-probability of each of these tokens in nats, under the
@@ -453,11 +487,17 @@ def generate_completions(
         # last.
         logits_processor.append(recorder)
         return model._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer=streamer,
+            synced_gpus=synced,  # `generate` itself drops it for a function such as this one
+            **kwargs,
         )
 
     # `generate` fills the unset fields of the config that it gets from the model's generation config.
-    with generation_config_of(model, config), contiguous_head_inputs(model):
+    with generation_config_of(model, config), contiguous_head_inputs(model), virtual_tokens_in_generate(model):
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),

@@ -13,6 +13,7 @@ from ..modeling.probing import unchanged_random_state
 from ..reward.ensemble import RewardEnsemble
 from ..reward.scorer import RewardScorer
 from ..training.bars import progress_bar
+from ..training.leaving import agree_to_leave, check, may_be_left
 from .config import PPOConfig
 from .experience import SamplingTools
 from .kl import kl_k1, kl_k3
@@ -96,6 +97,9 @@ class Evaluator:
 
         Returns:
             The completions of all processes, in the order of the prompts.
+
+        Raises:
+            PartLeft: if a signal asks training to stop.
         """
         device = self.ranks.device
         rows: list[EvaluatedCompletion] = []
@@ -105,11 +109,19 @@ class Evaluator:
             torch.manual_seed((self.args.seed if seed is None else seed) + self.ranks.index)
             size = self.args.per_device_eval_batch_size
             starts = range(0, len(own), size)
-            with progress_bar("evaluation", len(starts)) as advance:
+            sharding = self.tools.roles.sharding
+            missing = sharding.most(len(starts)) - len(starts)
+            # With shards, the other processes would wait for one that leaves alone, or that has fewer batches.
+            may_leave = may_be_left("evaluation", when=not sharding.is_sharded)
+            with may_leave, sharding.inference(), progress_bar("evaluation", len(starts)) as advance:
                 for start in starts:
                     examples, prompt_ids = prompts.rows(own[start : start + size])
                     rows += self._evaluate_batch(examples, prompt_ids, trainer_state)
                     advance(1)
+                    check()
+                for _ in range(missing):
+                    self._join_batch(prompts.rows(range(1))[1])
+            agree_to_leave()
         return self.ranks.concatenate(rows)
 
     def _evaluate_batch(
@@ -141,6 +153,14 @@ class Evaluator:
             )
             rows.append(row)
         return rows
+
+    def _join_batch(self, prompt_ids: list[list[int]]) -> None:
+        """Takes part in the passes of a batch that other processes evaluate. No function of the user is called."""
+        completion_ids = self.tools.sample(prompt_ids).ids
+        for rewards in (self.rewards, self.eval_rewards):
+            for scorer in rewards.scorers_on(self.tools.roles.policy) if rewards is not None else ():
+                scorer.score_ids([])
+        self.tools.roles.score(self.tools.pack(prompt_ids, completion_ids), reference=True)
 
     def _judge(
         self,

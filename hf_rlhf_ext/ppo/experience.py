@@ -1,5 +1,6 @@
 """Makes rollouts: samples completions, scores them, and computes advantages."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -8,14 +9,15 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..data.text import decode_completion
 from ..modeling.embeddings import n_rows
+from ..training.leaving import agree_to_leave, at_once, check, may_be_left
 from .advantages import explained_variance, generalized_advantages, token_rewards, whiten
 from .config import PPOConfig
-from .engine import RolloutEngine, Samples, Sampling
+from .engine import RolloutEngine, Samples, Sampling, TransformersEngine
 from .engine_check import check_engine, checked_samples
 from .kl import KL_ESTIMATORS, kl_k1, kl_k3
 from .losses import importance_weights, masked_mean
 from .meter import metric_logger
-from .prompts import Prompts, prompt_indices
+from .prompts import Prompts, rows_from
 from .ranks import Ranks
 from .rewards import RewardFunctions, extra_columns, score_completions
 from .roles import Roles
@@ -98,7 +100,9 @@ class SamplingTools:
         Raises:
             UserError: if the engine returns something that is not usable, see `checked_samples`.
         """
-        samples = self.engine.generate(prompt_ids, self.sampling)
+        # An engine of the user may take minutes in one call. Ours leaves the rollout itself, between two tokens.
+        with nullcontext() if isinstance(self.engine, TransformersEngine) else at_once():
+            samples = self.engine.generate(prompt_ids, self.sampling)
         token_rows = n_rows(self.roles.policy)
         return checked_samples(samples, prompt_ids, self.sampling, token_rows=token_rows, engine=self.engine)
 
@@ -133,14 +137,14 @@ class ExperienceMaker:
         return self.args.kl_coef > 0 or self.args.max_kl is not None
 
     @torch.no_grad()
-    def make(self, index: int, kl_coef: float, moments: RunningMoments, trainer_state: TrainerState) -> Rollout:
+    def make(self, first_prompt: int, kl_coef: float, moments: RunningMoments, trainer_state: TrainerState) -> Rollout:
         """Samples completions, scores them, and computes everything that the passes over the rollout need.
 
         With several processes, each process samples its share and all processes then hold the whole rollout. Whitening
         and mini-batches are therefore the same as on one process with the same number of completions.
 
         Args:
-            index: number of the rollout, which determines its prompts.
+            first_prompt: position of its first prompt, see `stretch.Stretch`.
             kl_coef: current KL coefficient β, reward per nat.
             moments: running moments of the scores of earlier rollouts.
             trainer_state: state of the trainer, which reward functions get.
@@ -150,10 +154,15 @@ class ExperienceMaker:
 
         Raises:
             UserError: see `RewardFunctions.score`.
+            PartLeft: if a signal asks training to stop.
         """
         args = self.args
         # 0. Sample this process's share of the completions, then gather those of all processes.
-        own, judged = self._sample(index, trainer_state)
+        sharding = self.tools.roles.sharding
+        # With shards, the other processes would wait for one that leaves alone.
+        with may_be_left("rollout", when=not sharding.is_sharded), sharding.inference():
+            own, judged = self._sample(first_prompt, trainer_state)
+        agree_to_leave()
         sampled = own.over_all(self.ranks, self.tools.tokenizer.pad_token_id)
         mask = sampled.mask
         lengths = sampled.completion_lengths
@@ -172,7 +181,7 @@ class ExperienceMaker:
         )
         if args.whiten_advantages:
             advantages = whiten(advantages, mask)
-        metrics = self._metrics(index, kl_coef, sampled, shaped, kl, returns)
+        metrics = self._metrics(first_prompt, kl_coef, sampled, shaped, kl, returns)
         weights = None
         if args.importance_sampling_correction:
             weights = importance_weights(
@@ -196,12 +205,12 @@ class ExperienceMaker:
             sampled_logprobs=sampled.sampled_logprobs,
         )
 
-    def _sample(self, index: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
+    def _sample(self, first_prompt: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
         """The completions of this process, with their scores and what each role computes for their tokens."""
         ranks = self.ranks
         size = self.args.rollout_size * ranks.count
-        rows = prompt_indices(
-            index,
+        rows = rows_from(
+            first_prompt,
             size,
             len(self.prompts),
             self.args.prompt_seed,
@@ -225,6 +234,7 @@ class ExperienceMaker:
             log_metric=metric_logger(lambda name, value: logged.append((name, value)), self.rewards.names),
             log_extra=log_extra,
         ).to(ranks.device)
+        check()
 
         sequences = self.tools.pack(prompt_ids, samples.ids)
         scored = self.tools.roles.score(sequences, reference=self.needs_reference)
@@ -289,7 +299,7 @@ class ExperienceMaker:
         return self.ranks.gather(orders)[0]
 
     def _metrics(
-        self, index: int, kl_coef: float, sampled: _Sampled, shaped: ShapedScores, kl: Tensor, returns: Tensor
+        self, first_prompt: int, kl_coef: float, sampled: _Sampled, shaped: ShapedScores, kl: Tensor, returns: Tensor
     ) -> dict[str, float | Tensor]:
         """The metrics of a rollout. Names are those of TRL's last PPO trainer; `metrics.names` has their units."""
         mask = sampled.mask
@@ -310,7 +320,7 @@ class ExperienceMaker:
             "completions/mean_length": lengths.float().mean(),
             "completions/stopped_frac": sampled.stopped.float().mean(),
             "sampling/logprob_mismatch": masked_mean(sampled.sampled_logprobs - sampled.logprobs, mask),
-            "episode": (index + 1) * n,
+            "episode": first_prompt + n,
         }
         if sampled.ref_logprobs is not None:
             metrics["objective/kl"] = masked_mean(kl_k1(sampled.logprobs, sampled.ref_logprobs), mask, n)

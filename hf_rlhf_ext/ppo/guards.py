@@ -1,6 +1,5 @@
 """Guards, which stop a PPO run before it diverges. A guard returns a verdict, and the trainer acts on it."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..training.engines import Engine, asked_engine, require_engine
 from .config import PPOConfig
+from .trainer_options import ENGINES
 
 MAX_ROLLBACKS = 3
 
@@ -153,13 +154,6 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _is_sharded(args: PPOConfig) -> bool:
-    """Whether DeepSpeed or FSDP is on: by an option, or by an environment variable that `accelerate launch` sets."""
-    by_option = args.deepspeed or args.fsdp or getattr(args, "deepspeed_plugin", None)
-    by_accelerate = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("DEEPSPEED", "FSDP")]
-    return bool(by_option) or "true" in [value.lower() for value in by_accelerate]
-
-
 def check_setup(args: PPOConfig) -> None:
     """Refuses setups that PPO does not support.
 
@@ -167,19 +161,16 @@ def check_setup(args: PPOConfig) -> None:
         args: options of the run.
 
     Raises:
-        UserError: for several devices in one process, for DeepSpeed and FSDP, and for a `kl_horizon` that is too small
-            for the size of a rollout.
+        UserError: for several devices in one process, for an engine that PPO does not support, and for a `kl_horizon`
+            that is too small for the size of a rollout.
     """
     if args.n_gpu > 1:
         raise UserError(
             "PPOTrainer uses one device per process: start it with `accelerate launch`, or hide all but one with "
             "CUDA_VISIBLE_DEVICES."
         )
-    if _is_sharded(args):
-        raise UserError(
-            "PPOTrainer supports plain data parallelism only: leave deepspeed and fsdp out (--accelerate_config "
-            "multi_gpu)."
-        )
+    # Once more: the user may have made an `Accelerator` since.
+    require_engine("PPOTrainer", asked_engine(args), ENGINES)
     if args.kl_target is None or args.kl_horizon is None:
         return
     completions = args.rollout_size * args.world_size
@@ -187,4 +178,31 @@ def check_setup(args: PPOConfig) -> None:
         raise UserError(
             f"kl_horizon={args.kl_horizon} is a fifth or less of a rollout's {completions} completions: kl_coef could "
             "become zero or negative; set it to several rollouts, or leave it out."
+        )
+
+
+def check_sharded_roles(args: PPOConfig, *, has_adapter: bool, has_value_model: bool) -> None:
+    """Refuses roles that cannot share the shards of one model.
+
+    FSDP2 shards the base, and policy, reference and critic are adapters and heads on it.
+
+    Args:
+        args: options of the run.
+        has_adapter: whether the policy is an adapter.
+        has_value_model: whether a model was given for the critic.
+
+    Raises:
+        UserError: for a whole policy and for `critic="model"`, under FSDP2.
+    """
+    if asked_engine(args) is not Engine.FSDP2:
+        return
+    if not has_adapter:
+        raise UserError(
+            "fsdp2: PPOTrainer supports it for adapters only, not for a whole model: pass peft_config (--use_peft), or "
+            "use --accelerate_config ddp."
+        )
+    if has_value_model or args.critic == "model":
+        raise UserError(
+            "critic='model' is not supported with fsdp2: choose critic='adapter' or 'head', or use --accelerate_config "
+            "ddp."
         )

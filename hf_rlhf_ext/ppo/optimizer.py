@@ -1,4 +1,4 @@
-"""PPO's optimizer steps: parameter groups of the critic, sums of gradients over processes, and skipped steps."""
+"""PPO's optimizer steps: parameter groups of the critic, and skipped steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import UserError, first_line
 from ..training.optimizers import add_group, check_weights
-from .ranks import Ranks
 from .roles import Roles
 
 _OF_ONE_GROUP = ("params", "param_names", "lr", "initial_lr")
@@ -113,17 +112,6 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
 
 
-def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
-    """Sums gradients over processes, in place. A missing gradient counts as zeros."""
-    if ranks.alone:
-        return
-    # All processes must send tensors of the same shapes. Otherwise they would wait for each other forever.
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.sum_([parameter.grad for parameter in parameters])
-
-
 def skip_step(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
     """Makes the next optimizer step change nothing, not even through momentum or weight decay."""
     for parameter in parameters:
@@ -133,11 +121,3 @@ def skip_step(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
         # A gradient scaler refuses a step without gradients, but skips a step with non-finite gradients.
         scaler.scale(torch.zeros((), device=accelerator.device))  # initializes the scaler if this is its first use
         parameters[-1].grad = torch.full_like(parameters[-1], torch.inf)
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Loads a saved optimizer state but keeps the current learning rates, so that the schedule continues."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

@@ -2,27 +2,35 @@
 
 import copy
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from ..data.batch_encoding import BATCH, encode_prompt_batches
+from ..data.cache import RowsFile, dataset_digest, digest, in_batches, kept, tokenizer_digest
 from ..data.json_columns import RowsWithoutFill
 from ..data.media import refuse_media_columns
 from ..data.prompt_form import MESSAGES, TEXT, PromptForm
 from ..data.schema import LoadReport
-from ..data.templates import TEMPLATE_COLUMNS, template_options
-from ..data.text import Unrenderable, check_tokenizer, encode_generation_prompt, is_messages, refused_row
+from ..data.storage import arrow_table, list_array
+from ..data.templates import TEMPLATE_COLUMNS
+from ..data.text import check_tokenizer, is_messages, refused_row
 from ..errors import UserError
 from ..modeling.vocabulary import check_token_ids
+from ..training.bars import Advance, no_bars, progress_bar
 from .config import PPOConfig
 from .generation_options import SAMPLING_OPTIONS
+from .stretch import Sizes, Stretch
 
 logger = logging.getLogger(__name__)
+
+_FEATURES = Features({"row": Value("int64"), "prompt_ids": List(Value("int64"))})
 
 
 class Prompts:
@@ -57,14 +65,12 @@ class Prompts:
         name: str | None = None,
     ):
         name = name or f"{split}_dataset"
-        encoded = encode_prompts(dataset, tokenizer, args, name, max_positions)
-        kept = [row for row, ids in enumerate(encoded) if ids is not None]
-        if len(kept) < len(encoded):
-            dataset = dataset.select(kept)
+        prepared = encode_prompts(dataset, tokenizer, args, name, max_positions)
+        if len(prepared) < len(dataset):
+            dataset = dataset.select(prepared["row"])
         self._rows = RowsWithoutFill(dataset)
-        self._encoded = [encoded[row] for row in kept]
-        for row in kept:
-            check_token_ids(f"{name} row {row}: `prompt`", encoded[row], tokenizer, token_rows)
+        self._encoded = prepared.select_columns("prompt_ids")
+        _check_tokens(prepared, name, tokenizer, token_rows)
 
     def __len__(self) -> int:
         return len(self._encoded)
@@ -72,68 +78,138 @@ class Prompts:
     @property
     def first(self) -> list[int]:
         """Token ids of the first prompt."""
-        return self._encoded[0]
+        return self._encoded[0]["prompt_ids"]
 
     def rows(self, indices: list[int] | range) -> tuple[list[dict[str, Any]], list[list[int]]]:
         """The rows with these indices, and the token ids of their prompts."""
         examples = [self._rows.clean(self._rows.dataset[index]) for index in indices]
-        prompt_ids = [self._encoded[index] for index in indices]
+        prompt_ids = [self._encoded[index]["prompt_ids"] for index in indices]
         return examples, prompt_ids
 
 
 def encode_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, name: str, max_positions: int
-) -> list[list[int] | None]:
+) -> Dataset:
     """Checks the dataset and tokenizes its prompts; raises `UserError` with its name and the row. See `Prompts`.
 
+    One process of each machine does it, and the others read the result, as later starts do, from the cache of
+    `datasets`.
+
     Returns:
-        The token ids of each prompt, or `None` for a prompt that the chat template cannot render and that is dropped.
+        The columns `row`, the number of the row, and `prompt_ids`, its token ids, without the rows that are dropped
+            because the chat template cannot render them.
     """
     _check_dataset(dataset, name)
     refuse_media_columns(dataset, where=name)
     check_tokenizer(tokenizer, needs_chat_template=is_messages(dataset[0]["prompt"]))
+    limit = _limit(args, max_positions)
+    columns = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]
+    columns = dataset.select_columns(columns)
+    rows, tokens = dataset_digest(columns), tokenizer_digest(tokenizer)
+    key = None
+    if rows is not None and tokens is not None:
+        key = digest("prompts", rows, tokens, args.unrenderable, limit, name)
+
+    def build(file: RowsFile) -> dict[str, Any]:
+        with (
+            no_bars(when=args.disable_tqdm or args.local_process_index > 0),
+            progress_bar("Preparing the prompts", len(dataset)) as advance,
+        ):
+            return _write_prompts(columns, file, tokenizer, limit, args.unrenderable, name, advance)
+
+    with args.main_process_first(desc=name):
+        prepared = kept(key, build)
+    if prepared.notes["summary"]:
+        logger.warning(prepared.notes["summary"])
+    return prepared.rows
+
+
+class _Limit(NamedTuple):
+    """The most tokens of a prompt, and what they depend on."""
+
+    tokens: int
+    option: str
+
+
+def _limit(args: PPOConfig, max_positions: int) -> _Limit:
     room = max_positions - args.max_completion_length
     if room < 1:
         raise UserError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt, as the policy has "
             f"{max_positions} positions: set it to fewer than these, minus the tokens of the longest prompt."
         )
-    limit = room
-    if args.max_prompt_length is not None:
-        limit = min(room, args.max_prompt_length)
-    encoded: list[list[int] | None] = []
+    if args.max_prompt_length is not None and args.max_prompt_length < room:
+        return _Limit(args.max_prompt_length, "max_prompt_length")
+    return _Limit(room, f"max_completion_length of {max_positions} positions")
+
+
+def _write_prompts(
+    dataset: Dataset,
+    file: RowsFile,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: _Limit,
+    unrenderable: str,
+    name: str,
+    advance: Advance,
+) -> dict[str, Any]:
+    """Writes number and token ids of each prompt, in batches. Returns the summary of the dropped rows, or ""."""
     report = LoadReport(source=name, rows_in=len(dataset), kept=len(dataset))
-    columns = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]
-    for row, example in enumerate(RowsWithoutFill(dataset.select_columns(columns))):
-        prompt = example["prompt"]
-        where = f"{name} row {row}"
-        if not isinstance(prompt, str) and not is_messages(prompt):
-            raise UserError(f"{where}: `prompt` is {prompt!r}, not text or a list of messages: fix or drop the row.")
-        try:
-            ids = encode_generation_prompt(tokenizer, prompt, template_options(example))
-        except Unrenderable as error:
-            if args.unrenderable == "error":
-                raise refused_row(where, error.reason) from error
-            report.drop(error.reason, row)
-            report.kept -= 1
-            encoded.append(None)
-            continue
-        if not ids:
-            raise UserError(f"{where}: `prompt` has no tokens: remove the row or add a begin token.")
-        if len(ids) > limit:
-            option = f"max_completion_length of {max_positions} positions"
-            if limit < room:
-                option = "max_prompt_length"
+    numbered = enumerate(RowsWithoutFill(dataset))
+    batches = in_batches(numbered, BATCH)
+    examples_of = lambda batch: [example for _, example in _well_formed(batch)]  # noqa: E731
+    for batch, encoded in encode_prompt_batches(tokenizer, batches, examples_of):
+        kept_rows: dict[int, list[int]] = {}
+        well_formed = _well_formed(batch)
+        for (row, _), ids in zip(well_formed, encoded, strict=True):
+            if not isinstance(ids, str):
+                _check_length(ids, limit, f"{name} row {row}")
+                kept_rows[row] = ids
+            elif unrenderable == "error":
+                raise refused_row(f"{name} row {row}", ids)
+            else:
+                report.drop(ids, row)
+                report.kept -= 1
+        if len(well_formed) < len(batch):
+            row, example = batch[len(well_formed)]
+            prompt = example["prompt"]
             raise UserError(
-                f"{where}: `prompt` has {len(ids)} tokens, {len(ids) - limit} over the {limit} that {option} leaves: "
-                "change that option, or shorten or drop the row."
+                f"{name} row {row}: `prompt` is {prompt!r}, not text or a list of messages: fix or drop the row."
             )
-        encoded.append(ids)
-    if report.dropped:
-        if report.kept == 0:
-            raise UserError(f"{report.summary()}: no prompt is left: use a policy whose chat template renders them.")
-        logger.warning(report.summary())
-    return encoded
+        if kept_rows:
+            columns = {"row": list(kept_rows), "prompt_ids": list_array(list(kept_rows.values()))}
+            file.write(arrow_table(columns, _FEATURES))
+        advance(len(batch))
+    if report.kept == 0:
+        raise UserError(f"{report.summary()}: no prompt is left: use a policy whose chat template renders them.")
+    return {"summary": report.summary() if report.dropped else ""}
+
+
+def _well_formed(batch: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows before the first one without a prompt. The first wrong row is named, whatever is wrong with it."""
+    return list(takewhile(lambda item: _is_prompt(item[1]["prompt"]), batch))
+
+
+def _is_prompt(prompt: Any) -> bool:
+    return isinstance(prompt, str) or is_messages(prompt)
+
+
+def _check_length(ids: list[int], limit: _Limit, where: str) -> None:
+    if not ids:
+        raise UserError(f"{where}: `prompt` has no tokens: remove the row or add a begin token.")
+    if len(ids) > limit.tokens:
+        raise UserError(
+            f"{where}: `prompt` has {len(ids)} tokens, {len(ids) - limit.tokens} over the {limit.tokens} that "
+            f"{limit.option} leaves: change that option, or shorten or drop the row."
+        )
+
+
+def _check_tokens(prepared: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, token_rows: int) -> None:
+    """Raises `UserError` for the first prompt with a token for which the model has no row."""
+    for batch in prepared.with_format("arrow").iter(BATCH):
+        if (pc.max(pc.list_flatten(batch["prompt_ids"])).as_py() or 0) < token_rows:
+            continue
+        for row, ids in zip(batch["row"].to_pylist(), batch["prompt_ids"].to_pylist(), strict=True):
+            check_token_ids(f"{name} row {row}: `prompt`", ids, tokenizer, token_rows)
 
 
 def _check_dataset(dataset: Dataset, name: str) -> None:
@@ -196,10 +272,15 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int, *, shuffl
     Returns:
         `size` indices of rows.
     """
+    return rows_from(rollout * size, size, n_prompts, seed, shuffled=shuffled)
+
+
+def rows_from(position: int, size: int, n_prompts: int, seed: int, *, shuffled: bool = True) -> list[int]:
+    """Rows of `size` prompts from a position on, which counts prompts pass after pass; see `prompt_indices`."""
     rows = []
     permutations: dict[int, list[int]] = {}
-    for position in range(rollout * size, (rollout + 1) * size):
-        epoch, offset = divmod(position, n_prompts)
+    for place in range(position, position + size):
+        epoch, offset = divmod(place, n_prompts)
         if not shuffled:
             rows.append(offset)
             continue
@@ -242,8 +323,8 @@ def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfi
     """Returns a copy of `args` with `max_steps`. If it is not set, it is computed from `num_train_epochs`."""
     args = copy.copy(args)
     if args.max_steps <= 0:
-        rollouts = max(1, math.ceil(args.num_train_epochs * n_prompts / (args.rollout_size * world_size)))
-        args.max_steps = rollouts * args.steps_per_rollout
+        sizes = Sizes(args.rollout_size * world_size, args.steps_per_rollout)
+        args.max_steps = Stretch().steps_in_run(args.num_train_epochs, n_prompts, sizes)
     return args
 
 

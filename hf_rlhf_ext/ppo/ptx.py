@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..modeling.vocabulary import check_token_ids
 from .batching import budget_chunks
 from .config import PPOConfig
-from .prompts import prompt_indices
+from .prompts import rows_from
 from .ranks import Ranks
 from .rollout import Sequences, pack_sequences
 
@@ -76,13 +76,19 @@ class PTXTexts:
         for context, targets in self._texts:
             check_token_ids("ptx_dataset: a text", [*context, *targets], tokenizer, token_rows)
 
-    def batches(self, step: int, args: PPOConfig, ranks: Ranks) -> list[TextBatch]:
-        """The texts of this process for an optimizer step. They depend only on the step and the seed."""
+    def batches(self, position: int, args: PPOConfig, ranks: Ranks) -> list[TextBatch]:
+        """The texts of this process for an optimizer step.
+
+        Args:
+            position: position of the first text of the step, over all processes. Like that of a prompt, it counts pass
+                after pass, so that a resumed run gets the same texts as an uninterrupted one.
+            args: options of the run.
+            ranks: the processes.
+        """
         if not self._texts:
             return []
-        size = (args.ptx_batch_size or args.minibatch_size) * ranks.count
-        # Selected like prompts, so that a resumed run gets the same texts as an uninterrupted one.
-        texts = [self._texts[row] for row in prompt_indices(step, size, len(self._texts), args.prompt_seed)]
+        size = texts_per_step(args, ranks)
+        texts = [self._texts[row] for row in rows_from(position, size, len(self._texts), args.prompt_seed)]
         n_tokens = sum(len(targets) for _, targets in texts)
         own = ranks.share(texts)
         chunks = budget_chunks(
@@ -97,6 +103,11 @@ class PTXTexts:
             sequences = pack_sequences(contexts, targets, self._pad_token_id, ranks.device)
             batches.append(TextBatch(sequences, n_tokens, share=1 / len(chunks)))
         return batches
+
+
+def texts_per_step(args: PPOConfig, ranks: Ranks) -> int:
+    """Number of texts of an optimizer step, over all processes."""
+    return (args.ptx_batch_size or args.minibatch_size) * ranks.count
 
 
 def text_loss(logprobs: Tensor, n_tokens: int) -> Tensor:

@@ -182,7 +182,7 @@ class RewardSpread(PPOCallback, ExportableState):
         if completions is None:
             return
         known = self._known()
-        n = round(metrics["episode"] / (rollout_index + 1))
+        n = args.rollout_size * args.world_size
         for name, scores in completions.rewards.items():
             spread = known.setdefault(name, Spread())
             spread.add(metrics.get(f"rewards/{name}/mean"), metrics.get(f"rewards/{name}/std"), n)

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..modeling.loading import load_tokenizer
 from ..reward.ensemble import RewardEnsemble, load_reward
 from ..reward.scorer import RewardScorer
+from ..training.leaving import at_once
 from .reward_answers import checked_answer, checked_tokens, padded, total
 from .reward_calls import (
     HOOKS,
@@ -123,18 +124,24 @@ class RewardFunctions:
         """The sum of the rewards by the names that logs have, such as `1 × reward_model + 0.5 × short`."""
         return weighted_sum(self.names, self.weights.tolist())
 
-    def models(self) -> list[nn.Module]:
-        """The reward models among the functions."""
-        models = []
+    def _scorers(self) -> Iterator[RewardScorer]:
+        """The reward models among the functions, also those in ensembles, in the order in which they are called."""
         for func in self.funcs:
-            scorers = func.members if isinstance(func, RewardEnsemble) else [func]
-            models += [scorer.model for scorer in scorers if isinstance(scorer, RewardScorer)]
-        return models
+            members = func.members if isinstance(func, RewardEnsemble) else [func]
+            yield from (member for member in members if isinstance(member, RewardScorer))
 
-    def to(self, device: torch.device) -> Self:
-        """Moves the reward models to `device`, except quantized ones; returns itself."""
+    def models(self) -> list[nn.Module]:
+        """The models of the reward models among the functions."""
+        return [scorer.model for scorer in self._scorers()]
+
+    def scorers_on(self, model: nn.Module) -> list[RewardScorer]:
+        """The reward models that are adapters of `model`."""
+        return [scorer for scorer in self._scorers() if scorer.model is model]
+
+    def to(self, device: torch.device, *, besides: nn.Module | None = None) -> Self:
+        """Moves the reward models to `device`, except quantized ones and the model `besides`; returns itself."""
         for model in self.models():
-            if not getattr(model, "is_quantized", False):
+            if model is not besides and not getattr(model, "is_quantized", False):
                 model.to(device)
         return self
 
@@ -225,13 +232,21 @@ class RewardFunctions:
         arguments = {"prompts": prompts, "completions": completions, **columns}
         outputs = []
         for func, name, parameters in zip(self.funcs, self.names, self._parameters, strict=True):
-            with _mistakes_named(func, name, completions):
+            with _mistakes_named(func, name, completions), _left_at_signals(func):
                 output = func(**parameters.select(arguments))
             # An async function returns a coroutine here, also where a decorator hides that it is one.
             if comes_later(output):
                 output = _named_result(output, func, name, completions)
             outputs.append(output)
-        return awaited(outputs)
+        with at_once():
+            return awaited(outputs)
+
+
+def _left_at_signals(func: Callable) -> AbstractContextManager:
+    """A signal that stops training ends a function of the user, which may ask a slow service, but no reward model."""
+    if isinstance(func, RewardScorer | RewardEnsemble):
+        return nullcontext()
+    return at_once()
 
 
 def _mistakes_named(func: Callable, name: str, completions: list) -> AbstractContextManager:

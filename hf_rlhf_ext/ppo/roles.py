@@ -3,10 +3,11 @@
 Shapes: B completions of at most T tokens; N emitted tokens; H units of the hidden states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,16 +26,19 @@ from ..modeling.logprobs import (
     scatter_to_mask,
 )
 from ..modeling.probing import evaluating
-from ..modeling.stack import ADAPTER_NAMES, AdapterStack, read_weights
+from ..modeling.shards import own_part
+from ..modeling.stack import AdapterStack, read_weights
 from ..training.bars import progress_bar
 from .batching import budget_chunks
 from .config import PPOConfig
 from .guards import are_finite
+from .ranks import Ranks
+from .reference_file import load_reference, save_reference
 from .rollout import Sequences
+from .sharding import Whole
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_FOLDER = "value"
-REFERENCE_FOLDER = ADAPTER_NAMES["reference"]
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Roles:
         self.critic = critic
         self.args = args
         self.temperature = args.temperature  # fixed here, as the temperature of sampling is
+        self.sharding = Whole()  # the trainer replaces it once it knows its engine
 
     @property
     def policy(self) -> PreTrainedModel | PeftModel:
@@ -101,7 +106,8 @@ class Roles:
 
     def are_finite(self) -> bool:
         """Whether all trained weights are finite."""
-        return are_finite(parameter for parameter in self.policy.parameters() if parameter.requires_grad)
+        own = (own_part(parameter) for parameter in self.policy.parameters() if parameter.requires_grad)
+        return self.sharding.are_all(are_finite(own))
 
     # ---- What a role computes for tokens ----
 
@@ -131,7 +137,7 @@ class Roles:
         model = self.policy
         logprobs, _ = chunked_logprobs(
             hidden,
-            model.get_output_embeddings(),
+            self.sharding.head(model.get_output_embeddings()),
             targets,
             transform=logit_transform(model),
             chunk_size=self.args.logprobs_chunk_size,
@@ -168,9 +174,10 @@ class Roles:
             scored.ref_logprobs = torch.zeros(mask.shape, device=mask.device)
         # Eval mode turns off dropout and gradient checkpointing. Autocast is the same as in training.
         with evaluating(self.policy), self.mixed_precision():
-            chunks = self._scoring_chunks(sequences, roles)
+            # Copies of a chunk, where other processes have more, compute the same values again.
+            chunks = self.sharding.in_step(self._scoring_chunks(sequences, roles))
             with progress_bar("log-probabilities and values", len(chunks)) as advance:
-                for chunk in chunks:
+                for chunk, _ in chunks:
                     rows = torch.tensor(chunk, device=mask.device)
                     self._score_rows(sequences, rows, roles, scored)
                     advance(1)
@@ -209,7 +216,7 @@ class Roles:
     def exact_kl(self, sequences: Sequences) -> float:
         """Exact KL(policy ‖ reference) over the whole vocabulary, summed over all tokens, in nats."""
         total = 0.0
-        with evaluating(self.policy), self.mixed_precision():
+        with evaluating(self.policy), self.mixed_precision(), self.sharding.inference():
             for k in range(len(sequences.prompt_lengths)):  # one at a time, to save memory
                 row = slice(k, k + 1)
                 mask = sequences.mask[row]
@@ -233,14 +240,15 @@ class Roles:
 
     def output_head(self, role: str) -> Callable[[Tensor], Tensor]:
         """The function from hidden states (N, H) to logits (N, V) of a role."""
-        plain = self._model_of(role).get_output_embeddings()
-        has_adapter = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in plain.modules())
+        layer = self._model_of(role).get_output_embeddings()
+        plain = self.sharding.head(layer)
+        has_adapter = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in layer.modules())
         if not has_adapter:
             return plain  # without an adapter, it is the same for every role on this base
 
         def head(hidden: Tensor) -> Tensor:
-            with self.activate(role) as model:
-                return model.get_output_embeddings()(hidden)
+            with self.activate(role):
+                return plain(hidden)
 
         return head
 
@@ -256,36 +264,44 @@ class Roles:
 
     # ---- Saving and loading ----
 
-    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes the policy as an ordinary adapter or model folder, and the critic into the same folder or `value/`."""
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None, *, writes: bool = True) -> None:
+        """Writes the policy as an ordinary adapter or model folder, and the critic into the same folder or `value/`.
+
+        Args:
+            folder: the folder.
+            state_dict: weights of a policy without adapters; `None` means those that it has.
+            writes: whether this process writes the files. If the weights are in shards, every process must call this.
+        """
         if self.stack.roles["policy"].adapter is not None:
-            self.stack.save("policy", folder)
-        else:
+            self.stack.save("policy", folder, writes=writes)
+        elif writes:
             # Heads and models of other roles are modules of the policy too. They are not saved with it.
             weights = state_dict or self.policy.state_dict()
             attached = tuple(f"{role}_{kind}." for role in self.stack.roles for kind in ("head", "model"))
             own = {name: value for name, value in weights.items() if not name.startswith(attached)}
             self.policy.save_pretrained(folder, state_dict=own)
-        if self.critic == "head":
+        if self.critic != "head":
+            self.stack.save("value", folder / VALUE_FOLDER, writes=writes)
+        elif writes:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
-        else:
-            self.stack.save("value", folder / VALUE_FOLDER)
 
     def load(self, folder: Path) -> None:
         """Reads policy and critic from a folder that `save` wrote, into the existing parameters."""
-        if self.stack.roles["policy"].adapter is not None:
-            self.stack.load("policy", folder)
-        else:
-            read_weights(self.policy, folder)
-        if self.critic == "head":
-            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
-        else:
-            self.stack.load("value", folder / VALUE_FOLDER)
+        with self.sharding.loading():
+            if self.stack.roles["policy"].adapter is not None:
+                self.stack.load("policy", folder)
+            else:
+                read_weights(self.policy, folder)
+            if self.critic == "head":
+                self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+            else:
+                self.stack.load("value", folder / VALUE_FOLDER)
 
-    def save_reference(self, folder: Path) -> None:
-        """Writes the reference, which a checkpoint needs."""
-        self.stack.save("reference", folder / REFERENCE_FOLDER)
+    def save_reference(self, checkpoint: Path, digest: str | None, ranks: Ranks, *, writes: bool) -> str | None:
+        """Writes the reference beside a checkpoint, once per run; see `reference_file.save_reference`."""
+        return save_reference(self.stack, checkpoint, digest, ranks, writes=writes)
 
-    def load_reference(self, folder: Path) -> None:
-        """Reads the reference that `save_reference` wrote."""
-        self.stack.load("reference", folder / REFERENCE_FOLDER)
+    def load_reference(self, checkpoint: Path, state: Mapping[str, Any], output_dir: Path) -> None:
+        """Makes the reference that of a checkpoint; see `reference_file.load_reference`."""
+        with self.sharding.loading():
+            load_reference(self.stack, checkpoint, state, output_dir)

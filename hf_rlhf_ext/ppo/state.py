@@ -1,18 +1,24 @@
 """The state of a PPO run that `Trainer` does not hold: what changes during training and what a resumed run needs."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpointing import PPO_STATE_FILE
 from ..errors import UserError
+from ..training.leaving import RandomState
 from .config import PPOConfig
 from .ranks import Ranks
+from .reference_file import record_of, recorded_digest
 from .rollout import Rollout
 from .shaping import RunningMoments
+from .stretch import Sizes, Stretch, stretch_after
 
 ROLLOUT_FILE = "ppo_rollout.safetensors"
 
@@ -50,6 +56,12 @@ class PPOState:
         new_checkpoint: name of the newest checkpoint. It becomes the good one if the next rollout is below `max_kl`.
         critic_learning_rate: learning rate of the critic in the last optimizer step; `None` before the first.
         evaluated_rows: number of prompts of the last evaluation, by the prefix of its metrics.
+        stretch: the part of the run with the batch sizes of now, which determines the prompts of a rollout.
+        next_text: position of the first PPO-ptx text of the next optimizer step, see `PTXTexts.batches`.
+        reference: digest of the frozen reference, known from the first checkpoint on; `None` also if the reference is
+            the base without an adapter.
+        random_state: the random states after the last optimizer step, if a new rollout follows it; `None` before the
+            first step of a call of `train`.
     """
 
     kl_coef: float
@@ -67,6 +79,10 @@ class PPOState:
     new_checkpoint: str | None = None
     critic_learning_rate: float | None = None
     evaluated_rows: dict[str, int] = field(default_factory=dict)
+    stretch: Stretch = Stretch()
+    next_text: int = 0
+    reference: str | None = None
+    random_state: RandomState | None = None
 
     @property
     def updates(self) -> int:
@@ -77,8 +93,24 @@ class PPOState:
         """Skips the rest of the current rollout: the next micro-step starts a new one."""
         self.step_in_rollout = steps_in_all(args)
 
-    def begin_again(self, args: PPOConfig) -> None:
+    def is_used_up(self, args: PPOConfig) -> bool:
+        """Whether the next micro-step starts a new rollout."""
+        return self.step_in_rollout >= steps_in_all(args)
+
+    def forget_next_rollout(self, args: PPOConfig) -> None:
+        """Goes back from a rollout that was begun to the end of the one before it."""
+        self.rollout_index -= 1
+        self.leave_rollout(args)
+
+    def first_prompt(self, args: PPOConfig, ranks: Ranks) -> int:
+        """Position of the first prompt of the current rollout, see `Stretch`."""
+        return self.stretch.position(self.rollout_index, args.rollout_size * ranks.count)
+
+    def begin_again(self, args: PPOConfig, ranks: Ranks) -> None:
         """Forgets everything half done before a new call of `train`, which starts with a new rollout."""
+        following = self.updates
+        position = self.stretch.position(following, args.rollout_size * ranks.count)
+        self.stretch = Stretch(following, position, step=0, run=position)
         if self.step_in_rollout > 0:  # 0: its rollout was never finished, or this is the first call
             self.leave_rollout(args)
         self.rollout = None
@@ -87,6 +119,7 @@ class PPOState:
         self.clip_weight = 0.0
         self.stop_reason = None
         self.skipped_in_a_row = 0
+        self.random_state = None
 
     def next_micro_batch(self, args: PPOConfig, ranks: Ranks) -> NextRows:
         """Counts a micro-step and returns the rows of the rollout that it trains on.
@@ -127,6 +160,9 @@ class PPOState:
             "kl_coef_option": args.kl_coef,
             "geometry": geometry(args, ranks),
             "evaluated_rows": self.evaluated_rows,
+            "stretch": self.stretch._asdict(),
+            "next_text": self.next_text,
+            "reference": record_of(self.reference),
             "files": _needed_files(folder),
         }
         (folder / PPO_STATE_FILE).write_text(json.dumps(content))
@@ -162,6 +198,9 @@ class PPOState:
             good_checkpoint=guards["good_checkpoint"],
             new_checkpoint=guards["new_checkpoint"],
             evaluated_rows=content.get("evaluated_rows", {}),  # earlier versions did not save them
+            stretch=stretch_after(folder, content, sizes_of(args, ranks)),
+            next_text=_next_text(folder, content, args),
+            reference=recorded_digest(content),
         )
         if in_use:
             state.step_in_rollout = content["step_in_rollout"]
@@ -185,6 +224,11 @@ def geometry(args: PPOConfig, ranks: Ranks) -> dict[str, int]:
     }
 
 
+def sizes_of(args: PPOConfig, ranks: Ranks) -> Sizes:
+    """The size of a rollout, over all processes."""
+    return Sizes.of(geometry(args, ranks))
+
+
 def read_state(folder: Path) -> dict:
     """Reads the state file of a checkpoint; raises `UserError` if there is none."""
     path = folder / PPO_STATE_FILE
@@ -194,6 +238,16 @@ def read_state(folder: Path) -> dict:
             "save_only_model=True, or by another trainer. Start without resume_from_checkpoint."
         )
     return json.loads(path.read_text())
+
+
+def _next_text(folder: Path, content: Mapping[str, Any], args: PPOConfig) -> int:
+    if "next_text" in content:
+        return content["next_text"]
+    # Earlier versions counted steps.
+    saved = content["geometry"]
+    of_process = args.ptx_batch_size or saved["per_device_train_batch_size"] * saved["gradient_accumulation_steps"]
+    step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+    return step * of_process * saved["num_processes"]
 
 
 def _needed_files(folder: Path) -> list[str]:

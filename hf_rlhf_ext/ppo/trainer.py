@@ -9,6 +9,8 @@ each role, then `_finish_step`.
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from ..modeling.base_record import BaseRecord, check_same_base
 from ..modeling.embeddings import n_rows
 from ..modeling.logprobs import completion_hidden_states, scatter_to_mask
 from ..modeling.probing import unchanged_random_state
+from ..modeling.shards import own_part, whole
 from ..modeling.stack import AdapterStack
 from ..modeling.takeover import Hold
 from ..publishing import (
@@ -47,6 +50,8 @@ from ..publishing import (
 from ..training.arguments import check_arguments
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
+from ..training.engines import check_active_engine
+from ..training.leaving import PartLeft, RandomState
 from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
 from ..training.optimizers import (
     check_lists_of_schedule,
@@ -82,19 +87,21 @@ from .optimizer import (
     critic_learning_rate,
     give_critic_its_groups,
     has_critic_groups,
-    restore_optimizer,
     skip_step,
-    sum_gradients,
     trained_parameters,
 )
 from .prompts import Prompts, tick_dataloader
-from .ptx import text_loss
+from .ptx import text_loss, texts_per_step
 from .ranks import Ranks
+from .reference_file import needed_reference, remove_references
 from .reward_calls import check_given
 from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
-from .state import NextRows, PPOState, read_state, steps_in_all
+from .sharding import check_base, check_loading, check_same_sharding, sharding_of
+from .state import NextRows, PPOState, read_state, sizes_of, steps_in_all
+from .stretch import Sizes, said_of_other_sizes, steps_after, stretch_after
+from .trainer_options import ENGINES
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +175,7 @@ class PPOTrainer(BaseTrainer):
         if not isinstance(args, PPOConfig):
             raise UserError(f"args: got {type(args).__name__}: pass a PPOConfig.")
         check_arguments(args, eval_dataset, callbacks, optimizers, optimizer_cls_and_kwargs)
+        check_loading(args)
         check_given(reward_funcs, args.reward_weights, "reward_funcs")
         if eval_reward_funcs is not None:
             check_given(eval_reward_funcs, None, "eval_reward_funcs")
@@ -176,6 +184,7 @@ class PPOTrainer(BaseTrainer):
         inputs = prepare_inputs(
             model, args, train_dataset, eval_dataset, ptx_dataset, tokenizer=processing_class, peft_config=peft_config
         )
+        self._counts_epochs = args.max_steps <= 0
         args = inputs.args  # a copy, with `max_steps`
         self.data_origins = origins_of(inputs.train_dataset, inputs.eval_dataset, ptx=ptx_dataset)
         self._max_positions = inputs.max_positions
@@ -193,6 +202,7 @@ class PPOTrainer(BaseTrainer):
             value_model=value_model,
             tokenizer=inputs.tokenizer,
         )
+        check_base(args, self.policy)
 
         check_columns(self.rewards, self.eval_rewards, inputs.datasets)
         logger.info("reward = %s", self.rewards.formula)
@@ -214,8 +224,10 @@ class PPOTrainer(BaseTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        check_active_engine(args, self.accelerator, "PPOTrainer", ENGINES)
         show_table(self, PPO_COLUMNS)
         self.ranks = Ranks(self.accelerator)
+        self.roles.sharding = sharding_of(self.accelerator, self.ranks, self.policy, self.stack.heads)
         self.meter = Meter(self.ranks)
 
         # 4. The objects that make and judge rollouts.
@@ -248,6 +260,7 @@ class PPOTrainer(BaseTrainer):
         """What samples and scores completions, with the engine of the user if there is one."""
         if engine is None:
             engine = TransformersEngine(merge=self.args.merge_for_generation, autocast=autocast_dtype(self.args))
+        self.roles.sharding.join_engine(engine)
         sampling = sampling_of(self.args, inputs.tokenizer, self.policy)
         return SamplingTools(self.roles, engine, inputs.tokenizer, sampling, self.args, self.ranks)
 
@@ -266,9 +279,10 @@ class PPOTrainer(BaseTrainer):
         reference = self.stack.roles["reference"].model
         if reference is not None:
             reference.to(self.ranks.device)
-        self.rewards.to(self.ranks.device)
-        if self.eval_rewards is not None:
-            self.eval_rewards.to(self.ranks.device)
+        for rewards in filter(None, (self.rewards, self.eval_rewards)):
+            rewards.to(self.ranks.device, besides=self.policy)
+            for scorer in rewards.scorers_on(self.policy):
+                scorer.passes_of_all = self.roles.sharding.most
 
     # ---- Properties ----
 
@@ -343,11 +357,24 @@ class PPOTrainer(BaseTrainer):
             check_same_adapter(self.policy, adapter, Path(checkpoint), start=self.stack.start)
             check_same_base(self.policy, Path(checkpoint))
         # Nothing half done is left of an earlier call, which a guard, an error or Ctrl-C may have ended anywhere.
-        self.ppo.begin_again(self.args)
+        self.ppo.begin_again(self.args, self.ranks)
         self.meter.reset()
         forget_unscaled_gradients(self.accelerator)
-        with end_of_training(self), self._signal.listening():
-            return super().train(checkpoint, **kwargs)
+        with self._steps_of_run(checkpoint), end_of_training(self), self._signal.listening():
+            try:
+                return super().train(checkpoint, **kwargs)
+            except PartLeft:  # an evaluation outside of the steps, as with `eval_on_start`
+                self._warn("a signal has ended training in an evaluation, without a checkpoint")
+                raise SystemExit(self._signal.status) from None
+
+    def _steps_of_run(self, checkpoint: str | None) -> AbstractContextManager:
+        """Inside the context, `max_steps` fits a run that goes on from a checkpoint with other batch sizes."""
+        stretch = self.ppo.stretch
+        sizes = sizes_of(self.args, self.ranks)
+        if checkpoint is not None:
+            stretch = stretch_after(Path(checkpoint), read_state(Path(checkpoint)), sizes)
+        n_prompts = len(self.train_dataset)
+        return steps_after(stretch, self.args, n_prompts, sizes, counts_epochs=self._counts_epochs)
 
     def get_train_dataloader(self):
         """Batches that only count micro-steps. The training data are the rollouts."""
@@ -355,6 +382,13 @@ class PPOTrainer(BaseTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """Computes the gradients of one micro-batch: one role after the other, in parts within the token budget."""
+        try:
+            return self._train_micro_batch(inputs)
+        except PartLeft:  # a rollout at a signal, on all processes
+            self._stop_before_rollout()
+            raise SystemExit(self._signal.status) from None
+
+    def _train_micro_batch(self, inputs: dict[str, Any]) -> Tensor:
         self.policy.train()
         use_training_weights(self.optimizer)
         # No autocast here: it would keep the casts of the weights from the rollout for the training forward.
@@ -407,11 +441,14 @@ class PPOTrainer(BaseTrainer):
             if verdict.action != "resample":
                 return rollout
             self.ppo.rollout_index += 1  # the next rollout has other prompts
+            if self.ppo.random_state is not None:
+                self.ppo.random_state = RandomState.now(self.ranks.device)
 
     def _make_rollout(self) -> Rollout:
         """Makes a rollout with the current weights, and updates the KL coefficient and the running reward moments."""
         with no_bars(when=self._has_no_bars):
-            rollout = self.experience.make(self.ppo.rollout_index, self.ppo.kl_coef, self.ppo.moments, self.state)
+            first_prompt = self.ppo.first_prompt(self.args, self.ranks)
+            rollout = self.experience.make(first_prompt, self.ppo.kl_coef, self.ppo.moments, self.state)
         self.ppo.moments = rollout.moments
         for name, value in rollout.logged:
             self.meter.observe(name, value)
@@ -447,6 +484,7 @@ class PPOTrainer(BaseTrainer):
             unchanged_random_state(device),
             self.roles.activate("policy") as model,
             self.roles.mixed_precision(),
+            self.roles.sharding.inference(),
         ):
             hidden = completion_hidden_states(model, model, sequences.input_ids, sequences.prompt_lengths, mask)
             logprobs, _ = self.roles.logprobs("policy", hidden, sequences.targets())
@@ -490,8 +528,10 @@ class PPOTrainer(BaseTrainer):
         total = torch.zeros((), device=self.ranks.device)
         parts = self._parts(self.ppo.rollout, next_rows.rows)
         share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
-        for rows in parts:
+        for rows, counts in self.roles.sharding.in_step(parts):
             part = self.ppo.rollout.select(rows, minibatch_tokens=next_rows.minibatch_tokens, share=share)
+            if not counts:  # losses and metrics are divided by the number of tokens
+                part = replace(part, minibatch_tokens=torch.tensor(math.inf, device=self.ranks.device), share=0.0)
             for role in self.roles.trained:
                 # The backward pass comes before the next role is activated: with gradient checkpointing it computes the
                 # adapter again.
@@ -590,7 +630,11 @@ class PPOTrainer(BaseTrainer):
     def _add_ptx_gradients(self) -> Tensor:
         """PPO-ptx: backward pass of `ptx_coef` times the mean cross-entropy of the texts (nats per token)."""
         total = torch.zeros((), device=self.ranks.device)
-        for batch in self._ptx.batches(self.state.global_step, self.args, self.ranks):
+        batches = self._ptx.batches(self.ppo.next_text, self.args, self.ranks)
+        self.ppo.next_text += texts_per_step(self.args, self.ranks)
+        for batch, counts in self.roles.sharding.in_step(batches):
+            if not counts:
+                batch = replace(batch, n_tokens=math.inf, share=0.0)
             sequences = batch.sequences
             with self.roles.activate("policy") as model, self.roles.mixed_precision():
                 hidden = completion_hidden_states(
@@ -610,9 +654,11 @@ class PPOTrainer(BaseTrainer):
         self._signal.agree(bool(signals))
 
         parameters = trained_parameters(self.optimizer)
-        sum_gradients(parameters, self.ranks)
+        sharding = self.roles.sharding
+        sharding.sum_gradients(parameters, self.ranks)
         # The summed gradients are the same on all processes, so the verdict is the same too.
-        finite = are_finite(parameter.grad for parameter in parameters if parameter.grad is not None)
+        gradients = (own_part(parameter.grad) for parameter in parameters if parameter.grad is not None)
+        finite = sharding.are_all(are_finite(gradients))
         self.meter.observe("guards/skipped_steps", 0.0 if finite else 1.0)
         scaler = self.accelerator.scaler
         verdict = self.gradient_guard.judge(
@@ -635,6 +681,26 @@ class PPOTrainer(BaseTrainer):
                 self.ppo.leave_rollout(self.args)
 
     # ---- Restoring checkpoints, stopping, warning ----
+
+    def _stop_before_rollout(self) -> None:
+        """Ends training as at the end of the last step, with a checkpoint, instead of a rollout that a signal has left.
+
+        A resumed run makes the same rollout: weights, counters and random states are those of the last step.
+        """
+        self._signal.stop(self.args, self.control)
+        self.control.should_evaluate = False
+        # Before the first step of this call of `train`, nothing has changed since it began.
+        if self.ppo.random_state is None:
+            self.control.should_save = False
+        else:
+            self.ppo.random_state.restore()
+            self.ppo.forget_next_rollout(self.args)
+            # Saving it again would put it at risk: little time may be left.
+            if self.ppo.new_checkpoint == checkpoint_name(self.state.global_step):
+                self.control.should_save = False
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, None)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._finish_current_push()
 
     def _go_back_from_broken_weights(self) -> None:
         """If weights are not finite, restores the last good checkpoint and stops training."""
@@ -660,9 +726,7 @@ class PPOTrainer(BaseTrainer):
         """Restores weights and optimizer of a checkpoint. Counters, random states and the schedule continue."""
         use_evaluation_weights(self.optimizer)  # those that checkpoints contain
         self.roles.load(checkpoint)
-        saved = checkpoint / "optimizer.pt"
-        if saved.is_file():
-            restore_optimizer(self.optimizer, torch.load(saved, map_location="cpu", weights_only=True))
+        self.roles.sharding.restore_optimizer(self.optimizer, checkpoint)
         use_training_weights(self.optimizer)
 
     def _halt(self, reason: str) -> None:
@@ -699,8 +763,8 @@ class PPOTrainer(BaseTrainer):
         critic = self.roles.parameters_of_critic()
         policy = [parameter for parameter in self.policy.parameters() if parameter not in set(critic)]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # also unscales fp16 gradients
-        self.meter.observe("value_grad_norm", nn.utils.clip_grad_norm_(critic, self.args.max_grad_norm))
-        return norm
+        self.meter.observe("value_grad_norm", self.roles.sharding.clip(critic, self.args.max_grad_norm))
+        return whole(norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # not counted, as `inputs` only counts micro-steps
@@ -824,6 +888,9 @@ class PPOTrainer(BaseTrainer):
         check_calls(self.rewards, self.eval_rewards, dataset.column_names, where="the dataset")
         limits = {"token_rows": n_rows(self.policy), "max_positions": self._max_positions}
         prompts = Prompts(dataset, self.processing_class, self.args, split="eval", **limits)
+        if not self.roles.sharding.is_ready:  # an evaluation before training
+            self.create_optimizer()
+            self.optimizer = self.roles.sharding.prepare(self.optimizer)
         use_evaluation_weights(self.optimizer)
         with no_bars(when=self._has_no_bars):
             return self.evaluator.sample_and_score(prompts, self.state, seed=seed)
@@ -863,12 +930,20 @@ class PPOTrainer(BaseTrainer):
         if self.ppo.stop_reason is not None:
             self.control.should_save = False  # its rollout must not be trained on by a resumed run
         log_last_steps(self.args, self.control)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except PartLeft:  # an evaluation at a signal, on all processes
+            self._signal.stop(self.args, self.control)
+            self.control.should_evaluate = False
+            self._maybe_log_save_evaluate(*args, **kwargs)
+        if self.ppo.is_used_up(self.args):
+            self.ppo.random_state = RandomState.now(self.ranks.device)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, but besides the newest and the best checkpoint, the last good one is kept for the guards."""
         output_dir = Path(self.args.output_dir)
         newest = checkpoint_name(self.state.global_step)
+        overwritten = needed_reference(output_dir / newest)  # of an earlier run in the same folder
         if self.args.should_save:
             mark_incomplete(output_dir / newest)
         register_callbacks(self.state, self.callback_handler.callbacks)
@@ -878,15 +953,18 @@ class PPOTrainer(BaseTrainer):
             best = self.state.best_model_checkpoint
             keep = {newest, best and Path(best).name, self.ppo.good_checkpoint}
             rotate(output_dir, self.args.save_total_limit, keep)
+            remove_references(output_dir, {overwritten})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves policy, critic and tokenizer. Unlike `Trainer`, saves no other adapters and no pickle files."""
         use_evaluation_weights(self.optimizer)  # on every process, so that their weights stay the same
-        if not self.args.should_save:
-            return
+        writes = self.args.should_save
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.roles.save(folder, state_dict)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.roles.save(folder, state_dict, writes=writes)
+        if not writes:
+            return
         self.prompt_form.save(folder)
         if self._base_record is not None:
             self._base_record.save(folder)
@@ -901,19 +979,28 @@ class PPOTrainer(BaseTrainer):
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         self.ppo.new_checkpoint = folder.name  # on every process, as all must reach the same verdict
+        self.ppo.reference = self.roles.save_reference(
+            folder, self.ppo.reference, self.ranks, writes=self.args.should_save
+        )
         if self.args.should_save:
-            self.roles.save_reference(folder)
+            self.roles.sharding.tidy(folder)
             self.ppo.save(folder, self.args, self.ranks, critic=self.critic)
         self.ranks.wait()  # a checkpoint needs the random states of all processes
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
+        check_same_sharding(folder, is_sharded=self.roles.sharding.is_sharded)
         use_evaluation_weights(self.optimizer)  # an optimizer of an earlier call of `train`
-        self.ppo = PPOState.load(folder, self.args, self.ranks, critic=self.critic)
+        state = PPOState.load(folder, self.args, self.ranks, critic=self.critic)
         self.meter.reset()  # drops metrics of earlier training in this process
-        self.roles.load(folder)
-        self.roles.load_reference(folder)
         saved = read_state(folder)
+        self.roles.load_reference(folder, saved, Path(self.args.output_dir))
+        self.ppo = state  # not earlier: it says which reference there is, also to `train` after a refused checkpoint
+        self.roles.load(folder)
+        before, now = Sizes.of(saved["geometry"]), sizes_of(self.args, self.ranks)
+        if before != now:
+            position = self.ppo.stretch.prompt
+            self._warn(said_of_other_sizes(before, now, position, self.args, counts_epochs=self._counts_epochs))
         # `Trainer` restores callbacks from `trainer_state.json` after this method. Version 0.1.0 saved theirs
         # elsewhere.
         for callback in self.callback_handler.callbacks:
@@ -943,4 +1030,5 @@ class PPOTrainer(BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
-        save_with_report(self, super().save_model, output_dir, _internal_call)
+        save = self.roles.sharding.way_to_save(self, super().save_model)
+        save_with_report(self, save, output_dir, _internal_call)

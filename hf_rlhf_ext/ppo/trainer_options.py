@@ -3,16 +3,20 @@
 from transformers import TrainingArguments
 
 from ..errors import UserError
+from ..training.engines import Engine
 from ..training.refused_options import (
     AUTO_BATCH_SIZE,
     COMPILE,
     FOR_SCRIPTS,
     LENGTH_COLUMN,
-    ONLY_DATA_PARALLEL,
+    PARALLELISM,
     TOKEN_COUNT,
     refuse_options,
     refuse_separate_counts,
 )
+
+ENGINES = (Engine.DDP, Engine.FSDP2)
+"""Engines that `PPOTrainer` supports; FSDP2 for adapters only."""
 
 _PRECISION = "an evaluation has the precision of rollouts: leave it out"
 _SAMPLED_EVALUATION = "an evaluation samples completions and has no labels: leave it out"
@@ -33,7 +37,7 @@ REFUSED_OPTIONS = {
     "label_smoothing_factor": "the loss has no labels: leave it out",
     "length_column_name": LENGTH_COLUMN,
     "liger_kernel_config": "the layers of the policy are not replaced: leave it out",
-    "parallelism_config": ONLY_DATA_PARALLEL,
+    "parallelism_config": PARALLELISM,
     "prediction_loss_only": _SAMPLED_EVALUATION,
     "torch_compile": COMPILE,
     "use_liger_kernel": "its forward pass replaces the one that PPO reads hidden states from: leave it out",

@@ -1,19 +1,18 @@
 """Loads public preference and instruction datasets as comparisons or demonstrations, with a report."""
 
-import json
-import shutil
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, config, load_from_disk
-from datasets.fingerprint import Hasher
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from tqdm.auto import tqdm
 
+from ..data.cache import RowsFile, digest, kept
 from ..data.conversion import (
+    Collected,
     Converted,
     collect,
     convert,
@@ -24,7 +23,8 @@ from ..data.conversion import (
     require_rows,
     with_labels,
 )
-from ..data.json_columns import without_arrow_fill
+from ..data.grouping import Grouped
+from ..data.json_columns import rows_of, without_arrow_fill
 from ..data.origin import with_origin
 from ..data.schema import (
     Comparison,
@@ -37,6 +37,7 @@ from ..data.schema import (
     is_number,
     own_row,
     with_defaults,
+    write_rows,
 )
 from ..data.templates import TEMPLATE_COLUMNS
 from ..data.trl_rows import check_implicit_prompts
@@ -64,10 +65,6 @@ __all__ = [
 
 class UnknownFormat(PreferenceDataError):
     """Raised when the columns of the data match no known format."""
-
-
-_FORMAT_VERSION = 3
-"""Part of every cache key. Increase it when a reader's output changes, so that old cached results are not used."""
 
 
 def load_comparisons(
@@ -460,21 +457,23 @@ def _load(
     if streaming:
         return IterableDataset.from_generator(_iterate, gen_kwargs={"stream": _Stream(conversion)}), report
 
-    # Large sources are converted once. Later calls read the rows and the report from the cache.
-    cached = _cache_folder(source, reading, options)
-    if cached is not None and (cached / "report.json").is_file():
-        report = LoadReport(**json.loads((cached / "report.json").read_text()))
-        return load_from_disk(str(cached / "rows")), report
+    key = _cache_key(source, reading, options)
+    if key is None:
+        rows = collect(convert_source(conversion), report)
+        if options.group:
+            rows = group_by_prompt(rows, report)
+        return with_origin(as_dataset(rows, source.name), given, source.name), report
 
-    rows = collect(convert_source(conversion), report)
-    if options.group:
-        rows = group_by_prompt(rows, report)
-    dataset = with_origin(as_dataset(rows, source.name), given, source.name)
-    if cached is None:
-        return dataset, report
-    _keep(cached, dataset, report)
-    # Read from disk like every later call: memory-mapped rows take no memory.
-    return load_from_disk(str(cached / "rows")), report
+    # Large sources are converted once, in batches. Later calls read the rows and the report from the cache.
+    def build(file: RowsFile) -> dict[str, Any]:
+        counted = replace(conversion, report=copy.deepcopy(report))
+        rows = Collected(convert_source(counted), counted.report)
+        write_rows((Grouped(rows, counted.report) if options.group else rows), file, source.name)
+        return asdict(counted.report)
+
+    prepared = kept(key, build)
+    vars(report).update(prepared.notes)
+    return with_origin(prepared.rows, given, source.name), report
 
 
 def _names(columns: str | Sequence[str]) -> tuple[str, ...]:
@@ -531,26 +530,13 @@ def _check_category_column(column: str, profile: Profile, formats: Sequence[Form
         raise PreferenceDataError(f"{name or 'dataset'}: category_column: {column!r} is no column; found {found}.")
 
 
-def _cache_folder(source: Source, reading: Reading, options: _Options) -> Path | None:
-    """Returns the cache folder for a large source. None for a small source, or one without a fingerprint."""
+def _cache_key(source: Source, reading: Reading, options: _Options) -> str | None:
+    """Returns the key of a large source in the cache. None for a small source, or one without a fingerprint."""
     if not source.large or not source.fingerprint:
         return None
     # `repr`, as the hash of an object depends on more than its values.
     what = (reading.format.name, repr(reading.format.roles), sorted(reading.read), repr(options))
-    key = Hasher.hash((_FORMAT_VERSION, source.fingerprint, what))
-    return Path(config.HF_DATASETS_CACHE) / "hf_rlhf_ext" / key
-
-
-def _keep(folder: Path, dataset: Dataset, report: LoadReport) -> None:
-    """Writes rows and report to a temporary folder, then renames it, so that an incomplete folder is never read."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(dir=folder.parent, prefix="unfinished-"))
-    dataset.save_to_disk(str(unfinished / "rows"))
-    (unfinished / "report.json").write_text(json.dumps(asdict(report)))
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(unfinished)
+    return digest("rows", source.name, source.fingerprint, what)
 
 
 class _Stream:
@@ -667,7 +653,8 @@ def convert_source(conversion: Conversion) -> Iterator[Converted]:
             watch.check(row, index, result)
         return result
 
-    shown = tqdm(source.rows, desc=source.name or "rows", unit=" rows", disable=not source.large)
+    total = len(source.rows) if hasattr(source.rows, "__len__") else None
+    shown = tqdm(rows_of(source.rows), total=total, desc=source.name or "rows", unit=" rows", disable=not source.large)
     rows = readable_rows(shown, report)
     if reading.format.gathers:
         readings = reading.convert(_watched(rows, watch, conversion.ignore))

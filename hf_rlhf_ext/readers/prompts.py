@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.json_columns import rows_of
 from ..data.prompting import HISTORY_COLUMNS, SYSTEM_COLUMNS
 from ..data.schema import LoadReport, PreferenceDataError, is_empty
 from ..data.text import is_text
@@ -54,7 +55,8 @@ def load_prompts(
     report = LoadReport(source=name, rows_in=len(rows) + len(dropped), kept=len(rows))
     if dropped:
         report.dropped["blank line"] = dropped
-    for number, prompt in enumerate(rows["prompt"]):
+    for number, row in enumerate(rows_of(rows.select_columns("prompt"))):
+        prompt = row["prompt"]
         if is_text(prompt) and is_empty(prompt):
             report.flag("empty_prompt", number)
     if columns is None:

@@ -8,10 +8,10 @@ from ..data.collators import LAYOUTS
 from ..data.tokenization import OVERFLOWS, UNRENDERABLES
 from ..errors import UserError
 from ..training.config_checks import checked_options
+from ..training.engines import refuse_loading_in_one_process
 from ..training.option_values import check_ranges
-from ..training.refused_options import refuse_fsdp_alone
 from .losses import TIE_MODELS
-from .trainer_options import REFUSED_OPTIONS, UNUSED_OPTIONS, check_reward_options
+from .trainer_options import ENGINES, REFUSED_OPTIONS, UNUSED_OPTIONS, check_reward_options
 
 RANKING_LOSSES = ("bradley_terry", "plackett_luce")
 
@@ -127,9 +127,9 @@ class BradleyTerryConfig(RewardConfig):
     )
 
     def __post_init__(self):
-        with checked_options(self, best_metric="loss"):
+        with checked_options(self, trainer="BradleyTerryTrainer", engines=ENGINES, best_metric="loss"):
             super().__post_init__()
-            refuse_fsdp_alone(self)
+            refuse_loading_in_one_process(self)
         _check_choice("overflow", self.overflow, OVERFLOWS)
         _check_choice("unrenderable", self.unrenderable, UNRENDERABLES)
         _check_choice("tie_model", self.tie_model, TIE_MODELS)

@@ -63,16 +63,21 @@ class TrainMeter:
         return self._sums is None
 
     def add(self, scores: Tensor, batch: dict[str, Tensor]) -> None:
-        """Adds one micro-batch with its scores (N,)."""
+        """Adds one micro-batch with its scores (N,). Prompts that do not count add nothing, see `even_batches`."""
         sums = _sums_of(scores, batch)
+        lowest, highest = scores.min(), scores.max()
+        if "counted" in batch:
+            is_counted = _of_completions(batch["counted"], batch)  # (N,)
+            lowest = scores.masked_fill(~is_counted, torch.inf).min()
+            highest = scores.masked_fill(~is_counted, -torch.inf).max()
         if self._sums is None:
             self._sums = sums
-            self._lowest = scores.min()
-            self._highest = scores.max()
+            self._lowest = lowest
+            self._highest = highest
         else:
             self._sums = self._sums + sums
-            self._lowest = torch.minimum(self._lowest, scores.min())
-            self._highest = torch.maximum(self._highest, scores.max())
+            self._lowest = torch.minimum(self._lowest, lowest)
+            self._highest = torch.maximum(self._highest, highest)
 
     def reduce(self, accelerator: Accelerator) -> TrainTotals:
         """Returns the totals over all processes and resets the sums. Every process must call it."""
@@ -92,17 +97,31 @@ def _sums_of(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """`_SUMMED` of a micro-batch, fp32."""
     scores_i, scores_j = scores[batch["pairs"]].unbind(1)  # (P,) each
     side = torch.sign(batch["targets"] - 0.5)  # 1 if i is preferred, -1 if j is, 0 for ties
+    is_counted = torch.ones_like(scores)
+    n_tokens = _token_mask(batch).sum()
+    if "counted" in batch:
+        side = side * batch["counted"][batch["prompt_index"]]
+        is_counted = _of_completions(batch["counted"], batch).float()
+        n_tokens = (batch["token_counts"] * batch["counted"]).sum()
     agreement = side * (scores_i - scores_j)  # score of the preferred completion minus the other, 0 for ties
-    if "segments" in batch:  # the shared-prefix layout, in which padding is -1
-        is_token = batch["segments"] >= 0
-    else:
-        is_token = batch["attention_mask"]
     sums = [
         side.abs().sum(),
         (agreement > 0).sum(),
         agreement.sum(),
-        scores.sum(),
-        torch.tensor(float(len(scores)), device=scores.device),
-        is_token.sum(),
+        (scores * is_counted).sum(),
+        is_counted.sum(),
+        n_tokens,
     ]
     return torch.stack([value.float() for value in sums])
+
+
+def _token_mask(batch: dict[str, Tensor]) -> Tensor:
+    """Where the rows of a batch have a token and no padding."""
+    if "segments" in batch:  # the shared-prefix layout, in which padding is -1
+        return batch["segments"] >= 0
+    return batch["attention_mask"]
+
+
+def _of_completions(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Values (B,) of the prompts of a batch for each of its completions, (N,)."""
+    return values.repeat_interleave(batch["completion_counts"])

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, LargeList, List
 from peft import PeftConfig, PeftModel, TaskType
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ from ..modeling.adapter_kinds import (
 )
 from ..modeling.adapters import bare_model
 from ..modeling.base_check import warn_of_changed_base
+from ..modeling.cache_name import accept_old_cache_name
 from ..modeling.embeddings import n_rows
 from ..modeling.families import check_reward_model
 from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, learned_positions, untrained_layers
 from ..modeling.loading import load_base_model, load_tokenizer, refuse_quantized_encoder, warn_of_rounded_updates
 from ..modeling.ownership import forget_earlier_trainer
+from ..modeling.partitions import make_whole
 from ..modeling.quantization import prepare_quantized, refuse_trained_quantized
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from ..training.activation_checkpointing import with_possible_checkpointing
@@ -84,6 +86,7 @@ def prepare_model(
         if peft_config is None and not has_adapter:
             options.setdefault("dtype", "float32")  # weights that are trained themselves
     else:
+        make_whole(model)  # ZeRO-3 partitions what Transformers loads, also before the trainer is made
         forget_earlier_trainer(model)
     is_loaded = isinstance(model, str)
     model, tokenizer = resolve_model(model, tokenizer, options)
@@ -100,6 +103,7 @@ def prepare_model(
         check_adapter_kind("model", model.active_peft_config)
     if peft_config is not None and is_encoder(model):
         peft_config = with_saved_layers(peft_config, untrained_layers(model))
+    accept_old_cache_name(model, peft_config)
     args = with_possible_checkpointing(args, model, peft_config)
     return PreparedModel(model, tokenizer, peft_config, args)
 
@@ -353,27 +357,27 @@ def warn_over_budget(collator: Any, rows: Dataset | None) -> None:
     """Logs a warning if single prompts exceed `max_tokens_per_batch`, as each prompt is at least one forward pass."""
     if rows is None or getattr(collator, "max_tokens", None) is None:
         return
-    sizes = [collator.size(row) for row in rows]
-    too_large = [size for size in sizes if size > collator.max_tokens]
-    if too_large:
+    sizes = collator.sizes(rows)
+    too_large = sizes[sizes > collator.max_tokens]
+    if len(too_large):
         logger.warning(
             "max_tokens_per_batch=%d is exceeded by %d of %d prompts, which need up to %d tokens in one forward pass: "
             "raise it if memory allows, or use fewer completions per prompt.",
             collator.max_tokens,
             len(too_large),
             len(sizes),
-            max(too_large),
+            too_large.max(),
         )
 
 
 def warn_of_large_margins(rows: Dataset | None, scale: float) -> None:
     """Logs a warning if margins are larger than differences of rewards usually are, as they may be ratings."""
-    if not isinstance(rows, Dataset) or "margins" not in rows.column_names:
+    if not isinstance(rows, Dataset) or not isinstance(rows.features.get("margins"), List | LargeList):
         return
     largest = 0.0
-    for margins in rows["margins"]:
-        for margin in margins or ():
-            largest = max(largest, abs(margin) * scale)
+    for batch in rows.select_columns("margins").with_format("arrow").iter(1000):
+        margins = pc.abs(pc.list_flatten(batch["margins"]))
+        largest = max(largest, (pc.max(margins).as_py() or 0.0) * scale)
     if largest > LARGE_MARGIN:
         logger.warning(
             "margin_scale: the margins are up to %.3g units of reward, which is more than reward models usually reach. "

@@ -1,7 +1,7 @@
 """`RewardScorer`: a trained reward model as a function of prompts and completions."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +122,8 @@ class RewardScorer:
         if trained_on is None:  # with a head, `model` is the policy that shares its base
             trained_on = form_of_reward_model(model) if head is None else PromptForm()
         self.asked = FormOfTraining(trained_on)
+        self.passes_of_all: Callable[[int], int] = int
+        """The number of forward passes that all processes run, where one that needs fewer must not stop earlier."""
         self.loaded_from: str | None = None
         """Hub id, or name of the local folder, that it was loaded from; `None` for a model that was in memory."""
         text_config = model.config.get_text_config()
@@ -263,12 +265,18 @@ class RewardScorer:
             sequences.append(prompt_ids + completion_ids)
         return self.score_ids(sequences)
 
+    def n_passes(self, sequences: list[list[int]]) -> int:
+        """The number of forward passes in which `score_ids` scores these sequences."""
+        return sum(1 for _ in self._batches([len(ids) for ids in sequences]))
+
     @torch.no_grad()
-    def score_ids(self, sequences: list[list[int]]) -> list[float]:
+    def score_ids(self, sequences: list[list[int]], *, at_least: int = 0) -> list[float]:
         """Raw scores of tokenized sequences.
 
         Args:
             sequences: N lists of token ids: prompt, completion and stop token.
+            at_least: smallest number of forward passes. Where the weights are spread over processes, all must run the
+                same number. Missing passes score one token, and their result is not used.
 
         Returns:
             N scores, in log-odds.
@@ -283,6 +291,8 @@ class RewardScorer:
         for index, ids in enumerate(sequences):
             check_token_ids(f"completion {index} with its prompt", ids, self.tokenizer, rows)
         scores = [0.0] * len(sequences)
+        own_passes = self.n_passes(sequences)
+        needed = self.passes_of_all(own_passes)
         bar = progress_bar(f"scoring {len(sequences)} completions", len(sequences))
         with evaluating(self.model), self._own_adapter(), bar as advance:
             for indices in self._batches([len(ids) for ids in sequences]):
@@ -290,6 +300,8 @@ class RewardScorer:
                 for index, score in zip(indices, batch_scores, strict=True):
                     scores[index] = score
                 advance(len(indices))
+            for _ in range(max(at_least, needed) - own_passes):
+                self._score([[self.tokenizer.pad_token_id]])
         return scores
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:

@@ -3,8 +3,8 @@
 import logging
 import os
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from ..checkpointing import resolve_checkpoint
 from ..data.given import as_dataset, as_datasets, as_python
 from ..data.json_columns import without_arrow_fill
 from ..data.origin import origins_of
+from ..data.preparation import prepare_comparisons
 from ..data.prompt_form import PromptForm, remember_form
 from ..data.schema import LoadReport, dataset_of
-from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, tokenize_comparisons
-from ..data.trl_rows import read_comparisons, warn_of_nan_margins
+from ..data.storage import token_counts
+from ..data.tokenization import CATEGORY_CODE, TOKENIZED_COLUMNS, Tokenization, tokenize_comparisons
+from ..data.trl_rows import warn_of_nan_margins
 from ..errors import UserError
 from ..modeling.adapter_start import attached_or_refused
 from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision, saved_as_one_adapter
@@ -46,8 +48,9 @@ from ..publishing import (
     without_card,
 )
 from ..training.arguments import check_arguments
-from ..training.bars import no_bars
+from ..training.bars import Advance, no_bars, progress_bar
 from ..training.best_model import check_evaluated_metric, check_metric_name
+from ..training.engines import check_active_engine
 from ..training.loop import all_steps_are_done, end_of_training, forget_unscaled_gradients, log_last_steps
 from ..training.optimizers import (
     check_lists_of_schedule,
@@ -60,6 +63,15 @@ from ..training.shown_table import show_table
 from ..training.table import REWARD_MODEL_COLUMNS
 from .asked import form_of_reward_model
 from .config import BradleyTerryConfig
+from .even_batches import (
+    even_out,
+    has_shards,
+    is_counted,
+    largest_counts,
+    micro_batches_of,
+    weight_repeated_rows_zero,
+    without_reduction,
+)
 from .labels import LABEL_FIELDS, EvaluatedPairs, join_batches, pad_by_prompt, pair_labels, stack_padded
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .meter import TrainMeter
@@ -81,7 +93,8 @@ from .preference_metrics import METRIC_NAMES, JudgedPairs
 from .resume import load_weights, refuse_other_checkpoint
 from .scorer import RewardScorer
 from .scores import score_batch
-from .trainer_options import check_special_token_options
+from .sharded_runs import check_sharded_run, keep_own_precision, require_prepared, saves_in_shards
+from .trainer_options import ENGINES, check_special_token_options
 
 __all__ = ["LABEL_FIELDS", "BradleyTerryTrainer"]
 
@@ -153,6 +166,7 @@ class BradleyTerryTrainer(RewardTrainer):
             trainer_options.get("optimizers", (None, None)),
             trainer_options.get("optimizer_cls_and_kwargs"),
         )
+        check_sharded_run(args, trainer_options.get("optimizers", (None, None)))
         if train_dataset is None:
             raise UserError("train_dataset is required: pass a dataset of comparisons.")
         train_dataset = as_dataset(train_dataset, "train_dataset")
@@ -193,6 +207,8 @@ class BradleyTerryTrainer(RewardTrainer):
                 peft_config=prepared.peft_config,
                 **trainer_options,
             )
+        check_active_engine(args, self.accelerator, "BradleyTerryTrainer", ENGINES)
+        keep_own_precision(self.args, self.accelerator)
         show_table(self, REWARD_MODEL_COLUMNS)
         repair_fp32(self.model, weights_before_cast)
         self._check_final_model()
@@ -249,13 +265,41 @@ class BradleyTerryTrainer(RewardTrainer):
             return self._with_own_category_codes(dataset)
         if isinstance(dataset, Dataset):
             warn_of_nan_margins(dataset, source=dataset_name)
-        with args.main_process_first(desc=f"{dataset_name} dataset"):
-            dataset, report = read_comparisons(dataset, source=dataset_name)
-            if dataset_name == "train":
-                self._first_prompt = dataset[0]["prompt"]
-            if "category" in dataset.column_names:
-                dataset = self._with_category_codes(dataset, dataset["category"])
-            return self._tokenize(dataset, report, processing_class, args)
+        tokenization = self._tokenization(processing_class, args)
+        # One process of each machine prepares the rows, and the others read them.
+        with args.main_process_first(desc=f"{dataset_name} dataset"), self._preparation_bar(dataset, args) as advance:
+            prepared = prepare_comparisons(
+                dataset, tokenization, source=dataset_name, num_proc=args.dataset_num_proc, advance=advance
+            )
+        if dataset_name == "train":
+            self._first_prompt = prepared.first_prompt
+        self._report(prepared.report)
+        rows = prepared.rows
+        if "category" in rows.column_names:
+            for name in prepared.categories:
+                self._code_of(name)
+            names = [name for batch in rows.select_columns("category").iter(1000) for name in batch["category"]]
+            rows = self._with_category_codes(rows.remove_columns("category"), names)
+        check_rows_of_tokens(rows, processing_class, self._sized_model, source=dataset_name)
+        return rows
+
+    def _tokenization(self, tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig) -> Tokenization:
+        return Tokenization(
+            tokenizer, max_length=self.max_length, overflow=args.overflow, unrenderable=args.unrenderable
+        )
+
+    def _report(self, report: LoadReport) -> None:
+        level = logging.WARNING if report.dropped or report.flagged else logging.INFO
+        logger.log(level, report.summary())
+        self.data_reports[report.source] = report
+
+    @contextmanager
+    def _preparation_bar(self, dataset: Dataset, args: BradleyTerryConfig) -> Iterator[Advance]:
+        with (
+            no_bars(when=args.disable_tqdm or args.local_process_index > 0),
+            progress_bar("Preparing the data", len(dataset)) as advance,
+        ):
+            yield advance
 
     def _with_own_category_codes(self, dataset: Dataset) -> Dataset:
         """Tokenized rows with the category codes of this trainer, as they may come from another trainer."""
@@ -266,10 +310,11 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def _with_category_codes(self, dataset: Dataset, names: list[str | None]) -> Dataset:
         """Adds a code of each row's category, as only numbers can be gathered. New names get the next codes."""
-        codes = []
-        for name in names:
-            codes.append(self._category_codes.setdefault(name or "", len(self._category_codes)))
+        codes = list(map(self._code_of, names))
         return dataset.add_column(CATEGORY_CODE, codes, feature=ClassLabel(names=list(self._category_codes)))
+
+    def _code_of(self, category: str | None) -> int:
+        return self._category_codes.setdefault(category or "", len(self._category_codes))
 
     def _tokenize(self, dataset: Dataset, report: LoadReport, tokenizer, args: BradleyTerryConfig) -> Dataset:
         dataset = tokenize_comparisons(
@@ -281,9 +326,7 @@ class BradleyTerryTrainer(RewardTrainer):
             unrenderable=args.unrenderable,
             num_proc=args.dataset_num_proc,
         )
-        level = logging.WARNING if report.dropped or report.flagged else logging.INFO
-        logger.log(level, report.summary())
-        self.data_reports[report.source] = report
+        self._report(report)
         check_rows_of_tokens(dataset, tokenizer, self._sized_model, source=report.source)
         return dataset
 
@@ -319,9 +362,8 @@ class BradleyTerryTrainer(RewardTrainer):
             return super()._get_train_sampler(train_dataset)
         # `Trainer` would look for a column with the lengths.
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = []
-        for row in dataset.select_columns(["prompt_ids", "completion_ids"]):
-            lengths.append(len(row["prompt_ids"]) + sum(map(len, row["completion_ids"])))
+        counts = token_counts(dataset)
+        lengths = (counts.prompt + counts.completions).tolist()
         return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
     def _get_dataloader(
@@ -345,9 +387,13 @@ class BradleyTerryTrainer(RewardTrainer):
         """Returns the batches of one optimizer step, and the sum of the weights of its pairs on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         total = torch.tensor(0.0)
+        if not self.args.dataloader_drop_last:
+            weight_repeated_rows_zero(batches, self.accelerator)
         for batch in batches:
-            for micro_batch in _micro_batches(batch):
+            for micro_batch in micro_batches_of(batch):
                 total = total + micro_batch["weights"].sum()
+        if has_shards(self.accelerator):
+            even_out(batches, self.accelerator)
         return batches, self.accelerator.reduce(total.to(device), reduction="sum")
 
     def _mixed_precision(self, model: nn.Module):
@@ -358,11 +404,11 @@ class BradleyTerryTrainer(RewardTrainer):
         return autocast_dtype(self.args)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        *first, last = _micro_batches(inputs)
+        *first, last = micro_batches_of(inputs)
         losses = []
-        # Gradients are reduced in the last backward pass only, as processes may have different numbers of
+        # Gradients are reduced in the last backward pass only, as under DDP processes may have different numbers of
         # micro-batches.
-        with self.accelerator.no_sync(model) if first else nullcontext():
+        with without_reduction(self.accelerator, model) if first else nullcontext():
             for micro_batch in first:
                 losses.append(self._micro_step(model, micro_batch, num_items_in_batch))
         total = self._micro_step(model, last, num_items_in_batch)
@@ -377,8 +423,9 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def floating_point_ops(self, inputs):
         total = 0
-        for micro_batch in _micro_batches(inputs):
-            total += super().floating_point_ops(micro_batch)
+        for micro_batch in micro_batches_of(inputs):
+            if is_counted(micro_batch):
+                total += super().floating_point_ops(micro_batch)
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -436,6 +483,7 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._check_is_there(eval_dataset)
+        require_prepared(self, "evaluate")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.is_in_train and eval_dataset is None:
             check_evaluated_metric(self.args, metrics)
@@ -476,16 +524,20 @@ class BradleyTerryTrainer(RewardTrainer):
         test_dataset = as_dataset(test_dataset, "test_dataset")
         if test_dataset is None:
             raise UserError("test_dataset is None: pass a dataset of comparisons.")
+        require_prepared(self, "predict")
         rows = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
         return super().predict(rows, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns None, scores (B, Kmax) and labels (B, Pmax, 7), from which the loss of the whole set is computed."""
+        if has_shards(self.accelerator):
+            even_out([inputs], self.accelerator)
         all_scores, all_labels = [], []
-        for micro_batch in _micro_batches(inputs):
+        for micro_batch in micro_batches_of(inputs):
             scores, labels = self._predict(model, micro_batch)
-            all_scores.append(scores)
-            all_labels.append(labels)
+            if is_counted(micro_batch):
+                all_scores.append(scores)
+                all_labels.append(labels)
         scores = stack_padded(all_scores)
         labels = stack_padded(all_labels)
         if "order" in inputs:  # micro-batches are sorted by length; restore the order of the rows
@@ -609,10 +661,13 @@ class BradleyTerryTrainer(RewardTrainer):
             for completion_ids in row["completion_ids"]:
                 sequences.append(row["prompt_ids"] + completion_ids)
         own_share = sequences[self.accelerator.process_index :: self.accelerator.num_processes]
+        n_passes = 0
+        if has_shards(self.accelerator):
+            (n_passes,) = largest_counts([scorer.n_passes(own_share)], self.accelerator)
         scores, problem = [], ""
         try:
             with no_bars(when=self.args.disable_tqdm or not self.is_world_process_zero()):
-                scores = scorer.score_ids(own_share)
+                scores = scorer.score_ids(own_share, at_least=n_passes)
         except (RuntimeError, UserError) as error:  # for example, out of memory
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -663,7 +718,16 @@ class BradleyTerryTrainer(RewardTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and `report.json` with what was measured, from which `push_run` makes a card."""
-        save_with_report(self, super().save_model, output_dir, _internal_call)
+        require_prepared(self, "save_model")
+        save = super().save_model
+        if saves_in_shards(self.accelerator):  # `Trainer` would save the model in its checkpoints only, and in shards
+            save = self._save_gathered
+        save_with_report(self, save, output_dir, _internal_call)
+
+    def _save_gathered(self, output_dir: str | None, is_internal: bool) -> None:
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub and not is_internal:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with without_card(self):
@@ -673,8 +737,3 @@ class BradleyTerryTrainer(RewardTrainer):
 def _as_columns(rows: list[dict[str, Any]]) -> Dataset:
     """The rows as a dataset in which tool calls keep their types."""
     return dataset_of({name: [row[name] for row in rows] for name in rows[0]})
-
-
-def _micro_batches(inputs: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The micro-batches of a batch from the collator; a batch that was not split is one micro-batch."""
-    return inputs.get("micro_batches") or [inputs]

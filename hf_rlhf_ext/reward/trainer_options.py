@@ -7,6 +7,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import RewardConfig
 
 from ..errors import UserError
+from ..training.engines import Engine
 from ..training.refused_options import (
     AUTO_BATCH_SIZE,
     COMPILE,
@@ -14,11 +15,14 @@ from ..training.refused_options import (
     FULL_EVAL,
     LENGTH_COLUMN,
     LOADED_MODEL,
-    ONLY_DATA_PARALLEL,
+    PARALLELISM,
     TOKEN_COUNT,
     refuse_options,
     refuse_separate_counts,
 )
+
+ENGINES = (Engine.DDP, Engine.FSDP2, Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
+"""Engines that `BradleyTerryTrainer` supports."""
 
 REFUSED_OPTIONS = {
     "auto_find_batch_size": AUTO_BATCH_SIZE,
@@ -29,7 +33,7 @@ REFUSED_OPTIONS = {
     "include_num_input_tokens_seen": TOKEN_COUNT.format("num_tokens"),
     "label_names": "the labels are those of comparisons: leave it out",
     "length_column_name": LENGTH_COLUMN,
-    "parallelism_config": ONLY_DATA_PARALLEL,
+    "parallelism_config": PARALLELISM,
     "prediction_loss_only": "the loss of an evaluation is computed from its scores: leave it false",
     "torch_compile": COMPILE,
 }

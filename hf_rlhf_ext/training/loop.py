@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from transformers import Trainer, TrainerControl, TrainingArguments
 
+from .engines import Engine, active_engine
 from .optimizers import use_evaluation_weights
 
 
@@ -13,11 +14,24 @@ from .optimizers import use_evaluation_weights
 def end_of_training(trainer: Trainer) -> Iterator[None]:
     """Around `Trainer.train`: afterward the trainer is not in training, however it ended, and its weights are final."""
     was_trained_before(trainer)
+    forget_evaluated_model(trainer)
     try:
         yield
     finally:
         trainer.is_in_train = False  # `Trainer` sets it at the regular end only
         use_evaluation_weights(trainer.optimizer)
+
+
+def forget_evaluated_model(trainer: Trainer) -> None:
+    """Makes accelerate wrap a model for training that it has prepared for an evaluation only.
+
+    `evaluate` before `train` marks the model as prepared, and `train` would leave it without DDP: each process would
+    train a model of its own, without a word.
+    """
+    is_wrapped = trainer.model_wrapped is not trainer.model or active_engine(trainer.accelerator) is not Engine.DDP
+    if not is_wrapped and getattr(trainer.model, "_is_accelerate_prepared", False):
+        trainer.accelerator.free_memory()
+        trainer.model._is_accelerate_prepared = False
 
 
 def log_last_steps(args: TrainingArguments, control: TrainerControl) -> None:

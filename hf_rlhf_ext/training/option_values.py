@@ -12,7 +12,6 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_available
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
@@ -231,5 +230,3 @@ def _check_deepspeed(args: TrainingArguments) -> None:
         return
     if isinstance(config, str) and not config.strip().startswith("{") and not Path(config).is_file():
         raise UserError(f"deepspeed: there is no file {config}: check the path.")
-    if not is_deepspeed_available():
-        raise UserError("deepspeed: the package is not installed: pip install deepspeed, or leave the option out.")

@@ -18,7 +18,7 @@ TOKEN_COUNT = "batches here are not those that Trainer counts: read the metric {
 LENGTH_COLUMN = "rows are measured after tokenization: leave it out"
 COMPILE = "the trainer reads inner layers of the model, which compilation may skip: leave it out"
 FULL_EVAL = "Trainer would round the weights themselves: leave it out, evaluation has the precision of training"
-ONLY_DATA_PARALLEL = "only plain data parallelism is supported: leave it out"
+PARALLELISM = "no tensor, context or sequence parallelism is supported: leave it out"
 
 FOR_SCRIPTS = {
     "do_eval": "for scripts: Trainer does not read it",
@@ -73,9 +73,3 @@ def refuse_separate_counts(args: TrainingArguments) -> None:
             "average_tokens_across_devices=False is not supported with several processes: the loss always counts the "
             "rows of all of them: leave it true."
         )
-
-
-def refuse_fsdp_alone(args: TrainingArguments) -> None:
-    """Refuses `fsdp` in a run of one process. Call it after `TrainingArguments.__post_init__`."""
-    if args.fsdp and args.world_size == 1:
-        raise UserError("fsdp: it needs several processes, and there is one: leave it out, or use accelerate launch.")

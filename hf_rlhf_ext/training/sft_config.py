@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from trl import SFTConfig
 
 from .config_checks import checked_options
-from .refused_options import FOR_SCRIPTS, LOADED_MODEL, refuse_fsdp_alone
+from .engines import ALL_ENGINES
+from .refused_options import FOR_SCRIPTS, LOADED_MODEL
 
 _FOR_METRICS = "it is about functions for metrics, and the command has none"
 
@@ -29,6 +30,5 @@ class CheckedSFTConfig(SFTConfig):
     """Options that change nothing in `hf-rlhf sft`, each with the reason. It neither lists nor takes them."""
 
     def __post_init__(self):
-        with checked_options(self, best_metric="loss"):
+        with checked_options(self, trainer="SFTTrainer", engines=ALL_ENGINES, best_metric="loss"):
             super().__post_init__()
-            refuse_fsdp_alone(self)

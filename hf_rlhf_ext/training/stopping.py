@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 from ..checkpointing import is_complete
+from .leaving import leave_at_once, listens, part_to_leave
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +54,47 @@ class TrainingStopped(SignalReceived):
 class SaveOnSignal(TrainerCallback):
     """At SIGTERM, which batch systems send before they end a job, saves a checkpoint and stops training.
 
-    Both happen at the end of the current optimizer step.
+    Both happen at the end of the current optimizer step. A signal in a rollout or an evaluation ends it, see `leaving`;
+    the checkpoint is that of the last step.
 
     Attributes:
         received: whether this process has received the signal.
         agreed: whether any process has received it. The trainer sets it at the same step on all processes.
+        step: the last optimizer step of this call of `train`; None before the first one.
     """
 
     def __init__(self):
         self.received = False
         self.agreed = False
+        self.step: int | None = None
+        self._number = signal.SIGTERM
         self._process = os.getpid()
 
     def agree(self, agreed: bool) -> None:
         """Sets whether any process has received the signal. All processes call it with the same value."""
         self.agreed = agreed
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that ends at the signal, as shells count it."""
+        return 128 + self._number
+
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Asks for a checkpoint that a run can go on from, and for the end of training. On all processes."""
+        self.agreed = True
+        control.should_save = True
+        control.should_training_stop = True
+
+    def any_received(self) -> bool:
+        """Whether any process has received a signal. All processes call it together, and then know which one."""
+        if PartialState().num_processes == 1:
+            return self.received
+        counts = [float(self.received and self._number == number) for number in STOP_SIGNALS]
+        total = reduce(torch.tensor(counts, device=PartialState().device), reduction="sum").tolist()
+        for number, count in zip(STOP_SIGNALS, total, strict=True):
+            if count:
+                self._number = number
+        return any(total)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -77,22 +104,25 @@ class SaveOnSignal(TrainerCallback):
         """
         self.received = False
         self.agreed = False
+        self.step = None
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:
             before = signal.signal(signal.SIGTERM, self._receive)
         try:
-            yield
+            with listens(self):
+                yield
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         if self.agreed:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(self.status)
         if self.received:  # it came after the last step: the previous handler gets it now
             signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, number, frame):
         if not self._is_forked(number):
             self.received = True
+            leave_at_once()
 
     def _is_forked(self, number: int) -> bool:
         """Whether this is a worker of a `DataLoader`, which is a copy of this process with its handlers.
@@ -107,19 +137,21 @@ class SaveOnSignal(TrainerCallback):
         return True
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
         if self.agreed:
-            control.should_save = True
-            control.should_training_stop = True
+            self.stop(args, control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.agreed:
+        if self.agreed and self.step is None:
+            logger.warning("SIGTERM: training stopped before its first step, so that there is nothing to save.")
+        elif self.agreed:
             logger.warning(
                 "SIGTERM: saved a checkpoint at step %d: resume with resume_from_checkpoint=True.", state.global_step
             )
 
 
 class StopWithCheckpoint(SaveOnSignal):
-    """At Ctrl-C or SIGTERM, saves a checkpoint at the end of the optimizer step, and raises `TrainingStopped`.
+    """At Ctrl-C or SIGTERM, saves a checkpoint as `SaveOnSignal` does, and raises `TrainingStopped`.
 
     A second signal ends training at once. Before the first step of this process there is nothing to save, so that the
     signals keep their handlers until then. It works with every `Trainer`, whatever its `save_strategy`.
@@ -128,13 +160,11 @@ class StopWithCheckpoint(SaveOnSignal):
         say: called in the signal handler with one line for the user; only in the first process.
 
     Attributes:
-        step: the last optimizer step of this process; None before the first one.
         is_over: whether training has ended.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None):
         super().__init__()
-        self.step: int | None = None
         self.is_over = False
         self._say = say
         self._number = signal.SIGINT
@@ -149,7 +179,8 @@ class StopWithCheckpoint(SaveOnSignal):
     def listening(self) -> Iterator[None]:
         """Gives the signals back at the end of the context, however training ended."""
         try:
-            yield
+            with listens(self):
+                yield
         finally:
             self.give_back()
 
@@ -183,21 +214,13 @@ class StopWithCheckpoint(SaveOnSignal):
             self._number = number
             self._received_at = time.monotonic()
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            self._say(f"{name}: saving a checkpoint at the end of this step; Ctrl-C again ends at once")
+            part = part_to_leave()
+            when = "at the end of this step" if part is None else f"of the last step, without this {part}"
+            self._say(f"{name}: saving a checkpoint {when}; Ctrl-C again ends at once")
+            leave_at_once()
         elif "TORCHELASTIC_RUN_ID" not in os.environ or seconds > SAME_SIGNAL_SECONDS:
             self.give_back()  # a third one is not waited for either
             raise SignalReceived(number)
-
-    def _ask_all(self) -> bool:
-        """Whether any process has received a signal, and which one. All processes call it together."""
-        if PartialState().num_processes == 1:
-            return self.received
-        counts = [float(self.received and self._number == number) for number in STOP_SIGNALS]
-        total = reduce(torch.tensor(counts, device=PartialState().device), reduction="sum").tolist()
-        for number, count in zip(STOP_SIGNALS, total, strict=True):
-            if count:
-                self._number = number
-        return any(total)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.step = None
@@ -206,17 +229,15 @@ class StopWithCheckpoint(SaveOnSignal):
     def on_step_end(self, args, state, control, **kwargs):
         self.step = state.global_step
         self._listen()
-        self.agreed = self._ask_all()
+        self.agreed = self.any_received()
         if not self.agreed:
             return
-        self._stop(args, control)
+        self.stop(args, control)
         if args.save_strategy == "best":
             control.should_evaluate = False  # afterward, only a better model would be saved
 
-    def _stop(self, args, control):
-        """Asks for a checkpoint that a run can go on from, and for the end of training."""
-        control.should_save = True
-        control.should_training_stop = True
+    def stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        super().stop(args, control)
         self._change(args, "save_only_model", False)  # such a checkpoint has no optimizer
         # At a limit of 1, `Trainer` deletes all but the best checkpoint when training ends.
         self._change(args, "save_total_limit", None)
@@ -225,9 +246,9 @@ class StopWithCheckpoint(SaveOnSignal):
         """An evaluation may take minutes. A signal in it is acted on after it, not after one more step."""
         if self.step is None or self.is_over or args.save_strategy == "best":
             return
-        self.agreed = self.agreed or self._ask_all()
+        self.agreed = self.agreed or self.any_received()
         if self.agreed:
-            self._stop(args, control)
+            self.stop(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """`Trainer` calls it also when training stops in the middle of an epoch, after the checkpoint is saved."""

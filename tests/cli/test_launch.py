@@ -4,7 +4,13 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from hf_rlhf_ext.cli.launch import LaunchOptions, accelerate_words, find_accelerate_config, take_launch_options
+from hf_rlhf_ext.cli.launch import (
+    LaunchOptions,
+    accelerate_words,
+    find_accelerate_config,
+    launch,
+    take_launch_options,
+)
 from hf_rlhf_ext.errors import UserError
 
 
@@ -77,10 +83,36 @@ def test_a_configuration_by_name_or_by_file(tmp_path, monkeypatch):
     args = parsed(LaunchOptions(accelerate_config="zero2"))
     assert args.config_file == "zero2" and args.main_process_port is None  # the file's own
     line = refusal(find_accelerate_config, "mutli_gpu")
-    assert "mutli_gpu" in line and "multi_gpu, single_gpu" in line
+    assert "mutli_gpu" in line and "ddp, fsdp2, zero2, zero3" in line and "multi_gpu, single_gpu" in line
+
+
+def test_configurations_of_the_recipes_come_before_those_of_trl(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ddp", "fsdp2", "zero2", "zero3"):
+        path = find_accelerate_config(name)
+        assert (path.parent.name, path.parent.parent.name) == ("accelerate", "recipes")
+        # The machine decides on the number of processes, or the option does.
+        assert parsed(LaunchOptions(accelerate_config=name), 4).num_processes == 4
+        assert parsed(LaunchOptions(3, name), 4).num_processes == 3
+        # The options of the recipe decide on the precision, also with plain `accelerate launch`.
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+def test_a_configuration_for_more_processes_than_accelerators_is_refused():
+    line = refusal(accelerate_words, LaunchOptions(accelerate_config="multi_gpu"), 2)
+    assert line.startswith("--accelerate_config multi_gpu starts 8 processes") and "add --num_processes 2" in line
 
 
 def test_a_configuration_for_one_process_does_not_start_two():
     line = refusal(accelerate_words, LaunchOptions(2, "single_gpu"), 2)
     assert "--accelerate_config single_gpu" in line and "--num_processes" in line
     assert "--config_file" in accelerate_words(LaunchOptions(1, "single_gpu"), 2)
+
+
+def test_nobody_is_asked_to_install_deepspeed_for_ppo(monkeypatch):
+    """accelerate refuses to start DeepSpeed without its package, before a process of ours could say anything."""
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    options = LaunchOptions(2, "zero2")
+    line = refusal(launch, options, ["ppo", "--config", "x.yaml"])
+    assert line.startswith("zero2 is not supported by PPOTrainer: use --accelerate_config ddp or fsdp2")
+    assert "install deepspeed" in refusal(launch, options, ["reward", "--config", "x.yaml"])

@@ -217,7 +217,7 @@ def test_an_import_that_fails_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: datasketch is not installed: pip install 'datasketch>=1.6'\n"
 
 
-def test_the_other_processes_leave_stdout_to_the_first(monkeypatch, capsys):
+def test_the_other_processes_leave_stdout_to_the_first(monkeypatch, capfd):
     from hf_rlhf_ext.cli.parsing import run_recipe
 
     def wrong():
@@ -226,11 +226,11 @@ def test_the_other_processes_leave_stdout_to_the_first(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     run_recipe(lambda: print("said once"))
     with pytest.raises(SystemExit):
-        run_recipe(wrong)
-    assert capsys.readouterr() == ("", "error (process 1): wrong\n")
+        run_recipe(lambda: run_recipe(wrong))  # as `hf-rlhf` runs a recipe
+    assert capfd.readouterr() == ("", "error (process 1): wrong\n")
     monkeypatch.setenv("RANK", "0")
     run_recipe(lambda: print("said once"))
-    assert capsys.readouterr().out == "said once\n"
+    assert capfd.readouterr().out == "said once\n"
 
 
 def test_a_reader_that_has_read_enough_ends_in_no_traceback():

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_rlhf_ext.cli.quiet import library_output
 
-DEPRECATED = "`gradient_checkpointing` is deprecated and will be removed"
+DEPRECATED = "`is_gradient_checkpointing` is deprecated and will be removed"
 MESSAGE = "Failed to load CPU gemm_4bit_forward from kernels-community"
 
 
@@ -19,7 +19,7 @@ MESSAGE = "Failed to load CPU gemm_4bit_forward from kernels-community"
 def hidden():
     """The filter of the recipes' command line, which pytest's own handling of warnings replaces in every test."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield caught
 
 

@@ -438,7 +438,7 @@ def test_a_reward_model_learns_from_the_export(make_store, tmp_path, tiny_config
         output_dir=str(tmp_path / "out"),
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         report_to="none",
         per_device_train_batch_size=8,
         learning_rate=1e-2,

@@ -159,7 +159,7 @@ def test_a_run_on_prefilled_prompts(tiny_llama, chat_tokenizer, scorer, tmp_path
     prompts = [[user(text), assistant("Sure, a")] for text in ("fox", "day", "garden", "words")]
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     args = PPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=4, num_ppo_epochs=1, max_steps=1, max_completion_length=4, save_strategy="no",
     )  # fmt: skip
     trainer = PPOTrainer(tiny_llama, [record, scorer], args, data, data, processing_class=chat_tokenizer)
@@ -215,7 +215,7 @@ def test_a_prefill_that_the_template_drops_is_refused_with_its_row(tiny_llama, c
         "{% if add_generation_prompt %}:{% endif %}"
     )
     data = Dataset.from_list([{"prompt": [user("a")]}, {"prompt": [user("a"), assistant("Sure")]}])
-    options = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "activation_checkpointing": False}
     options |= {"max_completion_length": 4}
     with pytest.raises(UserError, match="train_dataset row 1: .*unrenderable='drop'") as refused:
         PPOTrainer(

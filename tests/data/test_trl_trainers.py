@@ -16,7 +16,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "move", "description": "Goes on.", "parameters": {"type": "object"}}}
 ]
 OPTIONS = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "save_strategy": "no"}
-OPTIONS |= {"per_device_train_batch_size": 2, "gradient_checkpointing": False, "disable_tqdm": True}
+OPTIONS |= {"per_device_train_batch_size": 2, "activation_checkpointing": False, "disable_tqdm": True}
 
 
 def user(text):

@@ -68,7 +68,7 @@ def test_the_page_and_the_trainer_train_the_same_weights(example, tmp_path, chan
             seed=options.seed,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,

@@ -339,7 +339,7 @@ def options_of(run: Run, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder),
         "bf16": run.is_mixed_precision,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,

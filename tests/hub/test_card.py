@@ -497,7 +497,7 @@ def test_a_trainer_pushed_from_python_has_a_card_with_its_last_evaluation(
     HfApi().upload_folder(repo_id="alice/base", folder_path=tmp_path / "base")
     policy = kind == "policy"
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2}
-    options |= {"gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True}
+    options |= {"activation_checkpointing": False, "save_strategy": "no", "disable_tqdm": True}
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM" if policy else "SEQ_CLS")
     model = load_base_model("alice/base", task="causal_lm" if policy else "reward")
     given = {"processing_class": chat_tokenizer, "peft_config": lora}

@@ -76,6 +76,16 @@ def run_folder(tmp_path):
         (folder / name).write_bytes(b"\0")
     for name in ("hf_rlhf_ext.json", "log.jsonl", "ppo_state.json", "checkpoint-8/ref/adapter.safetensors", ".hidden"):
         (folder / name).write_text("{}")
+    # What FSDP and DeepSpeed write into checkpoints, which `every_save` pushes.
+    for name in (
+        "pytorch_model_fsdp.bin",
+        "optimizer_0/__0_0.distcp",
+        "global_step8/x.json",
+        "zero_to_fp32.py",
+        "latest",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     (folder / "runs").mkdir()
     (folder / "runs" / "events.out.tfevents.1.host").write_text("")
     return folder

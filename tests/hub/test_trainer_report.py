@@ -61,7 +61,7 @@ def make(base, chat_tokenizer, tmp_path):
 
     def made(kind, *, rows=None, eval_rows=None, given=None, lora=None, **options):
         usual = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 3, "disable_tqdm": True}
-        usual |= {"per_device_train_batch_size": 2, "gradient_checkpointing": False, "save_strategy": "no"}
+        usual |= {"per_device_train_batch_size": 2, "activation_checkpointing": False, "save_strategy": "no"}
         usual |= {"output_dir": str(tmp_path / kind), "learning_rate": 5e-3, "logging_steps": 1}
         if kind == "policy":
             usual |= {"max_completion_length": 4, "num_mini_batches": 1, "num_ppo_epochs": 1, "critic": "head"}

@@ -337,7 +337,7 @@ def test_gradient_checkpointing_is_on_and_changes_no_gradient(tiny_llama, sequen
     tiny_llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     plain = loss_and_gradients(model, tiny_llama.lm_head, sequences, 3)
     assert len(calls) == 1
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     checkpointed = loss_and_gradients(model, tiny_llama.lm_head, sequences, 3)
     assert len(calls) == 3  # once more in the forward pass, and recomputed in the backward pass
     for got, expected in zip(checkpointed, plain, strict=True):

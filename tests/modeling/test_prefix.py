@@ -97,7 +97,7 @@ def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
     for dtype, tolerance in ((torch.float32, 1e-5), double)[: 1 if name == "gemma2" else 2]:
         model = make(name, dtype).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         plain, plain_gradient = scores_and_gradients(model, "plain", rows())
         shared, shared_gradient = scores_and_gradients(model, "shared_prefix", rows())
         assert plain.abs().max() > 0.05  # there is something to get wrong

@@ -105,7 +105,7 @@ def test_two_backward_passes_give_the_gradients_of_two_models(stack, checkpointi
     separate = {role: copy.deepcopy(stack) for role in ("policy", "value")}
     if checkpointing:
         for each in (stack, *separate.values()):
-            each.model.gradient_checkpointing_enable({"use_reentrant": False})
+            each.model.activation_checkpointing_enable({"use_reentrant": False})
             each.model.enable_input_require_grads()
     for each in (stack, *separate.values()):
         each.model.train()

@@ -56,7 +56,7 @@ def make_trainer(tiny_config, chat_tokenizer, prompts, lora, tmp_path):
         arguments |= {"peft_config": lora} | {name: options.pop(name) for name in ours if name in options}
         if "model" not in arguments:
             arguments["model"] = LlamaForCausalLM(tiny_config)
-        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+        defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
         defaults |= {"per_device_train_batch_size": 4, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 4}
         defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "seed": 3}
         defaults |= {"max_completion_length": 6, "disable_tqdm": True, "logging_steps": 1}
@@ -87,7 +87,7 @@ def make_storyteller(stories_path, tmp_path):
     )
 
     def make(model, *, reward_funcs=joy, eval_reward_funcs=None, **options):
-        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 0}
+        defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "seed": 0}
         defaults |= {"per_device_train_batch_size": 32, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 44}
         defaults |= {"learning_rate": 3e-3, "value_learning_rate": 2e-2, "value_clip_range": None, "vf_coef": 0.5}
         defaults |= {"lr_scheduler_type": "constant", "max_completion_length": 40, "kl_coef": 0.12, "critic": "head"}

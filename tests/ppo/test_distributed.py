@@ -31,14 +31,14 @@ def run(tiny_config, chat_tokenizer, tmp_path):
     LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
     chat_tokenizer.save_pretrained(tmp_path)
 
-    def start(name, processes, options):
+    def start(name, processes, options, script=SCRIPT):
         launch = [sys.executable]
         if processes > 1:
             # With --cpu, accelerate starts one process unless there is MPI; --multi_gpu is its way to start several.
             launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
             launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
             launch += ["--main_process_port", str(free_port())]
-        command = [*launch, str(SCRIPT), str(tmp_path), name, json.dumps(options)]
+        command = [*launch, str(script), str(tmp_path), name, json.dumps(options)]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(SCRIPT.parents[2]),
@@ -80,3 +80,12 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
     evaluations = [json.loads((folder / "evaluation-0.json").read_text()) for folder in (one, two)]
     for name in ("eval_objective/scores", "eval_objective/kl", "eval_completions/mean_length"):
         assert evaluations[1][name] == pytest.approx(evaluations[0][name], abs=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_leaves_the_rollout_in_all_and_resumes_to_the_bit(run, tmp_path):
+    run("left", 2, {}, script=SCRIPT.with_name("left_runs.py"))
+    first, second = json.loads((tmp_path / "found.json").read_text())
+    assert first["ends"] == second["ends"] == [[2, 143], [3, 143], [6, 0]]
+    for found in (first, second):
+        assert found["same"] and found["same_state"] and found["moved"]

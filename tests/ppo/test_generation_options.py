@@ -36,7 +36,7 @@ def sample(model, tokenizer, **given):
     calls = []
 
     def note(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before Transformers 5.24
         room = cache.layers[0].max_cache_len if type(cache).__name__ == "StaticCache" else None
         input_ids = args[0] if args else kwargs["input_ids"]
         calls.append((input_ids.shape[1], type(cache).__name__, room))

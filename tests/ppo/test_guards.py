@@ -11,7 +11,6 @@ import torch
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, TrainerCallback
 
 from hf_rlhf_ext.errors import UserError
-from hf_rlhf_ext.ppo.guards import check_setup
 
 
 def trained(model):
@@ -513,15 +512,3 @@ def test_updates_that_are_too_large_are_said(make_sharp, warnings, history_of):
     trainer.train()
     assert any("of tokens were clipped (clip_range)" in line for line in warnings())
     assert all("policy/clipfrac_avg" in row for row in history_of(trainer)[:-1])
-
-
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_sharding_that_accelerate_turned_on_is_refused_in_one_line(make_trainer, monkeypatch, variable):
-    """`accelerate launch` sets environment variables, and the options stay empty."""
-    args = make_trainer().args
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match="deepspeed and fsdp out.*multi_gpu") as error:
-        check_setup(args)
-    assert "\n" not in str(error.value)
-    monkeypatch.setenv(variable, "false")
-    check_setup(args)

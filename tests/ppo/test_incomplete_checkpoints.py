@@ -24,7 +24,7 @@ def make(chat_tokenizer_factory, tmp_path_factory):
     tokenizer = chat_tokenizer_factory()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_steps": 2}
+    options = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "max_steps": 2}
     options |= {"per_device_train_batch_size": 2, "num_ppo_epochs": 1, "max_completion_length": 3, "save_steps": 1}
     options |= {"disable_tqdm": True, "save_strategy": "steps"}
     data = Dataset.from_list([{"prompt": "fox"}, {"prompt": "day"}])
@@ -63,8 +63,6 @@ def remove(path):
         ("whole", "value_head.safetensors", "value_head.safetensors"),
         ("whole", "config.json", "config.json"),
         ("whole", "model.safetensors", "model.safetensors"),
-        ("whole", "ref", "ref/config.json"),
-        ("whole", "ref/model.safetensors", "ref/model.safetensors"),
         ("model", "value", "value/value_head.safetensors"),
         ("model", "value/model.safetensors", "value/model.safetensors"),
     ],
@@ -91,6 +89,22 @@ def test_a_named_one_is_refused(make, runs, tmp_path):
     with pytest.raises(UserError, match="is incomplete .value/value_head.safetensors is missing") as error:
         make("adapter", ADAPTER).train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "lost, named", [("ref", "ref/config.json"), ("ref/model.safetensors", "ref/model.safetensors")]
+)
+def test_an_older_checkpoint_has_the_reference_inside(runs, tmp_path, lost, named):
+    checkpoint = Path(shutil.copytree(runs["whole"] / "checkpoint-1", tmp_path / "checkpoint-1"))
+    (reference,) = (runs["whole"] / "ppo_reference").iterdir()
+    shutil.copytree(reference, checkpoint / "ref")
+    state = json.loads((checkpoint / "ppo_state.json").read_text())
+    del state["reference"]
+    state["files"].append("ref/config.json")
+    (checkpoint / "ppo_state.json").write_text(json.dumps(state))
+    assert broken_file(checkpoint) is None
+    remove(checkpoint / lost)
+    assert broken_file(checkpoint) == named
 
 
 def test_an_older_checkpoint_does_not_list_its_files(runs, tmp_path):

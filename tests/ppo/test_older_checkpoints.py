@@ -44,7 +44,7 @@ def make_resumable(tmp_path):
     options = {
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "per_device_train_batch_size": 4,
         "num_mini_batches": 2,

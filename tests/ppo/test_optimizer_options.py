@@ -430,7 +430,7 @@ def test_predict_gives_the_completions_and_the_metrics_of_an_evaluation(make_tra
         {"max_grad_norm": 0.0},
         {"skip_memory_metrics": False},
         {"eval_delay": 2, "eval_strategy": "steps", "eval_steps": 1},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"logging_first_step": True, "logging_nan_inf_filter": False},
         {"ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 5},
     ],

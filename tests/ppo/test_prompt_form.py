@@ -38,7 +38,7 @@ def options(folder):
         "use_cpu": True,
         "bf16": False,
         "report_to": "none",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "save_strategy": "no",
         "disable_tqdm": True,
         "per_device_train_batch_size": 4,

@@ -20,7 +20,7 @@ KINDS = {
     "adapter critic": {"critic": "adapter", "normalize_rewards": True},
     "adaptive KL": {"kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.2},
     "full": {"peft_config": None, "learning_rate": 1e-3},
-    "bf16 and checkpointing": {"bf16": True, "gradient_checkpointing": True},
+    "bf16 and checkpointing": {"bf16": True, "activation_checkpointing": True},
 }
 
 

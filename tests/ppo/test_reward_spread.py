@@ -4,6 +4,7 @@ import json
 import random
 import statistics
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -120,6 +121,9 @@ def test_success_that_comes_later_takes_the_warning_back(caplog):
     assert callback.lines_that_hold() == [] and len(caplog.records) == 1
 
 
+SIZES = SimpleNamespace(rollout_size=4, world_size=2)
+
+
 def rollout(callback, index, scores):
     state = TrainerState()
     table = CompletionTable(["p"] * 8, [str(k) for k in range(8)], {"f": scores, "g": list(range(8))}, {})
@@ -127,7 +131,7 @@ def rollout(callback, index, scores):
     metrics = {"episode": 8 * (index + 1), "objective/scores": mean, "objective/scores_std": 1.0}
     std = statistics.pstdev(scores)
     metrics |= {"rewards/f/mean": mean, "rewards/f/std": std, "rewards/g/mean": 3.5, "rewards/g/std": 2.0}
-    callback.on_rollout(None, state, TrainerControl(), metrics=metrics, rollout_index=index, completions=table)
+    callback.on_rollout(SIZES, state, TrainerControl(), metrics=metrics, rollout_index=index, completions=table)
 
 
 def test_it_is_said_once_also_in_a_resumed_run(caplog):

@@ -173,7 +173,12 @@ def test_gradient_checkpointing_is_on_in_a_critic_of_its_own(make_trainer, tiny_
     calls, weights = [], []
     for checkpointing in (False, True):
         torch.manual_seed(1)
-        options = {"gradient_checkpointing": checkpointing, "max_steps": 1, "num_mini_batches": 1, "num_ppo_epochs": 1}
+        options = {
+            "activation_checkpointing": checkpointing,
+            "max_steps": 1,
+            "num_mini_batches": 1,
+            "num_ppo_epochs": 1,
+        }
         trainer = make_trainer(
             critic="model",
             value_model=LlamaForCausalLM(copy.deepcopy(tiny_config)),

@@ -21,9 +21,11 @@ STATE = "ppo"
 """Attributes that change during a run, with everything below them."""
 OF_TRAINER = {
     "hub_model_id",  # `init_hf_repo` sets it in Trainer too
+    "optimizer",  # prepared with the weights, where an evaluation shards them before `train` does
     "control",  # what `callback_handler.on_evaluate` returns, as Trainer's own `evaluate` keeps it
     "control.should_training_stop",
     "control.should_save",
+    "control.should_evaluate",
 }
 """Attributes that methods of `Trainer` must set, as `Trainer` reads them."""
 
@@ -132,6 +134,7 @@ def test_nothing_else_in_ppo_stores_into_a_trainer():
 ELSEWHERE = {
     ("checkpoints.py", "args.save_total_limit"),  # for the length of a save only: rotation is ours
     ("prompts.py", "args.max_steps"),  # of a copy
+    ("stretch.py", "args.max_steps"),  # for the length of a call of `train`
 }
 """What functions of `ppo/` store into Trainer's options, state and control."""
 

@@ -228,7 +228,7 @@ def test_gradient_checkpointing_is_on_in_training_only_and_changes_nothing(make_
     weights, recomputed = [], []
     for on in (False, True):
         options = {"check_first_rollout": False}  # it has a forward pass of its own
-        trainer = make_trainer(gradient_checkpointing=on, merge_for_generation=False, critic="head", **options)
+        trainer = make_trainer(activation_checkpointing=on, merge_for_generation=False, critic="head", **options)
         layer, calls = trainer.model.get_base_model().model.layers[0].mlp, []
         layer.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(module.training))
         trainer.train()
@@ -241,7 +241,7 @@ def test_gradient_checkpointing_is_on_in_training_only_and_changes_nothing(make_
 
 def test_bf16_trains_fp32_adapters_on_a_bf16_base(make_trainer, tiny_config):
     torch.manual_seed(0)
-    trainer = make_trainer(model=LlamaForCausalLM(tiny_config).bfloat16(), bf16=True, gradient_checkpointing=True)
+    trainer = make_trainer(model=LlamaForCausalLM(tiny_config).bfloat16(), bf16=True, activation_checkpointing=True)
     before, start = frozen(trainer.model), trained(trainer.model)
     assert {p.dtype for p in start.values()} == {torch.float32}
     trainer.train()
@@ -569,7 +569,7 @@ def test_a_generation_option_reaches_generation(make_trainer, prompts):
 
 def test_the_defaults_are_those_of_trl(tmp_path):
     args = PPOConfig(str(tmp_path), use_cpu=True)
-    assert args.gradient_checkpointing and args.bf16 and args.learning_rate == 1e-5
+    assert args.activation_checkpointing and args.bf16 and args.learning_rate == 1e-5
     assert (args.minibatch_size, args.rollout_size, args.steps_per_rollout) == (8, 8, 4)
     assert PPOTrainer._name == "PPO"
 

@@ -125,7 +125,7 @@ SGD = {"max_steps": 4, "optim": "sgd", "max_grad_norm": 1e3, "learning_rate": 0.
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"max_tokens_per_batch": 30},
-        {"max_tokens_per_batch": 1, "gradient_checkpointing": True},
+        {"max_tokens_per_batch": 1, "activation_checkpointing": True},
         {"joint_scoring": True},
         {"logprobs_chunk_size": 1000, "joint_scoring": True, "max_tokens_per_batch": 40},
     ],

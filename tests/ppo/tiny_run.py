@@ -35,7 +35,7 @@ def build(folder, name, options):
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompts = ["Tell me", "a sunny day", "fox", "The quick brown fox jumps over", "words, many", "happy or sad?"]
-    defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 3}
+    defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "seed": 3}
     defaults |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "max_completion_length": 12, "disable_tqdm": True}
     defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 1}
     defaults |= {"stop_token_ids": list(range(0, model.config.vocab_size, 5)), "vf_coef": 0.5, "kl_coef": 0.2}

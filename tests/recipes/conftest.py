@@ -16,11 +16,27 @@ PROGRESS = re.compile(r"^\s*$|\b(it|s|examples|tokens)/(s|it)\b|\d%\|")
 PPO_SIZES = {"max_steps": 4, "per_device_train_batch_size": 2, "max_completion_length": 4, "eval_rows": 2}
 
 REWARDS = """
+import os
+import time
+from pathlib import Path
+
 def length(prompts, completions, **columns):
     return [float(len(completion[-1]["content"])) for completion in completions]
 
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in completion[-1]["content"])) for completion in completions]
+
+def slow(prompts, completions, trainer_state, **columns):
+    # two minutes in every rollout but the first
+    if trainer_state.global_step:
+        Path(os.environ["CALLS"], os.environ.get("RANK", "0")).touch()
+        time.sleep(120)
+    return length(prompts, completions)
+
+def fails_in_one_process(prompts, completions, **columns):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("no answer")
+    return length(prompts, completions)
 
 def too_few(prompts, completions, **columns):
     return [1.0]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_callback import DefaultFlowCallback
 
+from hf_rlhf_ext.checkpointing import is_complete
 from hf_rlhf_ext.cli.output import MARKER
 from tests.recipes.conftest import command
 
@@ -232,18 +233,25 @@ def test_two_processes_do_not_train_in_one_folder(run, tmp_path):
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_several_processes_stop_together(workspace, tmp_path, number):
-    recipe = "sft"
+    recipe = {signal.SIGINT: "sft", signal.SIGTERM: "ppo"}[number]
     options = SIZES[recipe] | {"max_steps": 4000, "output_dir": tmp_path / "run", "save_steps": 2}
+    if recipe == "ppo":  # in the middle of a rollout, which takes longer than torchrun waits by default
+        options |= {"reward_funcs": "my_rewards.slow", "save_steps": 100}
     words = command(workspace, recipe, options | {"save_strategy": "steps"})
     # In a session of its own, whose processes get Ctrl-C together, as in a terminal.
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     start += "from hf_rlhf_ext.cli.main import main; main(sys.argv[1:])"
     launched = [sys.executable, "-c", start, recipe, "--num_processes", "2", *words]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    env |= {"CALLS": str(calls), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(launched, cwd=workspace, env=env, start_new_session=True, **pipes) as group:
         until = time.monotonic() + 240
         while time.monotonic() < until and not list((tmp_path / "run").glob("checkpoint-*")):
+            if len(list(calls.iterdir())) == 2:
+                break
             time.sleep(0.2)
         if number == signal.SIGINT:
             os.killpg(group.pid, number)
@@ -255,3 +263,7 @@ def test_several_processes_stop_together(workspace, tmp_path, number):
     assert len(lines) == 1 and "interrupted after step" in lines[0], text
     assert f"hf-rlhf {recipe} --num_processes 2 --config" in lines[0]
     assert "Traceback" not in text and "signal" not in text
+    if recipe == "ppo":
+        assert "SIGTERM: saving a checkpoint of the last step, without this rollout; Ctrl-C again ends at once" in text
+        assert "interrupted after step 4: saved checkpoint-4" in lines[0]
+        assert is_complete(tmp_path / "run" / "checkpoint-4")

@@ -32,7 +32,7 @@ def make_trainer(seqcls, chat_tokenizer, tmp_path):
             first = False
         names = ("eval_dataset", "normalization_dataset", "compute_metrics", "callbacks", "optimizers")
         arguments = {name: options.pop(name) for name in names if name in options}
-        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+        defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
         defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 3, "disable_tqdm": True}
         args = BradleyTerryConfig(output_dir=str(tmp_path / folder), **(defaults | options))
         config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft == "lora" else peft

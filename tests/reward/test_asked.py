@@ -179,7 +179,7 @@ def test_ppo_on_text_scores_with_the_template(trained, tmp_path, chat_tokenizer,
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     args = PPOConfig(
         output_dir=str(tmp_path / "ppo"), max_steps=1, num_ppo_epochs=1, max_completion_length=4, use_cpu=True,
-        bf16=False, report_to="none", per_device_train_batch_size=4, gradient_checkpointing=False, save_strategy="no",
+        bf16=False, report_to="none", per_device_train_batch_size=4, activation_checkpointing=False, save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
     prompts = Dataset.from_list([{"prompt": text} for text in PROMPTS * 2])

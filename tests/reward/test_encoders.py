@@ -72,7 +72,7 @@ def test_an_encoder_learns_and_reloads_to_the_bit(base, tmp_path, name, peft):
     folder = base(name)
     args = BradleyTerryConfig(
         str(tmp_path / "reward"), use_cpu=True, bf16=False, report_to="none", learning_rate=1e-2, num_train_epochs=3,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=name in ("bert", "roberta"),
+        save_strategy="no", disable_tqdm=True, activation_checkpointing=name in ("bert", "roberta"),
     )  # fmt: skip
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if peft else None
     model = load_base_model(folder, task="reward")

@@ -37,7 +37,7 @@ def story_comparisons(tokenizer, n, *, k, seed):
 @pytest.mark.parametrize("k, n, epochs", [(2, 384, 4), (4, 96, 3)])
 def test_learns_a_rule_on_a_real_tiny_model(stories_path, tmp_path, k, n, epochs):
     args = BradleyTerryConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none",
         per_device_train_batch_size=16 if k == 2 else 8, num_train_epochs=epochs, learning_rate=5e-3, disable_tqdm=True,
         save_strategy="no", model_init_kwargs={"dtype": "float32"}, seed=0,
     )  # fmt: skip
@@ -67,7 +67,7 @@ print(json.dumps(RewardScorer.from_pretrained(folder).raw(prompts, completions))
 @pytest.mark.slow
 def test_qlora_on_a_cpu_learns_a_rule_and_reloads_in_a_new_process(stories_path, tmp_path):
     args = BradleyTerryConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=True, gradient_checkpointing=False, report_to="none",
+        output_dir=str(tmp_path), use_cpu=True, bf16=True, activation_checkpointing=False, report_to="none",
         per_device_train_batch_size=16, num_train_epochs=3, learning_rate=1e-2, disable_tqdm=True, seed=0,
         save_strategy="no", model_init_kwargs={"load_in_4bit": True},
     )  # fmt: skip

@@ -65,7 +65,7 @@ def test_bf16_gradients_are_close_to_fp32_ones_with_checkpointing(make_trainer, 
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(tiny_config)
-        trainer = make_trainer(comparisons(4), model=model, bf16=bf16, gradient_checkpointing=True)
+        trainer = make_trainer(comparisons(4), model=model, bf16=bf16, activation_checkpointing=True)
         torch.manual_seed(1)
         for name, p in trainer.model.named_parameters():
             if "lora_B" in name:

@@ -43,7 +43,7 @@ def test_precision_is_recorded_without_a_normalization_and_in_checkpoints(make_t
 def test_a_normalization_that_fails_does_not_cost_the_run(make_trainer, monkeypatch, caplog, fault):
     trainer = make_trainer(comparisons(6), max_steps=1)
 
-    def scores(self, sequences):
+    def scores(self, sequences, *, at_least):
         if fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return [1.0] * len(sequences)

@@ -24,7 +24,7 @@ def workshop(chat_tokenizer_factory, tmp_path_factory):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
     rows = [{"prompt": f"day {k}", "chosen": " happy" + "!" * (k % 3), "rejected": " sad"} for k in range(8)]
-    defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 3}
+    defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "seed": 3}
     defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True, "layout": "plain"}
     defaults |= {"save_strategy": "steps", "save_steps": 2, "normalize_rewards": False}
     adapter = {"r": 4, "target_modules": ["q_proj", "k_proj"], "task_type": "SEQ_CLS"}
@@ -139,7 +139,7 @@ def test_other_batch_sizes_go_on(workshop, folder):
 
 
 def test_a_checkpoint_of_ppo_is_refused(workshop, tiny_config, chat_tokenizer, tmp_path):
-    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_steps": 1}
+    options = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "max_steps": 1}
     options |= {"per_device_train_batch_size": 2, "num_ppo_epochs": 1, "max_completion_length": 3, "critic": "head"}
     args = PPOConfig(str(tmp_path / "ppo"), save_strategy="steps", save_steps=1, disable_tqdm=True, **options)
     data = Dataset.from_list([{"prompt": "fox"}, {"prompt": "day"}])

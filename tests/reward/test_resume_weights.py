@@ -53,7 +53,7 @@ def base(sizes, tokenizer, tmp_path_factory):
 def make(sizes, tokenizer, tmp_path_factory):
     """Makes trainers of four steps with a checkpoint after two; every model starts with the same weights."""
     rows = [{"prompt": f"day {k}", "chosen": " happy" + "!" * (k % 3), "rejected": " sad"} for k in range(8)]
-    defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 3}
+    defaults = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "seed": 3}
     defaults |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "disable_tqdm": True, "layout": "plain"}
     defaults |= {"save_strategy": "steps", "save_steps": 2, "normalize_rewards": False, "max_steps": 4}
 

@@ -1,10 +1,5 @@
 """The loss of `BradleyTerryTrainer` is the formula, independent of batches, layout, resuming and processes."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -82,7 +77,7 @@ def test_loss_is_the_same_however_batched(make_trainer, checkpointing, tiny_conf
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             center_rewards_coefficient=0.01,
-            gradient_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing,
             max_grad_norm=0.5,
             max_steps=4,  # 3 steps an epoch, the last one short
             logging_steps=1,
@@ -179,68 +174,3 @@ def test_no_card_of_trl_is_written(make_trainer, tmp_path):
     trainer.train()
     trainer.save_model()
     assert (tmp_path / "out" / "README.md").read_text() == "ours"
-
-
-TWO_PROCESSES = """
-import json, sys, torch
-from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForSequenceClassification, AutoTokenizer
-from datasets import load_from_disk
-from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer
-
-class Counting(BradleyTerryTrainer):
-    seen = []
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.seen.append(len(inputs["micro_batches"]))
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
-folder, batch = sys.argv[1], int(sys.argv[2])
-args = BradleyTerryConfig(
-    folder + f"/out{batch}", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=3,
-    per_device_train_batch_size=batch, max_tokens_per_batch=60, learning_rate=1e-2, disable_tqdm=True, seed=3,
-    data_seed=5, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
-)
-trainer = Counting(
-    LlamaForSequenceClassification.from_pretrained(folder + "/base", dtype=torch.float32), args,
-    load_from_disk(folder + "/rows"), load_from_disk(folder + "/heldout"),
-    processing_class=AutoTokenizer.from_pretrained(folder + "/base"),
-    peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
-)
-trainer.train()
-metrics = {name: value for name, value in trainer.evaluate().items() if "time" not in name and "per_second" not in name}
-found = {"metrics": metrics, "normalization": vars(trainer.normalization), "micro_batches": trainer.seen}
-json.dump(found, open(f"{folder}/found{batch}-{args.process_index}.json", "w"))
-weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
-torch.save(weights, f"{folder}/weights{batch}-{args.process_index}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_with_different_numbers_of_micro_batches_equal_one(seqcls, chat_tokenizer, tmp_path):
-    seqcls.save_pretrained(tmp_path / "base")
-    chat_tokenizer.save_pretrained(tmp_path / "base")
-    comparisons(12).save_to_disk(tmp_path / "rows")
-    comparisons(7, seed=1).save_to_disk(tmp_path / "heldout")  # odd, and of ragged K
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for processes, batch in ((1, 4), (2, 2)):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable] if processes == 1 else launch
-        done = subprocess.run(
-            [*command, str(tmp_path / "train.py"), str(tmp_path), str(batch)],
-            env=env, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, first, second = (torch.load(tmp_path / f"weights{name}.pt") for name in ("4-0", "2-0", "2-1"))
-    for name, value in one.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value, rtol=0, atol=5e-5)
-    alone, rank0, rank1 = (json.loads((tmp_path / f"found{n}.json").read_text()) for n in ("4-0", "2-0", "2-1"))
-    assert rank0["micro_batches"] != rank1["micro_batches"] and len(rank0["micro_batches"]) == 5  # 2, 1 and 2 batches
-    for name in ("metrics", "normalization"):
-        assert rank0[name] == rank1[name]
-        expected = {key: value for key, value in alone[name].items() if isinstance(value, float | int)}
-        assert {key: rank0[name][key] for key in expected} == pytest.approx(expected, abs=1e-4)
-    assert alone["metrics"]["eval_pairs"] > 7 and alone["normalization"]["n"] > 12

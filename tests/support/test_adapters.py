@@ -232,7 +232,7 @@ def ppo_trainer(row, way, base_path, tokenizer, folder) -> PPOTrainer:
         prompts = [prompt + " me" for prompt in PROMPTS]
     args = PPOConfig(
         str(folder), per_device_train_batch_size=4, num_ppo_epochs=1, max_steps=2, max_completion_length=4,
-        learning_rate=1e-2, lr_scheduler_type="constant", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        learning_rate=1e-2, lr_scheduler_type="constant", use_cpu=True, bf16=False, activation_checkpointing=False,
         report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, seed=3,
     )  # fmt: skip
     return PPOTrainer(
@@ -334,7 +334,8 @@ def reward_trainer(row, base_path, tokenizer, folder) -> BradleyTerryTrainer:
     torch.manual_seed(0)
     args = BradleyTerryConfig(
         str(folder), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, seed=3,
+        activation_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+        seed=3,
     )  # fmt: skip
     return BradleyTerryTrainer(
         load_base_model(str(base_path), task="reward", dtype="float32"),

@@ -311,7 +311,7 @@ def train_policy(model: nn.Module, tokenizer, folder, **options: Any) -> dict[st
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         **options,
     )
     prompts = Dataset.from_dict({"prompt": ["Tell me", "a sunny day in the garden", "fox"]})
@@ -383,7 +383,7 @@ def train_reward_model(model: nn.Module, tokenizer, folder) -> None:
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         normalize_rewards=False,
     )
     pairs = [{"prompt": "a day", "chosen": " happy people in the garden", "rejected": " sad"}] * 2

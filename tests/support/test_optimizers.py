@@ -167,7 +167,7 @@ def tiny(tokenizer):
     return make
 
 
-COMMON = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+COMMON = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 COMMON |= {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "max_steps": 2, "save_strategy": "no"}
 COMMON |= {"lr_scheduler_type": "constant", "logging_steps": 1}
 

@@ -455,7 +455,7 @@ def sizes(tokenizer, **more) -> dict[str, Any]:
     return shape | {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None} | more
 
 
-COMMON = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+COMMON = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True}
 COMMON |= {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "seed": 3}
 COMMON |= {"lr_scheduler_type": "constant_with_warmup", "logging_steps": 1}
 

@@ -21,7 +21,12 @@ from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.reward.trainer import BradleyTerryTrainer
 
 OPTIONS = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 1, "seed": 3}
-OPTIONS |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "gradient_checkpointing": True, "logging_steps": 1}
+OPTIONS |= {
+    "per_device_train_batch_size": 2,
+    "disable_tqdm": True,
+    "activation_checkpointing": True,
+    "logging_steps": 1,
+}
 PAIRS = [{"prompt": "a fox", "chosen": " happy", "rejected": " sad"}, {"prompt": "x", "chosen": " a", "rejected": " b"}]
 PREFIX = {"num_virtual_tokens": 3}
 KINDS = [
@@ -32,7 +37,7 @@ KINDS = [
 
 
 def said(caplog):
-    return [record.message for record in caplog.records if "gradient_checkpointing is off" in record.message]
+    return [record.message for record in caplog.records if "activation_checkpointing is off" in record.message]
 
 
 def is_on(model):
@@ -73,7 +78,7 @@ def bradley_terry(chat_tokenizer, tmp_path):
 
 
 def train(trainer, caplog, *fragments):
-    asked = trainer.args.gradient_checkpointing
+    asked = trainer.args.activation_checkpointing
     trainer.train()
     assert trainer.state.global_step == 1 and not asked and not is_on(trainer.model)
     (line,) = said(caplog)
@@ -122,5 +127,5 @@ def test_other_adapters_keep_it(tiny_config, ppo, caplog):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = ppo(LlamaForCausalLM(tiny_config), peft_config=lora)
     trainer.train()
-    assert trainer.args.gradient_checkpointing and is_on(trainer.model) and not said(caplog)
+    assert trainer.args.activation_checkpointing and is_on(trainer.model) and not said(caplog)
     assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["loss"]))
