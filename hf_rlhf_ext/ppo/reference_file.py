@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpointing import PPO_STATE_FILE
 from ..errors import UserError
 from ..modeling.adapters import adapter_tensors
+from ..modeling.shards import whole
 from ..modeling.stack import ADAPTER_NAMES, AdapterStack
 from .ranks import Ranks
 
@@ -45,9 +46,7 @@ def digest_of(stack: AdapterStack) -> str | None:
     is_empty = True
     for name, value in _weights(stack):
         is_empty = False
-        if hasattr(value, "full_tensor"):  # in shards on several devices: every process gathers it
-            value = value.full_tensor()
-        value = value.detach().cpu().contiguous()
+        value = whole(value).detach().cpu().contiguous()  # where it is in shards, every process gathers it
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return None if is_empty else digest.hexdigest()

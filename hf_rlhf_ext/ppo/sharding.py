@@ -8,7 +8,6 @@ What PPO does differently with shards is in this module. Two facts are behind mo
   without gradients, until `inference` ends.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +71,7 @@ class Whole:
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Puts the weights where passes need them, also those in an optimizer, which is returned prepared."""
-        raise NotImplementedError
+        return optimizer
 
     def join_engine(self, engine: Any) -> None:
         """Tells a rollout engine how the weights lie.
@@ -283,21 +282,6 @@ def _same_learning_rates(optimizer: Any) -> Iterator[None]:
     yield
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def check_loading(args: PPOConfig) -> None:
-    """Refuses `fsdp_cpu_ram_efficient_loading`, before a model is loaded.
-
-    With it, only the first process gets weights from `from_pretrained`, and PPO looks at them in every process.
-
-    Raises:
-        UserError: if it is on.
-    """
-    is_on = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
-    if is_on and asked_engine(args) is Engine.FSDP2:
-        raise UserError(
-            "fsdp_cpu_ram_efficient_loading: every process of PPOTrainer needs the weights: set it to false."
-        )
 
 
 def _check_plugin(accelerator: Accelerator) -> None:

@@ -50,7 +50,7 @@ from ..publishing import (
 from ..training.arguments import check_arguments
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
-from ..training.engines import check_active_engine
+from ..training.engines import check_active_engine, refuse_loading_in_one_process
 from ..training.leaving import PartLeft, RandomState
 from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
 from ..training.optimizers import (
@@ -98,7 +98,7 @@ from .reward_calls import check_given
 from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
-from .sharding import check_base, check_loading, check_same_sharding, sharding_of
+from .sharding import check_base, check_same_sharding, sharding_of
 from .state import NextRows, PPOState, read_state, sizes_of, steps_in_all
 from .stretch import Sizes, said_of_other_sizes, steps_after, stretch_after
 from .trainer_options import ENGINES
@@ -175,7 +175,7 @@ class PPOTrainer(BaseTrainer):
         if not isinstance(args, PPOConfig):
             raise UserError(f"args: got {type(args).__name__}: pass a PPOConfig.")
         check_arguments(args, eval_dataset, callbacks, optimizers, optimizer_cls_and_kwargs)
-        check_loading(args)
+        refuse_loading_in_one_process(args)
         check_given(reward_funcs, args.reward_weights, "reward_funcs")
         if eval_reward_funcs is not None:
             check_given(eval_reward_funcs, None, "eval_reward_funcs")

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_rlhf_ext import PPOConfig
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.loading import load_base_model, load_policy
-from hf_rlhf_ext.ppo.sharding import Sharded, Whole, check_base, check_loading, check_same_sharding
+from hf_rlhf_ext.ppo.sharding import Sharded, Whole, check_base, check_same_sharding
 from hf_rlhf_ext.reward.normalization import RewardNormalization
+from hf_rlhf_ext.training.engines import refuse_loading_in_one_process
 from tests.engines.launch import launch
 from tests.engines.ppo_run import build
 
@@ -193,16 +194,16 @@ def test_what_each_process_would_not_have_is_refused_before_models_are_loaded(mo
     args = PPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     base = torch.nn.Linear(2, 2)
     base.is_quantized = True
-    check_loading(args)
+    refuse_loading_in_one_process(args)
     check_base(args, base)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="fsdp2: .*quantized base: load the base in bf16, .*--accelerate_config ddp"):
         check_base(args, base)
-    check_loading(args)
+    refuse_loading_in_one_process(args)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(UserError, match="fsdp_cpu_ram_efficient_loading: .*set it to false"):
-        check_loading(args)
+        refuse_loading_in_one_process(args)
 
 
 def test_an_engine_of_the_user_is_refused():
