@@ -17,6 +17,12 @@ _STATE_FILE = "trainer_state.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 _HEADS = {"score", "classifier"}
 """Names of the score head of a reward model."""
+_HEAD_OF_CRITIC = {
+    "head": "value_head.safetensors",
+    "adapter": "value/value_head.safetensors",
+    "model": "value/value_head.safetensors",
+}
+"""Kind of critic of PPO -> the file of its value head. The kind `none` has no files."""
 _RECORDS = ("*config.json", "*.index.json", PPO_STATE_FILE)
 """Files of a checkpoint that are needed to read the weights, and the state of PPO."""
 _PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "*.bin")
@@ -133,7 +139,7 @@ def _lost_file_of_ppo(folder: Path) -> str | None:
     if not path.is_file():
         return None
     state = json.loads(path.read_text())
-    expected = ["value_head.safetensors"] if state["critic"] == "head" else ["value/value_head.safetensors"]
+    expected = [_HEAD_OF_CRITIC[state["critic"]]] if state["critic"] in _HEAD_OF_CRITIC else []
     expected += state.get("files", ())  # version 0.1.0 did not list them
     for name in expected:
         if not (folder / name).is_file():

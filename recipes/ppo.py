@@ -63,7 +63,8 @@ from hf_rlhf_ext.data.text import plain_text
 from hf_rlhf_ext.hub.push import later_command
 from hf_rlhf_ext.hub.reports.provenance import data_record
 from hf_rlhf_ext.hub.reports.trainer_report import (
-    CURVES_CAPTION,
+    critic_facts,
+    curves_caption,
     public_reward_names,
     section_steps,
     start_of,
@@ -196,7 +197,7 @@ def train_ppo(
     verbose: bool = False,
     says_rows: bool = True,
 ) -> PPOResult:
-    """Trains, compares held-out completions before and after, and saves policy, value head and report.
+    """Trains, compares held-out completions before and after, and saves policy, critic and report.
 
     Args:
         test: prompts for the comparison before and after PPO. Default are the held-out prompts (`eval_rows`), for
@@ -341,6 +342,7 @@ def measure(
         "updates": trainer.updates,
         "kl_coef": trainer.kl_coef,
         "rewards": reward_names,
+        **critic_facts(trainer),
         **section_steps(trainer),
     }
     weights = trainer.rewards.weights.tolist()
@@ -439,7 +441,7 @@ def describe_comparison(
     card: dict[str, Any] = {"samples": samples}
     if has_plot:
         card["plot"] = PLOT
-        card["caption"] = CURVES_CAPTION
+        card["caption"] = curves_caption(args)
     if before:
         card["notes"] = [
             f"One completion for each of {len(before)} prompts, before and after, at temperature "

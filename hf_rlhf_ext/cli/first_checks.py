@@ -31,6 +31,8 @@ def check_ppo(args: TrainingArguments, *, value_model: str | None, ptx_dataset: 
     """
     if args.critic == "model" and value_model is None:
         raise UserError("critic: 'model' needs the model that it starts from: pass --value_model, or another critic.")
+    if args.critic == "none" and value_model is not None:
+        raise UserError("value_model: critic 'none' has no values: leave it out, or pass --critic model.")
     if args.ptx_coef > 0 and ptx_dataset is None:
         raise UserError("ptx_coef: PPO-ptx needs texts: pass --ptx_dataset, or leave ptx_coef out.")
     if patience is not None and args.eval_strategy == "no":

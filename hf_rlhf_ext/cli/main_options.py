@@ -74,14 +74,15 @@ PPO: MainOptions = {
     "model and adapter": _MODEL
     | {
         "model_name_or_path": "The first policy: folder or Hub id of an SFT adapter or of a base model.",
-        "critic": "Where values come from: an adapter of their own, a head on the policy (least memory), or a model. "
-        "Without it, an adapter if the policy has one, else a head.",
+        "critic": "Where values come from: an adapter of their own, a head on the policy (less memory), or a model; or "
+        "none, with num_generations. Without it, an adapter if the policy has one, else a head.",
     },
     "training": {
         "learning_rate": "Learning rate of the policy at its highest.",
         "max_steps": "Optimizer steps; num_ppo_epochs x num_mini_batches of them use one rollout. With -1, "
         "num_train_epochs passes over the prompts.",
         "per_device_train_batch_size": "Completions in a forward pass, on each device.",
+        "num_generations": "Completions of each prompt in a rollout; batch sizes are multiples of it.",
         "num_mini_batches": "Batches of a rollout; the rollout has this many times the batch size.",
         "num_ppo_epochs": "Passes over each rollout.",
         "kl_coef": "Reward that is subtracted per nat of KL to the first policy.",

@@ -38,7 +38,7 @@ class DataCollatorForComparisons:
     - `input_ids`, `attention_mask`: (N, L) int64.
 
     In the layout `"shared_prefix"`, each prompt appears once, as `[prompt, y1 … yK]`. Short sequences share a row, so
-    there are R ≤ B rows, padded on the right to L tokens:
+    there are R ≤ B rows, padded on the right to L tokens. With `one_row`, all share one row, R = 1:
 
     - `input_ids`, `segments`, `owners`, `positions`: (R, L) int64, see `hf_rlhf_ext.modeling.prefix`.
     - `score_at`: (N, 2) int64, row and column of the last token of each completion.
@@ -54,6 +54,8 @@ class DataCollatorForComparisons:
         layout: `"plain"` or `"shared_prefix"`.
         pad_to_multiple_of: If set, L is rounded up to a multiple of this number.
         max_tokens: If set, the batch is split into micro-batches of at most this many tokens.
+        one_row: Whether all sequences of the layout `"shared_prefix"` share one row, so that nothing is padded.
+            Attention by segments computes no more for a long row, and a mask would.
 
     Raises:
         UserError: The layout does not exist.
@@ -63,6 +65,7 @@ class DataCollatorForComparisons:
     layout: str = "plain"
     pad_to_multiple_of: int | None = None
     max_tokens: int | None = None
+    one_row: bool = False
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
@@ -72,7 +75,9 @@ class DataCollatorForComparisons:
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         if self.max_tokens is None:
             return self._batch(rows)
-        if self._is_shared:
+        if self._is_shared and self.one_row:
+            parts = self._parts_of_one_row(rows)
+        elif self._is_shared:
             parts = self._parts_shared(rows)
         else:
             parts = self._parts_plain(rows)
@@ -128,6 +133,19 @@ class DataCollatorForComparisons:
             left = still_left
         return parts
 
+    def _parts_of_one_row(self, rows: list[Row]) -> list[list[int]]:
+        """Returns the row numbers of each micro-batch, which is one row: the longest first, each where it fits best."""
+        lengths = [self._length(row) for row in rows]
+        width = self.max_tokens - self.max_tokens % (self.pad_to_multiple_of or 1)
+        # A prompt that exceeds max_tokens alone is a micro-batch of its own.
+        parts = [[n] for n, length in enumerate(lengths) if length > width]
+        others = [n for n, length in enumerate(lengths) if length <= width]
+        places = fill_rows([lengths[n] for n in others], width)
+        filled: list[list[int]] = [[] for _ in range(max(places, default=-1) + 1)]
+        for n, place in zip(others, places, strict=True):
+            filled[place].append(n)
+        return parts + filled
+
     def _length(self, row: Row) -> int:
         """Returns the row length that this prompt needs, in tokens: with all completions, or with the longest."""
         lengths = list(map(len, row["completion_ids"]))
@@ -175,24 +193,13 @@ class DataCollatorForComparisons:
         return pad_right(sequences, self.pad_token_id, self.pad_to_multiple_of)
 
     def _shared(self, rows: list[Row]) -> dict[str, Tensor]:
-        lengths = [self._length(row) for row in rows]
-        places = fill_rows(lengths, max(lengths))
-        n_rows = max(places) + 1
-        packed = [_PackedRow() for _ in range(n_rows)]
-        score_at = []
-        for place, row in zip(places, rows, strict=True):
-            last_columns = packed[place].add(row["prompt_ids"], row["completion_ids"])
-            score_at += [[place, column] for column in last_columns]
-
-        multiple = self.pad_to_multiple_of
-        return {
-            "input_ids": _padded([row.input_ids for row in packed], self.pad_token_id, multiple),
-            # Padding belongs to no segment, so that no token sees it.
-            "segments": _padded([row.segments for row in packed], -1, multiple),
-            "owners": _padded([row.owners for row in packed], -1, multiple),
-            "positions": _padded([row.positions for row in packed], 0, multiple),
-            "score_at": torch.tensor(score_at),
-        }
+        if self.one_row:
+            places = [0] * len(rows)
+        else:
+            lengths = [self._length(row) for row in rows]
+            places = fill_rows(lengths, max(lengths))
+        groups = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+        return packed_rows(groups, places, self.pad_token_id, self.pad_to_multiple_of)
 
 
 def _judgments(rows: list[Row]) -> dict[str, Tensor]:
@@ -238,6 +245,40 @@ def _counts(rows: list[Row]) -> dict[str, Tensor]:
     }
 
 
+def packed_rows(
+    groups: list[tuple[list[int], list[list[int]]]],
+    places: list[int],
+    pad_token_id: int,
+    multiple_of: int | None = None,
+) -> dict[str, Tensor]:
+    """Packs prompts with their completions into rows of the layout `"shared_prefix"`.
+
+    Args:
+        groups: Token ids of B prompts, each with the token ids of its completions. A prompt without completions is a
+            sequence of its own.
+        places: Number of the row of each group, from 0, without gaps.
+        pad_token_id: Token id used for padding.
+        multiple_of: If set, L is rounded up to a multiple of this number.
+
+    Returns:
+        `input_ids`, `segments`, `owners`, `positions`, (R, L) int64, and `score_at`, (N, 2) int64, see
+        `DataCollatorForComparisons`. A prompt without completions is scored at its last token.
+    """
+    packed = [_PackedRow() for _ in range(max(places) + 1)]
+    score_at = []
+    for place, (prompt_ids, completion_ids) in zip(places, groups, strict=True):
+        last_columns = packed[place].add(prompt_ids, completion_ids)
+        score_at += [[place, column] for column in last_columns]
+    return {
+        "input_ids": _padded([row.input_ids for row in packed], pad_token_id, multiple_of),
+        # Padding belongs to no segment, so that no token sees it.
+        "segments": _padded([row.segments for row in packed], -1, multiple_of),
+        "owners": _padded([row.owners for row in packed], -1, multiple_of),
+        "positions": _padded([row.positions for row in packed], 0, multiple_of),
+        "score_at": torch.tensor(score_at),
+    }
+
+
 class _PackedRow:
     """One row of the layout `"shared_prefix"`: `[prompt, y1 … yK]`, for one or several prompts.
 
@@ -256,7 +297,12 @@ class _PackedRow:
         prompt_ids: list[int],
         completion_ids: list[list[int]],
     ) -> list[int]:
-        """Appends a prompt with its completions. Returns the column of the last token of each completion."""
+        """Appends a prompt with its completions.
+
+        Returns the column of the last token of each completion, or of the prompt if it has none.
+        """
+        if not prompt_ids:  # the completions share nothing, so that each is a sequence of its own
+            return [self.add(ids, [])[0] for ids in completion_ids]
         owner = self._n_segments
         self._add_segment(prompt_ids, owner, first_position=0)
         last_columns = []
@@ -264,7 +310,7 @@ class _PackedRow:
             # The positions of every completion continue those of the prompt, as if it were the only one.
             self._add_segment(ids, owner, first_position=len(prompt_ids))
             last_columns.append(len(self.input_ids) - 1)
-        return last_columns
+        return last_columns or [len(self.input_ids) - 1]
 
     def _add_segment(self, ids: list[int], owner: int, first_position: int) -> None:
         self.input_ids += ids

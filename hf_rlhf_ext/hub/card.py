@@ -256,6 +256,8 @@ def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
     if options.is_foreign:
         return ()
     papers = list(KINDS[options.kind].citations)
+    if options.kind == "policy" and report.ppo.critic == "none":
+        papers.append("rloo")
     if options.kind != "model":
         papers.insert(0, "trl")
     if report.gold_reward == "vader":

@@ -109,6 +109,8 @@ class PPOSection(Section):
         reward_warnings: What the run said of rewards that do not differ between completions.
         eval_rewards: Names of rewards that were only used for evaluation.
         stop_reason: Why a guard stopped the run. None if no guard did.
+        critic: Kind of critic, `none` for the leave-one-out baseline of RLOO. None if it is not recorded.
+        num_generations: Number of completions of a prompt in a rollout. None for one, or if it is not recorded.
     """
 
     start: str | None = None
@@ -117,6 +119,8 @@ class PPOSection(Section):
     reward_warnings: list[str] | None = None
     eval_rewards: list[str] | None = None
     stop_reason: str | None = None
+    critic: str | None = None
+    num_generations: int | None = None
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> Self:

@@ -20,7 +20,7 @@ class Metric(NamedTuple):
 _TRAINER = {
     "loss": Metric("nats or reward", "training loss, mean since the last log"),
     "grad_norm": Metric("1", "gradient norm before clipping (PPO: of the policy)"),
-    "value_grad_norm": Metric("1", "gradient norm of the value head before clipping"),
+    "value_grad_norm": Metric("1", "gradient norm of the value head before clipping; none without a critic"),
     "learning_rate": Metric("1/step", "learning rate of the first parameter group (PPO: of the policy)"),
     "lr_value": Metric("1/step", "learning rate of the value head or value adapter"),
     "epoch": Metric("epochs", "number of passes over the training data so far"),
@@ -119,6 +119,11 @@ _PPO = {
         "nats/token", "mean of the log-probability in generation minus the log-probability in scoring"
     ),
     "rewards/clipped_frac": Metric("fraction", "fraction of completions whose score was changed by `reward_clip`"),
+    "frac_reward_zero_std": Metric(
+        "fraction",
+        "fraction of prompts whose completions all have the same score, so that they teach nothing (only with "
+        "`num_generations` of 2 or more)",
+    ),
     "rewards/<name>/mean": Metric("reward", "score of one reward function before weighting, mean over completions"),
     "rewards/<name>/std": Metric(
         "reward", "standard deviation over completions of the score of one reward function before weighting"

@@ -210,12 +210,13 @@ def _set_limits(upper: Axes, lower: Axes, points: Sequence[Mapping[str, float]])
         axes.set_ylim(bottom - padding, top + padding)
 
 
+_CRITIC_PANEL = "explained variance of values; clipped tokens"
 _PPO_PANELS = {
     "reward per completion": ("objective/scores", "objective/rlhf_reward", "eval_objective/scores"),
     "KL to the reference, nats per completion": ("objective/kl", "eval_objective/kl", "eval_objective/kl_exact"),
     "entropy, nats per completion": ("objective/entropy",),
     "tokens per completion": ("completions/mean_length", "eval_completions/mean_length"),
-    "explained variance of values; clipped tokens": ("val/explained_variance", "policy/clipfrac_avg"),
+    _CRITIC_PANEL: ("val/explained_variance", "policy/clipfrac_avg"),
     "β, reward per nat": ("objective/kl_coef",),
 }
 """Title of each panel -> metrics in the panel."""
@@ -244,6 +245,8 @@ def plot_ppo_run(log_history: Sequence[Mapping[str, float]], path: str | Path) -
     for axes, (title, names) in zip(panels, _PPO_PANELS.items(), strict=True):
         for name, (color, marker) in zip(names, _PPO_STYLES, strict=False):  # most panels have fewer than three
             _draw_logged(axes, log_history, name, color, marker)
+        if title == _CRITIC_PANEL and not any(names[0] in row for row in log_history):  # a run without a critic
+            title = "clipped tokens"
         axes.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
         axes.grid(color=GRID, linewidth=0.7)
         _plain_axes(axes)

@@ -69,6 +69,23 @@ def unsupported_kind(config: PeftConfig, *, shares_base: bool) -> str | None:
     return f"adapters of type {config.peft_type.value} are not supported, as this kind {kinds[config.peft_type]}"
 
 
+def why_own_rows(model: nn.Module) -> str | None:
+    """Why the adapters of a model need each sequence in a row of its own, in a few words; `None` if they do not.
+
+    A test with a new adapter would not see it, as it computes nothing yet.
+
+    Args:
+        model: any model; one without PEFT has no adapters.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    if model.active_peft_config.is_prompt_learning:
+        return "its adapter puts virtual tokens before every row"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+        return "its adapter (aLoRA) begins at a place that it looks for in every row"
+    return None
+
+
 def warn_of_fixed_ranks(option: str, config: PeftConfig) -> None:
     """Logs a warning that AdaLoRA does not adapt its ranks.
 

@@ -18,13 +18,22 @@ from ..compat import selective_log_softmax_and_entropy
 from ..errors import UserError, first_line
 from .adapters import bare_model
 from .embeddings import plain_layer
+from .packing import Layout, packed_groups
+from .prefix import model_inputs
 from .probing import evaluating
+from .vocabulary_tiles import frozen_linear, tiled_logprobs
 
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 """Options of configs for a constant factor of the logits: Granite, Cohere, Falcon H1."""
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Options of configs for a soft cap of the logits: Gemma 2, RecurrentGemma, xLSTM."""
+
+CHUNK_BYTES = 128 * 2**20
+"""Size of fp32 logits that are in memory at one time. Their log-softmax and gradients take three times as much."""
+
+FEW_LOGITS_BYTES = 16 * 2**20
+"""Up to this size, the logits of all tokens are computed at once."""
 
 _MEASURED = "_logit_transform"
 """Attribute of a model that `check_output_head` sets. A copy of the model has it too."""
@@ -142,21 +151,39 @@ def completion_hidden_states(
     input_ids: Tensor,
     prompt_lengths: Tensor,
     mask: Tensor,
+    *,
+    per_prompt: int = 1,
+    layout: Layout = Layout.PLAIN,
     **forward: Any,
 ) -> Tensor:
     """Computes the hidden states from which the emitted tokens are predicted.
+
+    With several completions of each prompt, and a layout that the model can compute (see `modeling.layouts`), every
+    prompt is computed once. The hidden states are those of plain rows up to rounding.
 
     Args:
         model: the model to call, also a DDP wrapper around `unwrapped`.
         unwrapped: the same model without DDP.
         input_ids: (B, L) int64, prompt and completion, padded on the right.
         prompt_lengths: (B,) int64, number of tokens of each prompt, at least 1.
-        mask: (B, T) bool, True for emitted tokens.
-        forward: further arguments of `model`.
+        mask: (B, T) bool, True for emitted tokens. Nothing is emitted after the first False of a row.
+        per_prompt: number K of completions of each prompt: rows j·K to j·K + K - 1 have the same prompt.
+        layout: how the rows are arranged; with K = 1, they are plain rows.
+        forward: further arguments of `model`. `adapter_names` has one name for each row.
 
     Returns:
         (N, H) hidden states in the dtype of the model, with N = `mask.sum()`, row after row.
     """
+    if per_prompt > 1 and layout != Layout.PLAIN:
+        names = forward.pop("adapter_names", None)
+        groups = packed_groups(input_ids, prompt_lengths, mask, per_prompt, layout, names)
+        if names is not None:
+            forward["adapter_names"] = groups.row_names
+        inputs = model_inputs(unwrapped, groups.batch, layout)
+        with captured_hidden_states(unwrapped) as captured:
+            model(**inputs, use_cache=False, **forward)
+        return captured[0].flatten(0, 1)[groups.predicting]
+
     lengths = prompt_lengths + mask.sum(1)  # (B,)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     attention_mask = (positions[None] < lengths[:, None]).long()  # (B, L)
@@ -173,6 +200,26 @@ def completion_hidden_states(
     return hidden[rows, prompt_lengths[rows] - 1 + steps]
 
 
+def rows_per_chunk(vocabulary: int) -> int:
+    """Number of tokens whose fp32 logits take at most `CHUNK_BYTES`, at least 1.
+
+    Args:
+        vocabulary: V, number of logits of a token.
+    """
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def n_outputs(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    """V, the number of logits of a token.
+
+    Args:
+        head: output head, from (n, H) to logits (n, V).
+        hidden: (N, H) hidden states.
+    """
+    with torch.no_grad():
+        return head(hidden[:0]).shape[-1]
+
+
 def chunked_logprobs(
     hidden: Tensor,
     head: nn.Module,
@@ -180,13 +227,14 @@ def chunked_logprobs(
     *,
     temperature: float = 1.0,
     transform: LogitTransform = UNCHANGED,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     entropy_requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens and entropies of their distributions, computed in chunks to save memory.
 
-    With gradients, each chunk is checkpointed: its logits are computed again in the backward pass, so that at most
-    (chunk_size, V) logits are in memory.
+    By default, a frozen linear head is read once, see `vocabulary_tiles`. Other heads, and those of few logits, compute
+    logits of some tokens at a time. With gradients, each of several chunks is checkpointed: its logits are computed
+    again in the backward pass, so that those of one chunk are in memory.
 
     Args:
         hidden: (N, H) hidden states of any floating dtype.
@@ -194,27 +242,37 @@ def chunked_logprobs(
         targets: (N,) int64 ids of the tokens.
         temperature: logits are divided by it.
         transform: what the model does to the output of its head, see `logit_transform`.
-        chunk_size: number of rows of logits at one time.
+        chunk_size: number of rows of logits at one time; `None` means as much as `CHUNK_BYTES` are, or less.
         entropy_requires_grad: whether entropies have a gradient, which an entropy bonus needs.
 
     Returns:
         Log-probabilities (N,) and entropies (N,), both fp32 in nats.
     """
 
+    if chunk_size is None:
+        layer = frozen_linear(head, hidden)
+        chunk_size = rows_per_chunk(n_outputs(head, hidden) if layer is None else layer.out_features)
+        if layer is not None and len(targets) * layer.out_features * 4 > FEW_LOGITS_BYTES:
+            return tiled_logprobs(
+                hidden,
+                layer,
+                targets,
+                scale=1.0 if transform.scale is None else transform.scale,
+                softcap=transform.softcap,
+                temperature=temperature,
+                entropy_requires_grad=entropy_requires_grad,
+            )
+
     def one_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = transform(head(hidden).float())
-        return selective_log_softmax_and_entropy(
-            logits,
-            targets,
-            entropy_requires_grad,
-            temperature,
-        )
+        return _logprobs_and_entropies(logits, targets, entropy_requires_grad, temperature)
 
     logprob_chunks = []
     entropy_chunks = []
-    for start in range(0, len(targets), chunk_size):
+    for start in range(0, max(1, len(targets)), chunk_size):
         rows = slice(start, start + chunk_size)
-        if torch.is_grad_enabled():
+        # A single chunk is kept for the backward pass, where its logits would be in memory again.
+        if torch.is_grad_enabled() and chunk_size < len(targets):
             logprobs, entropies = checkpoint(
                 one_chunk,
                 hidden[rows],
@@ -228,6 +286,26 @@ def chunked_logprobs(
     return torch.cat(logprob_chunks), torch.cat(entropy_chunks)
 
 
+def _logprobs_and_entropies(
+    logits: Tensor, targets: Tensor, entropy_requires_grad: bool, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n,) and entropies (n,) from logits (n, V), see `chunked_logprobs`."""
+    if logits.device.type == "cuda":  # TRL has a Triton kernel there
+        return selective_log_softmax_and_entropy(logits, targets, entropy_requires_grad, temperature)
+    # TRL's function without a kernel calls `logsumexp` for each token: half of the time of a small model. The numbers
+    # are the same to the bit.
+    if temperature != 1.0:
+        logits = logits / temperature
+    selected = logits.gather(-1, targets[:, None])
+    logprobs = (selected - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+    with torch.set_grad_enabled(entropy_requires_grad and torch.is_grad_enabled()):
+        entropies = []
+        for part in logits.split(128):  # each of these steps needs memory
+            every_logprob = part.log_softmax(-1)
+            entropies.append(-(every_logprob.exp() * every_logprob).sum(-1))
+    return logprobs, torch.cat(entropies)
+
+
 @torch.no_grad()
 def chunked_kl(
     hidden: Tensor,
@@ -237,7 +315,7 @@ def chunked_kl(
     *,
     temperature: float = 1.0,
     transform: LogitTransform = UNCHANGED,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Exact KL(policy ‖ reference) over the whole vocabulary at each position, computed in chunks to save memory.
 
@@ -248,12 +326,14 @@ def chunked_kl(
         ref_head: output head of the reference.
         temperature: logits are divided by it.
         transform: what the model does to the output of its head, see `logit_transform`.
-        chunk_size: number of rows of logits at one time.
+        chunk_size: number of rows of logits at one time; `None` means as much as `CHUNK_BYTES` are.
 
     Returns:
         (N,) fp32, in nats.
     """
 
+    if chunk_size is None:
+        chunk_size = rows_per_chunk(n_outputs(head, hidden))
     chunks = []
     for start in range(0, len(hidden), chunk_size):
         rows = slice(start, start + chunk_size)

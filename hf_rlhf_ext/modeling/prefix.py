@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
 from .adapters import bare_model
 from .heads import is_encoder
+from .packing import Layout
+from .segment_plans import SegmentPlan
+from .segments import PLAN, SEGMENTS, sentinel
 
 WINDOWED = "sliding_attention"
 FULL = "full_attention"
 FLEX = "flex_attention"
+
+_TAKING_MASKS = ("sdpa", "eager", FLEX, SEGMENTS)
+"""Kinds of attention that compute with a mask of this layout."""
 
 
 def mask_function(
@@ -79,25 +86,60 @@ def prefix_mask(
     return sees(batch, None, query, key)
 
 
-def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of `model(...)` for a batch in this layout: ids, position ids and attention masks.
+def model_inputs(model: nn.Module, batch: dict[str, Any], layout: Layout | None = None) -> dict[str, Any]:
+    """The arguments of `model(...)` for a batch in this layout: ids, position ids, and attention masks or a plan.
 
     Args:
         model: a causal LM or sequence-classification model, also inside DDP or PEFT.
-        batch: `input_ids`, `segments`, `owners` and `positions`, (B, L) each.
+        batch: `input_ids`, `segments`, `owners` and `positions`, (R, L) each. A `SegmentPlan` of these tensors may be
+            in it as `segment_plan`; without one, it is built here, which waits for an accelerator once.
+        layout: `MASK`, or `SEGMENTS`, which needs a model whose attention is set to it; `None` means `SEGMENTS` if it
+            is, and otherwise `MASK`.
+
+    Raises:
+        UserError: if the attention of the model was changed after the layout was chosen, to one that cannot compute it.
     """
     config = bare_model(model).config.get_text_config()
     layer_types = _layer_types(config)
     window = getattr(config, "sliding_window", None)
+    if layout is None:
+        layout = Layout.SEGMENTS if config._attn_implementation == SEGMENTS else Layout.MASK
+    by_segments = layout == Layout.SEGMENTS
+    _check_attention(config._attn_implementation, layout)
+
+    further = {}
+    if by_segments:
+        plan = batch.get(PLAN)
+        if plan is None:
+            plan = SegmentPlan.of(batch["segments"], batch["owners"], batch["positions"])
+        further[PLAN] = plan
+
+    def mask(window: int | None) -> Tensor | BlockMask:
+        if by_segments:
+            return sentinel(window, batch["input_ids"].device)
+        return _attention_mask(model, batch, window)
 
     if WINDOWED in layer_types:
         # One mask for all layers would be silently wrong.
-        masks = {FULL: _attention_mask(model, batch, None), WINDOWED: _attention_mask(model, batch, window)}
+        masks = {FULL: mask(None), WINDOWED: mask(window)}
     elif layer_types:
-        masks = _attention_mask(model, batch, None)
+        masks = mask(None)
     else:
-        masks = _attention_mask(model, batch, window)  # Mistral has a window but no layer types
-    return {"input_ids": batch["input_ids"], "position_ids": batch["positions"], "attention_mask": masks}
+        masks = mask(window)  # Mistral has a window but no layer types
+    return {"input_ids": batch["input_ids"], "position_ids": batch["positions"], "attention_mask": masks, **further}
+
+
+def _check_attention(attention: str, layout: Layout) -> None:
+    """Raises `UserError` if an attention does not compute a layout, which it may not say itself.
+
+    Eager attention, for instance, would add the sentinel of a plan to all pairs, and mask nothing.
+    """
+    needed = (SEGMENTS,) if layout == Layout.SEGMENTS else _TAKING_MASKS
+    if attention not in needed:
+        raise UserError(
+            f"attn_implementation: the model was set to {attention!r} after its layout was chosen, which needs "
+            f"{needed[0]!r}: set it before you make the trainer, or back with set_attn_implementation({needed[0]!r})."
+        )
 
 
 def _layer_types(config: PreTrainedConfig) -> set[str]:
@@ -149,7 +191,7 @@ def why_not(model: nn.Module, device: torch.device | None = None) -> str | None:
     backbone = getattr(base, base.base_model_prefix, base)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "its backbone accepts no position ids"
-    if config._attn_implementation not in ("sdpa", "eager", FLEX):
+    if config._attn_implementation not in _TAKING_MASKS:
         return f"its attention is {config._attn_implementation}, not sdpa, eager or {FLEX}"
     if config._attn_implementation == FLEX and (device or base.device).type == "cpu":
         return f"{FLEX} has no backward pass on a CPU"

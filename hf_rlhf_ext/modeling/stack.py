@@ -20,6 +20,7 @@ from .embeddings import embedding_mismatch, read_embeddings
 from .heads import ScalarHead
 from .logprobs import completion_hidden_states
 from .ownership import adapter_parameters, free_adapter_name, is_attached, mark_as_attached
+from .packing import Layout
 
 ADAPTER_NAMES = {"reference": "ref"}
 """Names of adapters that differ from the name of their role."""
@@ -36,11 +37,13 @@ class Role:
         adapter: name of its adapter on the shared base; `None` means the base without an adapter.
         model: a separate model; `None` if the role uses the shared base.
         head: its scalar head; `None` without one.
+        layout: how several completions of a prompt pass through the model. Roles on the shared base have the same one.
     """
 
     adapter: str | None = None
     model: nn.Module | None = None
     head: ScalarHead | None = None
+    layout: Layout = Layout.PLAIN
 
 
 class AdapterStack:
@@ -236,6 +239,7 @@ class AdapterStack:
         mask: Tensor,
         *,
         joint: bool = True,
+        per_prompt: int = 1,
     ) -> dict[str, Tensor]:
         """Computes the hidden states from which the emitted tokens are predicted, for several roles.
 
@@ -248,6 +252,8 @@ class AdapterStack:
             prompt_lengths: (B,) int64, number of tokens of each prompt.
             mask: (B, T) bool, True for emitted tokens.
             joint: whether to use one forward pass for all roles on the shared base, if `can_score_jointly`.
+            per_prompt: number of consecutive rows that have the same prompt, which passes through the model once where
+                the layout of the role shares it.
 
         Returns:
             (N, H) hidden states of each role, see `completion_hidden_states`.
@@ -262,12 +268,15 @@ class AdapterStack:
 
         states: dict[str, Tensor] = {}
         if joint and self.can_score_jointly and len(on_base) > 1:
-            states = self._joint_hidden_states(on_base, input_ids, prompt_lengths, mask)
+            states = self._joint_hidden_states(on_base, input_ids, prompt_lengths, mask, per_prompt)
         for group in groups:
             if group[0] in states:
                 continue
             with self.activate(group[0]) as model:
-                hidden = completion_hidden_states(model, model, input_ids, prompt_lengths, mask)
+                layout = self.roles[group[0]].layout
+                hidden = completion_hidden_states(
+                    model, model, input_ids, prompt_lengths, mask, per_prompt=per_prompt, layout=layout
+                )
             for role in group:
                 states[role] = hidden
         return states
@@ -278,6 +287,7 @@ class AdapterStack:
         input_ids: Tensor,
         prompt_lengths: Tensor,
         mask: Tensor,
+        per_prompt: int,
     ) -> dict[str, Tensor]:
         """One forward pass over a batch that contains the rows once for each group, with the adapter of the group."""
         # In such a batch, PEFT needs the name of the adapter of every row.
@@ -292,6 +302,8 @@ class AdapterStack:
             input_ids.repeat(copies, 1),
             prompt_lengths.repeat(copies),
             mask.repeat(copies, 1),
+            per_prompt=per_prompt,
+            layout=self.roles[groups[0][0]].layout,
             adapter_names=row_adapters,
         )
         states = {}

@@ -1,5 +1,6 @@
 """Sets up a PPO run: checks the inputs, then builds policy, reference, reward models and critic."""
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ from ..reward.sharing import shareable_adapter
 from ..training.activation_checkpointing import with_possible_checkpointing
 from ..training.placement import move_before_probes
 from .adapter_setup import check_adapter, refuse_trained_base, refuse_unrepeatable, stack_with_new_adapter
-from .config import PPOConfig
+from .config import OF_CRITIC, PPOConfig
 from .guards import check_setup, check_sharded_roles
 from .policy_check import check_generates
 from .prompts import Prompts, warn_of_other_form, warn_of_other_sampling, with_max_steps
@@ -49,6 +50,8 @@ from .ptx import PTXTexts
 from .rewards import RewardFunc, RewardFunctions, named_sets
 from .roles import Roles
 from .value_model import prepare_value_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -207,6 +210,7 @@ def assemble_roles(
         )
         refuse_router_loss(value_model, "value_model")
     critic = attach_critic(stack, args.critic, value_model=value_model)
+    say_unused_options(args, critic)
     checkpoint_critic(stack, args)
     if critic == "adapter":
         scale_critic(stack, rewards, args.reward_scale)
@@ -264,7 +268,7 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
 
 
 def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
-    """Adds the role `value`, the critic, with an fp32 head.
+    """Adds the role `value`, the critic, with an fp32 head. With the kind `none`, adds nothing.
 
     If the reward model is an adapter on the same base, the critic starts from it (InstructGPT, sec. 3.5), and
     `scale_critic` then scales its head to normalized rewards. Otherwise it starts from the policy with a head of zeros,
@@ -272,7 +276,7 @@ def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Modu
 
     Args:
         stack: stack with policy and reference, and with reward models that share the base.
-        kind: kind of critic, `adapter`, `head` or `model`; `None` chooses one, see `PPOConfig.critic`.
+        kind: kind of critic, `adapter`, `head`, `model` or `none`; `None` chooses one, see `PPOConfig.critic`.
         value_model: the model for `model`; `None` means a copy of the policy.
 
     Returns:
@@ -294,9 +298,19 @@ def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Modu
         _attach_model_critic(stack, value_model)
     elif kind == "adapter":
         _attach_adapter_critic(stack)
-    else:
+    elif kind == "head":
         _attach_head_critic(stack)
     return kind
+
+
+def say_unused_options(args: PPOConfig, critic: str) -> None:
+    """Logs which options were set and have no effect, as there is no critic.
+
+    They are not refused, as a config file may have them for another critic than that of the command line.
+    """
+    unused = args.not_defaults(OF_CRITIC) if critic == "none" else []
+    if unused:
+        logger.warning("not used with critic='none', which has no values: %s.", ", ".join(unused))
 
 
 def _default_critic(has_adapter: bool, value_model: nn.Module | None) -> str:
@@ -378,7 +392,7 @@ def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: fl
 
 def checkpoint_critic(stack: AdapterStack, args: TrainingArguments) -> None:
     """Turns on activation checkpointing for a critic that is a separate model, which `Trainer` may not reach."""
-    critic = stack.roles["value"].model
+    critic = stack.roles["value"].model if "value" in stack.roles else None
     if critic is None or not with_possible_checkpointing(args, critic, None).activation_checkpointing:
         return
     options = dict(args.activation_checkpointing_kwargs or {})

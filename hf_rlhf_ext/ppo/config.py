@@ -1,7 +1,7 @@
 """Options of `PPOTrainer`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 
 from ..compat import BaseConfig
@@ -15,7 +15,7 @@ from .kl import KL_ESTIMATORS
 from .trainer_options import ENGINES, REFUSED_OPTIONS, UNUSED_OPTIONS, check_ppo_options
 
 CHOICES = {
-    "critic": ("adapter", "head", "model"),
+    "critic": ("adapter", "head", "model", "none"),
     "kl_placement": ("reward", "loss"),
     "kl_estimator": tuple(KL_ESTIMATORS),
     "unrenderable": UNRENDERABLES,
@@ -28,6 +28,7 @@ _AT_LEAST_1 = (
     "max_prompt_length",
     "num_ppo_epochs",
     "num_mini_batches",
+    "num_generations",
     "kl_horizon",
     "ptx_batch_size",
     "logprobs_chunk_size",
@@ -47,6 +48,10 @@ _NOT_NEGATIVE = (
     "num_completions_to_print",
 )
 _FRACTIONS = ("gamma", "gae_lambda", "top_p")
+OF_CRITIC = ("value_learning_rate", "value_clip_range", "vf_coef")
+"""Options that nothing reads if there is no critic."""
+_OF_RETURNS = ("gamma", "gae_lambda")
+"""Options that, unless they are 1, say something else than what a return is without a critic: a plain sum."""
 _NO_LIMIT = "set it to None for no limit"
 _LIMITS = {
     "max_kl": _NO_LIMIT,
@@ -74,9 +79,9 @@ class PPOConfig(BaseConfig):
     """Options of `PPOTrainer`, in addition to those of `transformers.TrainingArguments`.
 
     One *rollout* has `per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches` completions per
-    process. PPO makes `num_ppo_epochs` passes over each rollout and takes `num_mini_batches` optimizer steps in each
-    pass. `max_steps`, `save_steps`, `eval_steps` and `logging_steps` count optimizer steps. If `max_steps` is not set,
-    `num_train_epochs` counts passes over the prompts.
+    process, `num_generations` of each prompt. PPO makes `num_ppo_epochs` passes over each rollout and takes
+    `num_mini_batches` optimizer steps in each pass. `max_steps`, `save_steps`, `eval_steps` and `logging_steps` count
+    optimizer steps. If `max_steps` is not set, `num_train_epochs` counts passes over the prompts.
 
     The defaults that differ from `TrainingArguments` are those of TRL's trainers (bf16, gradient checkpointing, a log
     every 10 steps) and `learning_rate` = 1e-5. Each option is described in its field's `help`, which
@@ -99,7 +104,9 @@ class PPOConfig(BaseConfig):
             "choices": list(CHOICES["critic"]),
             "help": "Kind of critic, which estimates values. `adapter`: a separate adapter on the policy's base model; "
             "it starts from the reward adapter if there is one. `head`: a scalar head on the policy, which saves a "
-            "forward pass. `model`: a separate model, `value_model` or a copy of a fully trained policy. If `None`: "
+            "forward pass. `model`: a separate model, `value_model` or a copy of a fully trained policy. `none`: no "
+            "critic; the baseline of a completion is the mean return of the other completions of its prompt (RLOO, "
+            "Ahmadian et al. 2024, arXiv:2402.14740), of which `num_generations` must be 2 or more. If `None`: "
             "`model` if `value_model` is given, `adapter` if the policy is an adapter, and `head` otherwise.",
         },
     )
@@ -137,6 +144,15 @@ class PPOConfig(BaseConfig):
 
     # ---- Rollouts ----
 
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Number of completions per prompt in a rollout, as in GRPO. With more than one, a prompt passes "
+            "through the models once for all of its completions, where their attention allows it. Batch sizes count "
+            "completions, so `per_device_train_batch_size` must be divisible by it; `num_train_epochs` counts passes "
+            "over the prompts. An evaluation samples one completion per prompt, whatever the value."
+        },
+    )
     max_completion_length: int = field(
         default=256, metadata={"help": "Maximum length of a completion in tokens, including the stop token."}
     )
@@ -187,8 +203,8 @@ class PPOConfig(BaseConfig):
     generation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Number of prompts per generation batch; prompts of similar length are batched together. If "
-            "`None`, all prompts of a rollout are one batch."
+            "help": "Number of completions per generation batch; prompts of similar length are batched together. If "
+            "`None`, all completions of a rollout are one batch."
         },
     )
     merge_for_generation: bool = field(
@@ -374,7 +390,8 @@ class PPOConfig(BaseConfig):
         default=None,
         metadata={
             "help": "Maximum number of tokens per forward pass in scoring and training, including padding. Larger "
-            "batches are split; gradients stay the same. If `None`, only `per_device_train_batch_size` limits a pass."
+            "batches are split, but never the completions of a prompt, which counts once if they share it; gradients "
+            "stay the same. If `None`, only `per_device_train_batch_size` limits a pass."
         },
     )
     joint_scoring: bool | None = field(
@@ -395,11 +412,12 @@ class PPOConfig(BaseConfig):
         default=20,
         metadata={"help": "Minimum number of rollouts between two health warnings of the same kind."},
     )
-    logprobs_chunk_size: int = field(
-        default=128,
+    logprobs_chunk_size: int | None = field(
+        default=None,
         metadata={
-            "help": "Number of completion tokens whose logits are in memory at one time. A smaller number needs less "
-            "memory."
+            "help": "Number of completion tokens whose logits over the vocabulary are in memory at one time. A smaller "
+            "number needs less memory. If `None`, a frozen output head is read in parts, whose logits take at most 64 "
+            "MiB; logits of other heads take at most 128 MiB, and three times as much with their gradients."
         },
     )
 
@@ -444,6 +462,14 @@ class PPOConfig(BaseConfig):
         self.stop_token_ids = [int(token_id) for token_id in ids]
 
     def _check_combinations(self) -> None:
+        if self.per_device_train_batch_size % self.num_generations:
+            batch, generations = self.per_device_train_batch_size, self.num_generations
+            nearest = -(-batch // generations) * generations
+            raise UserError(
+                f"num_generations={generations} does not divide per_device_train_batch_size={batch}, which counts "
+                f"completions, and those of a prompt stay together: set per_device_train_batch_size={nearest}, or "
+                "another num_generations."
+            )
         if self.generation_kwargs is not None:
             if not isinstance(self.generation_kwargs, dict):
                 raise UserError(
@@ -459,6 +485,27 @@ class PPOConfig(BaseConfig):
             raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set kl_coef, or choose stop.")
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
+        if self.critic == "none":
+            self._check_without_critic()
+
+    def _check_without_critic(self) -> None:
+        """Refuses what a run without a critic cannot do."""
+        if self.num_generations < 2:
+            raise UserError(
+                f"critic='none' compares the completions of a prompt, and num_generations={self.num_generations}: set "
+                "num_generations to 2 or more, or choose another critic, such as head."
+            )
+        given = [name for name in self.not_defaults(_OF_RETURNS) if getattr(self, name) != 1]
+        if given:
+            raise UserError(
+                f"{' and '.join(given)}: with critic='none', the return of a completion is the plain sum of its "
+                "rewards: leave it out, or choose another critic."
+            )
+
+    def not_defaults(self, names: Iterable[str]) -> list[str]:
+        """Those of these options that are set to something else than their default."""
+        defaults = {option.name: option.default for option in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def prompt_seed(self) -> int:
@@ -479,6 +526,11 @@ class PPOConfig(BaseConfig):
     def rollout_size(self) -> int:
         """Completions per rollout on this process."""
         return self.minibatch_size * self.num_mini_batches
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts per rollout on this process, each with `num_generations` completions."""
+        return self.rollout_size // self.num_generations
 
     @property
     def steps_per_rollout(self) -> int:

@@ -13,6 +13,7 @@ LENGTH_RANGE = (0.5, 2.0)  # as a multiple of the length in the first rollouts
 CLIP_FRACTION_CEILING = 0.4
 SPREAD_FLOOR = 0.1  # as a fraction of the standard deviation of scores in the first rollouts
 CLIPPED_SCORES_CEILING = 0.9
+EQUAL_GROUPS_CEILING = 0.9  # fraction of prompts whose completions all have the same score
 KL_TOLERANCE = 0.1  # nats per completion by which a k1 estimate may be negative
 
 History = Sequence[Mapping[str, float]]
@@ -51,6 +52,7 @@ def diagnose(
         "clip_fraction": _clipped_updates(history),
         "reward_saturation": _flat_scores(history),
         "reward_clip": _clipped_scores(history),
+        "equal_groups": _equal_groups(history),
         "overoptimization": _overoptimization(history, eval_completions),
         "negative_kl": _negative_kl(history, temperature, top_k, top_p),
     }
@@ -190,6 +192,20 @@ def _clipped_scores(history: History) -> str | None:
     return (
         f"{mean:.0%} of scores were clipped by reward_clip in the last {SHORT} rollouts, which makes most scores "
         "equal. Raise reward_clip, or set normalize_rewards"
+    )
+
+
+def _equal_groups(history: History) -> str | None:
+    """Prompts whose completions all have the same score, where a rollout has several completions per prompt."""
+    mean = _mean(history[-RECENT:], "frac_reward_zero_std", SHORT)
+    if mean is None or mean < EQUAL_GROUPS_CEILING:
+        return None
+    if not any(_values(history[-RECENT:], "objective/scores_std")):
+        return None  # a constant reward, of which `RewardSpread` tells more
+    return (
+        f"all completions of a prompt had the same score for {mean:.0%} of the prompts in the last rollouts "
+        "(frac_reward_zero_std), which teaches nothing. Check that the reward reads the completion, take prompts that "
+        "are neither too hard nor too easy or a finer reward, or raise num_generations or temperature"
     )
 
 

@@ -4,29 +4,40 @@ An engine depends only on a policy and token ids, so that PPO, best-of-n samplin
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..modeling.adapters import bare_model, merged_adapter, mixed_precision
-from ..modeling.cache_name import virtual_tokens_in_generate
-from ..modeling.logprobs import contiguous_head_inputs
 from ..modeling.padding import reads_left_padding
 from ..modeling.probing import evaluating, unchanged_random_state
+from ..modeling.shared_prefill import why_not_once
 from ..training.bars import Advance, progress_bar
 from ..training.leaving import check
 from .config import PPOConfig
+from .generation import SampledLogprobs, generate_completions, generation_config_of, sampling_config
 from .generation_options import check_generation_kwargs, check_ids_in_vocabulary
 from .sharding import Whole
-from .stopping import StopAtStrings, StopStrings, cut_at_stop
+from .stopping import StopStrings, cut_at_stop
+
+__all__ = [
+    "RolloutEngine",
+    "SampledLogprobs",
+    "Samples",
+    "Sampling",
+    "TransformersEngine",
+    "generate_completions",
+    "generation_config_of",
+    "sampling_config",
+    "sampling_of",
+    "stop_token_ids",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +67,8 @@ class Sampling:
         temperature: sampling temperature, as in Transformers.
         top_p: nucleus sampling, as in Transformers; 1.0 samples from all tokens.
         top_k: number of most probable tokens to sample from, as in Transformers; 0 samples from all tokens.
-        batch_size: number of prompts per generation batch, which are of similar length; `None` means one batch.
+        batch_size: number of completions per generation batch, whose prompts are of similar length; `None` means one
+            batch.
         further: further fields of `GenerationConfig`.
         stop_strings: strings that end a completion, see `StopStrings`. They need `tokenizer`.
         tokenizer: tokenizer that decodes completions to find `stop_strings`.
@@ -165,15 +177,19 @@ class TransformersEngine:
         self.policy: nn.Module | None = None
         self.sharding = Whole()  # a trainer replaces it
         self._reads_padding: bool | None = None  # of this policy; `None` until the first batch that needs padding
+        self._shares_prompts: bool | None = None  # the same; `None` until a prompt has several completions
 
     def sync(self, policy: nn.Module) -> None:
         """Keeps a reference to the policy. No weights are copied."""
         if policy is not self.policy:
             self._reads_padding = None
+            self._shares_prompts = None
         self.policy = policy
 
     def generate(self, prompt_ids: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Samples:
         """Samples `n` completions per prompt; see `RolloutEngine.generate`.
+
+        A prompt goes through the policy once for all its completions where the cache of the policy allows it.
 
         Raises:
             UserError: if `sync` was not called before, or if an option of `sampling.further` is not supported.
@@ -200,7 +216,11 @@ class TransformersEngine:
             self.sharding.inference(),
             mixed_precision(self.policy, self.autocast),
         ):
-            return self._generate(prompts, self._batches(prompts, batch_size, config), config, sampling.string_stops)
+            # The rows of a prompt stay together, so that it is computed once.
+            batch_size = max(batch_size - batch_size % n, min(batch_size, n))
+            batches = self._batches(prompts, batch_size, config)
+            once = n > 1 and self._may_share_prompts(prompts, config)
+            return self._generate(prompts, batches, config, sampling.string_stops, share_prompts=once)
 
     def _generate(
         self,
@@ -208,8 +228,11 @@ class TransformersEngine:
         batches: list[list[int]],
         config: GenerationConfig,
         stop_strings: StopStrings | None,
+        *,
+        share_prompts: bool,
     ) -> Samples:
         """Samples one completion per prompt, batch after batch."""
+        options = {"share_prompts": share_prompts, "synced": self.sharding.is_sharded}
         ids: list[list[int]] = [[]] * len(prompts)
         logprobs: list[list[float]] = [[]] * len(prompts)
         device = next(self.policy.parameters()).device
@@ -219,34 +242,17 @@ class TransformersEngine:
                 own_prompts = [prompts[row] for row in rows]
                 if not counts:  # another process has more batches
                     with unchanged_random_state(device):
-                        self._sample_batch(own_prompts, config, device, stop_strings)
+                        generate_completions(self.policy, own_prompts, config, device, stop_strings, **options)
                     continue
                 counter = _TokenCounter(len(rows), config.max_new_tokens, advance)
-                completions, drawn = self._sample_batch(own_prompts, config, device, stop_strings, counter.count)
+                completions, drawn = generate_completions(
+                    self.policy, own_prompts, config, device, stop_strings, on_token=counter.count, **options
+                )
                 counter.finish()
                 for row, completion, row_logprobs in zip(rows, completions, drawn, strict=True):
                     ids[row] = completion
                     logprobs[row] = row_logprobs
         return Samples(ids, logprobs)
-
-    def _sample_batch(
-        self,
-        prompts: list[list[int]],
-        config: GenerationConfig,
-        device: torch.device,
-        stop_strings: StopStrings | None,
-        on_token: Callable[[], None] | None = None,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Samples one completion per prompt; see `generate_completions`."""
-        return generate_completions(
-            self.policy,
-            prompts,
-            config,
-            device,
-            stop_strings,
-            on_token=on_token,
-            synced=self.sharding.is_sharded,
-        )
 
     def _batches(self, prompts: list[list[int]], batch_size: int, config: GenerationConfig) -> list[list[int]]:
         """The rows of each batch: of equal length if the policy reads padding, else of similar length."""
@@ -288,6 +294,21 @@ class TransformersEngine:
                     type(bare_model(self.policy)).__name__,
                 )
         return self._reads_padding
+
+    def _may_share_prompts(self, prompts: list[list[int]], config: GenerationConfig) -> bool:
+        """Whether a prompt can go through the policy once for several completions. It is tested once per policy."""
+        if self._shares_prompts is None:
+            dtype = self.autocast or next(self.policy.parameters()).dtype
+            with generation_config_of(self.policy, config):
+                reason = why_not_once(self.policy, prompts, config, dtype=dtype)
+            # The test is a forward pass, in which all processes take part that must.
+            self._shares_prompts = not self.sharding.most(reason is not None)
+            if not self._shares_prompts:
+                logger.warning(
+                    "Sampling: each prompt goes through the policy once for every completion, which is slower: %s.",
+                    reason or "another process found that its cache cannot be repeated",
+                )
+        return self._shares_prompts
 
 
 class _TokenCounter:
@@ -331,184 +352,3 @@ def stop_token_ids(
         configured = [configured]
     known = {tokenizer.eos_token_id, *(configured or [])}
     return sorted(known - {None})
-
-
-# Fields that `generate` would otherwise fill from the model's generation config, at values that have no effect.
-_NEUTRAL = {
-    "repetition_penalty": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "do_sample": True,
-    "use_cache": True,
-    "bos_token_id": None,
-}
-
-
-def sampling_config(
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop_ids: list[int],
-    pad_token_id: int,
-    **further: Any,
-) -> GenerationConfig:
-    """Builds a complete `GenerationConfig`, so that `generate` fills no field from the model's generation config.
-
-    Args:
-        max_new_tokens: maximum number of tokens of a completion.
-        temperature: sampling temperature.
-        top_p: nucleus sampling; 1.0 samples from all tokens.
-        top_k: number of most probable tokens to sample from; 0 samples from all tokens.
-        stop_ids: token ids that end a completion.
-        pad_token_id: id used for padding.
-        further: further fields of `GenerationConfig`.
-
-    Raises:
-        UserError: if `further` has a field or a value that sampling does not use, such as beams.
-    """
-    if further.get("stop_strings"):
-        raise UserError("Sampling: stop_strings are not found in `further`: pass stop_strings and tokenizer.")
-    check_generation_kwargs(further)
-    options = {
-        **_NEUTRAL,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        **further,
-    }
-    return GenerationConfig(**options, eos_token_id=stop_ids, pad_token_id=pad_token_id)
-
-
-@contextmanager
-def generation_config_of(model, config: GenerationConfig):
-    """Inside the context, `config` replaces the model's generation config, from which `generate` fills unset fields."""
-    owners = [model]
-    if hasattr(model, "get_base_model"):
-        owners = [model.get_base_model(), model]
-    before = [owner.__dict__.get("generation_config") for owner in owners]
-    try:
-        for owner in owners:
-            owner.generation_config = config
-        yield
-    finally:
-        for owner, old in zip(owners, before, strict=True):
-            if old is None:
-                del owner.generation_config
-            else:
-                owner.generation_config = old
-
-
-class SampledLogprobs(LogitsProcessor):
-    """Logits processor that records the log-probability of each sampled token.
-
-    It must be the last processor, after temperature, top-k and top-p. It keeps the scores (B, V) of the last step only:
-    at the next call, `input_ids` contains the token that was sampled from them.
-    """
-
-    def __init__(self, on_token: Callable[[], None] | None = None):
-        self._on_token = on_token
-        self._scores: Tensor | None = None
-        self._columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._scores is not None:
-            self._take(input_ids[:, -1:])
-        self._scores = scores
-        if self._on_token is not None:
-            self._on_token()
-        return scores
-
-    def _take(self, tokens: Tensor) -> None:
-        logprobs = self._scores.gather(1, tokens) - self._scores.logsumexp(1, keepdim=True)
-        self._columns.append(logprobs)
-
-    def logprobs(self, completions: Tensor) -> Tensor:
-        """Log-probabilities of the tokens that `generate` returned.
-
-        Args:
-            completions: (B, T) int64, the new tokens.
-
-        Returns:
-            (B, T) fp32, in nats. Values after the stop token have no meaning.
-        """
-        self._take(completions[:, -1:])
-        return torch.cat(self._columns[: completions.shape[1]], dim=1)  # `generate` may drop its last step
-
-
-@torch.no_grad()
-def generate_completions(
-    model: PreTrainedModel,
-    prompt_ids: list[list[int]],
-    config: GenerationConfig,
-    device: torch.device,
-    stop_strings: StopStrings | None = None,
-    streamer: BaseStreamer | None = None,
-    on_token: Callable[[], None] | None = None,
-    synced: bool = False,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Samples one completion per prompt with `model.generate`.
-
-    A completion ends with its first stop token, with the token that completes a stop string, or at `max_new_tokens`.
-    The pad id is not used to find its end, so the pad token may be a stop token.
-
-    Args:
-        model: the policy.
-        prompt_ids: token ids of each prompt. They are padded on the left.
-        config: a complete generation config, see `sampling_config`.
-        device: where to generate.
-        stop_strings: strings that end a completion; `None` for none.
-        streamer: gets each token as it is sampled, as in Transformers, but never the prompt; for a single prompt.
-        on_token: called at each step, in which every completion gets a token, for a progress bar.
-        synced: whether all processes run equally many steps, as each needs the shards of the others.
-
-    Returns:
-        The token ids of each completion, and the log-probability of each of these tokens in nats, under the
-        distribution that it was sampled from: after temperature, top-k and top-p.
-    """
-    width = max(len(ids) for ids in prompt_ids)
-    input_ids = torch.full((len(prompt_ids), width), config.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    # Padded on the left, so that every prompt ends in the last column, where generation continues.
-    for row, ids in enumerate(prompt_ids):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    recorder = SampledLogprobs(on_token)
-
-    def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        # A processor passed to `generate` would run before top-k and top-p. Here the list is complete, so ours runs
-        # last.
-        logits_processor.append(recorder)
-        return model._sample(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer=streamer,
-            synced_gpus=synced,  # `generate` itself drops it for a function such as this one
-            **kwargs,
-        )
-
-    # `generate` fills the unset fields of the config that it gets from the model's generation config.
-    with generation_config_of(model, config), contiguous_head_inputs(model), virtual_tokens_in_generate(model):
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=config,
-            stopping_criteria=None if stop_strings is None else [StopAtStrings(stop_strings, width)],
-            custom_generate=sample,
-        )
-    generated = output[:, width:]
-    stops = set(config.eos_token_id)
-    completions = [cut_at_stop(row, stops) for row in generated.tolist()]
-    if stop_strings is not None:
-        completions = [ids[: stop_strings.end(ids)] for ids in completions]
-    logprobs = recorder.logprobs(generated).tolist()
-    return completions, [row[: len(ids)] for row, ids in zip(logprobs, completions, strict=True)]

@@ -1,5 +1,6 @@
 """Checks what a rollout engine returns, so that a mistake in an engine of the user is one line with its name."""
 
+import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -34,10 +35,28 @@ def check_engine(engine: Any) -> None:
             )
 
 
+def takes_n(engine: Any) -> bool:
+    """Whether `generate` of an engine takes `n`, the number of completions per prompt.
+
+    An engine without it gets each prompt several times.
+    """
+    try:
+        parameters = inspect.signature(engine.generate).parameters.values()
+    except (TypeError, ValueError):  # of a function that is written in C
+        return False
+    return any(p.kind is p.VAR_KEYWORD or (p.name == "n" and p.kind is not p.POSITIONAL_ONLY) for p in parameters)
+
+
 def checked_samples(
-    samples: Any, prompt_ids: Sequence[list[int]], sampling: Sampling, *, token_rows: int, engine: RolloutEngine
+    samples: Any,
+    prompt_ids: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    token_rows: int,
+    engine: RolloutEngine,
+    n: int = 1,
 ) -> Samples:
-    """What an engine returned for one completion per prompt, as lists that end where the completions end.
+    """What an engine returned for `n` completions per prompt, as lists that end where the completions end.
 
     Tensors and arrays are taken too. Tokens after a stop token, a stop string or the maximum length are cut off: what
     comes before them is sampled from the right distribution.
@@ -48,9 +67,10 @@ def checked_samples(
         sampling: the options that the engine was given.
         token_rows: number of tokens that the policy has rows for.
         engine: the engine, for messages.
+        n: number of completions per prompt.
 
     Raises:
-        UserError: if there is not one completion per prompt, if one has no tokens or tokens that the policy does not
+        UserError: if there are not `n` completions per prompt, if one has no tokens or tokens that the policy does not
             have, or if the log-probabilities do not belong to the tokens.
     """
     name = type(engine).__name__
@@ -58,10 +78,11 @@ def checked_samples(
         raise UserError(f"engine: {name}.generate returned {type(samples).__name__}: return Samples(ids, logprobs).")
     ids = [_as_list(row) for row in samples[0]]
     logprobs = None if samples[1] is None else [_as_list(row) for row in samples[1]]
-    if len(ids) != len(prompt_ids):
+    if len(ids) != n * len(prompt_ids):
+        asked = f"{len(prompt_ids)} prompts" + f" with n={n}" * (n > 1)
         raise UserError(
-            f"engine: {name}.generate returned {len(ids)} completions for {len(prompt_ids)} prompts: return n for each "
-            "prompt, next to each other."
+            f"engine: {name}.generate returned {len(ids)} completions for {asked}: return n for each prompt, next to "
+            "each other."
         )
     for index, row in enumerate(ids):
         _check_ids(row, f"{name}.generate: completion {index}", token_rows)

@@ -10,10 +10,17 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..data.text import decode_completion
 from ..modeling.embeddings import n_rows
 from ..training.leaving import agree_to_leave, at_once, check, may_be_left
-from .advantages import explained_variance, generalized_advantages, token_rewards, whiten
+from .advantages import (
+    are_scores_equal,
+    explained_variance,
+    generalized_advantages,
+    leave_one_out_advantages,
+    token_rewards,
+    whiten,
+)
 from .config import PPOConfig
 from .engine import RolloutEngine, Samples, Sampling, TransformersEngine
-from .engine_check import check_engine, checked_samples
+from .engine_check import check_engine, checked_samples, takes_n
 from .kl import KL_ESTIMATORS, kl_k1, kl_k3
 from .losses import importance_weights, masked_mean
 from .meter import metric_logger
@@ -41,12 +48,12 @@ class _Sampled:
     mask: Tensor
     logprobs: Tensor
     entropies: Tensor
-    values: Tensor
     sampled_logprobs: Tensor
     stopped: Tensor
     per_func: Tensor
     scores: Tensor
     sequence_scores: Tensor
+    values: Tensor | None = None
     ref_logprobs: Tensor | None = None
     dense: Tensor | None = None
 
@@ -72,7 +79,7 @@ class SamplingTools:
     """The objects that sample and score completions, in training and in evaluation.
 
     Attributes:
-        roles: policy, reference and critic.
+        roles: policy, reference, and critic if there is one.
         engine: samples completions.
         tokenizer: tokenizer of the policy.
         sampling: options of sampling.
@@ -94,21 +101,27 @@ class SamplingTools:
         """Updates the engine to the current policy. Call it once before several `sample` calls, as it may be slow."""
         self.engine.sync(self.roles.policy)
 
-    def sample(self, prompt_ids: list[list[int]]) -> Samples:
-        """Samples one completion per prompt from the policy at the last `sync`.
+    def sample(self, prompt_ids: list[list[int]], n: int = 1) -> Samples:
+        """Samples `n` completions per prompt from the policy at the last `sync`; those of a prompt are in a row.
 
         Raises:
             UserError: if the engine returns something that is not usable, see `checked_samples`.
         """
         # An engine of the user may take minutes in one call. Ours leaves the rollout itself, between two tokens.
         with nullcontext() if isinstance(self.engine, TransformersEngine) else at_once():
-            samples = self.engine.generate(prompt_ids, self.sampling)
+            if n == 1:  # an engine of the user need not take `n`
+                samples = self.engine.generate(prompt_ids, self.sampling)
+            elif takes_n(self.engine):
+                samples = self.engine.generate(prompt_ids, self.sampling, n=n)
+            else:
+                samples = self.engine.generate([ids for ids in prompt_ids for _ in range(n)], self.sampling)
         token_rows = n_rows(self.roles.policy)
-        return checked_samples(samples, prompt_ids, self.sampling, token_rows=token_rows, engine=self.engine)
+        return checked_samples(samples, prompt_ids, self.sampling, token_rows=token_rows, engine=self.engine, n=n)
 
-    def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Sequences:
-        """Prompts and completions as one batch on the device of this process."""
-        return pack_sequences(prompt_ids, completion_ids, self.tokenizer.pad_token_id, self.ranks.device)
+    def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], per_prompt: int = 1) -> Sequences:
+        """Prompts, one for each completion, and completions as one batch on the device of this process."""
+        pad_token_id = self.tokenizer.pad_token_id
+        return pack_sequences(prompt_ids, completion_ids, pad_token_id, self.ranks.device, per_prompt)
 
     def is_stopped(self, completion_ids: list[int]) -> bool:
         """Whether a completion ends with a stop token or a stop string, rather than at the maximum length."""
@@ -137,7 +150,15 @@ class ExperienceMaker:
         return self.args.kl_coef > 0 or self.args.max_kl is not None
 
     @torch.no_grad()
-    def make(self, first_prompt: int, kl_coef: float, moments: RunningMoments, trainer_state: TrainerState) -> Rollout:
+    def make(
+        self,
+        first_prompt: int,
+        kl_coef: float,
+        moments: RunningMoments,
+        trainer_state: TrainerState,
+        *,
+        completions_before: int,
+    ) -> Rollout:
         """Samples completions, scores them, and computes everything that the passes over the rollout need.
 
         With several processes, each process samples its share and all processes then hold the whole rollout. Whitening
@@ -148,6 +169,7 @@ class ExperienceMaker:
             kl_coef: current KL coefficient β, reward per nat.
             moments: running moments of the scores of earlier rollouts.
             trainer_state: state of the trainer, which reward functions get.
+            completions_before: number of completions of all earlier rollouts.
 
         Returns:
             The rollout.
@@ -176,12 +198,16 @@ class ExperienceMaker:
         rewards = token_rewards(shaped.scores, kl, lengths, kl_coef=kl_coef_in_reward, dense=dense)
 
         # 2. Turn rewards into advantages, whitened over the completions of all processes.
-        advantages, returns = generalized_advantages(
-            rewards, sampled.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-        )
+        returns = None
+        if sampled.values is None:
+            advantages = leave_one_out_advantages(rewards, mask, per_prompt=args.num_generations)
+        else:
+            advantages, returns = generalized_advantages(
+                rewards, sampled.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
+            )
         if args.whiten_advantages:
             advantages = whiten(advantages, mask)
-        metrics = self._metrics(first_prompt, kl_coef, sampled, shaped, kl, returns)
+        metrics = self._metrics(completions_before, kl_coef, sampled, shaped, kl, returns)
         weights = None
         if args.importance_sampling_correction:
             weights = importance_weights(
@@ -203,24 +229,27 @@ class ExperienceMaker:
             logged=judged.logged,
             completions=judged.table,
             sampled_logprobs=sampled.sampled_logprobs,
+            per_prompt=args.num_generations,
         )
 
     def _sample(self, first_prompt: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
         """The completions of this process, with their scores and what each role computes for their tokens."""
         ranks = self.ranks
-        size = self.args.rollout_size * ranks.count
+        per_prompt = self.args.num_generations
+        n_prompts = self.args.prompts_per_rollout * ranks.count
         rows = rows_from(
             first_prompt,
-            size,
+            n_prompts,
             len(self.prompts),
             self.args.prompt_seed,
             shuffled=self.args.train_sampling_strategy == "random",
         )
-        own_rows = [rows[k] for k in ranks.block(size)]
+        # One row per completion, those of a prompt next to each other, as in TRL.
+        own_rows = [rows[k] for k in ranks.block(n_prompts) for _ in range(per_prompt)]
         examples, prompt_ids = self.prompts.rows(own_rows)
 
         self.tools.sync()
-        samples = self.tools.sample(prompt_ids)
+        samples = self.tools.sample(prompt_ids[::per_prompt], n=per_prompt)
 
         further, log_extra = extra_columns(len(examples))
         logged: list[tuple[str, float]] = []
@@ -230,13 +259,14 @@ class ExperienceMaker:
             examples,
             samples.ids,
             prompt_ids,
+            per_prompt=per_prompt,
             trainer_state=trainer_state,
             log_metric=metric_logger(lambda name, value: logged.append((name, value)), self.rewards.names),
             log_extra=log_extra,
         ).to(ranks.device)
         check()
 
-        sequences = self.tools.pack(prompt_ids, samples.ids)
+        sequences = self.tools.pack(prompt_ids, samples.ids, per_prompt)
         scored = self.tools.roles.score(sequences, reference=self.needs_reference)
         mask = sequences.mask
         dense = scores.dense
@@ -292,14 +322,25 @@ class ExperienceMaker:
     def _orders(self, size: int) -> Tensor:
         """(epochs, size) int64: the order of the rows in each pass over the rollout, the same on every process.
 
+        Prompts are put in a random order. The completions of a prompt stay together, as they pass through the model
+        together.
+
         The orders are drawn from PyTorch's global random state, which a checkpoint stores. Those of the current rollout
         are saved with it.
         """
-        orders = torch.stack([torch.randperm(size) for _ in range(self.args.num_ppo_epochs)])
+        per_prompt = self.args.num_generations
+        groups = torch.stack([torch.randperm(size // per_prompt) for _ in range(self.args.num_ppo_epochs)])
+        orders = (groups[..., None] * per_prompt + torch.arange(per_prompt)).flatten(1)
         return self.ranks.gather(orders)[0]
 
     def _metrics(
-        self, first_prompt: int, kl_coef: float, sampled: _Sampled, shaped: ShapedScores, kl: Tensor, returns: Tensor
+        self,
+        completions_before: int,
+        kl_coef: float,
+        sampled: _Sampled,
+        shaped: ShapedScores,
+        kl: Tensor,
+        returns: Tensor | None,
     ) -> dict[str, float | Tensor]:
         """The metrics of a rollout. Names are those of TRL's last PPO trainer; `metrics.names` has their units."""
         mask = sampled.mask
@@ -316,12 +357,16 @@ class ExperienceMaker:
             "objective/rlhf_reward": shaped.scores.mean() + non_score_reward,
             "objective/non_score_reward": non_score_reward,
             "val/num_eos_tokens": sampled.stopped.sum(),
-            "val/explained_variance": explained_variance(sampled.values, returns, mask),
             "completions/mean_length": lengths.float().mean(),
             "completions/stopped_frac": sampled.stopped.float().mean(),
             "sampling/logprob_mismatch": masked_mean(sampled.sampled_logprobs - sampled.logprobs, mask),
-            "episode": first_prompt + n,
+            "episode": completions_before + n,
         }
+        if sampled.values is not None:
+            metrics["val/explained_variance"] = explained_variance(sampled.values, returns, mask)
+        if self.args.num_generations > 1:
+            are_equal = are_scores_equal(scores, per_prompt=self.args.num_generations)
+            metrics["frac_reward_zero_std"] = are_equal.float().mean()
         if sampled.ref_logprobs is not None:
             metrics["objective/kl"] = masked_mean(kl_k1(sampled.logprobs, sampled.ref_logprobs), mask, n)
             metrics["objective/kl_k3"] = masked_mean(kl_k3(sampled.logprobs, sampled.ref_logprobs), mask, n)

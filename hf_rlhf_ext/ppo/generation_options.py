@@ -64,9 +64,9 @@ OWN_OPTIONS = {
 }
 """Fields that PPO sets from an option of its own, each with what to set instead."""
 
-_ONE_SAMPLE = "PPO samples one completion per prompt: leave it out"
+_ONE_SAMPLE = "PPO samples every completion by itself: leave it out"
 _IDS_ONLY = "PPO reads the sampled tokens only, and computes log-probabilities itself: leave it out"
-_BEAMS = "it belongs to beam search, and PPO samples one completion per prompt: leave it out"
+_BEAMS = "it belongs to beam search, and PPO samples: leave it out"
 _ASSISTED = "it belongs to assisted decoding, which PPO does not use: leave it out"
 _ENCODER_DECODER = "it belongs to encoder-decoder models: leave it out"
 _GREEDY = "PPO needs sampled completions: leave it out"
@@ -74,7 +74,7 @@ _GREEDY = "PPO needs sampled completions: leave it out"
 REFUSED_FIELDS = {
     "do_sample": _ONE_SAMPLE,
     "num_beams": _ONE_SAMPLE,
-    "num_return_sequences": _ONE_SAMPLE,
+    "num_return_sequences": "PPO samples one completion per prompt, or as many as num_generations says: set that",
     "early_stopping": _BEAMS,
     "length_penalty": f"{_BEAMS} (PPOConfig has an option length_penalty)",
     "num_beam_groups": _BEAMS,

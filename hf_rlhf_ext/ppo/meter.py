@@ -20,7 +20,7 @@ OWN_METRICS = frozenset(
         *("policy/stopped_early", "loss/policy_avg", "loss/value_avg", "loss/ptx", "guards/skipped_steps"),
         *("val/ratio", "val/clipfrac_avg", "val/explained_variance", "val/num_eos_tokens"),
         *("completions/mean_length", "completions/stopped_frac"),
-        *("sampling/logprob_mismatch", "rewards/clipped_frac"),
+        *("sampling/logprob_mismatch", "rewards/clipped_frac", "frac_reward_zero_std"),
     )
 )
 """Names of the metrics that the trainer logs, besides those of each reward function."""

@@ -20,6 +20,8 @@ def give_critic_its_groups(
 ) -> None:
     """Moves the weights of the critic to parameter groups with their own learning rate. The value head comes last.
 
+    Without a critic, the groups stay as they are.
+
     An optimizer that was made before the trainer cannot have all weights of the critic. They are added to it, with the
     options that all of its groups have.
 
@@ -34,11 +36,13 @@ def give_critic_its_groups(
         UserError: if the optimizer holds no weight of the policy, or does not take the weights of the critic.
     """
     names = {parameter: name for name, parameter in roles.policy.named_parameters()}
-    in_order = list(roles.value_head.parameters())
-    head = set(in_order)
     critic = set(roles.parameters_of_critic())
     policy = {name: p for p, name in names.items() if p.requires_grad and p not in critic}
     check_weights(optimizer, policy, roles.policy, whose="policy")
+    if not roles.has_critic:
+        return
+    in_order = list(roles.value_head.parameters())
+    head = set(in_order)
 
     # The group whose options and schedule new groups have.
     template = next((group for group in optimizer.param_groups if set(group["params"]) - critic), None)
@@ -97,13 +101,20 @@ def _remove(group: dict[str, Any], parameters: set[nn.Parameter]) -> None:
 
 
 def has_critic_groups(optimizer: torch.optim.Optimizer, roles: Roles) -> bool:
-    """Whether `give_critic_its_groups` was called with this optimizer before: its last group is the value head."""
+    """Whether `give_critic_its_groups` was called with this optimizer before: its last group is the value head.
+
+    `False` without a critic.
+    """
+    if not roles.has_critic:
+        return False
     last = {id(parameter) for parameter in optimizer.param_groups[-1]["params"]}
     return last == {id(parameter) for parameter in roles.value_head.parameters()}
 
 
-def critic_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the value head in the current step."""
+def critic_learning_rate(optimizer: torch.optim.Optimizer, roles: Roles) -> float | None:
+    """The learning rate of the value head in the current step; `None` without a critic."""
+    if not roles.has_critic:
+        return None
     return float(optimizer.param_groups[-1]["lr"])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
@@ -79,6 +80,12 @@ class Prompts:
     def first(self) -> list[int]:
         """Token ids of the first prompt."""
         return self._encoded[0]["prompt_ids"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each prompt, int64."""
+        lengths = pc.list_value_length(self._encoded.with_format("arrow")[:]["prompt_ids"])
+        return lengths.to_numpy().astype(np.int64)
 
     def rows(self, indices: list[int] | range) -> tuple[list[dict[str, Any]], list[list[int]]]:
         """The rows with these indices, and the token ids of their prompts."""
@@ -260,11 +267,11 @@ def prompt_indices(rollout: int, size: int, n_prompts: int, seed: int, *, shuffl
     """Rows of the prompts of one rollout.
 
     They depend only on the number of the rollout and the seed, so that a resumed run gets the same prompts. Each pass
-    over the prompts has its own permutation. If there are fewer prompts than completions in a rollout, prompts repeat.
+    over the prompts has its own permutation. If the dataset has fewer prompts than a rollout, prompts repeat.
 
     Args:
         rollout: number of the rollout, from 0.
-        size: number of completions per rollout, over all processes.
+        size: number of prompts per rollout, over all processes.
         n_prompts: number of prompts in the dataset.
         seed: seed of the permutations.
         shuffled: whether each pass has a permutation; if not, the rows are in the order of the dataset.
@@ -323,7 +330,7 @@ def with_max_steps(args: PPOConfig, n_prompts: int, world_size: int) -> PPOConfi
     """Returns a copy of `args` with `max_steps`. If it is not set, it is computed from `num_train_epochs`."""
     args = copy.copy(args)
     if args.max_steps <= 0:
-        sizes = Sizes(args.rollout_size * world_size, args.steps_per_rollout)
+        sizes = Sizes(args.rollout_size * world_size, args.steps_per_rollout, args.num_generations)
         args.max_steps = Stretch().steps_in_run(args.num_train_epochs, n_prompts, sizes)
     return args
 

@@ -36,9 +36,17 @@ class Ranks:
         """Whether there is only one process."""
         return self.count == 1
 
-    def share(self, rows: Sequence | Tensor) -> Sequence | Tensor:
-        """The rows of this process in a mini-batch that all processes hold: every `count`-th row."""
-        return rows[self.index :: self.count]
+    def share(self, rows: Sequence | Tensor, together: int = 1) -> Sequence | Tensor:
+        """The rows of this process in a mini-batch that all processes hold: every `count`-th row.
+
+        Args:
+            rows: the rows.
+            together: number of consecutive rows that go to the same process, such as the completions of a prompt. If
+                it is not 1, the rows are a tensor (n,), with n divisible by it.
+        """
+        if together == 1:
+            return rows[self.index :: self.count]
+        return rows.view(-1, together)[self.index :: self.count].flatten()
 
     def block(self, n: int) -> range:
         """The contiguous block of 0 … n - 1 that belongs to this process; the last processes may have fewer."""

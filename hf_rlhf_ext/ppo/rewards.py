@@ -146,13 +146,21 @@ class RewardFunctions:
         return self
 
     def score(
-        self, prompts: list, completions: list, *, completion_ids: list[list[int]] | None = None, **columns: Any
+        self,
+        prompts: list,
+        completions: list,
+        per_prompt: int = 1,
+        /,
+        *,
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
     ) -> Scores:
         """Calls every function and combines what they return.
 
         Args:
             prompts: B prompts, as text or as messages.
             completions: B completions, as text or as messages.
+            per_prompt: number of consecutive completions that have the same prompt, which reward models compute once.
             completion_ids: token ids of each completion. Token rewards need them.
             columns: further arguments of the functions, such as columns of the dataset with B entries each.
 
@@ -165,7 +173,7 @@ class RewardFunctions:
         """
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
-        outputs = self._outputs(prompts, completions, columns)
+        outputs = self._outputs(prompts, completions, columns, per_prompt)
         answers = []
         for func, name, output in zip(self.funcs, self.names, outputs, strict=True):
             with _mistakes_named(func, name, completions):  # a generator runs only here
@@ -227,13 +235,17 @@ class RewardFunctions:
         """
         return (scores * self.weights.to(scores.device)).nansum(dim=1)
 
-    def _outputs(self, prompts: list, completions: list, columns: dict[str, Any]) -> list[Any]:
+    def _outputs(self, prompts: list, completions: list, columns: dict[str, Any], per_prompt: int) -> list[Any]:
         """What each function returned. It gets all arguments, or those that it names. Async functions run together."""
         arguments = {"prompts": prompts, "completions": completions, **columns}
+        of_models = {name: value for name, value in arguments.items() if name != "per_prompt"}
+        if per_prompt > 1:
+            of_models["per_prompt"] = per_prompt
         outputs = []
         for func, name, parameters in zip(self.funcs, self.names, self._parameters, strict=True):
+            of_this = of_models if isinstance(func, RewardScorer | RewardEnsemble) else arguments
             with _mistakes_named(func, name, completions), _left_at_signals(func):
-                output = func(**parameters.select(arguments))
+                output = func(**parameters.select(of_this))
             # An async function returns a coroutine here, also where a decorator hides that it is one.
             if comes_later(output):
                 output = _named_result(output, func, name, completions)
@@ -266,6 +278,7 @@ def score_completions(
     examples: list[dict[str, Any]],
     completion_ids: list[list[int]],
     prompt_ids: list[list[int]] | None = None,
+    per_prompt: int = 1,
     **hooks: Any,
 ) -> Scores:
     """Decodes completions and scores them. The functions get text, or messages if the prompt is a list of messages.
@@ -280,6 +293,7 @@ def score_completions(
         examples: B rows of the dataset. Their columns, except those in `RESERVED_COLUMNS`, are passed to the functions.
         completion_ids: token ids of the completion of each row.
         prompt_ids: token ids of the prompt of each row, with which a space between text and completion is kept.
+        per_prompt: number of consecutive rows that are the same row of the dataset.
         hooks: further arguments of the functions: `trainer_state`, `log_metric` and `log_extra`, as in TRL.
 
     Returns:
@@ -305,7 +319,7 @@ def score_completions(
     # Other columns would replace the arguments of the same name.
     passed_on = [name for name in examples[0] if name not in RESERVED_COLUMNS]
     columns = {name: [example[name] for example in examples] for name in passed_on}
-    return rewards.score(prompts, completions, completion_ids=completion_ids, **columns, **hooks)
+    return rewards.score(prompts, completions, per_prompt, completion_ids=completion_ids, **columns, **hooks)
 
 
 def named_sets(eval_dataset: Any) -> dict[str, Any]:

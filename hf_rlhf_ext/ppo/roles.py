@@ -3,7 +3,7 @@
 Shapes: B completions of at most T tokens; N emitted tokens; H units of the hidden states.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,16 @@ from ..modeling.heads import ScalarHead
 from ..modeling.logprobs import (
     chunked_kl,
     chunked_logprobs,
+    completion_hidden_states,
     logit_transform,
     scatter_to_mask,
 )
+from ..modeling.packing import Layout
 from ..modeling.probing import evaluating
 from ..modeling.shards import own_part
 from ..modeling.stack import AdapterStack, read_weights
 from ..training.bars import progress_bar
-from .batching import budget_chunks
+from .batching import prompt_chunks
 from .config import PPOConfig
 from .guards import are_finite
 from .ranks import Ranks
@@ -48,13 +50,13 @@ class ScoredTokens:
     Attributes:
         logprobs: log-probabilities under the policy, in nats.
         entropies: entropies of the policy's distributions, in nats.
-        values: values of the critic, in units of reward.
+        values: values of the critic, in units of reward; `None` without a critic.
         ref_logprobs: log-probabilities under the reference, in nats; `None` if they were not requested.
     """
 
     logprobs: Tensor
     entropies: Tensor
-    values: Tensor
+    values: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
 
@@ -62,8 +64,9 @@ class Roles:
     """Policy, reference and critic of a PPO run. This class computes; the trainer decides what is trained.
 
     Args:
-        stack: stack with the roles policy, reference and value, and with reward if it shares the base.
-        critic: kind of critic: `adapter`, `head` or `model`.
+        stack: stack with the roles policy and reference, with value if there is a critic, and with reward if it shares
+            the base.
+        critic: kind of critic: `adapter`, `head`, `model` or `none`.
         args: options of the run, such as temperature, precision and batch sizes.
     """
 
@@ -80,14 +83,19 @@ class Roles:
         return self.stack.model
 
     @property
-    def value_head(self) -> ScalarHead:
-        """The fp32 head of the critic."""
-        return self.stack.roles["value"].head
+    def has_critic(self) -> bool:
+        """Whether there is a critic, and so the role `value`."""
+        return self.critic != "none"
+
+    @property
+    def value_head(self) -> ScalarHead | None:
+        """The fp32 head of the critic; `None` without a critic."""
+        return self.stack.roles["value"].head if self.has_critic else None
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Roles with their own forward and backward pass. A head critic uses those of the policy."""
-        return ("policy",) if self.critic == "head" else ("policy", "value")
+        return ("policy", "value") if self.critic in ("adapter", "model") else ("policy",)
 
     @contextmanager
     def activate(self, role: str) -> Iterator[nn.Module]:
@@ -100,7 +108,9 @@ class Roles:
         return mixed_precision(self.policy, autocast_dtype(self.args))
 
     def parameters_of_critic(self) -> list[nn.Parameter]:
-        """The trainable parameters of the critic that do not belong to the policy."""
+        """The trainable parameters of the critic that do not belong to the policy; none without a critic."""
+        if not self.has_critic:
+            return []
         policy = set(self.stack.parameters("policy"))
         return [parameter for parameter in self.stack.parameters("value") if parameter not in policy]
 
@@ -108,6 +118,50 @@ class Roles:
         """Whether all trained weights are finite."""
         own = (own_part(parameter) for parameter in self.policy.parameters() if parameter.requires_grad)
         return self.sharding.are_all(are_finite(own))
+
+    # ---- How sequences pass through the models ----
+
+    def hidden_states(self, role: str, model: nn.Module, sequences: Sequences) -> Tensor:
+        """The hidden states from which the emitted tokens are predicted, with gradients.
+
+        Args:
+            role: the role, which must be active.
+            model: the model of the role.
+            sequences: prompts and completions.
+
+        Returns:
+            (N, H), see `completion_hidden_states`.
+        """
+        return completion_hidden_states(
+            model,
+            model,
+            sequences.input_ids,
+            sequences.prompt_lengths,
+            sequences.mask,
+            per_prompt=sequences.per_prompt,
+            layout=self.stack.roles[role].layout,
+        )
+
+    def chunks(
+        self, sequences: Sequences, roles: Iterable[str], *, max_rows: int, max_tokens: int | None
+    ) -> list[list[int]]:
+        """Splits sequences into chunks that fit a budget in the layout of every role, see `prompt_chunks`.
+
+        Returns:
+            For each chunk, the indices of its sequences.
+        """
+        layouts = {self.stack.roles[role].layout for role in roles}
+        # The one in which the same sequences have the most tokens.
+        widest = next(layout for layout in (Layout.PLAIN, Layout.MASK, Layout.SEGMENTS) if layout in layouts)
+        lengths, prompt_lengths = torch.stack([sequences.lengths, sequences.prompt_lengths]).tolist()
+        return prompt_chunks(
+            lengths,
+            prompt_lengths,
+            per_prompt=sequences.per_prompt,
+            layout=widest,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+        )
 
     # ---- What a role computes for tokens ----
 
@@ -160,15 +214,17 @@ class Roles:
             reference: whether to compute the log-probabilities under the reference.
 
         Returns:
-            Log-probabilities, entropies and values.
+            Log-probabilities, entropies, and the values of a critic.
         """
         mask = sequences.mask
         scored = ScoredTokens(
             logprobs=torch.zeros(mask.shape, device=mask.device),
             entropies=torch.zeros(mask.shape, device=mask.device),
-            values=torch.zeros(mask.shape, device=mask.device),
         )
-        roles = ["policy", "value"]
+        roles = ["policy"]
+        if self.has_critic:
+            roles.append("value")
+            scored.values = torch.zeros(mask.shape, device=mask.device)
         if reference:
             roles.append("reference")
             scored.ref_logprobs = torch.zeros(mask.shape, device=mask.device)
@@ -176,7 +232,8 @@ class Roles:
         with evaluating(self.policy), self.mixed_precision():
             # Copies of a chunk, where other processes have more, compute the same values again.
             chunks = self.sharding.in_step(self._scoring_chunks(sequences, roles))
-            with progress_bar("log-probabilities and values", len(chunks)) as advance:
+            title = "log-probabilities and values" if self.has_critic else "log-probabilities"
+            with progress_bar(title, len(chunks)) as advance:
                 for chunk, _ in chunks:
                     rows = torch.tensor(chunk, device=mask.device)
                     self._score_rows(sequences, rows, roles, scored)
@@ -191,23 +248,28 @@ class Roles:
         max_tokens = self.args.max_tokens_per_batch
         if max_tokens:
             max_tokens = max(1, max_tokens // copies)
-        return budget_chunks(
-            sequences.lengths.tolist(),
-            max_rows=max(1, self.args.per_device_train_batch_size // copies),
-            max_tokens=max_tokens,
-        )
+        max_rows = max(1, self.args.per_device_train_batch_size // copies)
+        return self.chunks(sequences, roles, max_rows=max_rows, max_tokens=max_tokens)
 
     def _score_rows(self, sequences: Sequences, rows: Tensor, roles: list[str], scored: ScoredTokens) -> None:
         """Computes these rows of `scored`."""
         part = sequences.select(rows)
         mask = part.mask
         width = mask.shape[1]
-        hidden = self.stack.hidden_states(roles, part.input_ids, part.prompt_lengths, mask, joint=self.scores_jointly)
+        hidden = self.stack.hidden_states(
+            roles,
+            part.input_ids,
+            part.prompt_lengths,
+            mask,
+            joint=self.scores_jointly,
+            per_prompt=part.per_prompt,
+        )
         targets = part.targets()
         logprobs, entropies = self.logprobs("policy", hidden["policy"], targets)
         scored.logprobs[rows, :width] = scatter_to_mask(logprobs, mask)
         scored.entropies[rows, :width] = scatter_to_mask(entropies, mask)
-        scored.values[rows, :width] = scatter_to_mask(self.values(hidden["value"]), mask)
+        if "value" in roles:
+            scored.values[rows, :width] = scatter_to_mask(self.values(hidden["value"]), mask)
         if "reference" in roles:
             ref_logprobs, _ = self.logprobs("reference", hidden["reference"], targets)
             scored.ref_logprobs[rows, :width] = scatter_to_mask(ref_logprobs, mask)
@@ -280,9 +342,9 @@ class Roles:
             attached = tuple(f"{role}_{kind}." for role in self.stack.roles for kind in ("head", "model"))
             own = {name: value for name, value in weights.items() if not name.startswith(attached)}
             self.policy.save_pretrained(folder, state_dict=own)
-        if self.critic != "head":
+        if self.critic in ("adapter", "model"):
             self.stack.save("value", folder / VALUE_FOLDER, writes=writes)
-        elif writes:
+        elif writes and self.has_critic:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
 
     def load(self, folder: Path) -> None:
@@ -294,7 +356,7 @@ class Roles:
                 read_weights(self.policy, folder)
             if self.critic == "head":
                 self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
-            else:
+            elif self.has_critic:
                 self.stack.load("value", folder / VALUE_FOLDER)
 
     def save_reference(self, checkpoint: Path, digest: str | None, ranks: Ranks, *, writes: bool) -> str | None:

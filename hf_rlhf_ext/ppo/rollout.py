@@ -24,11 +24,13 @@ class Sequences:
         input_ids: (B, L) int64 token ids, padded on the right.
         prompt_lengths: (B,) int64, number of tokens of each prompt.
         completion_lengths: (B,) int64, number of tokens of each completion, including the stop token.
+        per_prompt: number K of completions per prompt: rows j·K … j·K + K − 1 have the same prompt.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     completion_lengths: Tensor
+    per_prompt: int = 1
 
     @property
     def lengths(self) -> Tensor:
@@ -44,10 +46,30 @@ class Sequences:
         """The given rows, trimmed to the longest sequence among them.
 
         Args:
-            rows: (b,) int64, indices of rows.
+            rows: (b,) int64, indices of rows. If they are not all completions of each of their prompts, in their order,
+                `per_prompt` of the result is 1.
         """
-        length = int(self.lengths[rows].max())
-        return Sequences(self.input_ids[rows, :length], self.prompt_lengths[rows], self.completion_lengths[rows])
+        length, per_prompt = self.lengths[rows].max(), 1
+        if self.per_prompt > 1:
+            # Read from the device together, as reading is slow.
+            length, are_groups = torch.stack([length, self._are_groups(rows).long()]).tolist()
+            per_prompt = self.per_prompt if are_groups else 1
+        return Sequences(
+            self.input_ids[rows, : int(length)],
+            self.prompt_lengths[rows],
+            self.completion_lengths[rows],
+            per_prompt,
+        )
+
+    def _are_groups(self, rows: Tensor) -> Tensor:
+        """Scalar bool: whether rows are all completions of one prompt after the other."""
+        size = self.per_prompt
+        if len(rows) % size:
+            return torch.tensor(False, device=rows.device)
+        groups = rows.view(-1, size)
+        starts = groups[:, :1]
+        in_order = groups == starts + torch.arange(size, device=rows.device)
+        return (in_order & (starts % size == 0)).all()
 
     def targets(self) -> Tensor:
         """(N,) int64 ids of all emitted tokens, row after row, with N = `mask.sum()`."""
@@ -56,15 +78,20 @@ class Sequences:
 
 
 def pack_sequences(
-    prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int, device: torch.device
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    pad_token_id: int,
+    device: torch.device,
+    per_prompt: int = 1,
 ) -> Sequences:
     """Builds one batch from the token ids of prompts and completions.
 
     Args:
-        prompt_ids: token ids of B prompts.
+        prompt_ids: token ids of B prompts, one for each completion.
         completion_ids: token ids of B completions.
         pad_token_id: id used for padding.
         device: where the tensors are created.
+        per_prompt: number of consecutive completions that have the same prompt.
 
     Returns:
         The batch.
@@ -73,7 +100,7 @@ def pack_sequences(
     input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     prompt_lengths = torch.tensor([len(ids) for ids in prompt_ids])
     completion_lengths = torch.tensor([len(ids) for ids in completion_ids])
-    return Sequences(input_ids.to(device), prompt_lengths.to(device), completion_lengths.to(device))
+    return Sequences(input_ids.to(device), prompt_lengths.to(device), completion_lengths.to(device), per_prompt)
 
 
 @dataclass
@@ -85,9 +112,9 @@ class MicroBatch:
         mask: (b, t) bool, True for emitted tokens.
         old_logprobs: (b, t) fp32, log-probabilities under the policy that made the rollout, in nats.
         ref_logprobs: (b, t) fp32, log-probabilities under the reference, in nats.
-        values: (b, t) fp32, values of the critic in the rollout, in units of reward.
+        values: (b, t) fp32, values of the critic in the rollout, in units of reward; `None` without a critic.
         advantages: (b, t) fp32.
-        returns: (b, t) fp32, in units of reward.
+        returns: (b, t) fp32, what the critic learns, in units of reward; `None` without a critic.
         sampling_weights: (b, t) fp32, factors on the loss of each token; `None` means 1.
         minibatch_tokens: number of emitted tokens of the whole mini-batch on all processes. Losses are divided by it.
         share: weight of this micro-batch in the mean of a metric over the optimizer step.
@@ -97,9 +124,9 @@ class MicroBatch:
     mask: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     sampling_weights: Tensor | None
     minibatch_tokens: Tensor
     share: float
@@ -139,10 +166,10 @@ class Rollout:
         old_logprobs: (B, T) fp32, log-probabilities under the policy that made the rollout, in nats, zero in the
             padding.
         ref_logprobs: (B, T) fp32, log-probabilities under the reference, in nats, zero in the padding.
-        values: (B, T) fp32, values of the critic, in units of reward, zero in the padding.
         advantages: (B, T) fp32, zero in the padding.
-        returns: (B, T) fp32, in units of reward, zero in the padding.
         order: (epochs, B) int64, the order of the rows in each pass over the rollout.
+        values: (B, T) fp32, values of the critic, in units of reward, zero in the padding; `None` without a critic.
+        returns: (B, T) fp32, what the critic learns, in units of reward, zero in the padding; `None` without a critic.
         sampling_weights: (B, T) fp32, factors on the loss of each token; `None` means 1.
         metrics: metrics by name, as numbers or as scalar tensors; the same on every process.
         moments: running moments of the scores, including this rollout.
@@ -150,6 +177,7 @@ class Rollout:
         completions: the completions of this process as text.
         sampled_logprobs: (B, T) fp32, log-probabilities that the engine returned, in nats; `old_logprobs` if it
             returned none. They are not used in training.
+        per_prompt: number of completions per prompt, see `Sequences`.
     """
 
     input_ids: Tensor
@@ -157,21 +185,22 @@ class Rollout:
     completion_lengths: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
     advantages: Tensor
-    returns: Tensor
     order: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
     sampling_weights: Tensor | None = None
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
     moments: RunningMoments = RunningMoments()
     logged: list[tuple[str, float]] = field(default_factory=list)
     completions: CompletionTable | None = None
     sampled_logprobs: Tensor | None = None
+    per_prompt: int = 1
 
     @property
     def sequences(self) -> Sequences:
         """The token ids and lengths."""
-        return Sequences(self.input_ids, self.prompt_lengths, self.completion_lengths)
+        return Sequences(self.input_ids, self.prompt_lengths, self.completion_lengths, self.per_prompt)
 
     def select(self, rows: Tensor, *, minibatch_tokens: Tensor, share: float) -> MicroBatch:
         """The given rows as a micro-batch.
@@ -200,11 +229,13 @@ class Rollout:
         save_file(tensors, path)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device) -> "Rollout":
+    def load(cls, path: str | Path, device: torch.device, *, per_prompt: int = 1) -> "Rollout":
         """Reads a rollout that `save` wrote. It has no metrics.
 
         Args:
             path: the safetensors file.
             device: where the tensors go.
+            per_prompt: number of completions per prompt, which the file does not have.
         """
-        return cls(**{name: tensor.to(device) for name, tensor in load_file(path).items()})
+        tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+        return cls(**tensors, per_prompt=per_prompt)

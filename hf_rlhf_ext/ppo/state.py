@@ -54,7 +54,8 @@ class PPOState:
         rollbacks: number of rollbacks to a checkpoint.
         good_checkpoint: name of the last good checkpoint, one whose next rollout was below `max_kl`.
         new_checkpoint: name of the newest checkpoint. It becomes the good one if the next rollout is below `max_kl`.
-        critic_learning_rate: learning rate of the critic in the last optimizer step; `None` before the first.
+        critic_learning_rate: learning rate of the critic in the last optimizer step; `None` before the first, and
+            without a critic.
         evaluated_rows: number of prompts of the last evaluation, by the prefix of its metrics.
         stretch: the part of the run with the batch sizes of now, which determines the prompts of a rollout.
         next_text: position of the first PPO-ptx text of the next optimizer step, see `PTXTexts.batches`.
@@ -104,13 +105,19 @@ class PPOState:
 
     def first_prompt(self, args: PPOConfig, ranks: Ranks) -> int:
         """Position of the first prompt of the current rollout, see `Stretch`."""
-        return self.stretch.position(self.rollout_index, args.rollout_size * ranks.count)
+        return self.stretch.position(self.rollout_index, sizes_of(args, ranks).prompts)
+
+    def completions_before(self, args: PPOConfig, ranks: Ranks) -> int:
+        """Number of completions of all rollouts before the current one."""
+        return self.stretch.completions_before(self.rollout_index, sizes_of(args, ranks).completions)
 
     def begin_again(self, args: PPOConfig, ranks: Ranks) -> None:
         """Forgets everything half done before a new call of `train`, which starts with a new rollout."""
         following = self.updates
-        position = self.stretch.position(following, args.rollout_size * ranks.count)
-        self.stretch = Stretch(following, position, step=0, run=position)
+        sizes = sizes_of(args, ranks)
+        position = self.stretch.position(following, sizes.prompts)
+        completions = self.stretch.completions_before(following, sizes.completions)
+        self.stretch = Stretch(following, position, step=0, run=position, completions=completions)
         if self.step_in_rollout > 0:  # 0: its rollout was never finished, or this is the first call
             self.leave_rollout(args)
         self.rollout = None
@@ -124,7 +131,8 @@ class PPOState:
     def next_micro_batch(self, args: PPOConfig, ranks: Ranks) -> NextRows:
         """Counts a micro-step and returns the rows of the rollout that it trains on.
 
-        A mini-batch is drawn from the rollout of all processes, and each process takes its share of it.
+        A mini-batch is drawn from the rollout of all processes, and each process takes its share of it: all completions
+        of a prompt or none.
         """
         per_epoch = args.num_mini_batches * args.gradient_accumulation_steps  # micro-steps
         epoch, in_epoch = divmod(self.step_in_rollout, per_epoch)
@@ -134,7 +142,7 @@ class PPOState:
         micro_batches = order.split(args.per_device_train_batch_size * ranks.count)
         mini_batch = mini_batches[in_epoch // args.gradient_accumulation_steps]
         minibatch_tokens = self.rollout.completion_lengths[mini_batch].sum()
-        return NextRows(ranks.share(micro_batches[in_epoch]), minibatch_tokens)
+        return NextRows(ranks.share(micro_batches[in_epoch], args.num_generations), minibatch_tokens)
 
     # ---- In a checkpoint ----
 
@@ -204,7 +212,7 @@ class PPOState:
         )
         if in_use:
             state.step_in_rollout = content["step_in_rollout"]
-            state.rollout = Rollout.load(folder / ROLLOUT_FILE, ranks.device)
+            state.rollout = Rollout.load(folder / ROLLOUT_FILE, ranks.device, per_prompt=args.num_generations)
         return state
 
 
@@ -220,6 +228,7 @@ def geometry(args: PPOConfig, ranks: Ranks) -> dict[str, int]:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_mini_batches": args.num_mini_batches,
         "num_ppo_epochs": args.num_ppo_epochs,
+        "num_generations": args.num_generations,
         "num_processes": ranks.count,
     }
 
@@ -264,6 +273,7 @@ def _needed_files(folder: Path) -> list[str]:
 
 
 def _check_geometry(folder: Path, saved: dict[str, int], now: dict[str, int]) -> None:
+    saved = {"num_generations": 1} | saved  # earlier versions sampled one completion per prompt
     for name, value in now.items():
         if saved[name] != value:
             raise UserError(

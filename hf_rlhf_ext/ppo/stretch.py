@@ -18,17 +18,25 @@ class Sizes(NamedTuple):
     Attributes:
         completions: number of completions, over all processes.
         steps: number of optimizer steps on them.
+        generations: number of completions per prompt.
     """
 
     completions: int
     steps: int
+    generations: int = 1
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts, over all processes."""
+        return self.completions // self.generations
 
     @classmethod
     def of(cls, geometry: Mapping[str, int]) -> Self:
         """The sizes that the options of a run give, see `state.geometry`."""
         per_process = geometry["per_device_train_batch_size"] * geometry["gradient_accumulation_steps"]
         completions = per_process * geometry["num_mini_batches"] * geometry["num_processes"]
-        return cls(completions, geometry["num_ppo_epochs"] * geometry["num_mini_batches"])
+        steps = geometry["num_ppo_epochs"] * geometry["num_mini_batches"]
+        return cls(completions, steps, geometry.get("num_generations", 1))  # earlier versions sampled one
 
 
 class Stretch(NamedTuple):
@@ -42,22 +50,34 @@ class Stretch(NamedTuple):
         prompt: position of the first prompt of that rollout.
         step: number of optimizer steps before it.
         run: position of the first prompt of the run: not 0 if `train` was called again in the same process.
+        completions: number of completions before it since the start of training; `None` if there was one per prompt.
     """
 
     rollout: int = 0
     prompt: int = 0
     step: int = 0
     run: int = 0
+    completions: int | None = None
 
-    def position(self, rollout: int, completions: int) -> int:
-        """Position of the first prompt of a rollout in this stretch, whose rollouts have `completions` completions."""
-        return self.prompt + (rollout - self.rollout) * completions
+    @classmethod
+    def of(cls, state: Mapping) -> Self:
+        """The stretch in the state file of a checkpoint. Earlier versions saved none, or fewer fields."""
+        return cls(**state.get("stretch", {}))
+
+    def position(self, rollout: int, prompts: int) -> int:
+        """Position of the first prompt of a rollout in this stretch, whose rollouts have `prompts` prompts."""
+        return self.prompt + (rollout - self.rollout) * prompts
+
+    def completions_before(self, rollout: int, completions: int) -> int:
+        """Number of completions before a rollout in this stretch, whose rollouts have `completions` completions."""
+        before = self.prompt if self.completions is None else self.completions
+        return before + (rollout - self.rollout) * completions
 
     def steps_in_run(self, num_train_epochs: float, n_prompts: int, sizes: Sizes) -> int:
         """The optimizer step after which `n_prompts` prompts were used `num_train_epochs` times since the run began."""
         asked = round(num_train_epochs * n_prompts, 6)  # 1.1 * 200 is 220.00000000000003
         left = asked - (self.prompt - self.run)
-        rollouts = max(0, math.ceil(left / sizes.completions))
+        rollouts = max(0, math.ceil(left / sizes.prompts))
         return self.step + rollouts * sizes.steps
 
 
@@ -72,13 +92,19 @@ def stretch_after(checkpoint: Path, state: Mapping, now: Sizes) -> Stretch:
     Returns:
         The stretch of the checkpoint if the sizes are the same, or else a new one. It begins with the next rollout.
     """
-    stretch = Stretch(**state.get("stretch", {}))
+    stretch = Stretch.of(state)
     saved = Sizes.of(state["geometry"])
     if saved == now:
         return stretch
     following = state["rollouts"] + 1
     step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
-    return Stretch(following, stretch.position(following, saved.completions), step, stretch.run)
+    return Stretch(
+        rollout=following,
+        prompt=stretch.position(following, saved.prompts),
+        step=step,
+        run=stretch.run,
+        completions=stretch.completions_before(following, saved.completions),
+    )
 
 
 @contextmanager
@@ -111,7 +137,11 @@ def said_of_other_sizes(saved: Sizes, now: Sizes, position: int, args: PPOConfig
     end = f"max_steps={args.max_steps}, which counts steps of both sizes"
     if counts_epochs:
         end = f"step {args.max_steps}, when num_train_epochs={args.num_train_epochs:g} are complete"
+    size, before = f"{now.completions} completions", f"{saved.completions}"
+    if saved.generations != now.generations:
+        size += f" of {now.prompts} prompts"
+        before += f" of {saved.prompts}"
     return (
-        f"a rollout now has {now.completions} completions for {now.steps} steps, and had {saved.completions} for "
-        f"{saved.steps}: the prompts go on after the first {position}, and training ends at {end}"
+        f"a rollout now has {size} for {now.steps} steps, and had {before} for {saved.steps}: the prompts go on after "
+        f"the first {position}, and training ends at {end}"
     )

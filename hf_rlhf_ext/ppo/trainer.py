@@ -33,7 +33,7 @@ from ..modeling.adapter_config import check_same_adapter
 from ..modeling.adapters import adapters_in_autocast_dtype, autocast_dtype
 from ..modeling.base_record import BaseRecord, check_same_base
 from ..modeling.embeddings import n_rows
-from ..modeling.logprobs import completion_hidden_states, scatter_to_mask
+from ..modeling.logprobs import scatter_to_mask
 from ..modeling.probing import unchanged_random_state
 from ..modeling.shards import own_part, whole
 from ..modeling.stack import AdapterStack
@@ -64,7 +64,6 @@ from ..training.shown_table import show_table
 from ..training.stopping import SaveOnSignal
 from ..training.table import PPO_COLUMNS
 from .assembly import Inputs, assemble_roles, prepare_inputs
-from .batching import budget_chunks
 from .callbacks import CompletionTables, HealthWarnings, PPOCallback
 from .checkpoints import (
     checkpoint_name,
@@ -99,6 +98,7 @@ from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
 from .sharding import check_base, check_same_sharding, sharding_of
+from .shared_prompts import choose_layouts
 from .state import NextRows, PPOState, read_state, sizes_of, steps_in_all
 from .stretch import Sizes, said_of_other_sizes, steps_after, stretch_after
 from .trainer_options import ENGINES
@@ -244,6 +244,9 @@ class PPOTrainer(BaseTrainer):
             # From here on each process has its own seed, to sample other completions. New weights were drawn above.
             set_seed(args.seed + self.ranks.index)
         self._move_frozen_models()
+        for line in choose_layouts(self.stack, args, inputs.prompts, self.ranks.device):
+            if self.is_world_process_zero():
+                logger.warning("%s.", line)
 
         self._base_record = BaseRecord.of_model(self.policy, autocast_dtype(args))
         self.prompt_form = inputs.prompt_form
@@ -288,7 +291,7 @@ class PPOTrainer(BaseTrainer):
 
     @property
     def stack(self) -> AdapterStack:
-        """The `AdapterStack` with the roles policy, reference and value, and reward if it shares the base."""
+        """The `AdapterStack` with the roles policy and reference, value if there is a critic, and a shared reward."""
         return self.roles.stack
 
     @property
@@ -298,12 +301,12 @@ class PPOTrainer(BaseTrainer):
 
     @property
     def critic(self) -> str:
-        """Kind of critic: `adapter`, `head` or `model`."""
+        """Kind of critic: `adapter`, `head`, `model` or `none`."""
         return self.roles.critic
 
     @property
-    def value_head(self) -> nn.Module:
-        """The scalar head of the critic."""
+    def value_head(self) -> nn.Module | None:
+        """The scalar head of the critic; `None` without a critic."""
         return self.roles.value_head
 
     @property
@@ -335,7 +338,7 @@ class PPOTrainer(BaseTrainer):
     # ---- The loop of `Trainer`, with a new rollout before every `steps_per_rollout` optimizer steps ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains the policy and the critic.
+        """Trains the policy, and the critic if there is one.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, or `True` for the last complete checkpoint in `output_dir`.
@@ -448,7 +451,13 @@ class PPOTrainer(BaseTrainer):
         """Makes a rollout with the current weights, and updates the KL coefficient and the running reward moments."""
         with no_bars(when=self._has_no_bars):
             first_prompt = self.ppo.first_prompt(self.args, self.ranks)
-            rollout = self.experience.make(first_prompt, self.ppo.kl_coef, self.ppo.moments, self.state)
+            rollout = self.experience.make(
+                first_prompt,
+                self.ppo.kl_coef,
+                self.ppo.moments,
+                self.state,
+                completions_before=self.ppo.completions_before(self.args, self.ranks),
+            )
         self.ppo.moments = rollout.moments
         for name, value in rollout.logged:
             self.meter.observe(name, value)
@@ -475,7 +484,7 @@ class PPOTrainer(BaseTrainer):
     def _trained_tokens(self, rollout: Rollout) -> TrainedTokens:
         """Log-probabilities of the first micro-batch of a rollout from the forward pass of training."""
         micro_batch = rollout.order[0][: self.args.per_device_train_batch_size * self.ranks.count]
-        rows = self._parts(rollout, self.ranks.share(micro_batch))[0]
+        rows = self._parts(rollout, self.ranks.share(micro_batch, rollout.per_prompt))[0]
         sequences = rollout.sequences.select(rows)
         mask = sequences.mask
         device = self.ranks.device
@@ -486,7 +495,7 @@ class PPOTrainer(BaseTrainer):
             self.roles.mixed_precision(),
             self.roles.sharding.inference(),
         ):
-            hidden = completion_hidden_states(model, model, sequences.input_ids, sequences.prompt_lengths, mask)
+            hidden = self.roles.hidden_states("policy", model, sequences)
             logprobs, _ = self.roles.logprobs("policy", hidden, sequences.targets())
         return TrainedTokens(rows, scatter_to_mask(logprobs, mask), mask)
 
@@ -543,8 +552,12 @@ class PPOTrainer(BaseTrainer):
 
     def _parts(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Splits the rows of a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
-        lengths = rollout.sequences.lengths[rows].tolist()
-        chunks = budget_chunks(lengths, max_rows=len(lengths), max_tokens=self.args.max_tokens_per_batch)
+        if self.args.max_tokens_per_batch is None:
+            return [rows]
+        sequences = rollout.sequences.select(rows)
+        chunks = self.roles.chunks(
+            sequences, self.roles.trained, max_rows=len(rows), max_tokens=self.args.max_tokens_per_batch
+        )
         return [rows[torch.tensor(chunk, device=rows.device)] for chunk in chunks]
 
     def compute_loss(
@@ -571,7 +584,7 @@ class PPOTrainer(BaseTrainer):
         sequences = inputs.sequences
         mask = inputs.mask
         with self.roles.mixed_precision():
-            hidden = completion_hidden_states(model, model, sequences.input_ids, sequences.prompt_lengths, mask)
+            hidden = self.roles.hidden_states(role, model, sequences)
             loss = torch.zeros((), device=mask.device)
             if role == "value" or self.critic == "head":
                 values = scatter_to_mask(self.roles.values(hidden), mask)
@@ -637,9 +650,7 @@ class PPOTrainer(BaseTrainer):
                 batch = replace(batch, n_tokens=math.inf, share=0.0)
             sequences = batch.sequences
             with self.roles.activate("policy") as model, self.roles.mixed_precision():
-                hidden = completion_hidden_states(
-                    model, model, sequences.input_ids, sequences.prompt_lengths, sequences.mask
-                )
+                hidden = self.roles.hidden_states("policy", model, sequences)
                 loss = text_loss(self.roles.text_logprobs(hidden, sequences.targets()), batch.n_tokens)
                 self.accelerator.backward(self.args.ptx_coef * loss)
             self.meter.add("loss/ptx", loss, batch.share)
@@ -648,7 +659,7 @@ class PPOTrainer(BaseTrainer):
 
     def _finish_step(self) -> None:
         """Called after the last backward pass of an optimizer step: checks the gradients, and may end the rollout."""
-        self.ppo.critic_learning_rate = critic_learning_rate(self.optimizer)
+        self.ppo.critic_learning_rate = critic_learning_rate(self.optimizer, self.roles)
         approx_kl, signals = self.ranks.sum_of(self.ppo.approx_kl, self._signal.received)
         self.ppo.approx_kl = 0.0
         self._signal.agree(bool(signals))
@@ -747,7 +758,7 @@ class PPOTrainer(BaseTrainer):
     # ---- Optimizer: separate learning rate and gradient clipping for the critic ----
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """The optimizer of `Trainer`, with separate parameter groups for the critic. The value head comes last."""
+        """The optimizer of `Trainer`, with separate parameter groups for a critic. The value head comes last."""
         optimizer, scheduler = made_by(self, lambda: super(PPOTrainer, self).create_optimizer(*args, **kwargs))
         plain = plain_optimizer(optimizer)
         if not has_critic_groups(plain, self.roles):  # it has them in a second call of `train`
@@ -763,7 +774,8 @@ class PPOTrainer(BaseTrainer):
         critic = self.roles.parameters_of_critic()
         policy = [parameter for parameter in self.policy.parameters() if parameter not in set(critic)]
         norm = self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)  # also unscales fp16 gradients
-        self.meter.observe("value_grad_norm", self.roles.sharding.clip(critic, self.args.max_grad_norm))
+        if self.roles.has_critic:
+            self.meter.observe("value_grad_norm", self.roles.sharding.clip(critic, self.args.max_grad_norm))
         return whole(norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -777,7 +789,10 @@ class PPOTrainer(BaseTrainer):
             logs |= self.meter.means()
             # As `learning_rate`, that of the last step. The schedule has moved on since.
             rate = self.ppo.critic_learning_rate
-            logs["lr_value"] = critic_learning_rate(self.optimizer) if rate is None else rate
+            if rate is None:  # before the first step
+                rate = critic_learning_rate(self.optimizer, self.roles)
+            if rate is not None:
+                logs["lr_value"] = rate
         super().log(logs, start_time)
 
     def evaluate(
@@ -956,7 +971,7 @@ class PPOTrainer(BaseTrainer):
             remove_references(output_dir, {overwritten})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Saves policy, critic and tokenizer. Unlike `Trainer`, saves no other adapters and no pickle files."""
+        """Saves policy, a critic and tokenizer. Unlike `Trainer`, saves no other adapters and no pickle files."""
         use_evaluation_weights(self.optimizer)  # on every process, so that their weights stay the same
         writes = self.args.should_save
         folder = Path(output_dir or self.args.output_dir)

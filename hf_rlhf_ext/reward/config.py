@@ -100,7 +100,9 @@ class BradleyTerryConfig(RewardConfig):
             "help": "Layout of completions in a batch. `plain`: one row per completion. `shared_prefix`: the "
             "completions of a prompt share its tokens in one row; each completion attends only to the prompt and "
             "itself, so that scores are the same with fewer tokens. `auto`: `shared_prefix` if a test before training "
-            "gives the same scores in both layouts, else `plain`.",
+            "gives the same results in both layouts and if it is not slower, else `plain`. With sdpa attention it is "
+            "not slower. Other models need a mask over the whole row, and an estimate from the lengths of the training "
+            "set decides.",
             "choices": ["auto", *LAYOUTS],
         },
     )

@@ -179,7 +179,7 @@ class RewardEnsemble:
             prompts: N prompts, as text or as messages; or one, with one completion.
             completions: N completions, as text or as messages.
             log_metric: function of a trainer that logs a metric; `None` logs nothing.
-            columns: `tools` and `chat_template_kwargs`, as for `RewardScorer`; others are not used.
+            columns: `tools`, `chat_template_kwargs` and `per_prompt`, as for `RewardScorer`; others are not used.
 
         Returns:
             N rewards.

@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
 from datasets import Dataset, LargeList, List
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import DataCollatorForComparisons
+from ..data.storage import token_counts
 from ..data.templates import TEMPLATE_COLUMNS
 from ..errors import UserError
 from ..modeling.adapter_kinds import (
@@ -32,6 +32,8 @@ from ..modeling.cache_name import accept_old_cache_name
 from ..modeling.embeddings import n_rows
 from ..modeling.families import check_reward_model
 from ..modeling.heads import ScalarHead, install_fp32_score, is_encoder, learned_positions, untrained_layers
+from ..modeling.layout_costs import ModelSizes, cheaper_layout
+from ..modeling.layouts import Layout, LayoutChoice, find_layout
 from ..modeling.loading import load_base_model, load_tokenizer, refuse_quantized_encoder, warn_of_rounded_updates
 from ..modeling.ownership import forget_earlier_trainer
 from ..modeling.partitions import make_whole
@@ -40,8 +42,8 @@ from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from ..training.activation_checkpointing import with_possible_checkpointing
 from .config import BradleyTerryConfig
 from .padding_probe import check_ignores_padding
-from .prefix_probe import shared_prefix_problem
-from .scorer import is_adapter, load_trainable_adapter
+from .prefix_probe import log_plain_rows
+from .saved_models import is_adapter, load_trainable_adapter
 from .scores import score_head
 
 logger = logging.getLogger(__name__)
@@ -277,40 +279,97 @@ def length_limit(model: nn.Module, max_length: int | None) -> int | None:
     return min(positions, max_length)
 
 
-def resolve_layout(model: nn.Module, peft_config: PeftConfig | None, requested: str, device: torch.device) -> str:
-    """Returns the layout of batches; `"auto"` is the shared prefix if this model gives the same scores in it."""
-    if requested == "plain":
-        return "plain"
-    config = peft_config
-    if isinstance(model, PeftModel):
-        config = model.active_peft_config
-    has_virtual_tokens = config is not None and config.is_prompt_learning
-    if has_virtual_tokens:
-        problem = "its adapter puts virtual tokens before every row"
-    else:
-        problem = shared_prefix_problem(model, device)
-    if problem is None:
-        return "shared_prefix"
+def resolve_layout(
+    model: nn.Module, peft_config: PeftConfig | None, requested: str, device: torch.device
+) -> LayoutChoice:
+    """Returns the best layout of batches that is requested and that this model computes.
 
-    if requested == "shared_prefix":
-        raise UserError(f"layout: 'shared_prefix' is not supported by this model, as {problem}: pass layout='plain'.")
-    # A decoder without the shared prefix is slower than a user may expect, so this is a warning, on one process.
-    expected = has_virtual_tokens or is_encoder(bare_model(model))
-    level = logging.INFO if expected or not PartialState().is_main_process else logging.WARNING
-    logger.log(level, "layout: plain rows are used, since %s.", problem)
-    return "plain"
+    A model that can is set to attention by segments. What is used is logged, except where `layout_by_cost` decides.
+
+    Args:
+        model: the reward model.
+        peft_config: configuration of an adapter that will be added; `None` without one.
+        requested: the option `layout`.
+        device: device of training.
+
+    Raises:
+        UserError: if `"shared_prefix"` is requested and not supported.
+    """
+    if requested == "plain":
+        return LayoutChoice(Layout.PLAIN)
+    has_virtual_tokens = False
+    if peft_config is not None:  # an adapter that the model has already is tested with it
+        has_virtual_tokens = peft_config.is_prompt_learning
+    elif isinstance(model, PeftModel):
+        has_virtual_tokens = model.active_peft_config.is_prompt_learning
+    if has_virtual_tokens:
+        choice = LayoutChoice(Layout.PLAIN, "its adapter puts virtual tokens before every row")
+    else:
+        # It hands its second model the mask, but not the plan, and is not there yet when the layout is tested.
+        is_shadow = peft_config is not None and peft_config.peft_type == PeftType.SHADOW
+        choice = find_layout(model, device, may_segment=not is_shadow)
+        if is_shadow and choice.layout == Layout.MASK:
+            choice = LayoutChoice(Layout.MASK, "ShadowPEFT computes with a second model")
+
+    if choice.layout == Layout.PLAIN and requested == "shared_prefix":
+        raise UserError(
+            f"layout: 'shared_prefix' is not supported by this model, as {choice.reason}: pass layout='plain'."
+        )
+    if choice.layout == Layout.PLAIN:
+        message = f"layout: plain rows are used, since {choice.reason}."
+        log_plain_rows(model, message, is_expected=has_virtual_tokens)
+    elif choice.layout == Layout.SEGMENTS:
+        logger.info("layout: the completions of a prompt share it, with attention by segments.")
+    elif requested == "shared_prefix":
+        logger.info("layout: the completions of a prompt share it, with a mask, since %s.", choice.reason)
+    return choice
+
+
+def layout_by_cost(choice: LayoutChoice, model: nn.Module, args: BradleyTerryConfig, rows: Dataset) -> Layout:
+    """Returns the layout of `resolve_layout`, or plain rows where the layout with a mask would take longer.
+
+    Attention by segments is not slower than plain rows, and `"shared_prefix"` is what the user wants.
+
+    Args:
+        choice: the result of `resolve_layout`.
+        model: the reward model.
+        args: options of the trainer.
+        rows: the tokenized training set.
+    """
+    if choice.layout != Layout.MASK or args.layout != "auto":
+        return choice.layout
+    # With a budget of tokens, prompts of similar length are together, so that little is padded.
+    together = args.per_device_train_batch_size if args.max_tokens_per_batch is None else 1
+    cheaper, ratio = cheaper_layout(choice.layout, ModelSizes.of(model), token_counts(rows), together)
+    logger.info(
+        "layout: %s, as a mask is needed to share prompts (%s), which takes an estimated %.2g times as long as plain "
+        "rows.",
+        "plain rows are used" if cheaper == Layout.PLAIN else "the completions of a prompt share it",
+        choice.reason,
+        ratio,
+    )
+    return cheaper
 
 
 def make_collator(
-    tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig, layout: str
+    tokenizer: PreTrainedTokenizerBase, args: BradleyTerryConfig, layout: Layout
 ) -> DataCollatorForComparisons:
     """The collator for the options of the trainer. It pads with eos if the tokenizer has no pad token."""
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.eos_token_id
     return DataCollatorForComparisons(
-        pad_token_id, layout=layout, pad_to_multiple_of=args.pad_to_multiple_of, max_tokens=args.max_tokens_per_batch
+        pad_token_id,
+        layout=name_of_layout(layout),
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        max_tokens=args.max_tokens_per_batch,
+        one_row=layout == Layout.SEGMENTS,
     )
+
+
+def name_of_layout(layout: Layout) -> str:
+    """The name that a layout has in the option `layout` and in saved files."""
+    return "plain" if layout == Layout.PLAIN else "shared_prefix"
 
 
 def check_rows_of_tokens(

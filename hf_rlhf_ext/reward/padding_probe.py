@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.heads import is_encoder
+from ..modeling.layouts import probe_config
 from ..modeling.probing import probing
-from .prefix_probe import probe_config
 from .scores import score_sequences
 
 

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, TaskType
-from safetensors import safe_open
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.collators import pad_right
-from ..data.prompt_form import PromptForm, remember_form
+from ..data.prompt_form import PromptForm
 from ..data.templates import TEMPLATE_COLUMNS, template_options
 from ..data.text import (
     Messages,
@@ -29,21 +26,30 @@ from ..data.text import (
     with_prefill,
 )
 from ..errors import UserError
-from ..modeling.adapter_files import adapter_weight_names, base_weight_names, refuse_lost_modules
 from ..modeling.adapters import active_adapter, bare_model, mixed_precision
-from ..modeling.checkpoint_files import is_head
 from ..modeling.embeddings import n_rows
-from ..modeling.heads import head_name, install_fp32_score, is_encoder, learned_positions
-from ..modeling.loading import attach_adapter, base_and_revision, found_or_refused, load_base_model, load_tokenizer
+from ..modeling.heads import is_encoder, learned_positions
+from ..modeling.layout_costs import ModelSizes, cheaper_layout
+from ..modeling.layouts import Layout, find_layout
+from ..modeling.loading import load_tokenizer
 from ..modeling.probing import evaluating
-from ..modeling.quantization import keep_nf4_gradients_right, quantization_record
+from ..modeling.quantization import quantization_record
 from ..modeling.source import public_name
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
 from ..training.bars import progress_bar
 from .asked import FormOfTraining, as_lists, form_of_reward_model
 from .normalization import NORMALIZATION_FILE, RewardNormalization, dtype_name, is_4bit
-from .prefix_probe import shared_prefix_problem
+from .prefix_probe import log_plain_rows, shared_prefix_problem
+from .saved_models import (
+    is_adapter,
+    load_reward_model,
+    load_reward_weights,
+    load_trainable_adapter,
+    local_folder,
+    quantization_options,
+)
 from .scores import check_one_output, score_batch, score_head, score_sequences
+from .shared_prompts import ScoringPass, check_per_prompt, counts_of_groups, passes_of_groups, prompt_groups
 from .sharing import Precision, precision_mismatch
 
 __all__ = [
@@ -52,6 +58,9 @@ __all__ = [
     "RewardScorer",
     "dtype_name",
     "is_4bit",
+    "is_adapter",
+    "load_reward_weights",
+    "load_trainable_adapter",
     "local_folder",
     "score_batch",
     "score_head",
@@ -60,9 +69,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""The files that are downloaded for a reward model on the Hub. Pickle files are not among them."""
 
 
 class RewardScorer:
@@ -122,6 +128,7 @@ class RewardScorer:
         if trained_on is None:  # with a head, `model` is the policy that shares its base
             trained_on = form_of_reward_model(model) if head is None else PromptForm()
         self.asked = FormOfTraining(trained_on)
+        self._tested_layout: tuple[tuple[nn.Module, str] | None, Layout] = (None, Layout.PLAIN)
         self.passes_of_all: Callable[[int], int] = int
         """The number of forward passes that all processes run, where one that needs fewer must not stop earlier."""
         self.loaded_from: str | None = None
@@ -174,8 +181,8 @@ class RewardScorer:
         if dtype == "auto":
             dtype = recorded.base_dtype
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        options |= _quantization_options(recorded, load_in_4bit)
-        model = _load_reward_model(folder, base, options)
+        options |= quantization_options(recorded, load_in_4bit)
+        model = load_reward_model(folder, base, options)
 
         # Raw scores are on another scale, but still usable: a warning is enough.
         if found is None:
@@ -210,12 +217,13 @@ class RewardScorer:
         self.asked.name = str(folder_or_repo)
         self.loaded_from = public_name(folder_or_repo)
 
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
+    def __call__(self, prompts: list, completions: list, *, per_prompt: int = 1, **columns: Any) -> list[float]:
         """Rewards of completions.
 
         Args:
             prompts: N prompts, as text or as messages; or one, with one completion.
             completions: N completions, as text or as messages.
+            per_prompt: number of completions of each prompt, see `raw`.
             columns: `tools` and `chat_template_kwargs` with N entries each, see `raw`. Others are not used; trainers
                 pass all columns of the dataset.
 
@@ -226,7 +234,8 @@ class RewardScorer:
             UserError: see `raw`.
         """
         columns = {name: values for name, values in columns.items() if name in TEMPLATE_COLUMNS}
-        return [(score - self.mean) / self.std for score in self.raw(prompts, completions, **columns)]
+        raw_scores = self.raw(prompts, completions, per_prompt=per_prompt, **columns)
+        return [(score - self.mean) / self.std for score in raw_scores]
 
     def raw(
         self,
@@ -235,6 +244,7 @@ class RewardScorer:
         *,
         tools: list | None = None,
         chat_template_kwargs: list | None = None,
+        per_prompt: int = 1,
     ) -> list[float]:
         """Raw scores of completions, without the normalization.
 
@@ -244,13 +254,16 @@ class RewardScorer:
                 assistant continues this turn.
             tools: N lists of function schemas, or their JSON text, for the chat template; `None` means no tools.
             chat_template_kwargs: N dicts of arguments of the chat template, or their JSON text; `None` means none.
+            per_prompt: number K of completions of each prompt: those of entries j·K … j·K+K-1 have the same prompt.
+                Tokens that they share are computed once if the model supports it. The scores are the same up to
+                rounding.
 
         Returns:
             N scores, in log-odds.
 
         Raises:
-            UserError: if the numbers of entries differ, if an entry is not text or messages or cannot be rendered by
-                the chat template, or if a sequence is longer than the model supports.
+            UserError: if the numbers of entries differ or are not divisible by `per_prompt`, if an entry is not text or
+                messages or cannot be rendered by the chat template, or if a sequence is longer than the model supports.
         """
         prompts, completions = as_lists(prompts, completions)
         options = _template_options(len(prompts), {"tools": tools, "chat_template_kwargs": chat_template_kwargs})
@@ -263,27 +276,31 @@ class RewardScorer:
             except Unrenderable as error:
                 raise UserError(f"completions[{index}]: {error}") from error
             sequences.append(prompt_ids + completion_ids)
-        return self.score_ids(sequences)
+        return self.score_ids(sequences, per_prompt=per_prompt)
 
-    def n_passes(self, sequences: list[list[int]]) -> int:
+    def n_passes(self, sequences: list[list[int]], per_prompt: int = 1) -> int:
         """The number of forward passes in which `score_ids` scores these sequences."""
-        return sum(1 for _ in self._batches([len(ids) for ids in sequences]))
+        return len(self._passes(sequences, per_prompt))
 
     @torch.no_grad()
-    def score_ids(self, sequences: list[list[int]], *, at_least: int = 0) -> list[float]:
+    def score_ids(self, sequences: list[list[int]], *, at_least: int = 0, per_prompt: int = 1) -> list[float]:
         """Raw scores of tokenized sequences.
 
         Args:
             sequences: N lists of token ids: prompt, completion and stop token.
             at_least: smallest number of forward passes. Where the weights are spread over processes, all must run the
                 same number. Missing passes score one token, and their result is not used.
+            per_prompt: K, if each K sequences that follow each other start with the same tokens. These are computed
+                once if the model supports it, which the first call with K > 1 tests: where the weights are spread over
+                processes, all must make it.
 
         Returns:
             N scores, in log-odds.
 
         Raises:
-            UserError: if a sequence is longer than the model supports.
+            UserError: if a sequence is longer than the model supports, or if N is not divisible by K.
         """
+        check_per_prompt(len(sequences), per_prompt)
         limit = learned_positions(bare_model(self.model))
         if limit:
             _check_lengths(sequences, limit)
@@ -291,18 +308,46 @@ class RewardScorer:
         for index, ids in enumerate(sequences):
             check_token_ids(f"completion {index} with its prompt", ids, self.tokenizer, rows)
         scores = [0.0] * len(sequences)
-        own_passes = self.n_passes(sequences)
-        needed = self.passes_of_all(own_passes)
+        passes = self._passes(sequences, per_prompt)
+        needed = self.passes_of_all(len(passes))
         bar = progress_bar(f"scoring {len(sequences)} completions", len(sequences))
         with evaluating(self.model), self._own_adapter(), bar as advance:
-            for indices in self._batches([len(ids) for ids in sequences]):
-                batch_scores = self._score([sequences[index] for index in indices])
-                for index, score in zip(indices, batch_scores, strict=True):
+            for one in passes:
+                for index, score in zip(one.indices, self._score(one), strict=True):
                     scores[index] = score
-                advance(len(indices))
-            for _ in range(max(at_least, needed) - own_passes):
-                self._score([[self.tokenizer.pad_token_id]])
+                advance(len(one.indices))
+            one_token = ScoringPass.of_rows([0], [[self.tokenizer.pad_token_id]])
+            for _ in range(max(at_least, needed) - len(passes)):
+                self._score(one_token)
         return scores
+
+    def _passes(self, sequences: list[list[int]], per_prompt: int) -> list[ScoringPass]:
+        """The forward passes that score these sequences."""
+        if per_prompt > 1:
+            layout = self._shared_layout()
+            groups = prompt_groups(sequences, per_prompt)
+            if layout == Layout.MASK:  # it may be slower than plain rows
+                layout = cheaper_layout(layout, ModelSizes.of(self.model), counts_of_groups(groups)).layout
+            if layout != Layout.PLAIN:
+                return list(passes_of_groups(groups, layout, self.batch_size, self.max_tokens))
+        batches = self._batches([len(ids) for ids in sequences])
+        return [ScoringPass.of_rows(indices, sequences) for indices in batches]
+
+    def _shared_layout(self) -> Layout:
+        """The layout in which the model computes sequences with a shared prompt; tested once for each model.
+
+        It is tested again if someone sets another attention.
+        """
+        config = self.model.config.get_text_config()
+        tested, layout = self._tested_layout
+        if tested != (self.model, config._attn_implementation):
+            with self._own_adapter():
+                choice = find_layout(self.model)
+            layout = choice.layout
+            self._tested_layout = ((self.model, config._attn_implementation), layout)  # the test may have set it
+            if layout == Layout.PLAIN:
+                log_plain_rows(self.model, f"per_prompt: plain rows are used, since {choice.reason}.")
+        return layout
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Indices of the sequences of each forward pass, longest first, so that a lack of memory shows early."""
@@ -317,14 +362,14 @@ class RewardScorer:
             yield order[start : start + size]
             start += size
 
-    def _score(self, sequences: list[list[int]]) -> list[float]:
+    def _score(self, one: ScoringPass) -> list[float]:
         """Scores of one forward pass."""
         device = next(self.model.parameters()).device
-        batch = pad_right(sequences, self.tokenizer.pad_token_id)
-        input_ids = batch["input_ids"].to(device)
-        attention_mask = batch["attention_mask"].to(device)
+        batch = {name: values.to(device) for name, values in one.batch(self.tokenizer.pad_token_id).items()}
+        # `None` looks at the attention of the model, which another trainer of the same model may have changed.
+        layout = Layout.MASK if one.layout == Layout.MASK else None
         with mixed_precision(self.model, self.autocast):
-            return score_sequences(self.model, input_ids, attention_mask, head=self.head).tolist()
+            return score_batch(self.model, batch, self.head, layout=layout).tolist()
 
     @contextmanager
     def _own_adapter(self) -> Iterator[None]:
@@ -392,140 +437,7 @@ def _check_lengths(sequences: list[list[int]], limit: int) -> None:
             )
 
 
-def local_folder(folder_or_repo: str | Path, revision: str | None, *, code: bool = False) -> Path:
-    """Returns a local folder, or downloads a reward model from the Hub.
-
-    Args:
-        folder_or_repo: local folder or Hub id.
-        revision: branch, tag or commit on the Hub; `None` means the default branch.
-        code: whether to download Python files too.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        UserError: if the folder does not exist, or if the download fails.
-    """
-    local = Path(folder_or_repo).expanduser()
-    if local.is_dir():
-        return local
-    if isinstance(folder_or_repo, Path) or local.is_absolute() or str(folder_or_repo).startswith("."):
-        raise UserError(f"reward model: no folder at {folder_or_repo}: check the path, or give a Hub id.")
-    patterns = list(_MODEL_FILES)
-    if code:
-        patterns.append("*.py")
-    with found_or_refused("reward model", str(folder_or_repo)):
-        path = snapshot_download(
-            str(folder_or_repo), revision=revision, allow_patterns=patterns, ignore_patterns=["checkpoint-*/*"]
-        )
-    return Path(path)
-
-
 def _warn_of_mismatch(name: str | Path, trained: Precision, present: Precision, remedy: str) -> None:
     mismatch = precision_mismatch(trained, present)
     if mismatch is not None:
         logger.warning("%s was trained on %s: scores differ. %s.", name, mismatch, remedy)
-
-
-def _quantization_options(recorded: RewardNormalization, load_in_4bit: bool | None) -> dict[str, Any]:
-    """The options of `load_base_model` that quantize the base as in training, unless `load_in_4bit` says otherwise."""
-    if load_in_4bit is None:
-        as_trained = True
-    else:
-        as_trained = load_in_4bit and recorded.load_in_4bit
-    if as_trained and recorded.quantization is not None:
-        return {"quantization_config": recorded.quantization}
-    if load_in_4bit is None:
-        load_in_4bit = recorded.load_in_4bit
-    return {"load_in_4bit": load_in_4bit}
-
-
-def is_adapter(folder_or_repo: str, revision: str | None = None) -> bool:
-    """Whether a local folder or a repository on the Hub holds an adapter."""
-    if (Path(folder_or_repo).expanduser() / "adapter_config.json").is_file():  # it may name no base
-        return True
-    return base_and_revision(folder_or_repo, revision)[0] is not None
-
-
-def load_trainable_adapter(folder_or_repo: str, *, revision: str | None = None, **options: Any) -> PeftModel:
-    """Loads a reward adapter to train it further, on its base as it was trained.
-
-    Args:
-        folder_or_repo: local folder or Hub id of the adapter.
-        revision: branch, tag or commit of the adapter.
-        options: options of `load_base_model`. Without a dtype or a quantization, those of training are used.
-
-    Raises:
-        UserError: if it is the adapter of a policy, if it names no base, or if weights are missing.
-    """
-    folder = local_folder(folder_or_repo, revision, code=options.get("trust_remote_code", False))
-    if PeftConfig.from_pretrained(str(folder)).task_type == TaskType.CAUSAL_LM:
-        raise UserError(
-            f"model: {folder_or_repo} is the adapter of a policy, without a score head: give its base and peft_config, "
-            "or merge it first (hf-rlhf merge)."
-        )
-    recorded = RewardNormalization.load(folder) or RewardNormalization()
-    options = {"dtype": recorded.base_dtype} | options
-    if "load_in_4bit" not in options and options.get("quantization_config") is None:
-        options |= _quantization_options(recorded, None)
-    model = _load_reward_model(folder, None, options, is_trainable=True)
-    remember_form(model, PromptForm.load(folder))
-    return model
-
-
-def _load_reward_model(
-    folder: Path, base: str | PreTrainedModel | None, options: dict, *, is_trainable: bool = False
-) -> PreTrainedModel | PeftModel:
-    """Loads the model in `folder`, with its head in fp32. `options` are those of `load_base_model`."""
-    base_id, base_revision = base_and_revision(str(folder))
-    if not (folder / "adapter_config.json").is_file():
-        model = load_base_model(str(folder), task="reward", may_lack=(), **options)
-        _restore_fp32_head(model, folder)
-        return model
-
-    weights = adapter_weight_names(folder)
-    _refuse_policy_adapter(folder, weights)
-    if base is None:
-        base = base_id
-        options = options | {"revision": base_revision}
-    if not base:
-        raise UserError(f"{folder.name}: the adapter names no base model: pass base= with a model or its id.")
-    if isinstance(base, str | Path):
-        base = load_base_model(base, task="reward", may_lack=base_weight_names(weights), **options)
-    else:
-        keep_nf4_gradients_right(base)  # a user's own: repacked weights would round otherwise than in training
-    install_fp32_score(base)  # before PEFT, which would copy the head in the dtype of the base
-    return attach_adapter(base, folder, is_trainable=is_trainable)
-
-
-def load_reward_weights(folder: Path, **options: Any) -> PreTrainedModel | PeftModel:
-    """Loads the model in the folder of a reward model, with all checks but without tokenizer and normalization.
-
-    Args:
-        folder: local folder of the reward model.
-        options: options of `load_base_model`, such as `dtype`.
-    """
-    return _load_reward_model(folder, None, options)
-
-
-def _refuse_policy_adapter(folder: Path, weights: set[str]) -> None:
-    """Raises `UserError` if an adapter has no score head, before its base is loaded."""
-    config = PeftConfig.from_pretrained(str(folder))
-    if config.task_type == TaskType.CAUSAL_LM:
-        raise UserError(f"reward model: {folder} is a policy adapter, without a score head: give a reward model's.")
-    refuse_lost_modules(folder, config, weights)
-    if not any(is_head(name) for name in weights):
-        raise UserError(
-            f"reward model: {folder} has no score head in its adapter, so it is a policy adapter, or its head was not "
-            "saved: give a reward model as BradleyTerryTrainer saves it."
-        )
-
-
-def _restore_fp32_head(model: PreTrainedModel, folder: Path) -> None:
-    """Reads the head again in fp32, as loading a whole model in bf16 has rounded it."""
-    head = head_name(model)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():
-                if name in (f"{head}.weight", f"{head}.bias"):
-                    model.get_parameter(name).data.copy_(weights.get_tensor(name))

@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..modeling.adapters import bare_model
 from ..modeling.families import check_reward_model
 from ..modeling.heads import is_encoder
+from ..modeling.layouts import Layout
 from ..modeling.logprobs import captured_hidden_states
 from ..modeling.prefix import model_inputs
 
@@ -44,19 +45,32 @@ def check_one_output(model: nn.Module) -> None:
         raise UserError(f"model: its score head has {outputs} outputs: load it with num_labels=1.")
 
 
-def score_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def score_batch(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    head: nn.Module | None = None,
+    *,
+    layout: Layout | None = None,
+) -> Tensor:
     """Scores a batch of `DataCollatorForComparisons`, in either layout.
 
     Args:
         model: sequence-classification model with one label, also inside DDP or PEFT.
         batch: batch with N completions.
+        head: score head for the hidden states of a causal LM; `None` means the head of `model`.
+        layout: how the model computes the layout `"shared_prefix"`: `MASK` or `SEGMENTS`; `None` means as its attention
+            is set.
 
     Returns:
         (N,) fp32 raw scores.
     """
     if "segments" not in batch:
-        return score_sequences(model, batch["input_ids"], batch["attention_mask"])
-    scores = _scores_by_position(model, model_inputs(model, batch))  # (R, L)
+        return score_sequences(model, batch["input_ids"], batch["attention_mask"], head)
+    inputs = model_inputs(model, batch, layout)
+    if head is None:
+        scores = _scores_by_position(model, inputs)  # (R, L)
+    else:
+        scores = _scores_of_head(model, inputs, head)
     row, column = batch["score_at"].unbind(1)
     return scores[row, column]
 
@@ -87,13 +101,18 @@ def score_sequences(
     elif head is None:
         scores = _scores_by_position(model, inputs)
     else:
-        with captured_hidden_states(model) as captured:
-            model(**inputs, use_cache=False)
-        scores = head(captured[-1]).squeeze(-1)
+        scores = _scores_of_head(model, inputs, head)
     # (N, L), or (N, virtual + L) with prompt tuning, which puts virtual tokens before every row.
     n_virtual = scores.shape[1] - input_ids.shape[1]
     last = attention_mask.sum(1) - 1 + n_virtual
     return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def _scores_of_head(model: nn.Module, inputs: dict[str, Any], head: nn.Module) -> Tensor:
+    """The output (N, L) of a score head for the hidden states of a causal LM at every position."""
+    with captured_hidden_states(model) as captured:
+        model(**inputs, use_cache=False)
+    return head(captured[-1]).squeeze(-1)
 
 
 def _scores_by_position(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -79,8 +79,10 @@ from .model_setup import (
     check_head_is_trained,
     check_head_moves,
     check_rows_of_tokens,
+    layout_by_cost,
     length_limit,
     make_collator,
+    name_of_layout,
     prepare_model,
     repair_fp32,
     resolve_layout,
@@ -180,7 +182,8 @@ class BradleyTerryTrainer(RewardTrainer):
 
         # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
-        self.layout = resolve_layout(prepared.model, prepared.peft_config, args.layout, args.device)
+        layouts = resolve_layout(prepared.model, prepared.peft_config, args.layout, args.device)
+        self.layout = name_of_layout(layouts.layout)
         self.max_length = length_limit(prepared.model, args.max_length)
         self.data_reports: dict[str, LoadReport] = {}
         self.data_origins = origins_of(train_dataset, eval_dataset, normalization=normalization_dataset)
@@ -198,7 +201,7 @@ class BradleyTerryTrainer(RewardTrainer):
             super().__init__(
                 model=prepared.model,
                 args=prepared.args,
-                data_collator=data_collator or make_collator(prepared.tokenizer, args, self.layout),
+                data_collator=data_collator or make_collator(prepared.tokenizer, args, layouts.layout),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=prepared.tokenizer,
@@ -207,6 +210,10 @@ class BradleyTerryTrainer(RewardTrainer):
                 peft_config=prepared.peft_config,
                 **trainer_options,
             )
+        if data_collator is None:
+            layout = layout_by_cost(layouts, prepared.model, args, self.train_dataset)
+            self.layout = name_of_layout(layout)
+            self.data_collator = make_collator(prepared.tokenizer, args, layout)
         check_active_engine(args, self.accelerator, "BradleyTerryTrainer", ENGINES)
         keep_own_precision(self.args, self.accelerator)
         show_table(self, REWARD_MODEL_COLUMNS)

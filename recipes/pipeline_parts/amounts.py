@@ -45,7 +45,7 @@ def batch_of(n_rows: int) -> int:
 
 
 def updates_of(n_prompts: int, rollout: int = ROLLOUT) -> int:
-    """PPO updates: one pass over the prompts in rollouts of that size, but at least 8 updates and at most 32."""
+    """PPO updates: one pass over the prompts, `rollout` of them in each, but at least 8 updates and at most 32."""
     return min(max(math.ceil(n_prompts / rollout), 8), 32)
 
 

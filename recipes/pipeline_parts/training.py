@@ -242,7 +242,8 @@ class Training:
         if given.get("critic", "head") == "head":
             defaults["value_learning_rate"] = 1e-3  # the head has one layer and starts from zero
         if "num_train_epochs" not in given:  # max_steps would come first
-            defaults["max_steps"] = updates_of(n_prompts, rollout) * steps_per_update
+            per_prompt = given.get("num_generations", 1)
+            defaults["max_steps"] = updates_of(n_prompts, rollout // per_prompt) * steps_per_update
         if "max_completion_length" not in given:
             defaults["max_completion_length"] = completion_length_of(answers, self.tokenizer())
         say_what_is_chosen("ppo", given, defaults)

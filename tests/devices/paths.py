@@ -24,6 +24,7 @@ from hf_rlhf_ext import (
     export_merged,
 )
 from hf_rlhf_ext.hub.merge import merge_run
+from hf_rlhf_ext.modeling.layouts import Layout
 from tests.devices.data import PROMPTS, WORDS, comparisons, letters, per_token, rankings
 
 Result = dict[str, Any]
@@ -82,12 +83,12 @@ def reward_trainer(folder: Path, *, rows=None, adapter=True, callbacks=None, mod
     )
 
 
-def ppo_trainer(folder: Path, *, rewards=letters, adapter=True, sharpness=1.0, **options):
+def ppo_trainer(folder: Path, *, rewards=letters, adapter=True, sharpness=1.0, attention="sdpa", **options):
     base = str(base_of(folder))
     names = ("callbacks", "eval_reward_funcs", "value_model", "ptx_dataset")
     arguments = {key: options.pop(key) for key in names if key in options}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32", attn_implementation=attention)
     model.lm_head.weight.data *= sharpness
     stops = list(range(0, model.config.vocab_size, 5))  # completions of several lengths
     return PPOTrainer(
@@ -217,8 +218,15 @@ def reward_used(folder, device):
 # ---- PPO ----
 
 
-def train_ppo(folder: Path, device: torch.device, **options) -> Result:
+def layouts_of(trainer: PPOTrainer) -> set[Layout]:
+    """How completions pass through the policy, its reference and its critic."""
+    roles = trainer.stack.roles
+    return {roles[name].layout for name in ("policy", "reference", "value") if name in roles}
+
+
+def train_ppo(folder: Path, device: torch.device, *, layout: Layout = Layout.PLAIN, **options) -> Result:
     trainer = ppo_trainer(folder, **options)
+    assert layouts_of(trainer) == {layout}
     trainer.train()
     is_on(trainer, device)
     return outcome(trainer)
@@ -249,6 +257,23 @@ named(
     length_penalty=0.1,
     length_target=3,
     optim="sgd",
+)
+named(
+    "ppo: 2 completions per prompt, no critic, token budget, evaluation",
+    train_ppo,
+    layout=Layout.SEGMENTS,
+    num_generations=2,
+    critic="none",
+    max_tokens_per_batch=60,
+    eval_strategy="steps",
+    eval_steps=2,
+)
+named(
+    "ppo: 2 completions per prompt behind a mask, head critic",
+    train_ppo,
+    layout=Layout.MASK,
+    attention="eager",
+    num_generations=2,
 )
 named("ppo: bf16", train_ppo, bf16=True, optim="sgd", critic="adapter")
 named("ppo: fp16", train_ppo, fp16=True, optim="sgd")
@@ -332,6 +357,24 @@ def ppo_resumed(folder, device):
     merged = merge_run(folder / "ppo", folder / "merged", dtype="float32")
     weights = AutoModelForCausalLM.from_pretrained(merged).state_dict()
     return outcome(resumed) | {f"merged/{name}": value for name, value in weights.items()}
+
+
+@path("ppo: 2 completions per prompt, reward model and adapter critic, joint scoring, resume in a rollout")
+def ppo_shared_prompts(folder, device):
+    """The reward model is an adapter on the policy's base, and the completions of a prompt share it everywhere."""
+    trainer = reward_trainer(folder, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    options = CHECKPOINTS | {"max_steps": 4, "save_steps": 3, "critic": "adapter"}  # 2 steps a rollout
+    options |= {"num_generations": 2, "joint_scoring": True, "activation_checkpointing": True}
+    straight = ppo_trainer(folder, rewards=str(folder / "reward"), **options)
+    straight.train()
+    resumed = ppo_trainer(folder, rewards=str(folder / "reward"), **options)
+    resumed.train(resume_from_checkpoint=str(folder / "ppo" / "checkpoint-3"))
+    assert layouts_of(resumed) == {Layout.SEGMENTS}
+    assert_same_weights(resumed, straight)
+    is_on(resumed, device)
+    return outcome(resumed)
 
 
 class Jump(TrainerCallback):

@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, TrainerCallback
 
 from hf_rlhf_ext import PPOConfig, PPOTrainer, RewardScorer, load_base_model
+from hf_rlhf_ext.modeling.layouts import Layout, find_layout
+from hf_rlhf_ext.modeling.logprobs import chunked_logprobs, completion_hidden_states
+from hf_rlhf_ext.ppo.rollout import pack_sequences
 from hf_rlhf_ext.reward.scorer import score_batch
 from tests.devices import paths
 from tests.devices.base import save_base
@@ -189,3 +192,72 @@ def test_rollouts_sample_what_is_scored_in_bf16(folder, device, attention):
     name = "sampling/logprob_mismatch"
     mismatches = [log[name] for log in trainer.state.log_history if name in log]
     assert len(mismatches) == 2 and max(map(abs, mismatches)) < 0.05
+
+
+@pytest.mark.parametrize("lengths", [(40, 3, 17), (17, 17, 17)], ids=["with a mask", "lower-right causal"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_completions_behind_one_prompt_are_those_of_plain_rows(folder, device, dtype, lengths):
+    """Hidden states and gradients of 4 ragged completions of each prompt, with attention by segments."""
+    weights = "bfloat16" if dtype == "bfloat16" else "float32"
+    model = load_base_model(str(paths.base_of(folder)), dtype=weights).to(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(5, 300, (n,), generator=generator).tolist()
+
+    prompts = [ids(n) for n in lengths]
+    completions = [ids(n) for n in (9, 1, 30, 12, 5, 5, 5, 5, 2, 64, 7, 1)]
+    rows = [prompt for prompt in prompts for _ in range(4)]
+    sequences = pack_sequences(rows, completions, 0, device, per_prompt=4)
+    assert find_layout(model, device).layout is Layout.SEGMENTS
+    states, gradients = {}, {}
+    for layout in (Layout.PLAIN, Layout.SEGMENTS):
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "autocast"):
+            hidden = completion_hidden_states(
+                model,
+                model,
+                sequences.input_ids,
+                sequences.prompt_lengths,
+                sequences.mask,
+                per_prompt=4,
+                layout=layout,
+            ).float()
+        (hidden * torch.linspace(-1, 1, hidden.numel(), device=device).view_as(hidden)).mean().backward()
+        states[layout] = hidden.detach()
+        gradients[layout] = torch.cat([p.grad.float().flatten() for p in model.model.layers.parameters()])
+    allowed = 1e-4 if dtype == "float32" else 0.05
+    for found in (states, gradients):
+        plain, shared = found[Layout.PLAIN], found[Layout.SEGMENTS]
+        assert plain.isfinite().all() and plain.abs().max() > 0
+        assert (shared - plain).norm() <= allowed * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_frozen_head_is_read_in_parts_as_on_a_cpu(device, dtype):
+    """Log-probabilities and gradients of 3000 tokens, whose parts are summed in fp32."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 20_001, bias=False, dtype=dtype).requires_grad_(False)
+    hidden, targets = torch.randn(3000, 64, dtype=dtype), torch.randint(20_001, (3000,))
+    found = []
+    for place in (torch.device("cpu"), device):
+        states = hidden.to(place).requires_grad_()
+        logprobs, entropies = chunked_logprobs(states, head.to(place), targets.to(place), entropy_requires_grad=True)
+        (gradient,) = torch.autograd.grad((logprobs + entropies).sum(), states)
+        found.append([x.detach().float().cpu() for x in (logprobs, entropies, gradient)])
+    for cpu, gpu in zip(*found, strict=True):
+        assert (gpu - cpu).norm() <= (1e-4 if dtype == torch.float32 else 0.01) * cpu.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("critic", ["none", "adapter"])
+def test_four_completions_per_prompt_start_at_a_ratio_of_1(folder, device, dtype, critic):
+    """Scoring and training compute the same with the kernels of the card."""
+    options = {"num_generations": 4, "critic": critic, "per_device_train_batch_size": 8, "bf16": dtype == "bfloat16"}
+    trainer = paths.ppo_trainer(folder, max_steps=4, joint_scoring=False, **options)
+    assert paths.layouts_of(trainer) == {Layout.SEGMENTS}
+    trainer.train()  # its check of the first rollout compares them
+    paths.is_on(trainer, device)
+    first, *_ = trainer.state.log_history
+    assert first["val/ratio"] == pytest.approx(1.0, abs=1e-6 if dtype == "float32" else 1e-3)
+    assert finite(paths.trained(trainer))

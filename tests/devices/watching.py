@@ -21,16 +21,19 @@ LIBRARY = str(Path(hf_rlhf_ext.__file__).parent) + "/"
 COPIES: dict[str, str] = {
     "modeling/adapters.py:save_adapter": "safetensors are written from the CPU",
     "modeling/base_record.py:_sample": "a few numbers of each weight, for the record of the base",
+    "modeling/packing.py:packed_groups": "lengths, as shapes depend on them, once per forward pass",
+    "modeling/segment_plans.py:SegmentPlan.of": "places of prompts and completions, as shapes depend on them",
     "modeling/stack.py:AdapterStack.save": "safetensors are written from the CPU",
-    "ppo/engine.py:generate_completions": "tokens as lists, cut at the stop token, for the tokenizer",
+    "ppo/advantages.py:_discounted_sums": "rewards and values of a rollout, for LAPACK, once per rollout",
+    "ppo/generation.py:generate_completions": "tokens as lists, cut at the stop token, for the tokenizer",
     "ppo/evaluation.py:Evaluator._evaluate_batch": "metrics per completion, for the table",
     "ppo/experience.py:ExperienceMaker._sample.<locals>.<dictcomp>": "rewards per completion, for the callbacks",
     "ppo/ranks.py:Ranks.sum_of": "a handful of metrics at once",
     "ppo/reference_file.py:digest_of": "the digest is computed on the CPU, once per run",
     "ppo/roles.py:Roles.save": "safetensors are written from the CPU",
-    "ppo/roles.py:Roles._scoring_chunks": "lengths, to put rows into batches",
+    "ppo/roles.py:Roles.chunks": "lengths, to put rows into batches",
+    "ppo/rollout.py:Sequences.select": "two numbers at once: the length, and whether all rows of a prompt are there",
     "ppo/rollout.py:Rollout.save": "safetensors are written from the CPU",
-    "ppo/trainer.py:PPOTrainer._parts": "lengths, to put rows into batches",
     "reward/export.py:_save_merged": "safetensors are written from the CPU",
     "reward/labels.py:pad_by_prompt": "numbers of completions, to split the scores of an evaluation",
     "reward/losses.py:rank_prompts": "numbers of pairs, to split the losses",
@@ -45,7 +48,7 @@ COPIES: dict[str, str] = {
 FORWARD_PASSES: dict[str, str] = {
     "hub/merge.py:merge_run": "merges on the CPU: two models may not fit on a card",
     "modeling/families.py:reads_later_tokens": "a few tokens, before the trainer moves a value model",
-    "reward/prefix_probe.py:shared_prefix_problem": "a few tokens, before the trainer moves the model",
+    "modeling/layouts.py:find_layout": "a few tokens, before the trainer moves the model",
 }
 
 

@@ -33,6 +33,7 @@ BUDGET = {"max_tokens_per_batch": 20, "generation_batch_size": 1, "merge_for_gen
 SAVED = {"critic": "adapter", "max_steps": 8, "save_strategy": "steps", "save_steps": 6}
 ROLLED_BACK = {"critic": "adapter", "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "vf_coef": 0.05}
 ROLLED_BACK |= {"max_kl": 0.1, "max_kl_action": "rollback"}
+SHARED = {"num_generations": 2, "per_device_train_batch_size": 4}
 CASES = [
     {
         "name": "head",
@@ -51,6 +52,18 @@ CASES = [
     {"name": "whole", "policy": "sft", "saves": True, "options": SAVED},
     {"name": "resumed", "policy": "sft", "resumes": "whole/checkpoint-6", "options": SAVED},
     {"name": "rollback", "policy": "sft", "jumps": [6, 20.0], "options": ROLLED_BACK},
+    {"name": "no critic", "options": SHARED | {"critic": "none", "max_steps": 2} | EVALUATED | BUDGET},
+    {
+        "name": "shared prompts",
+        "reward_models": ["reward"],
+        "options": SHARED | {"critic": "adapter", "save_strategy": "steps", "save_steps": 2, "joint_scoring": True},
+    },
+    {
+        "name": "shared prompts, resumed",
+        "reward_models": ["reward"],
+        "resumes": "shared prompts/checkpoint-2",  # in the middle of a rollout
+        "options": SHARED | {"critic": "adapter", "save_strategy": "steps", "save_steps": 2, "joint_scoring": True},
+    },
 ]
 
 
@@ -130,10 +143,11 @@ def test_the_processes_differ_in_what_they_sample(folders):
     assert len(logs[0]) == len(logs[1])
 
 
+@pytest.mark.parametrize("straight, resumed", [("whole", "resumed"), ("shared prompts", "shared prompts, resumed")])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_resumed_run_is_the_same_to_the_bit(folders, engine):
-    expected = load_file(folders[engine] / "whole" / "weights-0.safetensors")
-    found = load_file(folders[engine] / "resumed" / "weights-0.safetensors")
+def test_a_resumed_run_is_the_same_to_the_bit(folders, engine, straight, resumed):
+    expected = load_file(folders[engine] / straight / "weights-0.safetensors")
+    found = load_file(folders[engine] / resumed / "weights-0.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -24,6 +24,7 @@ from hf_rlhf_ext import (
     load_policy,
 )
 from hf_rlhf_ext.hub.card import card_from_report
+from hf_rlhf_ext.hub.merge import merge_run
 from hf_rlhf_ext.hub.reports.evaluations import evaluated_weights, training_seconds
 from hf_rlhf_ext.hub.reports.results import collect_results
 from hf_rlhf_ext.hub.reports.trainer_report import trainer_card_options, trainer_report, write_trainer_report
@@ -395,6 +396,27 @@ def test_the_rewards_and_the_start_have_their_names(make, base, tmp_path):
     weighted = make("policy", given={"reward_funcs": [short, has_a]}, reward_weights=[0.5, 2.0])
     assert section_of(weighted).reward_formula == "0.5 × short + 2 × has_a"
     assert section_of(weighted).start == "the model base"  # only the name of a local folder
+
+
+@pytest.mark.parametrize("critic, per_prompt", [("none", 2), ("head", 2), ("head", 1)])
+def test_the_card_says_what_the_baseline_was(make, tmp_path, critic, per_prompt):
+    trainer = make("policy", critic=critic, num_generations=per_prompt, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    recorded = json.loads((tmp_path / "policy" / "report.json").read_text())
+    assert recorded["ppo"]["critic"] == critic
+    assert recorded["ppo"].get("num_generations") == (None if per_prompt == 1 else per_prompt)
+    card = card_from_report(recorded)
+    is_none = critic == "none"
+    assert ("ahmadian2024back" in card) == ("as in RLOO, with 2 completions" in card) == is_none
+    assert ("There is no critic" in card) == ("\n- rloo\n" in card) == is_none and "schulman2017proximal" in card
+    assert ("Each prompt of a rollout had 2 completions." in card) == (not is_none and per_prompt == 2)
+    assert f"length, {'clipping' if is_none else 'critic'} and β over" in card
+    names = {path.name for path in (tmp_path / "policy").iterdir()}
+    assert ("value_head.safetensors" in names) == (not is_none) and "curves.png" in names
+    merged = merge_run(tmp_path / "policy", tmp_path / "merged", dtype="float32")
+    card = card_from_report(json.loads((merged / "report.json").read_text()))
+    assert ("as in RLOO" in card) == is_none and "merged" in card
 
 
 def test_a_reward_model_has_the_name_of_its_folder_or_repository(make, hub, tmp_path):

@@ -22,7 +22,10 @@ from transformers import (
     OPTForSequenceClassification,
 )
 
+from hf_rlhf_ext.compat import selective_log_softmax_and_entropy
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling import logprobs as logprobs_module
+from hf_rlhf_ext.modeling import vocabulary_tiles
 from hf_rlhf_ext.modeling.logprobs import (
     LogitTransform,
     captured_hidden_states,
@@ -33,8 +36,10 @@ from hf_rlhf_ext.modeling.logprobs import (
     contiguous_head_inputs,
     hidden_width,
     logit_transform,
+    rows_per_chunk,
     scatter_to_mask,
 )
+from hf_rlhf_ext.modeling.vocabulary_tiles import frozen_linear
 from hf_rlhf_ext.ppo.kl import kl_k1
 
 PROMPT_LENGTHS = torch.tensor([2, 5, 1])
@@ -96,6 +101,150 @@ def test_values_and_gradients_equal_those_of_full_logits(head_and_hidden, chunk_
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(gradients(*got), gradients(*expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_numbers_are_those_of_trl_to_the_bit(with_entropy, temperature):
+    head, targets = torch.nn.Linear(8, 500), torch.randint(500, (200,))
+    weights = torch.randn(2, 200)
+    states = torch.randn(200, 8)
+
+    def results(function):
+        hidden = states.clone().requires_grad_()
+        logprobs, entropies = function(hidden)
+        loss = (weights[0] * logprobs).sum() + ((weights[1] * entropies).sum() if with_entropy else 0)
+        return logprobs, entropies, *torch.autograd.grad(loss, [hidden, head.weight])
+
+    options = {"temperature": temperature, "entropy_requires_grad": with_entropy}
+    ours = results(lambda hidden: chunked_logprobs(hidden, head, targets, **options))
+    theirs = results(lambda hidden: selective_log_softmax_and_entropy(head(hidden), targets, with_entropy, temperature))
+    assert all(torch.equal(got, expected) for got, expected in zip(ours, theirs, strict=True))
+    assert ours[1].requires_grad == with_entropy
+
+
+# ---- A frozen head is read in parts of the vocabulary ----
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 256 entries for seven tokens, also where there are few logits."""
+    monkeypatch.setattr(logprobs_module, "FEW_LOGITS_BYTES", 0)
+    monkeypatch.setattr(vocabulary_tiles, "_TILE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(vocabulary_tiles, "_MAX_ROWS", 7)
+
+
+@pytest.mark.parametrize("bias, with_entropy", [(False, True), (True, False)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.3, 4.0), LogitTransform(softcap=3.0)])
+def test_tiles_of_the_vocabulary_give_numbers_and_gradients_in_double_precision(
+    small_tiles, bias, with_entropy, temperature, transform
+):
+    head = torch.nn.Linear(16, 1000, bias=bias).requires_grad_(False)
+    torch.nn.init.normal_(head.weight)
+    hidden, targets, weights = torch.randn(20, 16, requires_grad=True), torch.randint(1000, (20,)), torch.randn(2, 20)
+    targets[:3] = torch.tensor([0, 999, 256])  # the edges of tiles
+    precise = hidden.detach().double().requires_grad_()
+    logits = transform(torch.nn.functional.linear(precise, *[p.double() for p in head.parameters()])) / temperature
+    full = logits.log_softmax(-1)
+    expected = full.gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
+
+    def gradient(logprobs, entropies, of):
+        loss = (weights[0] * logprobs).sum() + ((weights[1] * entropies).sum() if with_entropy else 0)
+        return torch.autograd.grad(loss, of)[0]
+
+    options = {"temperature": temperature, "transform": transform, "entropy_requires_grad": with_entropy}
+    got = chunked_logprobs(hidden, head, targets, **options)
+    torch.testing.assert_close(got, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient(*got, hidden), gradient(*expected, precise).float(), rtol=1e-5, atol=1e-5)
+    assert got[1].requires_grad == with_entropy
+    with torch.no_grad():
+        again = chunked_logprobs(hidden, head, targets, **options)
+    assert torch.equal(again[0], got[0]) and torch.equal(again[1], got[1]) and not again[0].requires_grad
+
+
+def test_extreme_logits_and_hidden_entries_are_summed_like_others(small_tiles):
+    head = torch.nn.Linear(4, 1000).requires_grad_(False)
+    head.weight *= 1e4
+    head.bias[:256] = -torch.inf  # a whole tile, and the first one
+    head.bias[700] = -torch.inf
+    hidden, targets = torch.randn(20, 4, requires_grad=True), torch.randint(300, 700, (20,))
+    precise = hidden.detach().double().requires_grad_()
+    weight, bias = head.weight.double(), head.bias.double()
+    expected = torch.nn.functional.linear(precise, weight, bias).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert expected.min() < -1e4
+    got, _ = chunked_logprobs(hidden, head, targets)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-2)
+    gradients = torch.autograd.grad(got.sum(), hidden)[0], torch.autograd.grad(expected.sum(), precise)[0].float()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1.0)
+
+
+def test_what_is_wrong_is_not_a_number(small_tiles):
+    """A state that is not finite, or a token that is not in the vocabulary: guards look for NaN."""
+    head = torch.nn.Linear(4, 600, bias=False).requires_grad_(False)
+    hidden, targets = torch.randn(9, 4), torch.randint(600, (9,))
+    hidden[2, 1], hidden[5, 0] = torch.nan, torch.inf
+    targets[7], targets[8] = 600, -100
+    logprobs, _ = chunked_logprobs(hidden, head, targets)
+    assert logprobs.isfinite().tolist() == [True, True, False, True, True, False, True, False, False]
+
+
+def test_tiles_have_no_second_derivative(small_tiles):
+    head = torch.nn.Linear(4, 600, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    logprobs, _ = chunked_logprobs(hidden, head, torch.tensor([1, 2, 3]))
+    (gradient,) = torch.autograd.grad(logprobs.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_tiles_in_half_precision_round_logits_only(small_tiles, autocast):
+    head, targets = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False), torch.randint(1000, (20,))
+    hidden = torch.randn(20, 16, requires_grad=True)
+    states, rounded = hidden.bfloat16(), copy.deepcopy(head).bfloat16()
+    logits = rounded(states).double()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    share = torch.nn.functional.one_hot(targets, 1000) - logits.softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, _ = chunked_logprobs(*((hidden, head) if autocast else (states, rounded)), targets)
+        (gradient,) = torch.autograd.grad(got.sum(), hidden)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+    exact = (share @ rounded.weight.double()).float()
+    torch.testing.assert_close(gradient, exact, rtol=5e-3, atol=1e-4 if autocast else 5e-3)
+
+
+def test_tiles_need_no_memory_for_all_logits_and_keep_none(small_tiles):
+    head, targets = torch.nn.Linear(16, 5000, bias=False).requires_grad_(False), torch.randint(5000, (20,))
+    hidden, kept = torch.randn(20, 16, requires_grad=True), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x)
+    with LargestTensor(known=[head.weight]) as seen, hooks:
+        chunked_logprobs(hidden, head, targets)[0].sum().backward()
+    assert seen.numel == 7 * 256 and kept == [(20, 16)]
+
+
+def test_no_tokens_have_no_logprobs(small_tiles, head_and_hidden):
+    head, hidden, targets = head_and_hidden
+    for layer in (head, head.requires_grad_(False)):
+        logprobs, entropies = chunked_logprobs(hidden[:0], layer, targets[:0])
+        assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_only_a_frozen_plain_head_is_read_in_parts(tiny_llama):
+    hidden = torch.randn(3, 32)
+    head = torch.nn.Linear(32, 50).requires_grad_(False)
+    assert frozen_linear(head, hidden) is head and frozen_linear(head.forward, hidden) is head
+    assert frozen_linear(lambda states: head(states), hidden) is None
+    assert frozen_linear(head, hidden.double()) is None
+    adapted = get_peft_model(tiny_llama, LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert frozen_linear(adapted.get_output_embeddings(), hidden) is None
+    head.register_forward_hook(lambda *_: None)
+    assert frozen_linear(head, hidden) is None and frozen_linear(head.forward, hidden) is head
+    assert frozen_linear(torch.nn.Linear(32, 50), hidden) is None  # it is trained
+
+
+def test_chunks_are_as_large_as_memory_allows_whatever_the_vocabulary():
+    assert [rows_per_chunk(vocabulary) for vocabulary in (2**15, 151_936, 10**9)] == [1024, 220, 1]
 
 
 def test_entropy_carries_no_gradient_unless_asked_for(head_and_hidden):

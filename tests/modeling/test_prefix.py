@@ -12,9 +12,11 @@ from torch.testing import assert_close
 from hf_rlhf_ext.data.collators import DataCollatorForComparisons
 from hf_rlhf_ext.modeling import prefix
 from hf_rlhf_ext.modeling.adapters import mixed_precision
+from hf_rlhf_ext.modeling.layouts import Layout, LayoutChoice, find_layout
 from hf_rlhf_ext.modeling.loading import load_base_model
 from hf_rlhf_ext.modeling.prefix import mask_function, prefix_mask, why_not
-from hf_rlhf_ext.reward.scorer import score_batch, shared_prefix_problem
+from hf_rlhf_ext.modeling.segments import SEGMENTS
+from hf_rlhf_ext.reward.scores import score_batch
 
 SIZES = {
     "vocab_size": 64,
@@ -99,10 +101,13 @@ def test_scores_and_gradients_are_those_of_plain_rows(name, checkpointing):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         plain, plain_gradient = scores_and_gradients(model, "plain", rows())
-        shared, shared_gradient = scores_and_gradients(model, "shared_prefix", rows())
         assert plain.abs().max() > 0.05  # there is something to get wrong
-        assert (shared - plain).abs().max() <= tolerance * max(1.0, plain.abs().max())
-        assert (shared_gradient - plain_gradient).norm() <= tolerance * plain_gradient.norm()
+        for attention in ("sdpa", SEGMENTS)[: 1 if name == "gemma2" else 2]:
+            if name != "gemma2":
+                model.set_attn_implementation(attention)
+            shared, shared_gradient = scores_and_gradients(model, "shared_prefix", rows())
+            assert (shared - plain).abs().max() <= tolerance * max(1.0, plain.abs().max())
+            assert (shared_gradient - plain_gradient).norm() <= tolerance * plain_gradient.norm()
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["bf16", "nf4"])
@@ -125,44 +130,44 @@ def test_lora_in_bf16_and_nf4_is_near_plain_rows(name, load_in_4bit, tmp_path):
 @pytest.mark.parametrize("name", ["mistral-sliding", "gemma3"])
 def test_the_probe_sees_a_window_that_no_short_text_reaches(name, monkeypatch):
     model = make(name, sliding_window=64).eval()
-    assert shared_prefix_problem(model) is None and model.config.sliding_window == 64
+    assert find_layout(model, may_segment=False).layout == Layout.MASK and model.config.sliding_window == 64
     monkeypatch.setattr(prefix, "prefix_mask", lambda *given: prefix_mask(*given[:3]))  # forgets the window
-    assert "from those of plain rows" in shared_prefix_problem(model)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_probe_accepts_what_works(name):
-    assert shared_prefix_problem(make(name).eval()) is None
+    choice = find_layout(model, may_segment=False)
+    assert choice.layout == Layout.PLAIN and "from those of plain rows" in choice.reason
 
 
 def test_the_probe_refuses_a_mask_that_is_ignored(monkeypatch):
     model = make("llama")
     forward = type(model).forward
 
-    def deaf(self, *args, attention_mask=None, **kwargs):
+    def deaf(self, *args, attention_mask=None, segment_plan=None, **kwargs):
         return forward(self, *args, attention_mask=None, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", deaf)
-    assert "from those of plain rows" in shared_prefix_problem(model)
+    choice = find_layout(model)
+    assert choice.layout == Layout.PLAIN and "from those of plain rows" in choice.reason
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), AssertionError("no 4-D mask\nhere")])
 def test_a_model_that_raises_at_the_layout_takes_plain_rows_and_says_why(error, monkeypatch):
     model = make("llama").train()
+    forward = type(model).forward
 
-    def refuse(self, *args, **kwargs):
-        raise error
+    def refuse(self, *args, attention_mask=None, **kwargs):
+        if attention_mask.dim() == 4:
+            raise error
+        return forward(self, *args, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", refuse)
     reason = str(error).splitlines()[0] if str(error) else "NotImplementedError"
-    assert shared_prefix_problem(model) == f"it does not accept the layout: {reason}"
-    assert model.training
+    assert find_layout(model) == LayoutChoice(Layout.PLAIN, f"it does not accept the layout: {reason}")
+    assert model.training and model.config._attn_implementation == "sdpa"
 
 
 def test_architectures_that_cannot_are_told_from_their_configuration():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_labels": 1, "pad_token_id": 0}
     bloom = hf.BloomForSequenceClassification(hf.BloomConfig(**sizes, n_layer=1, n_head=2))
-    assert "accepts no position ids" in shared_prefix_problem(bloom)
+    assert why_not(bloom) == "its backbone accepts no position ids"
     neo = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
     local = hf.GPTNeoForSequenceClassification(hf.GPTNeoConfig(**sizes, **neo, max_position_embeddings=64))
     assert why_not(local) == "it has local attention"
@@ -232,7 +237,7 @@ def test_flex_attention_trains_the_same_on_a_gpu(name):
     assert length > 128 and length % 128
     plain, plain_gradient = scores_and_gradients(model, "plain", data)
     model.set_attn_implementation("flex_attention")
-    assert shared_prefix_problem(model) is None
+    assert find_layout(model).layout == Layout.MASK
     shared, shared_gradient = scores_and_gradients(model, "shared_prefix", data)
     assert (shared - plain).abs().max() <= 1e-3 * plain.abs().max()
     assert (shared_gradient - plain_gradient).norm() <= 1e-3 * plain_gradient.norm()

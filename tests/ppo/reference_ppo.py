@@ -23,9 +23,9 @@ class Sequence:
     prompt: str
     ids: list[int]
     old_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     ref_logprobs: Tensor
     weights: Tensor
     """Importance weights for the distribution of the sampler, 1 without correction."""
@@ -49,7 +49,7 @@ class ReferencePPO:
         model: the trainer's model before training.
         recorded: `rollouts` (prompts, completions, scores) and `orders` (of the inner epochs) of the run.
         stops: ids that end a completion.
-        critic: `head`, `adapter` or `model`.
+        critic: `head`, `adapter`, `model` or `none`.
         texts: token ids of the PPO-ptx texts, as context and targets.
     """
 
@@ -71,10 +71,9 @@ class ReferencePPO:
                 self.critic_parameters.append(parameter)
             else:
                 self.policy_parameters.append(parameter)
-        groups = [
-            {"params": self.policy_parameters},
-            {"params": self.critic_parameters, "lr": args.value_learning_rate},
-        ]
+        groups = [{"params": self.policy_parameters}]
+        if critic != "none":
+            groups.append({"params": self.critic_parameters, "lr": args.value_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
         self.scores_so_far = []
         self.result = Result()
@@ -97,7 +96,7 @@ class ReferencePPO:
     @staticmethod
     def made(sequence: Sequence) -> dict[str, Tensor]:
         names = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
-        return {name: getattr(sequence, name) for name in names}
+        return {name: getattr(sequence, name) for name in names if getattr(sequence, name) is not None}
 
     # ---- Forward passes ----
 
@@ -149,13 +148,25 @@ class ReferencePPO:
             if is_dense:
                 token_rewards = torch.tensor(recorded) * self.args.reward_scale
             rollout.append(self.make_sequence(prompt, ids, score, token_rewards))
+        if self.critic == "none":
+            self.leave_one_out(rollout)
         return rollout
+
+    def leave_one_out(self, rollout: list[Sequence]) -> None:
+        """RLOO (arXiv:2402.14740): return of a completion minus the mean return of the others of its prompt."""
+        totals = [sequence.advantages.sum() for sequence in rollout]  # so far, the rewards of the tokens
+        size = self.args.num_generations
+        for index, sequence in enumerate(rollout):
+            group = range(index // size * size, index // size * size + size)
+            assert len({rollout[other].prompt for other in group}) == 1
+            others = [totals[other] for other in group if other != index]
+            sequence.advantages = torch.full((len(sequence.ids),), float(totals[index] - sum(others) / len(others)))
 
     def make_sequence(self, prompt: str, ids: list[int], score: float, token_rewards: Tensor) -> Sequence:
         args = self.args
         with torch.no_grad():
             old_logprobs, hidden, _, logits = self.policy_pass(prompt, ids)
-            values = self.values_of(prompt, ids, hidden)
+            values = None if self.critic == "none" else self.values_of(prompt, ids, hidden)
             ref_logprobs = self.reference_logprobs(prompt, ids)
             weights = self.sampler_weights(ids, logits, old_logprobs)
         if args.normalize_rewards:
@@ -167,6 +178,8 @@ class ReferencePPO:
         if args.kl_placement == "reward":
             rewards = rewards - args.kl_coef * self.kl(old_logprobs, ref_logprobs)
         rewards[-1] += score - self.penalties(ids)
+        if values is None:
+            return Sequence(prompt, ids, old_logprobs, None, rewards, None, ref_logprobs, weights)
         advantages = self.gae(rewards, values)
         return Sequence(prompt, ids, old_logprobs, values, advantages, advantages + values, ref_logprobs, weights)
 
@@ -207,12 +220,12 @@ class ReferencePPO:
 
     def step(self, batch: list[Sequence]) -> None:
         n_tokens = sum(len(sequence.ids) for sequence in batch)
-        metrics = dict.fromkeys(METRICS, 0.0)
+        metrics = dict.fromkeys(METRICS[:2] if self.critic == "none" else METRICS, 0.0)
         for sequence in batch:
             self.backward(sequence, n_tokens, metrics)
         if self.texts:
             self.backward_texts()
-        for parameters in (self.policy_parameters, self.critic_parameters):
+        for parameters in filter(None, (self.policy_parameters, self.critic_parameters)):
             torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -237,11 +250,14 @@ class ReferencePPO:
             ((loss + args.vf_coef * critic_loss).sum() / n_tokens).backward()
         else:
             (loss.sum() / n_tokens).backward()
+        if self.critic in ("adapter", "model"):
             values = self.values_of(sequence.prompt, sequence.ids, None)
             critic_loss = self.critic_loss(values, sequence)
             (args.vf_coef * critic_loss.sum() / n_tokens).backward()
         metrics["policy/clipfrac_avg"] += is_clipped.sum().item() / n_tokens
         metrics["loss/policy_avg"] -= surrogate.sum().item() / n_tokens
+        if self.critic == "none":
+            return
         metrics["loss/value_avg"] += critic_loss.sum().item() / n_tokens
         metrics["val/clipfrac_avg"] += self.clipped_values(values, sequence) / n_tokens
 

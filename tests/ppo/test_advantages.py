@@ -97,6 +97,29 @@ def test_gae_equals_the_double_loop(lengths, gamma, lam, seed, extra):
         assert not advantages[row, length:].any() and not returns[row, length:].any()
 
 
+def gae_by_loop(rewards, values, mask, gamma, lam):
+    """The recursion as a loop over tokens, in the dtype of the arguments."""
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(rewards)
+    running, next_values = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * running
+        advantages[:, t], next_values = running, values[:, t]
+    return advantages.masked_fill(~mask, 0.0), advantages.masked_fill(~mask, 0.0) + values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 2), (64, 40), (5, 300)])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.99, 0.9), (1.0, 1.0), (0.5, 0.0), (0.0, 1.0)])
+def test_gae_equals_the_loop_over_tokens_to_the_bit(rows, width, gamma, lam, dtype):
+    rewards, values = 10 * torch.randn(2, rows, width, dtype=dtype)
+    mask = completion_mask(torch.randint(1, width + 1, (rows,)), width)
+    got = generalized_advantages(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    expected = gae_by_loop(rewards, values, mask, gamma, lam)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert got[0].dtype == dtype and got[0].is_contiguous()
+
+
 def test_gae_with_lambda_one_is_the_discounted_return():
     rewards, values = torch.randn(2, 1, 5, dtype=torch.float64)
     _, returns = generalized_advantages(rewards, values, torch.ones(1, 5, dtype=torch.bool), gamma=0.9, gae_lambda=1.0)

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ONE = {"per_device_train_batch_size": 4, "max_steps": 8, "top_k": 1, "adam_epsilon": 1e-3}
-TWO = ONE | {"per_device_train_batch_size": 2}
 
 
 def free_port() -> int:
@@ -51,12 +50,17 @@ def run(tiny_config, chat_tokenizer, tmp_path):
     return start
 
 
+VARIED = {"num_generations": 2, "per_device_train_batch_size": 8, "varied": True, "max_tokens_per_batch": 60}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["head", "adapter"])
-def test_two_processes_equal_one_with_the_doubled_batch(run, critic):
+@pytest.mark.parametrize("critic, more", [("head", {}), ("adapter", VARIED)])
+def test_two_processes_equal_one_with_the_doubled_batch(run, critic, more):
     options = {"critic": critic, "save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}
-    options |= {"kl_target": 0.5, "kl_horizon": 16, "clip_range": 0.01}
-    one, two = run("one", 1, ONE | options), run("two", 2, TWO | options)
+    options |= {"kl_target": 0.5, "kl_horizon": 16, "clip_range": 0.01} | more
+    batch = (ONE | options)["per_device_train_batch_size"]
+    half = {"per_device_train_batch_size": batch // 2}
+    one, two = run("one", 1, ONE | options), run("two", 2, ONE | options | half)
     saved = {path.name for path in (two / "checkpoint-8").iterdir()}
     assert saved >= {"rng_state_0.pth", "rng_state_1.pth", "ppo_state.json", "trainer_state.json"}
     assert not (two / "checkpoint-6").exists()

@@ -164,10 +164,12 @@ def test_the_coefficient_can_be_raised_instead(make_sharp, warnings):
     assert "kl_coef is now 0.02" in warnings()[0]
 
 
-@pytest.mark.parametrize("every_time", [False, True])
-def test_rolling_back_restores_the_last_checkpoint_below_the_ceiling(make_sharp, warnings, every_time):
+@pytest.mark.parametrize(
+    "every_time, more", [(False, {}), (True, {}), (True, {"critic": "none", "num_generations": 2})]
+)
+def test_rolling_back_restores_the_last_checkpoint_below_the_ceiling(make_sharp, warnings, every_time, more):
     watch, jump = Watch(), Jump(10)
-    options = LONG | {"max_kl": 5.0, "max_kl_action": "rollback", "save_strategy": "steps", "save_steps": 4}
+    options = LONG | {"max_kl": 5.0, "max_kl_action": "rollback", "save_strategy": "steps", "save_steps": 4} | more
     trainer = make_sharp(callbacks=[jump, watch], **options)
     restored, restore = [], trainer._restore
 
@@ -493,7 +495,7 @@ def test_a_signal_is_acted_on_only_where_all_processes_agreed(make_trainer):
         ),
         ({"max_skipped_steps": 0}, "max_skipped_steps must be at least 1, got 0."),
         ({"kl_placement": "loss", "kl_estimator": "k1"}, "the gradient of k1 in the loss is zero in expectation"),
-        ({"critic": "oracle"}, "critic must be one of adapter, head, model, got 'oracle'."),
+        ({"critic": "oracle"}, "critic must be one of adapter, head, model, none, got 'oracle'."),
         ({"critic": "adapter", "peft_config": None}, "critic='adapter' needs a policy that is an adapter"),
         ({"critic": "model"}, "critic='model' needs value_model if"),
         ({"ptx_coef": 0.1}, "PPO-ptx needs both ptx_dataset and ptx_coef above 0"),

@@ -18,6 +18,7 @@ WHOLE |= {"per_device_train_batch_size": 2, "weight_decay": 0.01}
 KINDS = {
     "lora": {},
     "adapter critic": {"critic": "adapter", "normalize_rewards": True},
+    "4 completions per prompt": {"num_generations": 4, "per_device_train_batch_size": 8},
     "adaptive KL": {"kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.2},
     "full": {"peft_config": None, "learning_rate": 1e-3},
     "bf16 and checkpointing": {"bf16": True, "activation_checkpointing": True},
@@ -65,6 +66,7 @@ def interrupted(make_trainer, step, **options):
         ("lora", 8),  # after two rollouts
         ("lora", 6),  # in the middle of one: between its inner epochs
         ("lora", 5),  # and within one
+        ("4 completions per prompt", 5),
         ("adaptive KL", 6),
         ("adapter critic", 6),
         ("full", 6),

@@ -184,11 +184,17 @@ def test_a_step_that_generate_takes_back_is_left_out(width):
     torch.testing.assert_close(recorder.logprobs(tokens[:, :width]), torch.stack(expected)[None])
 
 
-@pytest.mark.parametrize("extra", [{"num_beams": 2}, {"num_return_sequences": 2}, {"do_sample": False}])
-def test_what_would_not_be_one_sample_a_prompt_is_refused(extra):
-    name, value = next(iter(extra.items()))
-    with pytest.raises(UserError, match=f"generation_kwargs: {name}={value} .*PPO samples one completion"):
-        config(**extra)
+@pytest.mark.parametrize(
+    "name, value, remedy",
+    [
+        ("num_beams", 2, "leave it out"),
+        ("num_return_sequences", 2, "num_generations"),
+        ("do_sample", False, "leave it"),
+    ],
+)
+def test_what_would_not_be_plain_sampling_is_refused(name, value, remedy):
+    with pytest.raises(UserError, match=f"generation_kwargs: {name}={value} .*PPO samples .*{remedy}"):
+        config(**{name: value})
     assert config(num_beams=1, do_sample=True).num_beams == 1
 
 

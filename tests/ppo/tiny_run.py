@@ -6,6 +6,7 @@ compared with one of the doubled batch. Writes `FOLDER/<name>/weights-<rank>.saf
 
 import json
 import os
+import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,36 @@ def reward(completions, **kwargs):
 
 
 def orders(trainer, size):
-    """The order of the rows in each pass, which depends only on the number of the rollout."""
+    """The order of the rows in each pass, which depends only on the number of the rollout. Prompts stay together."""
     import torch
 
-    epochs = trainer.args.num_ppo_epochs
+    epochs, together = trainer.args.num_ppo_epochs, trainer.args.num_generations
     generator = torch.Generator().manual_seed(trainer.ppo.rollout_index)
-    return torch.stack([torch.randperm(size, generator=generator) for _ in range(epochs)])
+    orders = torch.stack([torch.randperm(size // together, generator=generator) for _ in range(epochs)])
+    return (orders[..., None] * together + torch.arange(together)).flatten(1)
+
+
+class VariedEngine:
+    """Draws completions from the ids of the prompt, their number and the number of the call, not from the policy.
+
+    Sampled greedily, the completions of a prompt would all be the same.
+    """
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+        self.calls = 0
+
+    def sync(self, model):
+        pass
+
+    def generate(self, prompt_ids, sampling, n=1):
+        self.calls += 1
+        rows = []
+        for ids in prompt_ids:
+            for number in range(n):
+                draw = random.Random(f"{ids} {number} {self.calls}")
+                rows.append([draw.randrange(1, self.vocab_size) for _ in range(sampling.max_new_tokens)])
+        return rows, None
 
 
 def build(folder, name, options):
@@ -39,6 +64,7 @@ def build(folder, name, options):
     defaults |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "max_completion_length": 12, "disable_tqdm": True}
     defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 1}
     defaults |= {"stop_token_ids": list(range(0, model.config.vocab_size, 5)), "vf_coef": 0.5, "kl_coef": 0.2}
+    varied = options.pop("varied", False)
     trainer = PPOTrainer(
         model,
         reward,
@@ -47,6 +73,7 @@ def build(folder, name, options):
         eval_dataset=Dataset.from_dict({"prompt": prompts[:5]}),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        engine=VariedEngine(model.config.vocab_size) if varied else None,
     )
     trainer.experience._orders = partial(orders, trainer)
     return trainer

@@ -59,6 +59,9 @@ OPTIONS = [
     (("ppo",), {"kl_coef": -1}, ["kl_coef must not be negative"]),
     (("ppo",), {"critic": "modelx"}, ["critic", "model"]),
     (("ppo",), {"critic": "model"}, ["critic", "value_model"]),
+    (("ppo",), {"critic": "none"}, ["critic", "num_generations"]),
+    (("ppo",), {"critic": "none", "num_generations": 2, "gamma": 0.9}, ["critic", "gamma"]),
+    (("ppo",), {"critic": "none", "num_generations": 2, "value_model": "alice/v"}, ["value_model", "critic"]),
     (("ppo",), {"ptx_coef": 0.1}, ["ptx_coef", "ptx_dataset"]),
     (("ppo",), {"ptx_dataset": "nope.jsonl", "ptx_coef": 0.1}, ["nope.jsonl"]),
     (

@@ -203,6 +203,36 @@ def test_the_next_round_names_the_last_and_second_opinions_are_reported(runs, ca
 
 
 @pytest.mark.slow
+def test_ppo_without_a_critic_leaves_a_policy_alone(call, workspace, caplog):
+    options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/none", "save_steps": 2}
+    refused = call("ppo", critic="none", **options)
+    assert refused.code == 2 and "critic='none'" in refused.err and "set num_generations to 2 or more" in refused.err
+    done = call("ppo", critic="none", num_generations=2, **options)
+    assert done.code == 0, done.err
+    # The config has an option of a critic.
+    assert "not used with critic='none', which has no values: value_learning_rate." in caplog.text
+    folder = workspace / "runs" / "none"
+    assert not [path for path in folder.rglob("*") if "value" in path.name]
+    assert report(folder)["ppo"]["critic"] == "none" and report(folder)["ppo"]["num_generations"] == 2
+    card = (folder / "README.md").read_text()
+    assert "as in RLOO" in card and "clipping and β" in card
+    logged = {name for log in read_log(folder / LOG_FILE) for name in log}
+    assert "frac_reward_zero_std" in logged and not {"val/explained_variance", "lr_value"} & logged
+    model, _ = load_policy(str(folder))
+    assert list(model.peft_config) == ["default"]
+    options |= {"resume_from_checkpoint": "true", "num_generations": 2, "max_steps": 8}
+    other = call("ppo", **options, critic="head")
+    assert other.code == 2 and "critic='none', but critic is now 'head': set critic='none'" in other.err
+    resumed = call("ppo", **options, critic="none")
+    assert resumed.code == 0 and "step 8/8" in resumed.out
+    config = workspace / "none.yaml"
+    config.write_text("critic: none\nnum_generations: 2\nmax_steps: 4\nlogging_steps: 4\n")
+    options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/yaml"}
+    assert call("ppo", config=config, **options).code == 0  # YAML's none is a text, not null
+    assert report(workspace / "runs" / "yaml")["ppo"]["critic"] == "none"
+
+
+@pytest.mark.slow
 def test_a_run_that_a_guard_stopped_says_so(runs, call, workspace):
     options = {"reward_funcs": "my_rewards.length", "output_dir": "runs/stopped", "max_steps": 12}
     done = call("ppo", max_kl=1e-3, learning_rate=0.05, **options)

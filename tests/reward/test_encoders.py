@@ -96,7 +96,7 @@ def test_text_is_closed_and_parted_by_separators_and_conversations_have_a_templa
     model = install_fp32_score(hf.AutoModelForSequenceClassification.from_pretrained(base("bert"), num_labels=1))
     seen = []
     scorer = RewardScorer(model, tokenizer)
-    scorer.score_ids = lambda ids: seen.extend(tokenizer.convert_ids_to_tokens(one) for one in ids)
+    scorer.score_ids = lambda ids, per_prompt: seen.extend(tokenizer.convert_ids_to_tokens(one) for one in ids)
     scorer.raw(["sunny day"], ["happy"])
     scorer.raw([[{"role": "user", "content": "sunny day"}]], [[{"role": "assistant", "content": "happy"}]])
     assert seen[0] == ["[CLS]", "sunny", "day", "[SEP]", "happy", "[SEP]"]

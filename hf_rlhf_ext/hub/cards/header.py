@@ -48,7 +48,7 @@ def card_data(
         base_model_relation=options.relation if is_on_hub else None,
         library_name=library_name(options, report),
         pipeline_tag=spec.pipeline_tag,
-        tags=_tags(options) or None,
+        tags=_tags(options, report) or None,
         license=license,
         license_name=options.license_name,
         license_link=options.license_link,
@@ -69,9 +69,11 @@ def library_name(options: CardOptions, report: RunReport) -> str:
     return "peft" if options.relation == "adapter" else "transformers"
 
 
-def _tags(options: CardOptions) -> list[str]:
+def _tags(options: CardOptions, report: RunReport) -> list[str]:
     tags = [] if options.is_foreign else ["trl", "rlhf", "hf_rlhf_ext"]
     tags += KINDS[options.kind].tags
+    if options.kind == "policy" and report.ppo.critic == "none":
+        tags.append("rloo")
     if options.relation == "adapter" and adapter_type(options) == "LORA":
         tags.append("lora")
     return list(dict.fromkeys([*tags, *options.tags]))

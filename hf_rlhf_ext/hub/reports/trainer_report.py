@@ -10,6 +10,7 @@ from peft import PeftModel
 from ...compat import versions
 from ...modeling.adapters import bare_model
 from ...modeling.source import source_of
+from ...ppo.config import PPOConfig
 from ...ppo.reward_calls import distinct_names, weighted_sum
 from ...ppo.rewards import RewardFunctions
 from ...reward.ensemble import RewardEnsemble
@@ -32,6 +33,8 @@ from .provenance import base_source
 from .trainer_card import kind_of, trainer_card_options
 
 __all__ = [
+    "critic_facts",
+    "curves_caption",
     "draw_plot",
     "evaluated_weights",
     "kind_of",
@@ -47,7 +50,6 @@ PLOT = "evaluation.png"
 """Plot of the judged pairs of a reward model."""
 CURVES = "curves.png"
 """Plot of a PPO run."""
-CURVES_CAPTION = "reward, KL, entropy, length, critic and β over optimizer steps"
 
 _SECTIONS: dict[str, tuple[str, type[Section]]] = {
     "policy": ("ppo", PPOSection),
@@ -148,12 +150,18 @@ def draw_plot(trainer: Any, folder: Path) -> tuple[str, str | None] | None:
     if kind == "policy":
         if not any("objective/kl" in log or "eval_objective/kl" in log for log in trainer.state.log_history):
             return None
-        return plots.plot_ppo_run(trainer.state.log_history, folder / CURVES).name, CURVES_CAPTION
+        return plots.plot_ppo_run(trainer.state.log_history, folder / CURVES).name, curves_caption(trainer.args)
     judged = _judged(evaluated_weights(trainer), trainer)
     if judged is None:
         (folder / PLOT).unlink(missing_ok=True)  # of an earlier push, with other weights
         return None
     return plots.plot_judged(judged, folder / PLOT).name, None
+
+
+def curves_caption(args: PPOConfig) -> str:
+    """Caption of the plot of a PPO run with these options."""
+    panel = "clipping" if args.critic == "none" else "critic"
+    return f"reward, KL, entropy, length, {panel} and β over optimizer steps"
 
 
 def section_steps(trainer: Any) -> dict[str, int]:
@@ -293,7 +301,7 @@ def _public_names(rewards: RewardFunctions) -> list[str]:
 
 
 def _add_ppo(section: PPOSection, trainer: Any) -> None:
-    """Adds start, rewards, the number of updates, the KL coefficient, and why a guard stopped the run."""
+    """Adds start, rewards, critic, the number of updates, the KL coefficient, and why a guard stopped the run."""
     section.start = start_of(trainer)
     section.rewards, eval_rewards = public_reward_names(trainer)
     section.eval_rewards = eval_rewards or None
@@ -302,8 +310,18 @@ def _add_ppo(section: PPOSection, trainer: Any) -> None:
         section.reward_formula = weighted_sum(section.rewards, weights)
     section.reward_warnings = trainer.reward_warnings or None
     section.stop_reason = trainer.stop_reason
+    for name, value in critic_facts(trainer).items():
+        setattr(section, name, value)
     if trainer.updates:
         section.metrics |= {"updates": trainer.updates, "kl_coef": trainer.kl_coef}
+
+
+def critic_facts(trainer: Any) -> dict[str, Any]:
+    """`critic`, and `num_generations` if a prompt has several completions, of PPO's section of the report."""
+    facts = {"critic": trainer.critic}
+    if trainer.args.num_generations > 1:
+        facts["num_generations"] = trainer.args.num_generations
+    return facts
 
 
 def start_of(trainer: Any) -> str | None:
