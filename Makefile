@@ -103,10 +103,10 @@ format: $(STAMP)  ## rewrites files in place
 bench: $(STAMP)  ## reading and reporting on 100,000 rows (benchmarks/bench_*.py), on an otherwise idle machine; never in CI
 	$(OFFLINE) $(MALLOC) $(PY) -m pytest benchmarks -o python_files='bench_*.py' -s --timeout 0 $(ARGS)
 
-bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about half an hour on idle cores; ARGS="k4 k9" is a part)
-	$(OFFLINE) $(MALLOC) $(PY) benchmarks/reward_model.py $(ARGS)
+bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about half an hour on idle cores; ARGS="k4 k9" is a part); BASE=commit compares with a commit instead
+	$(OFFLINE) $(MALLOC) $(PY) $(if $(BASE),benchmarks/reward_layouts.py --base "$(BASE)",benchmarks/reward_model.py) $(ARGS)
 
-bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's: time, memory, stages (about 15 minutes on idle cores, fetches TRL 1.12's wheel)
+bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's PPO and TRL's GRPO and RLOO: time, memory, stages (about 25 minutes on idle cores, fetches TRL 1.12's wheel; resumable by run)
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo.py $(ARGS)
 
 bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base

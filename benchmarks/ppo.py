@@ -1,359 +1,159 @@
-"""PPO compared with TRL 1.12.0, the last release with PPO: seconds per update and peak memory.
+"""PPO compared with TRL's PPO, GRPO and RLOO, and with bare passes over the same tokens: seconds and peak memory.
 
-make bench-ppo          # about 30 minutes on two idle cores; RLHF_SHARED is the folder with the shared data
+make bench-ppo          # about 25 minutes on two idle cores; RLHF_SHARED is the folder with the shared data
 
-Both use SmolLM2-135M in bf16, LoRA r 16 on all linear layers, 32 prompts of HH-RLHF (125 to 185 tokens) with 48 new
-tokens each, two passes of one optimizer step, and learning rate 1e-5. There is no stop token, so that both do the same
-work. The reward is the fraction of common tokens in the last 16; for TRL, which accepts only models, it is a module
-without weights. TRL trains a full value model, and this library a head on the policy or an adapter. Each run has its
-own process. The wheel of TRL 1.12.0 is downloaded with pip into a separate folder; all other packages are the same. The
-first update is a warm-up and is not counted.
+Each run has its own process and is written to docs/study/ppo_benchmark.json when it is finished. Started again, it
+keeps finished runs of the same sources, dtype, machine and versions, unless ARGS=--again is given. ARGS='--only "trl
+grpo"' does one run, and ARGS=--tiny shows within minutes, with a model of two layers, whether all of them work; it
+writes no file.
 
-A second run of this library also times, after each update, a minimal loop over the same tokens: generation from merged
-weights, and forward and backward passes of the same roles with the output head at the positions of completions only.
+All train SmolLM2-135M in the dtype in which the machine is fastest, with LoRA r 16 on all linear layers, learning rate
+1e-5, and two passes of one optimizer step over a rollout. A rollout is 8 prompts of HH-RLHF (125 to 185 tokens) with 4
+completions each of 48 new tokens, the same prompts in every update; there is no stop token, so that all do the same
+work. Trainers that know no completions of one prompt (TRL 1.12's PPO, and this library with `num_generations=1`) get
+each prompt four times. The reward is the fraction of common tokens in the last 16, as a function; for TRL's PPO, which
+accepts only models, it is a module without weights. TRL's PPO trains a full value model; GRPO and RLOO have none, and
+this library has a head on the policy, an adapter, or none. GRPO and RLOO compute the reference too (beta 0.05). TRL
+runs without gradient checkpointing, which is on by default and slower, in micro-batches of 8 completions: others are
+not faster. Without Triton, that is on a CPU, TRL 1.16 computes the output head for the tokens of prompts too; "trl
+grpo, less head" leaves them out, as on a GPU. The wheel of TRL 1.12.0 is downloaded with pip into a separate folder;
+all other packages are the same. A warm-up comes before the update that counts: an update of two prompts by a trainer of
+the same kind, or for this library with four completions per prompt, whose updates are short, one of the same size.
+
+The bound: after each update with four completions per prompt, the same process runs bare passes of the same model over
+the same tokens (`ppo_bound.py`). `bound_fraction` is their time, divided by the time of the update.
 """
 
+import argparse
+import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-TRL = "1.12.0"
+from ppo_runs import RUNS, TINY, TRL_PPO, Job, Run, Sizes
+
+ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
-OUT = Path("docs/study/ppo_benchmark.json")
-PROMPTS, NEW_TOKENS, INNER_EPOCHS, RATE = 32, 48, 2, 1e-5
-MICRO_BATCH = 8  # completions per forward pass, here about 1,600 tokens
-MAX_TOKENS = 1000
-WINDOW, COMMON = 16, 2000
-"""The reward is the fraction of the last `WINDOW` tokens whose id is below `COMMON`."""
-
-# name -> (trainer, critic or micro-batch, updates after the warm-up)
-RUNS = {
-    "trl": ("trl", MICRO_BATCH, 1),
-    "ours, head": ("ours", "head", 2),
-    "ours, adapter": ("ours", "adapter", 2),
-    "stages, head": ("stages", "head", 1),
-    "stages, adapter": ("stages", "adapter", 1),
-    "trl, micro-batch 4": ("trl", 4, 1),
+OUT = ROOT / "docs" / "study" / "ppo_benchmark.json"
+STAGES = ("generate", "score", "update")
+# name in the results -> (run that is compared with, ours)
+RATIOS = {
+    "head_ratio": ("trl", "ours, head"),
+    "adapter_ratio": ("trl", "ours, adapter"),
+    "head_ratio_k4": ("trl", "ours, head, K = 4"),
+    "adapter_ratio_k4": ("trl", "ours, adapter, K = 4"),
+    "none_ratio_k4": ("trl", "ours, none, K = 4"),
+    "grpo_ratio_k4": ("trl grpo", "ours, none, K = 4"),
+    "grpo_less_head_ratio_k4": ("trl grpo, less head", "ours, none, K = 4"),
+    "rloo_ratio_k4": ("trl rloo", "ours, none, K = 4"),
 }
+
+Runs = dict[str, dict[str, Any]]
+
+
+# ---- What is measured ----
 
 
 def trl_folder() -> Path:
     """A folder with the wheel of TRL only, downloaded once into the Hugging Face cache."""
     from huggingface_hub.constants import HF_HOME
 
-    folder = Path(HF_HOME) / "hf_rlhf_ext" / f"trl-{TRL}"
+    folder = Path(HF_HOME) / "hf_rlhf_ext" / f"trl-{TRL_PPO}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # renamed when complete
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--target", f"{scratch}/trl", f"trl=={TRL}"]
+        command += ["--only-binary", ":all:", "--target", f"{scratch}/trl", f"trl=={TRL_PPO}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SystemExit(
-                f"error: pip could not download the wheel of trl {TRL}, which the comparison needs: {reason}"
+                f"error: pip could not download the wheel of trl {TRL_PPO}, which the comparison needs: {reason}"
             )
         (Path(scratch) / "trl").rename(folder)
     return folder
 
 
-def write_job(path: Path) -> None:
-    """Writes the folder of the model and the prompts, as messages and as token ids, for every process."""
+def small_model(folder: Path) -> Path:
+    """Writes a model of two layers with random weights, and SmolLM2's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_rlhf_ext import load_tokenizer
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokenizer = load_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes, **heads)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_job(sizes: Sizes, model: Path | None = None) -> Job:
+    """The prompts, whose lengths spread evenly over 125 to 185 tokens, and the model, by default SmolLM2-135M."""
     from hf_rlhf_ext import load_comparisons, load_tokenizer
     from hf_rlhf_ext.data.text import encode_prompt
+    from hf_rlhf_ext.modeling.loading import preferred_dtype
     from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL, resolve_location
 
     tokenizer = load_tokenizer()
-    rows = load_comparisons(str(SHARED / "data" / "hh_harmless_test.jsonl.gz"), split="train", group=False)[0]
+    rows = load_comparisons(str(SHARED / "data" / "hh_harmless_test.jsonl.gz"), split="train[:500]", group=False)[0]
     prompts = [row["prompt"] for row in rows.to_list()]
-    chosen = [(prompt, ids) for prompt in prompts if 125 <= len(ids := encode_prompt(tokenizer, prompt)) <= 185]
-    updates = 1 + max(n for _, _, n in RUNS.values())
-    messages, ids = zip(*chosen[: updates * PROMPTS], strict=True)
-    job = {"model": str(resolve_location(EMBEDDED_MODEL, None)[0]), "prompts": messages, "prompt_ids": ids}
-    path.write_text(json.dumps(job))
-
-
-def common_options(folder: str) -> dict:
-    """The options of both trainers."""
-    return {
-        "output_dir": folder,
-        "use_cpu": True,
-        "bf16": True,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "num_ppo_epochs": INNER_EPOCHS,
-        "kl_coef": 0.05,
-        "temperature": 1.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-
-
-def lora():
-    from peft import LoraConfig
-
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def update_clock(steps_per_update: int, after=None):
-    """A callback that measures the `seconds` of each update. `after()` runs between two updates and is not counted."""
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.seconds = []
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % steps_per_update:
-                return
-            self.seconds.append(time.perf_counter() - self.start)
-            if after is not None:
-                after()
-            self.start = time.perf_counter()
-
-    return Clock()
-
-
-def run_trl(job: dict, micro_batch: int, updates: int) -> dict[str, float]:
-    """Trains with TRL as its example script does, on the same prompts."""
-    import torch
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    if trl.__version__ != TRL:
-        raise SystemExit(f"error: trl {trl.__version__} was imported from {trl.__file__} instead of {TRL}")
-
-    class LastTokens(torch.nn.Module):
-        """The reward as a model for TRL: at each position, the fraction of common ids in the window that ends there."""
-
-        base_model_prefix = "backbone"
-
-        def __init__(self):
-            super().__init__()
-            self.score, self.backbone = torch.nn.Identity(), self.shares
-
-        def shares(self, input_ids, **kwargs):
-            seen = (input_ids < COMMON).float().cumsum(1)
-            seen[:, WINDOW:] -= seen[:, :-WINDOW].clone()
-            return SimpleNamespace(hidden_states=[seen[..., None] / WINDOW])
-
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as in TRL's script, which recognizes padding by its id
-    policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
-    value = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1, dtype=torch.bfloat16)
-    clock = update_clock(1)
-    with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(
-            **common_options(folder),
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=PROMPTS // micro_batch,
-            local_rollout_forward_batch_size=PROMPTS if micro_batch == MICRO_BATCH else micro_batch,
-            response_length=NEW_TOKENS,
-            total_episodes=PROMPTS * (updates + 1),
-            num_sample_generations=0,
-            logging_strategy="no",
-        )
-        data = Dataset.from_dict({"input_ids": job["prompt_ids"]})
-        PPOTrainer(
-            args, tokenizer, policy, None, LastTokens(), data, value, callbacks=[clock], peft_config=lora()
-        ).train()
-    return {"seconds": sum(clock.seconds[1:]) / updates, "peak_gb": peak_gb()}
-
-
-def last_tokens(completion_ids, **columns) -> list[float]:
-    """The same reward as a function."""
-    return [sum(token < COMMON for token in ids[-WINDOW:]) / WINDOW for ids in completion_ids]
-
-
-def make_trainer(job: dict, folder: str, critic: str, updates: int, engine=None):
-    from datasets import Dataset
-
-    from hf_rlhf_ext import PPOConfig, PPOTrainer, load_base_model, load_tokenizer
-
-    args = PPOConfig(
-        **common_options(folder),
-        critic=critic,
-        per_device_train_batch_size=PROMPTS,
-        max_tokens_per_batch=MAX_TOKENS,
-        max_completion_length=NEW_TOKENS,
-        stop_token_ids=[3],  # <repo_name>, which the model never generates
-        activation_checkpointing=False,
-        max_steps=INNER_EPOCHS * (updates + 1),
-        logging_strategy="no",
-    )
-    return PPOTrainer(
-        load_base_model(dtype="bfloat16"),
-        last_tokens,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": job["prompts"]}),
-        processing_class=load_tokenizer(),
-        peft_config=lora(),
-        engine=engine,
+    fitting = [(ids, prompt) for prompt in prompts if 125 <= len(ids := encode_prompt(tokenizer, prompt)) <= 185]
+    candidates = sorted(fitting[: 4 * sizes.prompts], key=lambda one: len(one[0]))
+    ids, messages = zip(*candidates[1::4], strict=True)
+    return Job(
+        model=str(model or resolve_location(EMBEDDED_MODEL, None)[0]),
+        dtype=str(preferred_dtype()).removeprefix("torch."),
+        sizes=sizes,
+        prompts=list(messages),
+        prompt_ids=list(ids),
     )
 
 
-def run_ours(job: dict, critic: str, updates: int) -> dict[str, float]:
-    clock = update_clock(INNER_EPOCHS)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(job, folder, critic, updates)
-        trainer.add_callback(clock)
-        trainer.train()
-    return {"seconds": sum(clock.seconds[1:]) / updates, "peak_gb": peak_gb()}
+def measurement(run: Run, job: Job) -> str:
+    """A digest of everything that a run depends on: sources, versions, machine, dtype and sizes."""
+    here = Path(__file__).parent
+    sources = [here / "ppo_runs.py"]
+    packages = ["torch", "transformers", "peft", "accelerate"]
+    if run.kind == "ours":
+        sources += [here / "ppo_bound.py", *sorted((ROOT / "hf_rlhf_ext").rglob("*.py"))]
+    else:
+        packages.append("trl")
+    digest = hashlib.sha256(repr((job.dtype, job.sizes, machine(), [*map(version, packages)])).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def run_stages(job: dict, critic: str, updates: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of an update, and of a minimal loop over the same tokens."""
-    import torch
-
-    from hf_rlhf_ext.ppo.engine import TransformersEngine
-
-    class TimedEngine(TransformersEngine):
-        """Keeps the seconds of each call and the tokens of the last one."""
-
-        def __init__(self):
-            super().__init__(autocast=torch.bfloat16)
-            self.seconds = []
-
-        def generate(self, prompt_ids, sampling, n=1):
-            start = time.perf_counter()
-            samples = super().generate(prompt_ids, sampling, n)
-            self.seconds.append(time.perf_counter() - start)
-            self.last = (prompt_ids, samples.ids)
-            return samples
-
-    engine = TimedEngine()
-    rollout_seconds = []
-    bare = []
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(job, folder, critic, updates, engine)
-        make_rollout = trainer.experience.make
-
-        def timed_rollout(*args):
-            start = time.perf_counter()
-            rollout = make_rollout(*args)
-            rollout_seconds.append(time.perf_counter() - start)
-            return rollout
-
-        trainer.experience.make = timed_rollout
-        clock = update_clock(INNER_EPOCHS, lambda: bare.append(bare_stages(trainer, *engine.last, critic)))
-        trainer.add_callback(clock)
-        trainer.train()
-    # The first update is a warm-up.
-    generate = sum(engine.seconds[1:]) / updates
-    rollout = sum(rollout_seconds[1:]) / updates
-    total = sum(clock.seconds[1:]) / updates
-    ours = {"generate": generate, "score": rollout - generate, "update": total - rollout}
-    found = {}
-    for name, seconds in ours.items():
-        least = sum(one[name] for one in bare[1:]) / updates
-        found[name] = {"ours": round(seconds, 2), "bare": round(least, 2), "ratio": round(seconds / least, 3)}
-    return found
+def machine() -> str:
+    return f"{len(os.sched_getaffinity(0))} CPU cores, no GPU"
 
 
-def bare_stages(trainer, prompt_ids, completion_ids, critic: str) -> dict[str, float]:
-    """Seconds of a minimal loop over these tokens, without rewards, advantages, PPO loss and optimizer."""
-    import torch
+def commit() -> str:
+    """The commit of the sources, and whether they differ from it."""
 
-    from hf_rlhf_ext.modeling.adapters import active_adapter, bare_model, merged_adapter, mixed_precision
-    from hf_rlhf_ext.modeling.probing import evaluating
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
-    model, dtype = trainer.model, torch.bfloat16
-    batches = padded_batches(prompt_ids, completion_ids)
-
-    def passes(with_head: bool = True, backward: bool = False) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            with mixed_precision(model, dtype):
-                loss = plain_loss(bare_model(model), *batch, with_head)
-            if backward:
-                loss.backward()
-        return time.perf_counter() - start
-
-    seconds = {}
-    with torch.no_grad(), evaluating(model):
-        with merged_adapter(model, enabled=True):
-            seconds["generate"] = bare_generation(bare_model(model), prompt_ids)
-        seconds["score"] = passes()
-        with active_adapter(model, None):
-            seconds["score"] += passes()
-        if critic == "adapter":  # another adapter takes as long as that of the policy
-            seconds["score"] += passes(with_head=False)
-    seconds["update"] = 0.0
-    for _ in range(INNER_EPOCHS):
-        seconds["update"] += passes(backward=True)
-        if critic == "adapter":
-            seconds["update"] += passes(with_head=False, backward=True)
-    model.zero_grad()
-    return seconds
+    changed = git("status", "--porcelain", "hf_rlhf_ext", "benchmarks")
+    return git("rev-parse", "--short=12", "HEAD") + (", changed" if changed else "")
 
 
-def padded_batches(prompt_ids, completion_ids) -> list[tuple]:
-    """Batches of `MICRO_BATCH` rows, padded on the right: ids, mask, and row and position of each predicted token."""
-    import torch
-
-    batches = []
-    for start in range(0, len(prompt_ids), MICRO_BATCH):
-        prompts, completions = prompt_ids[start : start + MICRO_BATCH], completion_ids[start : start + MICRO_BATCH]
-        rows = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        scored = [
-            (row, len(p) + t)
-            for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
-            for t in range(len(c))
-        ]
-        batches.append((ids, mask, *torch.tensor(scored).T))
-    return batches
+# ---- Running ----
 
 
-def plain_loss(model, ids, mask, rows, positions, with_head: bool):
-    """Cross-entropy of the completion tokens, or the mean of the hidden states without the head."""
-    import torch
-
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[rows, positions - 1]
-    if not with_head:
-        return hidden.float().mean()
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), ids[rows, positions])
-
-
-def bare_generation(model, prompt_ids) -> float:
-    """Seconds of `model.generate` for all prompts in one batch, with the same number of new tokens."""
-    import torch
-    from transformers import GenerationConfig
-
-    width = max(map(len, prompt_ids))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompt_ids])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids])
-    # Token 3 is the stop token of the run and is never generated. Setting `min_new_tokens` would mask it at every step.
-    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, eos_token_id=3, pad_token_id=0)
-    start = time.perf_counter()
-    model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return time.perf_counter() - start
-
-
-def in_a_process(name: str, job: Path, path: Path) -> dict:
+def in_a_process(name: str, job: Path, folder_of_trl: Path) -> dict[str, Any]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    if RUNS[name][0] == "trl":
-        environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, __file__, name, str(job)]
+    if RUNS[name].kind == "trl ppo":
+        environment["PYTHONPATH"] = str(folder_of_trl)
+    command = [sys.executable, str(Path(__file__).with_name("ppo_runs.py")), name, str(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         killed = ", killed: out of memory?" if done.returncode == -9 else ""
@@ -361,60 +161,106 @@ def in_a_process(name: str, job: Path, path: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(name: str, found: dict) -> None:
-    if "seconds" in found:
-        print(f"{name:20} {found['seconds']:7.1f} s per update, peak {found['peak_gb']:5.2f} GB", flush=True)
-        return
-    for stage, one in found.items():
-        print(
-            f"{name:20} {stage:9} {one['ours']:6.2f} s, minimal {one['bare']:6.2f} s, {one['ratio']:5.2f}×", flush=True
-        )
+def finished_runs(job: Job) -> Runs:
+    """Runs of the file that would be measured in the same way now."""
+    written = json.loads(OUT.read_text(encoding="utf-8"))["runs"] if OUT.is_file() else {}
+    return {
+        name: written[name]
+        for name, run in RUNS.items()
+        if name in written and written[name].get("of") == measurement(run, job)
+    }
 
 
-def summary(found: dict) -> dict:
-    """Ratios of speed (seconds of TRL over ours) and of memory (ours over TRL), for the runs that are finished."""
-    ratios: dict = {}
-    ours = {critic: found[f"ours, {critic}"] for critic in ("head", "adapter") if f"ours, {critic}" in found}
-    for critic, one in ours.items():
-        ratios[f"{critic}_ratio"] = round(found["trl"]["seconds"] / one["seconds"], 3)
-    peak = max((one["peak_gb"] for one in ours.values()), default=0.0)
-    for name, key in (("trl", "memory_ratio"), ("trl, micro-batch 4", "memory_ratio_micro_batch_4")):
-        if peak and name in found:
-            ratios[key] = round(peak / found[name]["peak_gb"], 3)
-    ratios["stages"] = {name.removeprefix("stages, "): one for name, one in found.items() if name.startswith("stages")}
-    return ratios
+def write(runs: Runs, job: Job) -> None:
+    """Writes the results so far, so that they are kept if the benchmark is stopped."""
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    written = {"command": "make bench-ppo", "commit": commit(), "hardware": machine(), "dtype": job.dtype}
+    written |= {"prompt_tokens": [len(ids) for ids in job.prompt_ids], "runs": runs, "results": summary(runs)}
+    scratch = OUT.with_suffix(".tmp")
+    scratch.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(OUT)
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    """Two digits, also inside."""
+    digits: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            digits[key] = rounded(value)
+        else:
+            digits[key] = round(value, 2) if isinstance(value, float) else value
+    return digits
+
+
+# ---- Results ----
+
+
+def summary(runs: Runs) -> dict[str, Any]:
+    """Ratios of speed (seconds of TRL over ours) and memory (ours over TRL); `None` where a run is missing."""
+    results: dict[str, Any] = {}
+    for name, (theirs, ours) in RATIOS.items():
+        both = theirs in runs and ours in runs
+        results[name] = round(runs[theirs]["seconds"] / runs[ours]["seconds"], 3) if both else None
+    peaks = [run["peak_gb"] for name, run in runs.items() if name.startswith("ours")]
+    results["memory_ratio"] = round(max(peaks) / runs["trl"]["peak_gb"], 3) if peaks and "trl" in runs else None
+    results["bound_fraction"], results["stages"] = {}, {}
+    for name, run in runs.items():
+        if "bare" not in run:
+            continue
+        critic, bare = RUNS[name].critic, run["bare"]
+        results["bound_fraction"][critic] = round(sum(bare.values()) / run["seconds"], 3)
+        results["stages"][critic] = {
+            stage: {"ours": run[stage], "bare": bare[stage], "ratio": round(run[stage] / bare[stage], 3)}
+            for stage in STAGES
+        }
+    return results
+
+
+def row_of(name: str, run: dict[str, Any]) -> str:
+    """A row of the table: the seconds of an update and of its stages, peak memory, and the bare passes."""
+    cells = [f"{name:22}", f"{run['seconds']:8.1f}", *(f"{run[stage]:9.1f}" for stage in STAGES)]
+    cells.append(f"{run['peak_gb']:8.2f}")
+    if "bare" in run:
+        cells += [f"{run['bare'][stage]:9.1f}" for stage in STAGES]
+        cells.append(f"{sum(run['bare'].values()) / run['seconds']:9.1%}")
+    return "".join(cells)
+
+
+HEADER = "".join(
+    [f"{'seconds per update':22}", f"{'all':>8}", *(f"{stage:>9}" for stage in STAGES), f"{'peak GB':>8}"]
+    + [f"{'bare ' + stage[:4]:>9}" for stage in STAGES]
+    + [f"{'of bound':>9}"]
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="measure finished runs again")
+    parser.add_argument("--only", action="append", choices=list(RUNS), metavar="RUN", help=f"one of: {'; '.join(RUNS)}")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and two prompts; writes no file")
+    return parser.parse_args()
 
 
 def main() -> None:
-    path, found = trl_folder(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder) / "job.json"
-        write_job(job)
-        for name in RUNS:
-            found[name] = in_a_process(name, job, path)
-            show(name, found[name])
-            write(found)
-    print(json.dumps(summary(found)))
-
-
-def write(found: dict) -> None:
-    """Writes the results so far, so that they are kept if the benchmark is stopped."""
-    hardware = f"{len(os.sched_getaffinity(0))} CPU cores, no GPU"
-    runs = {
-        name: {key: round(value, 2) for key, value in one.items()} for name, one in found.items() if "seconds" in one
-    }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    written = {"command": "make bench-ppo", "hardware": hardware, "runs": runs, "results": summary(found)}
-    OUT.write_text(json.dumps(written, indent=1) + "\n")
-
-
-def child(name: str, job: dict) -> dict:
-    kind, how, updates = RUNS[name]
-    return {"trl": run_trl, "ours": run_ours, "stages": run_stages}[kind](job, how, updates)
+    asked = parse()
+    chosen = asked.only or list(RUNS)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        job = make_job(TINY, small_model(folder / "model")) if asked.tiny else make_job(Sizes())
+        path = folder / "job.json"
+        job.write(path)
+        runs = {} if asked.tiny else finished_runs(job)
+        print(HEADER, flush=True)
+        for name, run in RUNS.items():
+            if name in chosen and (asked.again or name not in runs):
+                found = in_a_process(name, path, trl_folder())
+                runs[name] = rounded(found) | {"of": measurement(run, job)}
+                if not asked.tiny:
+                    write(runs, job)
+            if name in runs:
+                print(row_of(name, runs[name]), flush=True)
+    print(json.dumps(summary(runs)))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        print(json.dumps(child(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))))
+    main()

@@ -6,6 +6,8 @@ It writes docs/study/reward_benchmark.json after each of the groups pairs, check
 dtype are kept. ARGS="k4 k9" measures only these two groups. The last line of output has the results; a result is null
 if a run did not fit into memory or was not measured yet. Each run has its own process.
 
+`make bench-reward BASE=commit` compares this tree with that of a commit instead, see benchmarks/reward_layouts.py.
+
 Both use SmolLM2-135M in the dtype in which the machine is fastest, LoRA r 16 on all linear layers, learning rate 2e-4,
 rows of HH-RLHF helpful with at most 1,024 tokens in the order of the file (no grouping by length), and the same
 allocator settings. TRL trains on padded pairs, and this library on the shared-prefix layout with micro-batches of at
@@ -239,16 +241,20 @@ def score_difference() -> dict[str, float]:
     return {"max_score_diff": float((shared - pooled).abs().max())}
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    """Trains a run in a new process and returns its result; only `available_gb` if the free memory was not enough."""
+def in_a_process(command: list[str], **options: Any) -> dict[str, Any]:
+    """Runs a command that prints a result; returns it, or only `available_gb` if the free memory was not enough.
+
+    Args:
+        command: the command. The last line of its output is JSON.
+        options: options of `subprocess.run`, such as `env`.
+    """
     available = psutil.virtual_memory().available
 
     def limit() -> None:  # a run that does not fit fails, instead of the system killing any process
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_DATA, (available, available))
 
-    command = [sys.executable, __file__, "--child", name]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, **options)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if any(sign in done.stderr for sign in ("allocate memory", "not enough memory", "MemoryError", "bad_alloc")):
@@ -256,10 +262,15 @@ def in_a_process(name: str) -> dict[str, Any]:
     raise SystemExit(done.stderr[-3000:])
 
 
+def child_command(name: str) -> list[str]:
+    """The command of a run in a process of its own."""
+    return [sys.executable, __file__, "--child", name]
+
+
 def measure(group: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name in (name for name, (its, *_) in RUNS.items() if its == group):
-        found[name] = one = in_a_process(name)
+        found[name] = one = in_a_process(child_command(name))
         if "available_gb" in one:
             print(f"{name:26} does not fit in {one['available_gb']} GB", flush=True)
             continue
@@ -312,7 +323,7 @@ def write_report(group: str, found: dict[str, dict[str, Any]], minutes: int, dif
 def main(groups: list[str]) -> None:
     if unknown := set(groups) - set(GROUPS):
         raise SystemExit(f"{', '.join(unknown)}: no such group: choose from {', '.join(GROUPS)}.")
-    difference, results = in_a_process("difference")["max_score_diff"], {}
+    difference, results = in_a_process(child_command("difference"))["max_score_diff"], {}
     print(f"{'':26} pairs/s  tokens/s  peak GB  rows", flush=True)
     for group in groups:
         start = time.perf_counter()

@@ -161,19 +161,34 @@ def reward_benchmark(page: Path) -> str:
     return markdown_table(header, rows, "llrrrr")
 
 
+PPO_STAGES = ("generate", "score", "update")
+PPO_BENCHMARK = (
+    # label, run
+    ("TRL 1.12 PPO", "trl"),
+    ("TRL 1.16 GRPO", "trl grpo"),
+    ("TRL 1.16 GRPO, output head for completions only", "trl grpo, less head"),
+    ("TRL 1.16 RLOO", "trl rloo"),
+    ('ours, `critic="head"`', "ours, head"),
+    ('ours, `critic="adapter"` (the default)', "ours, adapter"),
+    ("ours, `head`, `num_generations=4`", "ours, head, K = 4"),
+    ("ours, `adapter`, `num_generations=4`", "ours, adapter, K = 4"),
+    ("ours, `none`, `num_generations=4`", "ours, none, K = 4"),
+)
+
+
 def ppo_benchmark(page: Path) -> str:
+    """Seconds of an update and of its stages, beside TRL's. A run that is not measured yet has no row."""
     runs = study("ppo_benchmark")["runs"]
     rows = []
-    for label, name in (
-        ("TRL 1.12.0", "trl"),
-        ("TRL 1.12.0, micro-batches of 4", "trl, micro-batch 4"),
-        ('ours, `critic="head"`', "ours, head"),
-        ('ours, `critic="adapter"` (the default)', "ours, adapter"),
-    ):
+    for label, name in PPO_BENCHMARK:
+        if name not in runs:
+            continue
         run = runs[name]
+        stages = [f"{run[stage]:.1f}" if stage in run else "–" for stage in PPO_STAGES]
         ratio = runs["trl"]["seconds"] / run["seconds"]
-        rows.append([label, f"{run['seconds']:.1f}", f"{ratio:.2f}", f"{run['peak_gb']:.2f}"])
-    return markdown_table(("", "seconds per update", "times as fast", "peak GB"), rows, "lrrr")
+        rows.append([label, f"{run['seconds']:.1f}", *stages, f"{ratio:.2f}", f"{run['peak_gb']:.2f}"])
+    header = ("", "seconds per update", "sampling", "scoring", "training", "times as fast", "peak GB")
+    return markdown_table(header, rows, "lrrrrrr")
 
 
 def ppo_benchmark_stages(page: Path) -> str:
@@ -181,8 +196,10 @@ def ppo_benchmark_stages(page: Path) -> str:
     stages = study("ppo_benchmark")["results"]["stages"]
     rows = []
     for critic, measured in stages.items():
-        rows.append([f"`{critic}`", *(f"{measured[stage]['ratio']:.2f}" for stage in ("generate", "score", "update"))])
-    return markdown_table(("critic", "sampling", "scoring", "training"), rows, "lrrr")
+        ours, bare = (sum(measured[stage][side] for stage in PPO_STAGES) for side in ("ours", "bare"))
+        ratios = [measured[stage]["ratio"] for stage in PPO_STAGES] + [ours / bare]
+        rows.append([f"`{critic}`", *(f"{ratio:.2f}" for ratio in ratios)])
+    return markdown_table(("critic", "sampling", "scoring", "training", "all"), rows, "lrrrr")
 
 
 # Studies
@@ -280,6 +297,19 @@ def rounds_study_seeds(page: Path) -> str:
     return markdown_table(("seed", *names.values()), rows, "r" * (1 + len(names)))
 
 
+def ppo_with_shared_prompts(results: dict[str, Any], link: str) -> list[list[str]]:
+    """The row of `at_a_glance` for four completions per prompt, if they were measured."""
+    names = ("head_ratio_k4", "adapter_ratio_k4", "none_ratio_k4", "grpo_ratio_k4", "grpo_less_head_ratio_k4")
+    if any(results.get(name) is None for name in names):
+        return []
+    head, adapter, none, grpo, grpo_less_head = (f"{results[name]:.1f}×" for name in names)
+    label = (
+        "The same with `num_generations=4`, also without a critic; without a critic against TRL 1.16's GRPO, as it is "
+        "without a GPU and with its output head for completions only"
+    )
+    return [[label, f"{head}, {adapter}, {none}; {grpo}, {grpo_less_head}", link]]
+
+
 def at_a_glance(page: Path) -> str:
     """One row per result, each with a link to how it was measured."""
     benchmarks = os.path.relpath(DOCS / "results" / "benchmarks.md", page.parent)
@@ -321,6 +351,7 @@ def at_a_glance(page: Path) -> str:
             f"{ppo['results']['adapter_ratio']:.1f}×",
             f"[benchmark]({benchmarks}#ppo)",
         ],
+        *ppo_with_shared_prompts(ppo["results"], f"[benchmark]({benchmarks}#ppo)"),
         ["PPO, mean KL with `kl_target=6`, three seeds", f"{kl} nats", f"[study]({studies}#kl-control)"],
         [
             "40% of the votes flipped: accuracy with one vote per pair → weighted by reliability",
