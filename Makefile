@@ -106,7 +106,7 @@ bench: $(STAMP)  ## reading and reporting on 100,000 rows (benchmarks/bench_*.py
 bench-reward: $(STAMP)  ## reward-model training beside TRL's: speed, memory, scores (about half an hour on idle cores; ARGS="k4 k9" is a part); BASE=commit compares with a commit instead
 	$(OFFLINE) $(MALLOC) $(PY) $(if $(BASE),benchmarks/reward_layouts.py --base "$(BASE)",benchmarks/reward_model.py) $(ARGS)
 
-bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's PPO and TRL's GRPO and RLOO: time, memory, stages (about 25 minutes on idle cores, fetches TRL 1.12's wheel; resumable by run)
+bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's PPO and TRL's GRPO and RLOO: time, memory, stages (25 to 35 minutes on idle cores, fetches TRL 1.12's wheel; resumable by run)
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/ppo.py $(ARGS)
 
 bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base

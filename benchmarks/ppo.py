@@ -1,6 +1,6 @@
 """PPO compared with TRL's PPO, GRPO and RLOO, and with bare passes over the same tokens: seconds and peak memory.
 
-make bench-ppo          # about 25 minutes on two idle cores; RLHF_SHARED is the folder with the shared data
+make bench-ppo          # 25 to 35 minutes on two idle cores; RLHF_SHARED is the folder with the shared data
 
 Each run has its own process and is written to docs/study/ppo_benchmark.json when it is finished. Started again, it
 keeps finished runs of the same sources, dtype, machine and versions, unless ARGS=--again is given. ARGS='--only "trl
