@@ -87,7 +87,6 @@ PPO: MainOptions = {
         "num_ppo_epochs": "Passes over each rollout.",
         "kl_coef": "Reward that is subtracted per nat of KL to the first policy.",
         "max_completion_length": "Tokens of a completion at most.",
-        "temperature": "Temperature of sampling.",
     },
     "run": _FOLDER | {"push_to_hub": "Push the result to the Hub, with its card."},
 }
