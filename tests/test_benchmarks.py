@@ -110,7 +110,7 @@ def test_the_tables_of_the_ppo_benchmark(script, monkeypatch):
     assert len(shown) == 2 + len(PPO_RUNS) and "| TRL 1.16 GRPO | 16.0 | 4.0 | 4.0 | 8.0 | 3.75 | 4.00 |" in shown
     assert "| `adapter` | 1.33 | 1.33 | 1.33 | 1.33 |" in tables.ppo_benchmark_stages(ROOT / "README.md")
     (row,) = tables.ppo_with_shared_prompts(measured["results"], "link")
-    assert row[1] == "6.0×, 5.0×, 7.5×; 2.0×"
+    assert row[1] == "6.0×, 5.0×, 7.5×; 2.0×, 1.8×"
     assert tables.ppo_with_shared_prompts({"head_ratio": 2.0}, "link") == []
 
 

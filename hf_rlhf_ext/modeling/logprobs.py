@@ -216,8 +216,11 @@ def n_outputs(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
         head: output head, from (n, H) to logits (n, V).
         hidden: (N, H) hidden states.
     """
+    size = getattr(getattr(head, "__self__", head), "out_features", None)
+    if size is not None:
+        return size
     with torch.no_grad():
-        return head(hidden[:0]).shape[-1]
+        return head(hidden[:1]).shape[-1]  # hooks that look at values, such as those of `debug`, need a row
 
 
 def chunked_logprobs(

@@ -849,7 +849,8 @@ def test_people_and_simulated_annotators_share_the_work(run, place, ctrl_c):
         report = run("mixed", **changes)
     judgments = judgments_in(place / "mixed")
     by = Counter(judgment.annotator for judgment in judgments if judgment.task_id <= 6)
-    assert by.total() == 6 and 1 <= by["simulated"] <= 3  # at most half of what the batch wants, if anna is fast
+    # At most half of what the batch wants; none on a slow machine, where anna may be done before they begin.
+    assert by.total() == 6 and by["simulated"] <= 3
     keys = {judgment.key for judgment in judgments if judgment.annotator == "anna"}
     assert keys == {*anna.keys, *again.keys} and len(anna.keys) == 1
     assert report["rounds"][0]["judged_by"] == "mixed" and report["rounds"][0]["labels"] == 6
