@@ -728,13 +728,15 @@ class AtThePage:
         terminal: standard output of the run.
         link: of an earlier run, which is valid further on.
         stop_after: number of judgments after which the person presses Ctrl-C in the terminal of the run.
+        think_seconds: time that the person takes for each judgment.
     """
 
-    def __init__(self, name, terminal, *, link=None, stop_after=None):
+    def __init__(self, name, terminal, *, link=None, stop_after=None, think_seconds=0.0):
         self.person = SimulatedPerson(name=name, gold=by_vowels, noise=0.0)
         self.terminal = terminal
         self.link = link
         self.stop_after = stop_after
+        self.think_seconds = think_seconds
         self.keys = []
         self.error = None
         self._is_over = threading.Event()
@@ -762,7 +764,13 @@ class AtThePage:
 
     def _work(self, client):
         try:
-            work(client, self.person, may_go_on=self._may_go_on, on_saved=self._saved)
+            work(
+                client,
+                self.person,
+                may_go_on=self._may_go_on,
+                think_seconds=self.think_seconds,
+                on_saved=self._saved,
+            )
         except ServerGone:
             pass  # nothing is waited for now
 
@@ -844,13 +852,13 @@ def test_people_and_simulated_annotators_share_the_work(run, place, ctrl_c):
     anna = AtThePage("anna", terminal, stop_after=1)
     with redirect_stdout(terminal), anna, pytest.raises(KeyboardInterrupt):
         run("mixed", **changes)
-    again = AtThePage("anna", terminal, link=anna.link)
+    # On a slow machine, anna could otherwise be done before the simulated annotators begin.
+    again = AtThePage("anna", terminal, link=anna.link, think_seconds=1.0)
     with redirect_stdout(terminal), again:
         report = run("mixed", **changes)
     judgments = judgments_in(place / "mixed")
     by = Counter(judgment.annotator for judgment in judgments if judgment.task_id <= 6)
-    # At most half of what the batch wants; none on a slow machine, where anna may be done before they begin.
-    assert by.total() == 6 and by["simulated"] <= 3
+    assert by.total() == 6 and 1 <= by["simulated"] <= 3  # at most half of what the batch wants, if anna is fast
     keys = {judgment.key for judgment in judgments if judgment.annotator == "anna"}
     assert keys == {*anna.keys, *again.keys} and len(anna.keys) == 1
     assert report["rounds"][0]["judged_by"] == "mixed" and report["rounds"][0]["labels"] == 6
