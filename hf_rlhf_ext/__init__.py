@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .reward.export import export_merged
     from .reward.scorer import RewardScorer
     from .reward.trainer import BradleyTerryTrainer
+    from .study.best_of_n import best_of_n
 
 _HOMES = {
     "AdapterStack": "modeling.stack",
@@ -60,6 +61,7 @@ _HOMES = {
     "PPOTrainer": "ppo.trainer",
     "RewardEnsemble": "reward.ensemble",
     "RewardScorer": "reward.scorer",
+    "best_of_n": "study.best_of_n",
     "export_merged": "reward.export",
     "load_base_model": "modeling.loading",
     "load_comparisons": "readers.formats",
@@ -83,6 +85,7 @@ __all__ = [
     "RewardEnsemble",
     "RewardScorer",
     "UserError",
+    "best_of_n",
     "export_merged",
     "load_base_model",
     "load_comparisons",

@@ -1,4 +1,4 @@
-"""Description shared by the metric modules, as a function, since `evaluate.load` uses the first class of a module."""
+"""Descriptions of the metric modules, as functions, since `evaluate.load` uses the first class of a module."""
 
 import datasets
 import evaluate
@@ -16,4 +16,11 @@ def preference_info(description: str, more_inputs: str) -> evaluate.MetricInfo:
         citation="",
         inputs_description=_INPUTS + more_inputs,
         features=datasets.Features({"predictions": value, "references": value}),
+    )
+
+
+def info(description: str, inputs: str, **features: datasets.Value | datasets.Sequence) -> evaluate.MetricInfo:
+    """Describes a metric of generated answers. `features` are its inputs by name, which `inputs` describes."""
+    return evaluate.MetricInfo(
+        description=description, citation="", inputs_description=inputs, features=datasets.Features(features)
     )

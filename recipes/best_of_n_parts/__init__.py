@@ -1,0 +1,1 @@
+"""Parts of `hf-rlhf best-of-n`: its options, the models that it loads, and its report."""
