@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -194,6 +194,7 @@ def train_ppo(
     *,
     test: Dataset | None = None,
     eval_reward_funcs: list[Callable] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
 ) -> PPOResult:
@@ -203,6 +204,7 @@ def train_ppo(
         test: prompts for the comparison before and after PPO. Default are the held-out prompts (`eval_rows`), for
             which completions are also sampled at every evaluation during training.
         eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
+        callbacks: added to the trainer.
         says_rows: whether to print how many prompts were read and held out. Dropped ones are always said.
     """
     check_push(args, model_args, data)
@@ -242,7 +244,7 @@ def train_ppo(
         peft_config=None if isinstance(model, PeftModel) else model_args.peft_config("CAUSAL_LM"),
         value_model=rewards.value_model,
         ptx_dataset=ptx_dataset,
-        callbacks=[*rewards.callbacks(), stopping_callback()],
+        callbacks=[*rewards.callbacks(), *callbacks, stopping_callback()],
     )
     show_progress(trainer, verbose=verbose, eval_rewards=eval_reward_names(trainer))
     # The same prompts and the same seed before and after, so that the gains are differences of pairs.

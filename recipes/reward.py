@@ -17,6 +17,7 @@ import gc
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, UserError, load_comparisons
 from hf_rlhf_ext.checkpointing import last_complete_checkpoint
@@ -114,13 +115,14 @@ def train_reward(
     normalization_dataset: Dataset | None = None,
     extra_report: dict[str, Any] | None = None,
     rows: tuple[Dataset, Dataset, str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
 ) -> dict[str, Any]:
     """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report.
 
     `rows` are what `read_comparisons` returned; if None, they are read. With `says_rows=False`, how many were read and
-    held out is only printed if it is not what the file has.
+    held out is only printed if it is not what the file has. `callbacks` are added to the trainer.
     """
     check_options(data, model_args, args)
     if comparisons is None:
@@ -147,7 +149,7 @@ def train_reward(
         processing_class=tokenizer,
         peft_config=model_args.peft_config("SEQ_CLS"),
         normalization_dataset=normalization_dataset,
-        callbacks=[stopping_callback()],
+        callbacks=[*callbacks, stopping_callback()],
     )
     print_quantization(trainer.model)
     show_progress(trainer, verbose=verbose)

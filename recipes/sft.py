@@ -13,13 +13,14 @@ from hf_rlhf_ext.cli.stopping import forget_checkpoints_of_stops, open_run, stop
 
 # isort: split
 import time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from hf_rlhf_ext.cli import main_options
@@ -77,12 +78,14 @@ def train_sft(
     args: SFTConfig,
     *,
     demonstrations: DemonstrationArguments | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`.
 
     With `says_rows=False`, how many rows were read and held out is only printed if it is not what the file has.
+    `callbacks` are added to the trainer.
     """
     check_push(args, model_args, data)
     model_args.check_task_type("CAUSAL_LM")
@@ -118,7 +121,7 @@ def train_sft(
             eval_dataset=trained_columns(heldout) if len(heldout) else None,
             processing_class=tokenizer,
             peft_config=model_args.peft_config("CAUSAL_LM"),
-            callbacks=[stopping_callback()],
+            callbacks=[*callbacks, stopping_callback()],
         )
     require_active(args, trainer.accelerator)
     show_progress(trainer, verbose=verbose)

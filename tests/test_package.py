@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     wanted += [*package.glob("collect/web/static/*"), *package.glob("collect/space/*")]
     library = {str(path.relative_to(ROOT)) for path in wanted if path.is_file()}
     recipes = ROOT / "recipes"
-    shipped = [*recipes.rglob("*.py"), *recipes.rglob("*.yaml")]
+    shipped = [*recipes.rglob("*.py"), *recipes.rglob("*.yaml"), *recipes.rglob("templates/*")]
     assert names - info == library | {f"hf_rlhf_ext/{path.relative_to(ROOT)}" for path in shipped}
 
 

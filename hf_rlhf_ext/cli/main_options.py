@@ -139,6 +139,60 @@ CHECK_REWARD: MainOptions = {
     },
 }
 
+BENCH_REWARD: MainOptions = {
+    "reward models and benchmarks": {
+        "reward_model": "Folders or Hub ids of reward models; NAME=MODEL names one. Required.",
+        "benchmark": "reward-bench, reward-bench-2, rm-bench, judgebench (from the Hub), NAME=FILE for their files, or "
+        "your own comparisons: file, folder or Hub id. Required.",
+        "prior_sets": "Add the four prior sets to reward-bench.",
+        "limit": "Rows of each benchmark, as a random sample. Without it, all.",
+        "seed": "Seed of the sample and of the intervals.",
+    },
+    "comparisons of your own": {
+        "columns": _DATA["columns"],
+        "category_column": "Column by whose values accuracy is reported too.",
+        "include_trained": "Score rows too whose prompts the reward model was trained on.",
+    },
+    "run": {
+        "max_length": "Tokens of a prompt with its completion; rows with more are left out and counted.",
+        "max_tokens_per_batch": "Tokens of a forward pass at most, which limits memory.",
+        "output_dir": "Folder for report.json and all scores. The same command goes on where it stopped.",
+        "overwrite": "Delete the scores of an earlier run in that folder.",
+        "write_card": "Write the results into the card of local reward models.",
+    },
+}
+
+COMPARE: MainOptions = {
+    "systems": {
+        "systems": "The systems by name, each with its options, as a mapping in the config file. Required.",
+        "seeds": "Seeds. Each trains all systems; more may be added later.",
+    },
+    "data": {
+        "demonstrations": "Good answers, for SFT: file, folder or Hub id. Required.",
+        "comparisons": "Which of two answers is better, for the reward model and DPO.",
+        "labels": "Budget of judged pairs, or rated answers, the same for all systems. Without it, all.",
+        "ratings_column": "Column of the demonstrations with ratings, for sft_top_rated.",
+        "prompts": "Prompts to train on and to hold out. Without it, those of the comparisons.",
+        "heldout_prompts": "Prompts to compare on. Without it, some of the prompts.",
+        "eval_prompts": "Held-out prompts to compare on.",
+        "plain_text": "Plain text, for ppo_ptx and the perplexity.",
+        "reward_model": "A trained reward model, instead of training one.",
+        "reward_funcs": "A reward function, instead of a reward model.",
+    },
+    "comparison": {
+        "judges": "Judges that nothing is trained on: gold functions, reward models, functions of two answers, people.",
+        "clock": "Compare by wall time, or by CPU time of the process.",
+        "snapshot_seconds": "Seconds of training between snapshots, for comparisons at equal time and equal KL.",
+        "temperature": "Temperature of sampling, for all systems.",
+        "max_completion_length": "Tokens of an answer at most, for all systems.",
+    },
+    "run": {
+        "model_name_or_path": "Base of all models: folder, Hub id, or the embedded one of 135M parameters.",
+        "output_dir": "Folder of the run. The same command goes on where a run stopped.",
+        "overwrite": "Start from the beginning, and delete what is there.",
+    },
+}
+
 INIT: MainOptions = {
     "your files": {
         "files": "Files, folders or Hub ids. They may stand before the options. Without any, those in this folder.",
@@ -218,4 +272,30 @@ GENERATE: MainOptions = {
         "batch_size": "Number of answers that are sampled together.",
     },
     **_ANSWERING,
+}
+
+BEST_OF_N: MainOptions = {
+    "prompts and sampling": {
+        "dataset_name": "Prompts: .txt with one a line, or file, folder or Hub id with a column prompt. Required.",
+        "columns": _DATA["columns"],
+        "n_prompts": "Prompts to use, from the first one. Without it, all.",
+        "n": "Completions of each prompt.",
+        "temperature": "Temperature of sampling.",
+        "max_completion_length": "Tokens of a completion at most.",
+        "batch_size": "Completions that are sampled, scored and saved together.",
+        "seed": "Seed of the sampling.",
+    },
+    "policy and rewards (one at least)": {
+        "model_name_or_path": "The policy: folder, Hub id, .gguf file, or the embedded model of 135M parameters.",
+        "reward_model": "Folder or Hub id of the reward model by which the best is chosen.",
+        "reward_funcs": "Reward functions of your own, such as rewards.py:short.",
+        "reward_weights": "One factor for each reward, that of the reward model first. Without it, 1 each.",
+        "gold": "A reward that chooses nothing and measures the best: gold.py:score, or a reward model's folder.",
+        "load_in_4bit": "Quantize the policy's base to 4 bits (NF4). Without it, as the adapter was trained.",
+    },
+    "output": {
+        "write": "Files to write: demonstrations (the best), comparisons (best and worst), answers (all).",
+        "output_dir": "Folder of samples, rows and report. The same command goes on where a run stopped.",
+        "overwrite": "Delete samples of an earlier run, and sample again.",
+    },
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .cards.benchmarks import benchmark_part
+from .cards.comparison import comparison_part
 from .cards.details import adapter_name, model_details
 from .cards.header import card_data
 from .cards.kinds import EMBEDDED_BASES, KINDS, bits, config_text, quantization_name
@@ -141,6 +143,8 @@ def _render(options: CardOptions, report: RunReport) -> str:
         tables=result_tables(options.kind, report, results),
         section=section_of(options.kind, report),
         blocks=code_blocks(options, report, base_model),
+        benchmarks=benchmark_part(report),
+        comparison=comparison_part(report),
         **_shown_options(options),
         **_statements(options, report),
         **_provenance(options, report),

@@ -283,6 +283,9 @@ class RunReport:
         categories: By use case: `n` held-out prompts, `gold_before` and `gold_after`.
         card: Options of the card. None means that there is no card.
         merge: How an adapter was merged. None for models that are not merged.
+        benchmarks: By benchmark, what `hf-rlhf bench-reward` measured of a reward model, and on which rows.
+        comparison: What `hf-rlhf compare` measured of a policy and of the systems that it was compared with: table and
+            verdict. Empty if it was not compared.
         other: All other content of the file.
     """
 
@@ -300,6 +303,8 @@ class RunReport:
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
     card: CardOptions | None = None
     merge: MergeRecord | None = None
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comparison: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -136,7 +136,7 @@ class RewardEnsemble:
             The ensemble.
 
         Raises:
-            UserError: if a folder does not exist or is not a reward model.
+            UserError: if a folder does not exist, is not a reward model, or has lost its weights.
         """
         revision = options.pop("revision", None)
         code = options.get("trust_remote_code", False)
@@ -227,6 +227,9 @@ def _load_members(folders: list[Path], options: dict[str, Any]) -> list[RewardSc
     """Loads a scorer for each folder, on the base of the first one if scores are then the same as in training."""
     if not folders:
         return []
+    for folder in folders:
+        if adapter_base(str(folder)) is not None:
+            adapter_weight_names(folder)  # a file that is lost or damaged is said before the base is loaded
     first = RewardScorer.from_pretrained(folders[0], **options)
     members = [first]
     for number, folder in enumerate(folders[1:], start=1):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_rlhf_ext.collect.outcomes import same_words
 from hf_rlhf_ext.data.schema import with_defaults
 from hf_rlhf_ext.data.text import is_text, plain_text, text_key
 from hf_rlhf_ext.errors import UserError
@@ -49,11 +50,6 @@ def read_prompts(source: str, option: str) -> list[Row]:
     if n_repeats:
         print(f"{source}: {n_repeats} of {len(rows)} rows left out: they repeat a prompt")
     return list(distinct.values())
-
-
-def same_words(text: Any) -> str:
-    """A key that is equal for text and messages with the same words. White space and roles do not count."""
-    return " ".join(plain_text(text).split())
 
 
 def split_prompts(rows: Sequence[Row], heldout: Sequence[Row] | None, n_eval: int, seed: int) -> tuple[list, list]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_rlhf_ext import load_policy
 from hf_rlhf_ext.collect.tasks import write_rows
-from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt, plain_text, text_key
+from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt, plain_text
 from hf_rlhf_ext.modeling.logprobs import (
     chunked_logprobs,
     completion_hidden_states,
@@ -27,6 +27,8 @@ from hf_rlhf_ext.ppo.rollout import pack_sequences
 from hf_rlhf_ext.recipes.rounds_parts.data import Row, read_rows
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
 from hf_rlhf_ext.reward.scorer import RewardScorer
+from hf_rlhf_ext.study.judgments import are_same
+from hf_rlhf_ext.study.judgments import as_read as as_on_page
 
 Policy = PreTrainedModel | PeftModel
 
@@ -177,16 +179,6 @@ def gold_scores(gold: Callable[..., Sequence[float | None]], rows: Sequence[Row]
     return [math.nan if score is None else float(score) for score in scores]
 
 
-def as_on_page(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The prompt as simulated annotators read it on the page, so that a gold reward gets the same everywhere.
-
-    It is text, or a list of messages where there are several.
-    """
-    if isinstance(prompt, str) or len(prompt) > 1:
-        return prompt
-    return plain_text(prompt)
-
-
 def proxy_scores(reward_model: Path, of_policies: Mapping[str, Sequence[Row]]) -> dict[str, list[float]]:
     """The rewards that a reward model gives to the completions of each policy."""
     scorer = RewardScorer.from_pretrained(reward_model)
@@ -198,7 +190,7 @@ def proxy_scores(reward_model: Path, of_policies: Mapping[str, Sequence[Row]]) -
 
 def same_text(first: Row, second: Row) -> bool:
     """Whether two completions differ in white space at most. Such a pair is a tie that nobody needs to judge."""
-    return text_key(first["completion"]) == text_key(second["completion"])
+    return are_same(first["completion"], second["completion"])
 
 
 def pairs_by_policy(n_prompts: int, earlier: Sequence[str], n_pairs: int) -> dict[str, list[int]]:

@@ -1,18 +1,16 @@
 """Gets the tasks of a round judged: on the page, by simulated annotators, by both, or by a file put in by hand."""
 
-import random
-from collections import defaultdict
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from hf_rlhf_ext.collect.outcomes import PairOutcomes, pair_task, same_words
 from hf_rlhf_ext.collect.tasks import Task, write_rows
 from hf_rlhf_ext.data.schema import PER_PAIR, REQUIRED, Row, has_own_weights, with_defaults
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.formats import load_comparisons
-from hf_rlhf_ext.recipes.rounds_parts.data import read_rows, same_words
+from hf_rlhf_ext.recipes.rounds_parts.data import read_rows
 from hf_rlhf_ext.recipes.rounds_parts.options import RoundsArguments
 
 STORE = "judgments.sqlite"
@@ -268,36 +266,19 @@ class _JudgedTask:
 
 def evaluation_task(new: Row, old: Row, *, names: tuple[str, str], batch: str, wanted: int, seed: int) -> Task:
     """The comparison of two policies' completions of a held-out prompt, in an order drawn by the seed."""
-    sides = [(names[0], new["completion"]), (names[1], old["completion"])]
-    random.Random(f"{seed}|{batch}|{names[1]}|{same_words(new['prompt'])}").shuffle(sides)
-    return Task(
-        prompt=new["prompt"],
-        completions=[completion for _, completion in sides],
-        made_by=[{"policy": name} for name, _ in sides],
+    return pair_task(
+        new["prompt"],
+        [(names[0], new["completion"]), (names[1], old["completion"])],
         category=new.get("category"),
-        wanted=wanted,
         batch=batch,
+        wanted=wanted,
+        key=f"{seed}|{batch}|{names[1]}|{same_words(new['prompt'])}",
     )
 
 
-class Outcomes:
-    """Looks up who won a judged pair by the texts of prompt and completions.
-
-    Args:
-        rows: comparison rows. A pair may be in several of them, such as one of each person in a file.
-    """
-
-    def __init__(self, rows: Sequence[Row]):
-        self.targets: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-        for row in rows:
-            prompt = same_words(row["prompt"])
-            texts = [same_words(completion) for completion in row["completions"]]
-            for (i, j), target in zip(row["pairs"], row["targets"], strict=True):
-                self.targets[prompt, texts[i], texts[j]].append(target)
-                self.targets[prompt, texts[j], texts[i]].append(1 - target)
+class Outcomes(PairOutcomes):
+    """Looks up who won a judged pair of completion rows. `rows` are the judged comparison rows."""
 
     def of(self, new: Row, old: Row) -> float | None:
         """P(`new` is better), the mean over people; None if the pair was not judged."""
-        key = (same_words(new["prompt"]), same_words(new["completion"]), same_words(old["completion"]))
-        targets = self.targets.get(key)
-        return fmean(targets) if targets else None
+        return super().of(new["prompt"], new["completion"], old["completion"])

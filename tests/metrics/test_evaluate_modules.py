@@ -17,7 +17,7 @@ DELTAS, TARGETS = RNG.normal(size=60), RNG.choice([0.0, 1.0], 60)
 PROMPTS, LENGTHS = np.arange(60) // 3, RNG.integers(-9, 10, 60)
 
 
-@pytest.mark.parametrize("name", metrics.NAMES)
+@pytest.mark.parametrize("name", metrics.PREFERENCE_NAMES)
 def test_each_loads_by_its_path_without_the_hub(name):
     found = evaluate.load(str(Path(metrics.__file__).parent / name))
     assert found.description and "P(i over j)" in found.inputs_description

@@ -21,9 +21,13 @@ from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.cli.requirements import main_requirements
 from hf_rlhf_ext.cli.shipped import shipped_configs
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.recipes.compare_parts.systems import training_options
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
+ALL_CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
+COMPARISONS = [path for path in ALL_CONFIGS if path.stem.startswith("compare")]
+CONFIGS = [path for path in ALL_CONFIGS if path not in COMPARISONS]
+"""The configs of one stage, without those of comparisons, which name all of their files themselves."""
 SCRIPTS = [path for path in sorted(RECIPES.glob("*.py")) if "run_recipe(main)" in path.read_text()]
 HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n", re.MULTILINE)  # PEP 723
 REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML may leave to the command line, beside the data set
@@ -51,8 +55,20 @@ def test_every_stage_of_every_model_has_a_config_and_a_script():
     models = {"smollm2-135m", *SHAPES}
     assert found == {(model, stage) for model in models for stage in ("sft", "reward", "ppo")}
     stages = {"sft", "reward", "ppo", "rounds", "quickstart", "inspect_data", "check_reward", "collect"}
-    stages |= {"init", "pipeline", "chat", "generate"}
+    stages |= {"init", "pipeline", "chat", "generate", "best_of_n", "bench_reward", "compare"}
     assert {path.stem for path in SCRIPTS} == stages
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_the_systems_of_a_comparison_parse(path):
+    given = yaml.safe_load(path.read_text())
+    args, _, model_args = parse_recipe(arguments_of("compare"), ["--config", str(path)])
+    assert list(args.specs) == list(given["systems"])
+    assert model_args.lora_r == given["lora_r"]
+    for section in ("sft", "reward", "dpo", "grpo", "rloo", "ppo"):
+        assert args.section(section) == given.get(section, {})
+        if section in given:
+            training_options(section, section, given[section], output_dir="runs/x", use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -37,12 +37,15 @@ RECIPES = {
         "ppo",
         "rounds",
         "check_reward",
+        "bench_reward",
         "inspect_data",
         "quickstart",
         "pipeline",
         "init",
         "chat",
         "generate",
+        "best_of_n",
+        "compare",
     )
 }
 COLLECT = ("demo", "sample", "serve", "links", "export", "import_judged", "simulate", "space")
@@ -55,8 +58,11 @@ MAIN = {
     "pipeline": main_options.PIPELINE,
     "init": main_options.INIT,
     "check_reward": main_options.CHECK_REWARD,
+    "bench_reward": main_options.BENCH_REWARD,
     "chat": main_options.CHAT,
     "generate": main_options.GENERATE,
+    "best_of_n": main_options.BEST_OF_N,
+    "compare": main_options.COMPARE,
 }
 
 TRANSFORMERS = Path(transformers.__file__).parent
@@ -72,10 +78,14 @@ TRAINERS = {
     "ppo": TRAINER,
     "rounds": TRAINER,
     "pipeline": TRAINER,
+    "compare": TRAINER,
 }
 """Modules of other libraries that a command runs."""
 
-READ_IN_LOOPS = {"pipeline": ("sft", "reward", "ppo")}
+READ_IN_LOOPS = {
+    "pipeline": ("sft", "reward", "ppo"),
+    "compare": ("sft", "reward", "dpo", "grpo", "rloo", "ppo"),
+}
 """Options that are read by `getattr` with a name that is not written there: the pipeline's sections, for each stage."""
 
 
@@ -245,7 +255,7 @@ def test_all_parts_are_options_of_a_command():
 def test_help_is_short_and_has_defaults(name):
     types = import_module(RECIPES[name]).ARGUMENTS
     options = {"main_options": MAIN[name], "defaults": machine_defaults() if name in TRAINERS else {}}
-    if name in ("rounds", "pipeline"):
+    if name in ("rounds", "pipeline", "compare"):
         options["defaults"] = {}
     short = printed_help(types, "--help", **options)
     shown = [word for word in first_words(short) if word.startswith("--")]

@@ -92,6 +92,22 @@ def test_members_of_other_bases_are_loaded_on_their_own_and_refusals_are_one_lin
         RewardEnsemble(ensemble.members, combine="median")
 
 
+@pytest.mark.parametrize("loses", [0, 1])
+@pytest.mark.parametrize("loss, said", [("gone", "has no"), ("cut", "damaged")])
+def test_a_member_that_lost_its_weights_is_named_in_one_line(train, tmp_path, loses, loss, said):
+    folders = [Path(folder) for folder in train(2)]
+    weights = folders[loses] / "adapter_model.safetensors"
+    if loss == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:100])
+    RewardEnsemble.save(tmp_path, [folder.name for folder in folders])
+    with pytest.raises(UserError, match=f"{said}.*download it again") as caught:
+        load_reward(tmp_path, device="cpu")
+    assert str(folders[loses]) in str(caught.value) and "adapter_model.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_a_plain_pipeline_gives_the_scores_of_a_merged_model(train, chat_tokenizer, tmp_path, pad_is_eos):
     if pad_is_eos:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..privacy import strip_local_paths
 from ..report import FROM_PYTHON, CardOptions, RunReport
 from ..reports.results import Result
+from .benchmarks import benchmark_results
 from .kinds import EMBEDDED_BASES, KINDS, adapter_type, reads_messages
 from .markdown import format_interval
 
@@ -39,6 +40,7 @@ def card_data(
     """
     spec = KINDS[options.kind]
     evaluations = [entry for result in results if (entry := _model_index_entry(result, options, report))]
+    evaluations += benchmark_results(report, spec.pipeline_tag)
     license, language = report.license, options.language
     if base_model in EMBEDDED_BASES.values():  # for other bases, the report has the license of the base
         license, language = license or "apache-2.0", language or "en"

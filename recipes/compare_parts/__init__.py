@@ -1,0 +1,1 @@
+"""Parts of `hf-rlhf compare`: options, systems, training, evaluation, judging and report."""
