@@ -31,7 +31,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds first-hour golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization first-hour golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -132,6 +132,15 @@ study-reward: $(STAMP)  ## reward models by our trainer and by TRL's (hours, res
 
 study-rounds: $(STAMP)  ## three rounds of judging and PPO, three seeds (hours, resumable by stage): docs/study/rounds.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/rounds_study.py $(ARGS)
+
+compare-small: $(STAMP)  ## hf-rlhf compare with five systems on rows of a small generator: the whole path in some minutes, too few rows for a conclusion
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/compare_study.py --small
+
+study-compare: $(STAMP)  ## was RL worth it? all systems on two small models, three seeds (hours, resumable by stage): docs/study/compare.json; ARGS="--world stories --seed 0" is a part
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/compare_study.py $(ARGS)
+
+study-overoptimization: $(STAMP)  ## gold against KL for best-of-n and PPO over reward models of several sizes of data (an hour, resumable by run): docs/study/overoptimization.json and .png
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/overoptimization_study.py $(ARGS)
 
 bench-startup: $(STAMP)  ## seconds and memory to the first step for 200,000 rows, once and again, in one process and two (half an hour; ARGS="--rows 20000" is shorter); BASE=commit compares
 	$(OFFLINE) $(PY) benchmarks/startup.py $(if $(BASE),--base "$(BASE)") $(ARGS)

@@ -587,6 +587,28 @@ def support_tables() -> dict[str, Callable[[Path], str]]:
 TABLES |= support_tables()
 
 
+def tables_of_compare() -> dict[str, Callable[[Path], str]]:
+    """The tables of docs/results/compare.md."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from compare_tables import compare_tables
+
+    return compare_tables()
+
+
+TABLES |= tables_of_compare()
+
+
+def tables_of_overoptimization() -> dict[str, Callable[[Path], str]]:
+    """The tables of docs/results/overoptimization.md."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from overoptimization_tables import overoptimization_tables
+
+    return overoptimization_tables(markdown_table)
+
+
+TABLES |= tables_of_overoptimization()
+
+
 def filled(page: Path) -> str:
     """The page's text with its tables as they should be.
 
