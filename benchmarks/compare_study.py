@@ -115,13 +115,13 @@ def write_part(world: str, seed: int, work: Path) -> None:
         "command": f"python benchmarks/compare_study.py --world {world} --seed {seed}",
         "config": without_folders(config, work),
         "versions": versions(),
-        "results": results,
+        "results": without_folders(results, work),
     }
     write_json(part_of(world, seed, work), part)
 
 
 def without_folders(value: Any, work: Path) -> Any:
-    """The config with paths relative to the work folder, so that it is the same on every machine."""
+    """The same with paths relative to the work folder, so that it is the same on every machine."""
     if isinstance(value, dict):
         return {name: without_folders(entry, work) for name, entry in value.items()}
     if isinstance(value, list):

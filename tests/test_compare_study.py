@@ -133,3 +133,10 @@ def test_numbers_are_rounded_and_whole_ones_are_integers(study):
     rounded = study.compact(given)
     assert rounded["a"] == [1, 0.5, 0.33333, None, True] and isinstance(rounded["a"][0], int)
     assert rounded["b"][:2] == [1234600.0, "x"] and rounded["b"][2] != rounded["b"][2]
+
+
+def test_committed_parts_name_no_folder_of_a_machine(study):
+    for path in study.PARTS.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(study.WORK.resolve()) not in text
+        assert '"/' not in text, f"{path} has an absolute path"
