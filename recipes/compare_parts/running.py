@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from hf_rlhf_ext.cli.first_checks import check_policy_folder, check_ppo, check_reward_folder, check_training
@@ -19,6 +18,7 @@ from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.cli.precision import quantization_config
 from hf_rlhf_ext.cli.stage_progress import StageProgress
 from hf_rlhf_ext.cli.stages import MANIFEST, StageRunner
+from hf_rlhf_ext.collect.sampling import free_memory
 from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.run_files import content_digest
@@ -504,9 +504,3 @@ def remove(*paths: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def free_memory() -> None:
-    """Gives memory of a GPU back between two stages."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
