@@ -72,10 +72,11 @@ from hf_rlhf_ext.hub.reports.trainer_report import (
 )
 from hf_rlhf_ext.metrics.plots import plot_ppo_run
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
-from hf_rlhf_ext.ppo.reward_calls import weighted_sum
+from hf_rlhf_ext.ppo.reward_calls import formula_of
 from hf_rlhf_ext.readers.formats import load_rows
 from hf_rlhf_ext.readers.prompts import load_prompts
 from hf_rlhf_ext.reward.preference_metrics import bootstrap_mean_ci
+from hf_rlhf_ext.reward_functions.named import FACTORIES, texts_of
 from hf_rlhf_ext.training.optimizers import require_optimizer
 
 PLOT = "curves.png"
@@ -98,6 +99,7 @@ class RewardArguments:
         default_factory=list,
         metadata={
             "help": "Reward functions, as `rewards.py:short`, `path/to/rewards.py:short` or `my_package.rewards:short`."
+            f" Built-in ones are {', '.join(FACTORIES)}, with arguments as in `'exact_match(column=answer)'`."
         },
     )
     eval_reward_model: list[str] = field(
@@ -126,6 +128,8 @@ class RewardArguments:
     )
 
     def __post_init__(self):
+        self.reward_funcs = texts_of(self.reward_funcs, "reward_funcs")
+        self.eval_reward_funcs = texts_of(self.eval_reward_funcs, "eval_reward_funcs")
         if not self.reward_model and not self.reward_funcs:
             raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs rewards.py:function.")
         check_at_least(self, final_rows=0, early_stopping_patience=1)
@@ -215,7 +219,7 @@ def train_ppo(
     start = time.monotonic()
     reward_funcs = rewards.load()  # first, so that a wrong import path is found before the policy is loaded
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
-    formula = sum_of_rewards(reward_funcs, args.reward_weights)
+    formula = sum_of_rewards(reward_funcs, args.reward_weights, args.reward_shaping)
     check_policy_folder(model_args.model_name_or_path)
     checkpoint = open_run("ppo", args, (data, rewards, model_args, args), overwrite=data.overwrite)
     if formula is not None:
@@ -347,9 +351,9 @@ def measure(
         **critic_facts(trainer),
         **section_steps(trainer),
     }
-    weights = trainer.rewards.weights.tolist()
-    if weights != [1.0]:
-        measured["reward_formula"] = weighted_sum(reward_names, weights)
+    formula = formula_of(reward_names, trainer.rewards.weights.tolist(), trainer.args.reward_shaping)
+    if formula is not None:
+        measured["reward_formula"] = formula
     if trainer.reward_warnings:
         measured["reward_warnings"] = trainer.reward_warnings
     start = start_of(trainer) if start_kind is None else f"the {STARTS[start_kind]}"

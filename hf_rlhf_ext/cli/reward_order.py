@@ -59,21 +59,22 @@ def _given_keys(config: dict[Any, Any]) -> list[str]:
     return [str(key) for key, value in config.items() if value]
 
 
-def sum_of_rewards(rewards: Sequence[Any], weights: Any) -> str | None:
+def sum_of_rewards(rewards: Sequence[Any], weights: Any, shaping: str | None = None) -> str | None:
     """The sum of the rewards as a formula, such as `1 × runs/reward + 0.5 × short`.
 
     Args:
         rewards: paths or Hub ids of reward models, and functions.
         weights: their weights; `None` means 1 each.
+        shaping: `reward_shaping` of `PPOConfig`, which the formula then names.
 
     Returns:
-        The formula; `None` for one reward of weight 1.
+        The formula; `None` for one reward of weight 1 without shaping.
 
     Raises:
         UserError: if there is not one finite number for each reward.
     """
-    from ..ppo.reward_calls import checked_weights, given_name, weighted_sum
+    from ..ppo.reward_calls import checked_weights, formula_of, given_name
 
     names = [given_name(reward) for reward in rewards]
     weights = checked_weights(weights, names, "rewards")
-    return None if weights == [1] else weighted_sum(names, weights)
+    return formula_of(names, weights, shaping)

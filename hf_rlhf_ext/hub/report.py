@@ -105,7 +105,8 @@ class PPOSection(Section):
     Attributes:
         start: What PPO started from, such as "the SFT policy".
         rewards: Names of the rewards that PPO maximized.
-        reward_formula: Their weighted sum, such as "1 × reward_model + 0.5 × short". None for one reward of weight 1.
+        reward_formula: What is maximized, such as "1 × reward_model + 0.5 × short". None for one reward of weight 1, as
+            it is.
         reward_warnings: What the run said of rewards that do not differ between completions.
         eval_rewards: Names of rewards that were only used for evaluation.
         stop_reason: Why a guard stopped the run. None if no guard did.
@@ -275,7 +276,7 @@ class RunReport:
         hardware: Hardware of the run, without the name of the machine.
         versions: Versions of the libraries.
         license: License of the model. None means the license of the base.
-        gold_reward: `"vader"` if the simulated annotator used VADER.
+        gold_reward: `"vader"` if the simulated annotator used VADER, `"on_topic"` if it used `OnTopicGold`.
         reward_model: What the reward model stage measured.
         sft: What the SFT stage measured.
         ppo: What the PPO stage measured.

@@ -84,7 +84,18 @@ _PPO = {
         "reward", "standard deviation over completions of the score from the reward functions"
     ),
     "objective/rlhf_reward": Metric(
-        "reward", "score after clipping and the missing-stop penalty, plus the KL penalty, mean over completions"
+        "reward", "score after shaping, clipping and penalties, plus the KL penalty, mean over completions"
+    ),
+    "objective/par": Metric(
+        "probability",
+        "score as PAR shapes it: the probability of being preferred to a reference answer, mean over completions (only "
+        "with `reward_shaping`)",
+    ),
+    "objective/reference_scores": Metric(
+        "reward", "score of the reference answers, mean over the completions of a rollout (only with `reward_shaping`)"
+    ),
+    "objective/overlong_penalty": Metric(
+        "reward", "soft overlong penalty, 0 or less, mean over completions (only with `soft_overlong_tokens`)"
     ),
     "policy/approxkl_avg": Metric(
         "nats/token", "KL between the current policy and the policy that made the rollout, k3 estimator, masked mean"
@@ -115,6 +126,11 @@ _PPO = {
     "guards/skipped_steps": Metric("fraction", "fraction of optimizer steps skipped because of a non-finite gradient"),
     "completions/mean_length": Metric("tokens", "mean length of a completion, including its stop token"),
     "completions/stopped_frac": Metric("fraction", "fraction of completions that ended with a stop token"),
+    "completions/masked_frac": Metric(
+        "fraction",
+        "fraction of completions that do not count in the losses, as they have no stop token (only with "
+        "`mask_truncated_completions`)",
+    ),
     "sampling/logprob_mismatch": Metric(
         "nats/token", "mean of the log-probability in generation minus the log-probability in scoring"
     ),

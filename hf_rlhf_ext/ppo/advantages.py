@@ -53,7 +53,7 @@ def token_rewards(
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation, GAE(γ, λ) (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
@@ -64,7 +64,7 @@ def generalized_advantages(
         values: (B, T) value of the state before each token, in units of reward.
         mask: (B, T) bool, True for emitted tokens.
         gamma: discount factor γ per token.
-        gae_lambda: λ.
+        gae_lambda: λ, or (B,) that of each completion.
 
     Returns:
         Advantages (B, T) and returns (B, T), which are advantages + values. Both are zero in the padding.
@@ -79,8 +79,54 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
-def _discounted_sums(x: Tensor, discount: float) -> Tensor:
-    """(B, T) A_t = x_t + discount·A_{t+1}, with A = 0 after the last column.
+def lambda_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float | Tensor
+) -> Tensor:
+    """λ-returns, the targets of a critic (Sutton & Barto 2018, "Reinforcement Learning", eq. 12.18).
+
+    G_t = r_t + γ·((1 − λ)·V_{t+1} + λ·G_{t+1}), with V = G = 0 after the last emitted token. This is V_t + A_t, where
+    A_t is the GAE(γ, λ) advantage, up to rounding. With λ = 1 no value enters: G_t is exactly the discounted sum of the
+    rewards (Monte Carlo), as VC-PPO (Yuan et al. 2025, arXiv:2503.01491) trains its critic.
+
+    Args:
+        rewards: (B, T) reward of each token.
+        values: (B, T) value of the state before each token, in units of reward.
+        mask: (B, T) bool, True for emitted tokens.
+        gamma: discount factor γ per token.
+        gae_lambda: λ, or (B,) that of each completion.
+
+    Returns:
+        (B, T) returns, zero in the padding.
+    """
+    values = values.masked_fill(~mask, 0.0)
+    rewards = rewards.masked_fill(~mask, 0.0)
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))  # (B, T) V_{t+1}
+    if isinstance(gae_lambda, Tensor):
+        bootstrapped = (1 - gae_lambda)[:, None] * next_values
+    else:
+        bootstrapped = (1 - gae_lambda) * next_values
+    return _discounted_sums(rewards + gamma * bootstrapped, gamma * gae_lambda).masked_fill(~mask, 0.0)
+
+
+def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """λ of the advantages of each completion by its length: 1 − 1/(α·length), and at least 0.
+
+    This is VAPO's length-adaptive GAE (Yue et al. 2025, arXiv:2504.05118, with α = 0.05): the sum of the weights λ^k of
+    the TD errors, 1/(1 − λ), is proportional to the length. λ is 0.99 for 2,000 tokens, but 0.58 for 48, and 0 for 20
+    or fewer.
+
+    Args:
+        lengths: (B,) int64, number of emitted tokens of each completion, at least 1.
+        alpha: α, above 0.
+
+    Returns:
+        (B,) fp32, from 0 to 1.
+    """
+    return (1.0 - 1.0 / (alpha * lengths.float())).clamp(0.0, 1.0)
+
+
+def _discounted_sums(x: Tensor, discount: float | Tensor) -> Tensor:
+    """(B, T) A_t = x_t + discount·A_{t+1}, with A = 0 after the last column. A discount (B,) has one for each row.
 
     These equations are a bidiagonal system, which LAPACK solves from the last column to the first in the dtype of `x`:
     the same operations as in a loop over columns, and therefore the same rounding. Such a loop starts six operations
@@ -90,6 +136,15 @@ def _discounted_sums(x: Tensor, discount: float) -> Tensor:
 
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     columns = x.to(dtype).cpu().numpy()
+    if isinstance(discount, Tensor):
+        # Row after row, as one system. The last column of a row does not take from the next row.
+        bands = np.zeros((3, columns.size), dtype=columns.dtype)  # above, on and below the diagonal
+        factors = np.zeros_like(columns)
+        factors[:, :-1] = discount.to(dtype).cpu().numpy()[:, None]
+        bands[0, 1:] = -factors.ravel()[:-1]
+        bands[1] = 1.0
+        sums = solve_banded((1, 1), bands, columns.ravel(), check_finite=False).reshape(columns.shape)
+        return torch.from_numpy(sums).to(x)
     bands = np.zeros((3, x.shape[1]), dtype=columns.dtype)  # above, on and below the diagonal
     bands[0, 1:] = -discount
     bands[1] = 1.0
@@ -97,7 +152,9 @@ def _discounted_sums(x: Tensor, discount: float) -> Tensor:
     return torch.from_numpy(sums).to(x)
 
 
-def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, per_prompt: int) -> Tensor:
+def leave_one_out_advantages(
+    rewards: Tensor, mask: Tensor, *, per_prompt: int, counted: Tensor | None = None
+) -> Tensor:
     """Advantages without a critic: the return of a completion minus the mean return of its prompt's other completions.
 
     This is the baseline of RLOO (Ahmadian et al. 2024, arXiv:2402.14740). The return of a completion is the sum
@@ -107,16 +164,34 @@ def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, per_prompt: int) 
         rewards: (B, T) reward of each token.
         mask: (B, T) bool, True for emitted tokens.
         per_prompt: K, number of completions of each prompt, at least 2. Rows j·K to j·K + K − 1 are those of prompt j.
+        counted: (B,) bool, which completions count, in the baseline of others too; `None` means all.
 
     Returns:
-        (B, T) advantages with the dtype of `rewards`, zero in the padding.
+        (B, T) advantages with the dtype of `rewards`, zero in the padding, for completions that do not count, and where
+        no other completion of the prompt counts.
     """
+    if counted is not None:
+        return _leave_one_out_of_counted(rewards, mask, per_prompt, counted)
     returns = rewards.masked_fill(~mask, 0.0).sum(dim=1).unflatten(0, (-1, per_prompt))  # (B / K, K)
     # Only differences count. Taken first, they make the advantages of equal returns exactly 0, which whitening would
     # otherwise make large.
     returns = returns - returns[:, :1]
     of_others = (returns.sum(dim=1, keepdim=True) - returns) / (per_prompt - 1)
     advantages = (returns - of_others).flatten()
+    return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+
+
+def _leave_one_out_of_counted(rewards: Tensor, mask: Tensor, per_prompt: int, counted: Tensor) -> Tensor:
+    """(B, T) `leave_one_out_advantages` among the completions of each prompt that count."""
+    counts = counted.unflatten(0, (-1, per_prompt))  # (B / K, K)
+    returns = rewards.masked_fill(~mask, 0.0).sum(dim=1).unflatten(0, (-1, per_prompt))
+    # Relative to the first one that counts, for the same reason as without a selection.
+    first = counts.int().argmax(dim=1, keepdim=True)  # (B / K, 1); 0 if none counts
+    returns = (returns - returns.gather(1, first)).masked_fill(~counts, 0.0)
+    n_others = counts.sum(dim=1, keepdim=True) - 1
+    of_others = (returns.sum(dim=1, keepdim=True) - returns) / n_others.clamp(min=1)
+    is_compared = counts & (n_others > 0)
+    advantages = (returns - of_others).masked_fill(~is_compared, 0.0).flatten()
     return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
 
 

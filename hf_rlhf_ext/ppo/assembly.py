@@ -128,10 +128,13 @@ def prepare_inputs(
     trained_on = form_of_model(model)
     warn_of_other_form(trained_on, tokenizer, {"train_dataset": train_dataset} | named_sets(eval_dataset))
     args = with_possible_checkpointing(args, model, peft_config)
+    args = with_max_steps(args, len(train_dataset), args.world_size)
+    if args.critic_warmup_steps > 0:
+        args.check_policy_is_trained()
     return Inputs(
         model=model,
         tokenizer=tokenizer,
-        args=with_max_steps(args, len(train_dataset), args.world_size),
+        args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         prompts=prompts,
@@ -209,11 +212,12 @@ def assemble_roles(
             trust_remote_code=args.trust_remote_code,
         )
         refuse_router_loss(value_model, "value_model")
-    critic = attach_critic(stack, args.critic, value_model=value_model)
+    critic = attach_critic(stack, args.critic, value_model=value_model, start=args.critic_start)
     say_unused_options(args, critic)
     checkpoint_critic(stack, args)
-    if critic == "adapter":
+    if critic == "adapter" and args.critic_start in (None, "reward"):
         scale_critic(stack, rewards, args.reward_scale)
+    say_start_of_critic(stack, args)
 
     eval_rewards = None
     if eval_reward_funcs is not None:
@@ -267,23 +271,26 @@ def build_stack(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | No
     return stack
 
 
-def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None) -> str:
+def attach_critic(
+    stack: AdapterStack, kind: str | None, *, value_model: nn.Module | None = None, start: str | None = None
+) -> str:
     """Adds the role `value`, the critic, with an fp32 head. With the kind `none`, adds nothing.
 
-    If the reward model is an adapter on the same base, the critic starts from it (InstructGPT, sec. 3.5), and
-    `scale_critic` then scales its head to normalized rewards. Otherwise it starts from the policy with a head of zeros,
-    which is right on average if rewards have mean zero.
+    Unless `start` says something else: if the reward model is an adapter on the same base, the critic starts from it
+    (InstructGPT, sec. 3.5), and `scale_critic` then scales its head to normalized rewards. Otherwise it starts from the
+    policy with a head of zeros, which is right on average if rewards have mean zero.
 
     Args:
         stack: stack with policy and reference, and with reward models that share the base.
         kind: kind of critic, `adapter`, `head`, `model` or `none`; `None` chooses one, see `PPOConfig.critic`.
         value_model: the model for `model`; `None` means a copy of the policy.
+        start: weights that the critic starts from, see `PPOConfig.critic_start`.
 
     Returns:
         The kind of critic.
 
     Raises:
-        UserError: if the policy or `value_model` does not fit the kind.
+        UserError: if the policy, `value_model` or `start` does not fit the kind.
     """
     has_adapter = isinstance(stack.model, PeftModel)
     if kind is None:
@@ -295,22 +302,44 @@ def attach_critic(stack: AdapterStack, kind: str | None, *, value_model: nn.Modu
     if value_model is not None and kind != "model":
         raise UserError(f"value_model was given, but critic={kind!r}: choose critic='model', or leave it out.")
     if kind == "model":
-        _attach_model_critic(stack, value_model)
+        _attach_model_critic(stack, value_model, start)
     elif kind == "adapter":
-        _attach_adapter_critic(stack)
+        _attach_adapter_critic(stack, start)
     elif kind == "head":
+        if start not in (None, "policy"):
+            raise UserError(
+                f"critic_start={start!r}: critic='head' reads the hidden states of the policy, and starts with a head "
+                "of zeros: leave critic_start out, or choose critic='adapter'."
+            )
         _attach_head_critic(stack)
     return kind
 
 
 def say_unused_options(args: PPOConfig, critic: str) -> None:
-    """Logs which options were set and have no effect, as there is no critic.
+    """Logs which options were set and have no effect, as there is no critic, or as other options stand in for them.
 
     They are not refused, as a config file may have them for another critic than that of the command line.
     """
     unused = args.not_defaults(OF_CRITIC) if critic == "none" else []
     if unused:
         logger.warning("not used with critic='none', which has no values: %s.", ", ".join(unused))
+        return
+    replaces_lambda = args.length_adaptive_lambda is not None and args.value_gae_lambda is not None
+    if replaces_lambda and args.not_defaults(["gae_lambda"]):
+        logger.warning(
+            "not used: gae_lambda, as length_adaptive_lambda sets the λ of advantages, and value_gae_lambda that of "
+            "returns."
+        )
+
+
+def say_start_of_critic(stack: AdapterStack, args: PPOConfig) -> None:
+    """Logs where a critic starts with predictions of something else than the rewards of the run."""
+    head = stack.roles["value"].head if "value" in stack.roles else None
+    if args.reward_shaping == "par" and head is not None and bool(head.weight.any()):
+        logger.warning(
+            "the critic starts from a reward head, which predicts scores, but reward_shaping='par' makes probabilities "
+            "of them, from 0 to 1: critic_start='reward_features' starts with a head of zeros, which is closer."
+        )
 
 
 def _default_critic(has_adapter: bool, value_model: nn.Module | None) -> str:
@@ -319,9 +348,22 @@ def _default_critic(has_adapter: bool, value_model: nn.Module | None) -> str:
     return "adapter" if has_adapter else "head"
 
 
-def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None) -> None:
+def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None, start: str | None) -> None:
+    if start == "policy" and value_model is not None:
+        raise UserError("critic_start='policy' is a copy of the policy, but value_model was given: leave one out.")
+    has_adapter = isinstance(stack.model, PeftModel)
+    if start == "policy" and has_adapter:
+        raise UserError(
+            "critic_start='policy' with critic='model' copies a policy that is trained whole, but the policy is an "
+            "adapter: choose critic='adapter', or pass value_model and leave critic_start out."
+        )
+    if start in ("reward", "reward_features") and (value_model is None or head_name(value_model) is None):
+        raise UserError(
+            f"critic_start={start!r} with critic='model' needs a reward model with a score head: pass it as "
+            "value_model, or leave critic_start out."
+        )
     if value_model is None:
-        if isinstance(stack.model, PeftModel):
+        if has_adapter:
             raise UserError("critic='model' needs value_model if the policy is an adapter: pass value_model.")
         value_model = independent_copy(stack.model)
     else:
@@ -331,18 +373,26 @@ def _attach_model_critic(stack: AdapterStack, value_model: nn.Module | None) -> 
         config.pad_token_id = 0  # sequence classification needs one for batches; its own pooling is not used
     # A copy of the policy also has copies of the heads and models attached to it, which do not belong to the critic.
     remove_earlier_roles(value_model)
-    stack.attach("value", value_model, head=_head_for(value_model), trainable=True)
+    head = _head_for(value_model)
+    if start == "reward_features":
+        _set_to_zero(head)
+    stack.attach("value", value_model, head=head, trainable=True)
 
 
-def _attach_adapter_critic(stack: AdapterStack) -> None:
+def _attach_adapter_critic(stack: AdapterStack, start: str | None) -> None:
     head = _head_for(stack.model).to(next(stack.model.parameters()).device)
-    source = "policy"
     reward = stack.roles.get("reward")
-    if reward is not None:
-        source = "reward"
-        # A reward head may have no bias, but a critic's head has one.
-        if reward.head is not None:
-            head.load_state_dict({"bias": torch.zeros(1), **reward.head.state_dict()})
+    if start is None:
+        start = "policy" if reward is None else "reward"
+    if start != "policy" and reward is None:
+        raise UserError(
+            f"critic_start={start!r} needs a reward model that is an adapter on the policy's base model, and there is "
+            "none in reward_funcs: train one with LoRA on this base, or choose critic_start='policy'."
+        )
+    source = "policy" if start == "policy" else "reward"
+    # A reward head may have no bias, but a critic's head has one.
+    if start == "reward" and reward.head is not None:
+        head.load_state_dict({"bias": torch.zeros(1), **reward.head.state_dict()})
     stack.attach("value", source, head=head, trainable=True)
     # The copy may include an adapter on the output embedding, which a critic does not use.
     of_critic = {id(parameter) for parameter in stack.parameters("value")}
@@ -360,8 +410,7 @@ def _attach_head_critic(stack: AdapterStack) -> None:
 def _head_for(model: nn.Module) -> ScalarHead:
     """A value head for the hidden states of the model: with the weights of its score head if it has one, else zeros."""
     head = ScalarHead(hidden_width(model), bias=True)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    _set_to_zero(head)
     name = head_name(model)
     if name is not None:
         scores = model.get_submodule(name).state_dict()
@@ -369,6 +418,11 @@ def _head_for(model: nn.Module) -> ScalarHead:
             raise UserError(f"value_model has {len(scores['weight'])} labels instead of 1: load it with num_labels=1.")
         head.load_state_dict({"bias": torch.zeros(1), **scores})
     return head
+
+
+def _set_to_zero(head: ScalarHead) -> None:
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
 
 
 def scale_critic(stack: AdapterStack, rewards: RewardFunctions, reward_scale: float) -> None:

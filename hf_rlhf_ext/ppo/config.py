@@ -1,5 +1,6 @@
 """Options of `PPOTrainer`."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -16,10 +17,12 @@ from .trainer_options import ENGINES, REFUSED_OPTIONS, UNUSED_OPTIONS, check_ppo
 
 CHOICES = {
     "critic": ("adapter", "head", "model", "none"),
+    "critic_start": ("reward", "reward_features", "policy"),
     "kl_placement": ("reward", "loss"),
     "kl_estimator": tuple(KL_ESTIMATORS),
     "unrenderable": UNRENDERABLES,
     "max_kl_action": ("stop", "raise_kl_coef", "rollback"),
+    "reward_shaping": ("par",),
 }
 
 # The valid range of each option.
@@ -35,6 +38,8 @@ _AT_LEAST_1 = (
     "generation_batch_size",
     "max_skipped_steps",
     "warn_every",
+    "num_reference_answers",
+    "soft_overlong_tokens",
 )
 _NOT_NEGATIVE = (
     "ptx_coef",
@@ -45,13 +50,27 @@ _NOT_NEGATIVE = (
     "top_k",
     "missing_eos_penalty",
     "value_learning_rate",
+    "critic_warmup_steps",
     "num_completions_to_print",
 )
-_FRACTIONS = ("gamma", "gae_lambda", "top_p")
-OF_CRITIC = ("value_learning_rate", "value_clip_range", "vf_coef")
+_FRACTIONS = ("gamma", "gae_lambda", "value_gae_lambda", "top_p")
+OF_CRITIC = (
+    "value_learning_rate",
+    "value_clip_range",
+    "vf_coef",
+    "critic_start",
+    "value_gae_lambda",
+    "length_adaptive_lambda",
+)
 """Options that nothing reads if there is no critic."""
 _OF_RETURNS = ("gamma", "gae_lambda")
 """Options that, unless they are 1, say something else than what a return is without a critic: a plain sum."""
+_OF_OTHERS = {
+    "soft_overlong_weight": "soft_overlong_tokens",
+    "reference_answers": "reward_shaping",
+    "num_reference_answers": "reward_shaping",
+}
+"""Options that nothing reads unless another one is set: option -> the other one."""
 _NO_LIMIT = "set it to None for no limit"
 _LIMITS = {
     "max_kl": _NO_LIMIT,
@@ -62,9 +81,12 @@ _LIMITS = {
 }
 _POSITIVE = {
     "clip_range": "",
+    "clip_range_high": "leave it out for clip_range on both sides",
+    "soft_overlong_weight": "leave soft_overlong_tokens out for no penalty",
     "top_p": "",
     "temperature": "PPO needs sampled completions, so greedy decoding is not supported",
     "kl_target": "leave it out for a fixed kl_coef",
+    "length_adaptive_lambda": "leave it out for a fixed gae_lambda",
     **_LIMITS,
 }
 """Option -> the remedy."""
@@ -112,6 +134,26 @@ class PPOConfig(BaseConfig):
     )
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "Initial learning rate of the critic. If `None`, `learning_rate` is used."}
+    )
+    critic_start: str | None = field(
+        default=None,
+        metadata={
+            "choices": list(CHOICES["critic_start"]),
+            "help": "Weights that the critic starts from. `reward`: the reward adapter and its score head, as in "
+            "InstructGPT. `reward_features`: the reward adapter with a head of zeros. `policy`: a copy of the policy "
+            "with a head of zeros. With `critic='model'`, the first two take `value_model` as the reward model. If "
+            "`None`: `reward` if there is a reward adapter on the policy's base model (with `critic='model'`: "
+            "`value_model` as it is), else `policy`.",
+        },
+    )
+    critic_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Number of optimizer steps at the start that train the critic only, rounded up to whole rollouts; "
+            "the policy stays as it is. Until then the critic learns the plain returns (λ = 1) of its completions "
+            "(VC-PPO, Yuan et al. 2025, arXiv:2503.01491). They count in `max_steps` and in the learning-rate "
+            "schedule. 0 trains both from the first step on."
+        },
     )
     disable_dropout: bool = field(
         default=True,
@@ -257,6 +299,46 @@ class PPOConfig(BaseConfig):
         default=0, metadata={"help": "Length of a completion in tokens up to which `length_penalty` does not apply."}
     )
 
+    soft_overlong_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens before `max_completion_length` in which a penalty grows from 0 to "
+            "`soft_overlong_weight` (soft overlong punishment of DAPO, Yu et al. 2025, arXiv:2503.14476). If `None`, "
+            "there is no such penalty."
+        },
+    )
+    soft_overlong_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Reward subtracted from the score of a completion of `max_completion_length` tokens, with "
+            "`soft_overlong_tokens`."
+        },
+    )
+    reward_shaping: str | None = field(
+        default=None,
+        metadata={
+            "choices": list(CHOICES["reward_shaping"]),
+            "help": "What replaces the weighted sum of the rewards. `par`: Preference As Reward (Fu et al. 2025, "
+            "arXiv:2502.18770), the mean over reference answers of sigmoid(score - score of the answer), from 0 to 1. "
+            "It comes before `reward_scale`, `normalize_rewards`, `reward_clip` and the penalties. Evaluations report "
+            "scores without it. If `None`, scores are used as they are.",
+        },
+    )
+    reference_answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training data with the reference answers for `reward_shaping`: one answer or a list "
+            "of answers per prompt, as text or as messages. If `None`, they are sampled from the reference policy."
+        },
+    )
+    num_reference_answers: int = field(
+        default=4,
+        metadata={
+            "help": "Number of reference answers sampled for each prompt, with `reward_shaping`. Each prompt gets them "
+            "once per run, when it is first used."
+        },
+    )
+
     # ---- KL penalty ----
 
     kl_coef: float = field(
@@ -335,6 +417,14 @@ class PPOConfig(BaseConfig):
             "help": "ε of PPO's clipped loss: the probability ratio is clipped to the range from 1 - ε to 1 + ε."
         },
     )
+    clip_range_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "Another ε for the upper limit of the probability ratio, 1 + ε, so that improbable tokens may rise "
+            "further (clip-higher of DAPO, arXiv:2503.14476, which uses 0.28 with `clip_range` 0.2). If `None`, "
+            "`clip_range`."
+        },
+    )
     value_clip_range: float | None = field(
         default=0.2,
         metadata={
@@ -348,8 +438,31 @@ class PPOConfig(BaseConfig):
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount factor γ per token, from 0 to 1."})
     gae_lambda: float = field(default=0.95, metadata={"help": "λ of generalized advantage estimation, from 0 to 1."})
+    value_gae_lambda: float | None = field(
+        default=None,
+        metadata={
+            "help": "λ of the returns that the critic learns, from 0 to 1; 1 means the plain sum of the rewards, as in "
+            "VC-PPO (arXiv:2503.01491). If `None`, `gae_lambda`."
+        },
+    )
+    length_adaptive_lambda: float | None = field(
+        default=None,
+        metadata={
+            "help": "α of VAPO (arXiv:2504.05118): the λ of the advantages of a completion is 1 - 1/(α·number of its "
+            "tokens), and 0 where that is negative. Made for thousands of tokens: with VAPO's α of 0.05, λ is 0.58 for "
+            "48 tokens and 0 for 20 or fewer. If `None`, `gae_lambda` for all completions."
+        },
+    )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Normalize advantages to mean 0 and variance 1 over the whole rollout."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave completions without a stop token out of the losses, of the normalization of advantages and "
+            "of the baseline of other completions (overlong filtering of DAPO, arXiv:2503.14476). Metrics of "
+            "completions and scores still count them."
+        },
     )
     early_stop_kl: float | None = field(
         default=None,
@@ -485,8 +598,34 @@ class PPOConfig(BaseConfig):
             raise UserError("max_kl_action: raise_kl_coef doubles kl_coef, which is 0: set kl_coef, or choose stop.")
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise UserError("kl_estimator: the gradient of k1 in the loss is zero in expectation: choose k2 or k3.")
+        self._check_shaping()
         if self.critic == "none":
             self._check_without_critic()
+        if self.critic_warmup_steps > 0:
+            self._check_warm_up()
+
+    def _check_shaping(self) -> None:
+        """Refuses options of the shaping of scores that have no effect."""
+        for name, needed in _OF_OTHERS.items():
+            if getattr(self, needed) is None and self.not_defaults([name]):
+                remedy = " to par" if needed == "reward_shaping" else ""
+                raise UserError(f"{name} has no effect without {needed}: set {needed}{remedy}, or leave it out.")
+        if self.reference_answers is not None and self.not_defaults(["num_reference_answers"]):
+            raise UserError(
+                f"num_reference_answers={self.num_reference_answers}: the answers are those of the column "
+                f"{self.reference_answers!r}, and none are sampled: leave it or reference_answers out."
+            )
+        if self.soft_overlong_tokens is not None and self.soft_overlong_tokens > self.max_completion_length:
+            raise UserError(
+                f"soft_overlong_tokens={self.soft_overlong_tokens} is more than "
+                f"max_completion_length={self.max_completion_length}, at the end of which the penalty grows: set it to "
+                "at most that, such as a fifth of it."
+            )
+        if self.mask_truncated_completions and self.missing_eos_penalty:
+            raise UserError(
+                f"missing_eos_penalty={self.missing_eos_penalty} has no effect with mask_truncated_completions, as "
+                "completions without a stop token do not count: leave one of them out."
+            )
 
     def _check_without_critic(self) -> None:
         """Refuses what a run without a critic cannot do."""
@@ -500,6 +639,36 @@ class PPOConfig(BaseConfig):
             raise UserError(
                 f"{' and '.join(given)}: with critic='none', the return of a completion is the plain sum of its "
                 "rewards: leave it out, or choose another critic."
+            )
+
+    def _check_warm_up(self) -> None:
+        """Refuses a warm-up of the critic that trains nothing."""
+        if self.critic == "none":
+            raise UserError(
+                f"critic_warmup_steps={self.critic_warmup_steps}: with critic='none' there is no critic to train: "
+                "leave it out, or choose another critic, such as head."
+            )
+        for name in ("vf_coef", "value_learning_rate"):
+            if getattr(self, name) == 0:
+                raise UserError(
+                    f"critic_warmup_steps={self.critic_warmup_steps} trains the critic only, which {name}=0 does not "
+                    f"train: set {name} to a positive number, or leave critic_warmup_steps out."
+                )
+        if self.max_steps > 0:
+            self.check_policy_is_trained()
+
+    def check_policy_is_trained(self) -> None:
+        """Refuses a warm-up of the critic that leaves no step for the policy. Call it once `max_steps` is set.
+
+        Raises:
+            UserError: if all `max_steps` optimizer steps are in the warm-up.
+        """
+        steps = self.critic_warmup_rollouts * self.steps_per_rollout
+        if steps >= self.max_steps:
+            raise UserError(
+                f"critic_warmup_steps={self.critic_warmup_steps} takes {steps} optimizer steps (whole rollouts of "
+                f"{self.steps_per_rollout}), and max_steps={self.max_steps} leaves none for the policy: raise "
+                "max_steps (or num_train_epochs), or lower critic_warmup_steps."
             )
 
     def not_defaults(self, names: Iterable[str]) -> list[str]:
@@ -536,3 +705,8 @@ class PPOConfig(BaseConfig):
     def steps_per_rollout(self) -> int:
         """Optimizer steps per rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def critic_warmup_rollouts(self) -> int:
+        """Number of rollouts at the start that train the critic only."""
+        return math.ceil(self.critic_warmup_steps / self.steps_per_rollout)

@@ -53,6 +53,7 @@ def diagnose(
         "reward_saturation": _flat_scores(history),
         "reward_clip": _clipped_scores(history),
         "equal_groups": _equal_groups(history),
+        "all_truncated": _all_truncated(history),
         "overoptimization": _overoptimization(history, eval_completions),
         "negative_kl": _negative_kl(history, temperature, top_k, top_p),
     }
@@ -206,6 +207,18 @@ def _equal_groups(history: History) -> str | None:
         f"all completions of a prompt had the same score for {mean:.0%} of the prompts in the last rollouts "
         "(frac_reward_zero_std), which teaches nothing. Check that the reward reads the completion, take prompts that "
         "are neither too hard nor too easy or a finer reward, or raise num_generations or temperature"
+    )
+
+
+def _all_truncated(history: History) -> str | None:
+    """No completion of the last rollout counts (`mask_truncated_completions`)."""
+    masked = _values(history[-1:], "completions/masked_frac")
+    if not masked or masked[0] < 1:
+        return None
+    return (
+        "no completion of this rollout has a stop token, so that with mask_truncated_completions none counts, and this "
+        "rollout teaches nothing. Raise max_completion_length, check stop_token_ids, or leave "
+        "mask_truncated_completions out"
     )
 
 

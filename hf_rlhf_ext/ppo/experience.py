@@ -14,7 +14,9 @@ from .advantages import (
     are_scores_equal,
     explained_variance,
     generalized_advantages,
+    lambda_returns,
     leave_one_out_advantages,
+    length_adaptive_lambda,
     token_rewards,
     whiten,
 )
@@ -26,10 +28,11 @@ from .losses import importance_weights, masked_mean
 from .meter import metric_logger
 from .prompts import Prompts, rows_from
 from .ranks import Ranks
+from .references import ReferenceScores, refuse_token_rewards
 from .rewards import RewardFunctions, extra_columns, score_completions
 from .roles import Roles
 from .rollout import CompletionTable, Rollout, Sequences, pack_sequences
-from .shaping import RunningMoments, ShapedScores, shape_scores
+from .shaping import RunningMoments, ShapedScores, preference_as_reward, shape_scores, soft_overlong_penalty
 
 
 @dataclass
@@ -39,7 +42,7 @@ class _Sampled:
     Names and shapes are those of `Rollout`. In addition: `mask` (B, T) bool; `entropies` and `sampled_logprobs` (B, T)
     fp32, in nats; `stopped` (B,) bool; `per_func` (B, F) scores of each reward function; `scores` (B,) their weighted
     sum; `sequence_scores` (B,) the weighted sum over functions that score whole completions; `dense` (B, T) token
-    rewards.
+    rewards; `overlong` (B,) from −1 to 0, see `soft_overlong_penalty`.
     """
 
     input_ids: Tensor
@@ -56,6 +59,7 @@ class _Sampled:
     values: Tensor | None = None
     ref_logprobs: Tensor | None = None
     dense: Tensor | None = None
+    overlong: Tensor | None = None
 
     def over_all(self, ranks: Ranks, pad_token_id: int) -> "_Sampled":
         """The completions of all processes, in the order of the processes."""
@@ -131,6 +135,8 @@ class SamplingTools:
 class ExperienceMaker:
     """Makes rollouts. It has no state: a rollout depends on the arguments of `make` only.
 
+    What it remembers of reference answers would be the same if it were computed again.
+
     Args:
         tools: the objects that sample and score completions.
         rewards: the reward functions.
@@ -143,6 +149,7 @@ class ExperienceMaker:
         self.prompts = prompts
         self.args = tools.args
         self.ranks = tools.ranks
+        self.references = ReferenceScores(tools, rewards, prompts) if self.args.reward_shaping == "par" else None
 
     @property
     def needs_reference(self) -> bool:
@@ -158,6 +165,7 @@ class ExperienceMaker:
         trainer_state: TrainerState,
         *,
         completions_before: int,
+        critic_only: bool = False,
     ) -> Rollout:
         """Samples completions, scores them, and computes everything that the passes over the rollout need.
 
@@ -170,6 +178,7 @@ class ExperienceMaker:
             moments: running moments of the scores of earlier rollouts.
             trainer_state: state of the trainer, which reward functions get.
             completions_before: number of completions of all earlier rollouts.
+            critic_only: whether the rollout trains the critic only. Its returns are then those of λ = 1.
 
         Returns:
             The rollout.
@@ -185,6 +194,9 @@ class ExperienceMaker:
         with may_be_left("rollout", when=not sharding.is_sharded), sharding.inference():
             own, judged = self._sample(first_prompt, trainer_state)
         agree_to_leave()
+        references = None
+        if self.references is not None:
+            references = self.references.of(self._rows(first_prompt), trainer_state)
         sampled = own.over_all(self.ranks, self.tools.tokenizer.pad_token_id)
         mask = sampled.mask
         lengths = sampled.completion_lengths
@@ -192,22 +204,17 @@ class ExperienceMaker:
         # 1. Turn scores into rewards per token, minus β·KL if the KL penalty is part of the reward.
         ref_logprobs = sampled.logprobs if sampled.ref_logprobs is None else sampled.ref_logprobs
         kl = KL_ESTIMATORS[args.estimator](sampled.logprobs, ref_logprobs)
-        shaped = self._shaped(sampled, moments)
+        shaped = self._shaped(sampled, moments, references)
         dense = None if sampled.dense is None else args.reward_scale * sampled.dense
         kl_coef_in_reward = kl_coef if args.kl_placement == "reward" else 0.0
         rewards = token_rewards(shaped.scores, kl, lengths, kl_coef=kl_coef_in_reward, dense=dense)
 
         # 2. Turn rewards into advantages, whitened over the completions of all processes.
-        returns = None
-        if sampled.values is None:
-            advantages = leave_one_out_advantages(rewards, mask, per_prompt=args.num_generations)
-        else:
-            advantages, returns = generalized_advantages(
-                rewards, sampled.values, mask, gamma=args.gamma, gae_lambda=args.gae_lambda
-            )
+        advantages, returns = self._advantages(rewards, sampled, critic_only=critic_only)
         if args.whiten_advantages:
-            advantages = whiten(advantages, mask)
+            advantages = whiten(advantages, self._loss_mask(sampled))
         metrics = self._metrics(completions_before, kl_coef, sampled, shaped, kl, returns)
+        metrics |= self._metrics_of_shaping(sampled, references)
         weights = None
         if args.importance_sampling_correction:
             weights = importance_weights(
@@ -230,22 +237,29 @@ class ExperienceMaker:
             completions=judged.table,
             sampled_logprobs=sampled.sampled_logprobs,
             per_prompt=args.num_generations,
+            counted=self._counted(sampled),
         )
+
+    def _rows(self, first_prompt: int) -> list[int]:
+        """The row of the prompt of each completion in a rollout of all processes.
+
+        Those of a prompt are next to each other, as in TRL.
+        """
+        rows = rows_from(
+            first_prompt,
+            self.args.prompts_per_rollout * self.ranks.count,
+            len(self.prompts),
+            self.args.prompt_seed,
+            shuffled=self.args.train_sampling_strategy == "random",
+        )
+        return [row for row in rows for _ in range(self.args.num_generations)]
 
     def _sample(self, first_prompt: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
         """The completions of this process, with their scores and what each role computes for their tokens."""
         ranks = self.ranks
         per_prompt = self.args.num_generations
-        n_prompts = self.args.prompts_per_rollout * ranks.count
-        rows = rows_from(
-            first_prompt,
-            n_prompts,
-            len(self.prompts),
-            self.args.prompt_seed,
-            shuffled=self.args.train_sampling_strategy == "random",
-        )
-        # One row per completion, those of a prompt next to each other, as in TRL.
-        own_rows = [rows[k] for k in ranks.block(n_prompts) for _ in range(per_prompt)]
+        rows = self._rows(first_prompt)
+        own_rows = [rows[k] for k in ranks.block(len(rows))]  # whole prompts, as each process has equally many
         examples, prompt_ids = self.prompts.rows(own_rows)
 
         self.tools.sync()
@@ -264,6 +278,8 @@ class ExperienceMaker:
             log_metric=metric_logger(lambda name, value: logged.append((name, value)), self.rewards.names),
             log_extra=log_extra,
         ).to(ranks.device)
+        if self.references is not None:
+            refuse_token_rewards(scores)
         check()
 
         sequences = self.tools.pack(prompt_ids, samples.ids, per_prompt)
@@ -287,6 +303,7 @@ class ExperienceMaker:
             scores=self.rewards.combine(scores.per_func),
             sequence_scores=scores.sequence,
             dense=dense,
+            overlong=self._overlong(samples.ids),
         )
         table = CompletionTable(
             prompts=[example["prompt"] for example in examples],
@@ -304,10 +321,29 @@ class ExperienceMaker:
         flat = torch.tensor([value for row in rows for value in row], device=mask.device)
         return torch.zeros_like(rescored).masked_scatter(mask, flat)
 
-    def _shaped(self, sampled: _Sampled, moments: RunningMoments) -> ShapedScores:
+    def _overlong(self, completion_ids: list[list[int]]) -> Tensor | None:
+        """(B,) the soft overlong penalty of completions, before its weight; `None` without one."""
+        zone = self.args.soft_overlong_tokens
+        if zone is None:
+            return None
+        return soft_overlong_penalty(completion_ids, self.args.max_completion_length, zone).to(self.ranks.device)
+
+    def _counted(self, sampled: _Sampled) -> Tensor | None:
+        """(B,) which completions losses count; `None` for all."""
+        return sampled.stopped if self.args.mask_truncated_completions else None
+
+    def _loss_mask(self, sampled: _Sampled) -> Tensor:
+        """(B, T) True for emitted tokens of completions that losses count."""
+        counted = self._counted(sampled)
+        return sampled.mask if counted is None else sampled.mask & counted[:, None]
+
+    def _shaped(self, sampled: _Sampled, moments: RunningMoments, references: Tensor | None) -> ShapedScores:
         args = self.args
+        scores = sampled.sequence_scores
+        if references is not None:
+            scores = preference_as_reward(scores, references)
         return shape_scores(
-            sampled.sequence_scores,
+            scores,
             sampled.completion_lengths,
             sampled.stopped,
             moments,
@@ -317,7 +353,31 @@ class ExperienceMaker:
             price_per_token=args.length_penalty,
             free_tokens=args.length_target,
             missing_eos_penalty=args.missing_eos_penalty,
+            overlong=sampled.overlong,
+            overlong_weight=args.soft_overlong_weight,
         )
+
+    def _advantages(self, rewards: Tensor, sampled: _Sampled, *, critic_only: bool) -> tuple[Tensor, Tensor | None]:
+        """Advantages (B, T), and what the critic learns: returns (B, T), or `None` without a critic."""
+        args = self.args
+        if sampled.values is None:
+            counted = self._counted(sampled)
+            per_prompt = args.num_generations
+            return leave_one_out_advantages(rewards, sampled.mask, per_prompt=per_prompt, counted=counted), None
+        gae_lambda = args.gae_lambda
+        value_lambda = args.value_gae_lambda
+        if args.length_adaptive_lambda is not None:
+            gae_lambda = length_adaptive_lambda(sampled.completion_lengths, args.length_adaptive_lambda)
+            if value_lambda is None:
+                value_lambda = args.gae_lambda
+        if critic_only:
+            value_lambda = 1.0
+        advantages, returns = generalized_advantages(
+            rewards, sampled.values, sampled.mask, gamma=args.gamma, gae_lambda=gae_lambda
+        )
+        if value_lambda is not None:
+            returns = lambda_returns(rewards, sampled.values, sampled.mask, gamma=args.gamma, gae_lambda=value_lambda)
+        return advantages, returns
 
     def _orders(self, size: int) -> Tensor:
         """(epochs, size) int64: the order of the rows in each pass over the rollout, the same on every process.
@@ -363,7 +423,9 @@ class ExperienceMaker:
             "episode": completions_before + n,
         }
         if sampled.values is not None:
-            metrics["val/explained_variance"] = explained_variance(sampled.values, returns, mask)
+            # Of the completions that the critic learns from.
+            loss_mask = self._loss_mask(sampled)
+            metrics["val/explained_variance"] = explained_variance(sampled.values, returns, loss_mask)
         if self.args.num_generations > 1:
             are_equal = are_scores_equal(scores, per_prompt=self.args.num_generations)
             metrics["frac_reward_zero_std"] = are_equal.float().mean()
@@ -378,4 +440,17 @@ class ExperienceMaker:
             if len(scored):
                 metrics[f"rewards/{name}/mean"] = scored.mean()
                 metrics[f"rewards/{name}/std"] = scored.std(correction=0)
+        return metrics
+
+    def _metrics_of_shaping(self, sampled: _Sampled, references: Tensor | None) -> dict[str, Tensor]:
+        """The metrics of options that shape scores, or leave completions out of the losses."""
+        metrics = {}
+        if references is not None:
+            metrics["objective/par"] = preference_as_reward(sampled.sequence_scores, references).mean()
+            metrics["objective/reference_scores"] = references.nanmean(dim=1).mean()
+        if sampled.overlong is not None:
+            metrics["objective/overlong_penalty"] = self.args.soft_overlong_weight * sampled.overlong.mean()
+        counted = self._counted(sampled)
+        if counted is not None:
+            metrics["completions/masked_frac"] = 1.0 - counted.float().mean()
         return metrics

@@ -33,17 +33,22 @@ def policy_loss(
     mask: Tensor,
     *,
     clip_range: float,
+    clip_range_high: float | None = None,
     denominator: Tensor | float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
+    −mean of min(ρ·A, clip(ρ, 1 − ε, 1 + ε_high)·A), with ρ = π/π_old. An upper limit of its own is the "clip-higher"
+    of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 8 and sec. 3.1): a token of low probability may then rise further.
+
     Args:
         logprobs: (B, T) log-probabilities under the policy, in nats, with gradient.
         old_logprobs: (B, T) log-probabilities under the policy that made the rollout, in nats.
         advantages: (B, T) advantages.
-        mask: (B, T) bool, True for emitted tokens.
-        clip_range: ε; the probability ratio is clipped to [1 − ε, 1 + ε].
+        mask: (B, T) bool, True for emitted tokens that count.
+        clip_range: ε; the probability ratio is clipped to [1 − ε, 1 + ε_high].
+        clip_range_high: ε_high; `None` means ε.
         denominator: see `masked_mean`.
         weights: (B, T) factor on the loss of each token, such as `importance_weights`; `None` means 1. The metrics are
             not weighted.
@@ -53,11 +58,13 @@ def policy_loss(
         (fraction of tokens where the clip is active), `approxkl` (k3 estimate of KL(old policy ‖ policy), nats per
         token) and `ratio` (mean probability ratio).
     """
+    if clip_range_high is None:
+        clip_range_high = clip_range
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # before exp: inf * 0 is nan in the backward pass
     ratio = log_ratio.exp()  # (B, T)
     advantages = advantages.masked_fill(~mask, 0.0)
     surrogate = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages
+    clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range_high) * advantages
     # The minimum: once the ratio has moved beyond the clip in the direction of the advantage, the gradient is zero.
     objective = torch.minimum(surrogate, clipped)
     if weights is not None:

@@ -19,7 +19,8 @@ OWN_METRICS = frozenset(
         *("policy/entropy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/kl_loss"),
         *("policy/stopped_early", "loss/policy_avg", "loss/value_avg", "loss/ptx", "guards/skipped_steps"),
         *("val/ratio", "val/clipfrac_avg", "val/explained_variance", "val/num_eos_tokens"),
-        *("completions/mean_length", "completions/stopped_frac"),
+        *("completions/mean_length", "completions/stopped_frac", "completions/masked_frac"),
+        *("objective/par", "objective/reference_scores", "objective/overlong_penalty"),
         *("sampling/logprob_mismatch", "rewards/clipped_frac", "frac_reward_zero_std"),
     )
 )

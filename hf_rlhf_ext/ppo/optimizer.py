@@ -118,6 +118,22 @@ def critic_learning_rate(optimizer: torch.optim.Optimizer, roles: Roles) -> floa
     return float(optimizer.param_groups[-1]["lr"])
 
 
+def check_warm_up(optimizer: torch.optim.Optimizer, critic_warmup_steps: int) -> None:
+    """Refuses an optimizer in which the weights of the policy would not begin after a warm-up as at a first step.
+
+    Schedule-free optimizers count the steps of a group, and not those of a weight, in their averages.
+
+    Raises:
+        UserError: if there is a warm-up, and the optimizer is such a one.
+    """
+    if critic_warmup_steps > 0 and callable(getattr(optimizer, "eval", None)):
+        raise UserError(
+            f"critic_warmup_steps={critic_warmup_steps}: {type(optimizer).__name__} averages the weights of the policy "
+            "over the steps of the warm-up too, in which they do not move: choose an optimizer that is not "
+            "schedule-free, such as adamw_torch, or leave critic_warmup_steps out."
+        )
+
+
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """All parameters that the optimizer trains."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]

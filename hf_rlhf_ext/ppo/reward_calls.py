@@ -59,6 +59,24 @@ def weighted_sum(names: Sequence[str], weights: Sequence[float]) -> str:
     return terms
 
 
+def formula_of(names: Sequence[str], weights: Sequence[float], shaping: str | None = None) -> str | None:
+    """What is maximized as a formula, such as `PAR(1 × runs/reward + 0.5 × short)`.
+
+    Args:
+        names: names of the rewards.
+        weights: their weights.
+        shaping: `reward_shaping` of `PPOConfig`.
+
+    Returns:
+        The formula; `None` for one reward of weight 1 as it is.
+    """
+    is_plain = list(weights) == [1]
+    if shaping is None:
+        return None if is_plain else weighted_sum(names, weights)
+    inner = names[0] if is_plain else weighted_sum(names, weights)
+    return f"{shaping.upper()}({inner})"
+
+
 def checked_weights(weights: Any, names: Sequence[str], option: str) -> list[float]:
     """Returns the weight of each reward function; 1 each for `None`.
 

@@ -201,7 +201,8 @@ class RewardFunctions:
         if unscored:
             raise UserError(
                 f"reward function {', '.join(map(repr, self.names))} returned None for completion {unscored[0]} of "
-                f"{len(per_func)}: at least one function must score every completion."
+                f"{len(per_func)}: at least one function must score every completion. Return a number there (the "
+                "built-in judge has otherwise=0.0 for it)."
             )
 
     def check_call(self, columns: Iterable[str], *, where: str) -> None:

@@ -116,8 +116,10 @@ class MicroBatch:
         advantages: (b, t) fp32.
         returns: (b, t) fp32, what the critic learns, in units of reward; `None` without a critic.
         sampling_weights: (b, t) fp32, factors on the loss of each token; `None` means 1.
-        minibatch_tokens: number of emitted tokens of the whole mini-batch on all processes. Losses are divided by it.
+        minibatch_tokens: number of tokens of the whole mini-batch on all processes that losses count, see
+            `Rollout.counted_tokens`. Losses are divided by it.
         share: weight of this micro-batch in the mean of a metric over the optimizer step.
+        counted: (b,) bool, which completions losses count; `None` means all.
     """
 
     sequences: Sequences
@@ -130,6 +132,12 @@ class MicroBatch:
     sampling_weights: Tensor | None
     minibatch_tokens: Tensor
     share: float
+    counted: Tensor | None = None
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """(b, t) bool, True for emitted tokens of completions that losses count."""
+        return self.mask if self.counted is None else self.mask & self.counted[:, None]
 
 
 @dataclass
@@ -178,6 +186,8 @@ class Rollout:
         sampled_logprobs: (B, T) fp32, log-probabilities that the engine returned, in nats; `old_logprobs` if it
             returned none. They are not used in training.
         per_prompt: number of completions per prompt, see `Sequences`.
+        counted: (B,) bool, which completions losses count; `None` means all. With `mask_truncated_completions`, those
+            that end with a stop token.
     """
 
     input_ids: Tensor
@@ -196,6 +206,18 @@ class Rollout:
     completions: CompletionTable | None = None
     sampled_logprobs: Tensor | None = None
     per_prompt: int = 1
+    counted: Tensor | None = None
+
+    def counted_tokens(self, rows: Tensor) -> Tensor:
+        """Number of emitted tokens of these rows that losses count: a scalar, at least 1, to divide by.
+
+        Args:
+            rows: (b,) int64, indices of rows.
+        """
+        lengths = self.completion_lengths[rows]
+        if self.counted is None:
+            return lengths.sum()
+        return (lengths * self.counted[rows]).sum().clamp(min=1)
 
     @property
     def sequences(self) -> Sequences:
@@ -207,7 +229,7 @@ class Rollout:
 
         Args:
             rows: (b,) int64, indices of rows.
-            minibatch_tokens: scalar, number of emitted tokens of the whole mini-batch on all processes.
+            minibatch_tokens: scalar, `counted_tokens` of the whole mini-batch on all processes.
             share: weight of the micro-batch in the mean of a metric over the optimizer step.
         """
         sequences = self.sequences.select(rows)
@@ -217,12 +239,13 @@ class Rollout:
         for name in PER_TOKEN:
             tensor = getattr(self, name)
             per_token[name] = None if tensor is None else tensor[rows, : mask.shape[1]]
-        return MicroBatch(sequences, mask, **per_token, minibatch_tokens=minibatch_tokens, share=share)
+        counted = None if self.counted is None else self.counted[rows]
+        return MicroBatch(sequences, mask, **per_token, minibatch_tokens=minibatch_tokens, share=share, counted=counted)
 
     def save(self, path: str | Path) -> None:
         """Writes the tensors to a safetensors file, so that a run can resume in the middle of a rollout."""
         tensors = {}
-        for name in ("input_ids", "prompt_lengths", "completion_lengths", "order", *PER_TOKEN):
+        for name in ("input_ids", "prompt_lengths", "completion_lengths", "order", "counted", *PER_TOKEN):
             tensor = getattr(self, name)
             if tensor is not None:
                 tensors[name] = tensor.cpu().contiguous()

@@ -1,8 +1,13 @@
-"""Shaping of scores: scale, running normalization, clip, and penalties for length and for a missing stop token."""
+"""Shaping of scores: against reference answers (PAR), scale, running normalization, clip, and penalties.
 
+Penalties are for length, for nearly overlong completions, and for a missing stop token.
+"""
+
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +75,41 @@ def length_penalty(lengths: Tensor, per_token: float, target: int) -> Tensor:
     return per_token * (lengths - target).clamp(min=0).float()
 
 
+def soft_overlong_penalty(completions: Sequence[Sized], max_length: int, zone: int) -> Tensor:
+    """Soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13), computed by TRL.
+
+    0 up to L_max − L_zone tokens, then falling linearly to −1 at L_max: (L_max − L_zone − length) / L_zone.
+
+    Args:
+        completions: B completions, of which only the number of tokens is read, including the stop token.
+        max_length: L_max, the maximum number of tokens of a completion.
+        zone: L_zone, the number of tokens before it in which the penalty grows.
+
+    Returns:
+        (B,) fp32 from −1 to 0, to add to the scores.
+    """
+    from trl.rewards import get_soft_overlong_punishment  # slow to import
+
+    return torch.tensor(get_soft_overlong_punishment(max_length, zone)(completion_ids=completions), dtype=torch.float32)
+
+
+def preference_as_reward(scores: Tensor, references: Tensor) -> Tensor:
+    """Preference As Reward, PAR (Fu et al. 2025, arXiv:2502.18770): mean over references of σ(score − score_ref).
+
+    If scores are those of a Bradley–Terry model, this is the probability that the completion is preferred to a
+    reference answer. It is bounded, and it rises fastest where a completion is about as good as the references.
+
+    Args:
+        scores: (B,) score of each completion, in log-odds.
+        references: (B, M) scores of the reference answers of its prompt; NaN where a prompt has fewer than M. At least
+            one of each row is a number.
+
+    Returns:
+        (B,) from 0 to 1, with the dtype of `scores`.
+    """
+    return torch.sigmoid(scores[:, None] - references).nanmean(dim=1)
+
+
 class ShapedScores(NamedTuple):
     """Result of `shape_scores`.
 
@@ -96,6 +136,8 @@ def shape_scores(
     price_per_token: float = 0.0,
     free_tokens: int = 0,
     missing_eos_penalty: float | None = None,
+    overlong: Tensor | None = None,
+    overlong_weight: float = 1.0,
 ) -> ShapedScores:
     """Scales, normalizes and clips scores, in this order, and then subtracts the penalties.
 
@@ -110,6 +152,8 @@ def shape_scores(
         price_per_token: reward subtracted for each token beyond `free_tokens`, see `length_penalty`.
         free_tokens: number of tokens without a penalty.
         missing_eos_penalty: reward subtracted where `stopped` is False; `None` means 0.
+        overlong: (B,) from −1 to 0, see `soft_overlong_penalty`; `None` means 0.
+        overlong_weight: factor on `overlong`.
 
     Returns:
         The shaped scores, the updated moments and which scores were clipped.
@@ -124,5 +168,7 @@ def shape_scores(
         scores = scores.clamp(-clip, clip)
     if price_per_token:
         scores = scores - length_penalty(lengths, price_per_token, free_tokens)
+    if overlong is not None:
+        scores = scores + overlong_weight * overlong
     scores = scores - (missing_eos_penalty or 0.0) * (~stopped).to(scores.dtype)
     return ShapedScores(scores, moments, clipped)

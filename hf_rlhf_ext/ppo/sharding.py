@@ -107,6 +107,13 @@ class Whole:
         """Clips gradients to a norm. Returns the norm before, a scalar."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
+    def complete_state(self, optimizer: Any) -> None:
+        """Before a checkpoint: gives weights that no step has changed yet the optimizer state that files need.
+
+        Raises:
+            UserError: if it is not known which state an optimizer of this kind begins with.
+        """
+
     def restore_optimizer(self, optimizer: Any, checkpoint: Path) -> None:
         """Loads the optimizer state of a checkpoint, if it has one, but keeps the current learning rates."""
         saved = checkpoint / OPTIMIZER_NAME
@@ -216,12 +223,42 @@ class Sharded(Whole):
         # That of accelerate takes sharded and whole weights together.
         return whole(self._accelerator.clip_grad_norm_(parameters, max_norm))
 
+    def complete_state(self, optimizer: Any) -> None:
+        # In a warm-up of the critic, weights of the policy have no state. A file with the states of some weights only
+        # would not be read back (torch 2.13: "Missing optimizer state").
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.requires_grad]
+        missing = [weight for weight in weights if not optimizer.state.get(weight)]
+        like = next((weight for weight in weights if weight not in set(missing) and weight.ndim > 1), None)
+        if not missing or like is None:
+            return
+        for weight in missing:
+            optimizer.state[weight] = {
+                name: _first_value(value, like, weight) for name, value in optimizer.state[like].items()
+            }
+
     def restore_optimizer(self, optimizer: Any, checkpoint: Path) -> None:
         if not has_sharded_optimizer(checkpoint):
             return
         plugin = self._accelerator.state.fsdp_plugin
         with _same_learning_rates(optimizer):
             load_fsdp_optimizer(plugin, self._accelerator, optimizer, self._model, str(checkpoint))
+
+
+def _first_value(value: Any, like: Tensor, weight: Tensor) -> Any:
+    """What a weight has before its first step, where the optimizer state of another weight, `like`, has `value`.
+
+    Momentum, mean squares and the number of steps begin at zero.
+    """
+    if isinstance(value, Tensor) and value.shape == like.shape:
+        return torch.zeros_like(weight, dtype=value.dtype)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return torch.zeros_like(value)
+    if isinstance(value, int | float):
+        return type(value)()
+    raise UserError(
+        f"critic_warmup_steps: with {Engine.FSDP2}, a checkpoint in the warm-up needs an optimizer whose state begins "
+        "at zero, such as AdamW: set optim=adamw_torch, or save no checkpoint until the warm-up has ended (save_steps)."
+    )
 
 
 def sharding_of(accelerator: Accelerator, ranks: Ranks, model: nn.Module, heads: Sequence[nn.Module]) -> Whole:

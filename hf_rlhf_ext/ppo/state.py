@@ -28,7 +28,8 @@ class NextRows(NamedTuple):
 
     Attributes:
         rows: (b,) int64, indices of rows.
-        minibatch_tokens: scalar, number of emitted tokens of their whole mini-batch, on all processes.
+        minibatch_tokens: scalar, number of tokens of their whole mini-batch on all processes, see
+            `Rollout.counted_tokens`.
     """
 
     rows: Tensor
@@ -87,8 +88,35 @@ class PPOState:
 
     @property
     def updates(self) -> int:
-        """Number of rollouts that the policy was trained on, including the current one."""
+        """Number of rollouts that were trained on, including the current one. In a warm-up, only the critic was."""
         return self.rollout_index + (self.step_in_rollout > 0)
+
+    def is_warm_up(self, args: PPOConfig, ranks: Ranks, rollout: int | None = None) -> bool:
+        """Whether a rollout trains the critic only, see `critic_warmup_steps`. It is the same on every process.
+
+        Args:
+            args: options of the run.
+            ranks: the processes of the run.
+            rollout: number of the rollout; `None` means the current one.
+        """
+        rollout = self.rollout_index if rollout is None else rollout
+        steps = args.steps_per_rollout
+        if self.stretch.run > 0:
+            # `train` was called again: its steps are counted from 0, but the critic does not start again.
+            before = rollout * steps
+        else:
+            # Earlier stretches had other numbers of steps per rollout.
+            before = self.stretch.steps_before(rollout, steps)
+        return before < args.critic_warmup_steps
+
+    def follows_warm_up(self, args: PPOConfig, ranks: Ranks) -> bool:
+        """Whether the current rollout is the first one after a warm-up. The arguments are those of `is_warm_up`."""
+        previous = self.rollout_index - 1
+        # Of rollouts before a resumed run with other sizes, only the sum of the steps is known.
+        is_known = previous >= self.stretch.rollout or self.stretch.run > 0
+        if previous < 0 or not is_known or self.is_warm_up(args, ranks):
+            return False
+        return self.is_warm_up(args, ranks, previous)
 
     def leave_rollout(self, args: PPOConfig) -> None:
         """Skips the rest of the current rollout: the next micro-step starts a new one."""
@@ -141,7 +169,7 @@ class PPOState:
         mini_batches = order.split(args.minibatch_size * ranks.count)
         micro_batches = order.split(args.per_device_train_batch_size * ranks.count)
         mini_batch = mini_batches[in_epoch // args.gradient_accumulation_steps]
-        minibatch_tokens = self.rollout.completion_lengths[mini_batch].sum()
+        minibatch_tokens = self.rollout.counted_tokens(mini_batch)
         return NextRows(ranks.share(micro_batches[in_epoch], args.num_generations), minibatch_tokens)
 
     # ---- In a checkpoint ----

@@ -73,6 +73,10 @@ class Stretch(NamedTuple):
         before = self.prompt if self.completions is None else self.completions
         return before + (rollout - self.rollout) * completions
 
+    def steps_before(self, rollout: int, steps: int) -> int:
+        """Number of optimizer steps of the run before a rollout in this stretch, whose rollouts take `steps` steps."""
+        return self.step + (rollout - self.rollout) * steps
+
     def steps_in_run(self, num_train_epochs: float, n_prompts: int, sizes: Sizes) -> int:
         """The optimizer step after which `n_prompts` prompts were used `num_train_epochs` times since the run began."""
         asked = round(num_train_epochs * n_prompts, 6)  # 1.1 * 200 is 220.00000000000003

@@ -83,6 +83,7 @@ from .kl import KL_ESTIMATORS, KLController
 from .losses import masked_mean, policy_loss, value_loss
 from .meter import Meter
 from .optimizer import (
+    check_warm_up,
     critic_learning_rate,
     give_critic_its_groups,
     has_critic_groups,
@@ -93,6 +94,7 @@ from .prompts import Prompts, tick_dataloader
 from .ptx import text_loss, texts_per_step
 from .ranks import Ranks
 from .reference_file import needed_reference, remove_references
+from .references import check_reference_answers, said_of_references
 from .reward_calls import check_given
 from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
@@ -102,6 +104,7 @@ from .shared_prompts import choose_layouts
 from .state import NextRows, PPOState, read_state, sizes_of, steps_in_all
 from .stretch import Sizes, said_of_other_sizes, steps_after, stretch_after
 from .trainer_options import ENGINES
+from .warmup import warm_up_line
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +189,7 @@ class PPOTrainer(BaseTrainer):
         )
         self._counts_epochs = args.max_steps <= 0
         args = inputs.args  # a copy, with `max_steps`
+        check_reference_answers(args, inputs.train_dataset)
         self.data_origins = origins_of(inputs.train_dataset, inputs.eval_dataset, ptx=ptx_dataset)
         self._max_positions = inputs.max_positions
         self._ptx = inputs.ptx_texts
@@ -206,6 +210,8 @@ class PPOTrainer(BaseTrainer):
 
         check_columns(self.rewards, self.eval_rewards, inputs.datasets)
         logger.info("reward = %s", self.rewards.formula)
+        if args.reward_shaping == "par":
+            logger.info("reward_shaping=par compares it with reference answers: %s", said_of_references(args))
 
         # 3. `Trainer`: loop, checkpoints, logs, callbacks.
         self.publisher = new_publisher()
@@ -316,7 +322,7 @@ class PPOTrainer(BaseTrainer):
 
     @property
     def updates(self) -> int:
-        """Number of rollouts that the policy was trained on, including the current one."""
+        """Number of rollouts that were trained on, including the current one. In a warm-up, only the critic was."""
         return self.ppo.updates
 
     @property
@@ -402,7 +408,8 @@ class PPOTrainer(BaseTrainer):
                 return torch.zeros((), device=self.ranks.device)
             loss = self._add_gradients(next_rows)
             if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
-                loss = loss + self._add_ptx_gradients()
+                if not self._is_warm_up:
+                    loss = loss + self._add_ptx_gradients()
                 self._finish_step()
         interval = self.args.torch_empty_cache_steps
         if interval is not None and self.state.global_step % interval == 0:
@@ -457,7 +464,9 @@ class PPOTrainer(BaseTrainer):
                 self.ppo.moments,
                 self.state,
                 completions_before=self.ppo.completions_before(self.args, self.ranks),
+                critic_only=self._is_warm_up,
             )
+        self._say_phase()
         self.ppo.moments = rollout.moments
         for name, value in rollout.logged:
             self.meter.observe(name, value)
@@ -466,10 +475,23 @@ class PPOTrainer(BaseTrainer):
                 self.meter.leave_open(name)
             else:
                 self.meter.observe(name, value)
-        if self.kl_controller.target is not None:
+        # In a warm-up the KL is not an answer to the coefficient, as the policy does not move.
+        if self.kl_controller.target is not None and not self._is_warm_up:
             kl = float(rollout.metrics["objective/kl"])
             self.ppo.kl_coef = self.kl_controller.next(self.ppo.kl_coef, kl, len(rollout.completion_lengths))
         return rollout
+
+    @property
+    def _is_warm_up(self) -> bool:
+        """Whether the current rollout trains the critic only, see `critic_warmup_steps`."""
+        return self.ppo.is_warm_up(self.args, self.ranks)
+
+    def _say_phase(self) -> None:
+        """Logs a line where a warm-up of the critic begins, and one where it ends."""
+        if self._is_warm_up and self.ppo.rollout_index == 0:
+            self._warn(warm_up_line(self.args))
+        if self.ppo.follows_warm_up(self.args, self.ranks):
+            self._warn("the warm-up of the critic ends: from this rollout on, the policy is trained too")
 
     @torch.no_grad()
     def _check_first_rollout(self, rollout: Rollout) -> None:
@@ -541,7 +563,7 @@ class PPOTrainer(BaseTrainer):
             part = self.ppo.rollout.select(rows, minibatch_tokens=next_rows.minibatch_tokens, share=share)
             if not counts:  # losses and metrics are divided by the number of tokens
                 part = replace(part, minibatch_tokens=torch.tensor(math.inf, device=self.ranks.device), share=0.0)
-            for role in self.roles.trained:
+            for role in self._trained_roles:
                 # The backward pass comes before the next role is activated: with gradient checkpointing it computes the
                 # adapter again.
                 with self.roles.activate(role) as module:
@@ -549,6 +571,11 @@ class PPOTrainer(BaseTrainer):
                     self.accelerator.backward(loss)
                 total += loss.detach()
         return total
+
+    @property
+    def _trained_roles(self) -> tuple[str, ...]:
+        """The roles that pass through the model in this step, see `Roles.trained`."""
+        return ("value",) if self._is_warm_up else self.roles.trained
 
     def _parts(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Splits the rows of a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
@@ -576,7 +603,8 @@ class PPOTrainer(BaseTrainer):
             inputs: the micro-batch.
             return_outputs: not used; `Trainer` passes it.
             num_items_in_batch: not used; `Trainer` passes it.
-            role: `policy` or `value`. With a head critic, `policy` includes the value loss.
+            role: `policy` or `value`. With a head critic, `policy` includes the value loss, and `value` is its head
+                alone.
 
         Returns:
             A scalar with gradient.
@@ -584,7 +612,12 @@ class PPOTrainer(BaseTrainer):
         sequences = inputs.sequences
         mask = inputs.mask
         with self.roles.mixed_precision():
-            hidden = self.roles.hidden_states(role, model, sequences)
+            if role == "value" and self.critic == "head":
+                # The value loss must not reach the policy, whose hidden states the head reads.
+                with torch.no_grad(), self.roles.sharding.inference():
+                    hidden = self.roles.hidden_states(role, model, sequences)
+            else:
+                hidden = self.roles.hidden_states(role, model, sequences)
             loss = torch.zeros((), device=mask.device)
             if role == "value" or self.critic == "head":
                 values = scatter_to_mask(self.roles.values(hidden), mask)
@@ -596,12 +629,12 @@ class PPOTrainer(BaseTrainer):
             entropies = scatter_to_mask(entropies, mask)
 
         surrogate = self._surrogate_loss(logprobs, inputs)
-        entropy = masked_mean(entropies, mask, inputs.minibatch_tokens)
+        entropy = masked_mean(entropies, inputs.loss_mask, inputs.minibatch_tokens)
         self.meter.add("policy/entropy_avg", entropy, inputs.share)
         loss = loss + surrogate - self.args.entropy_coef * entropy
         if self.args.kl_placement == "loss" and self.ppo.kl_coef:
             token_kl = KL_ESTIMATORS[self.args.estimator](logprobs, inputs.ref_logprobs)
-            kl = masked_mean(token_kl, mask, inputs.minibatch_tokens)
+            kl = masked_mean(token_kl, inputs.loss_mask, inputs.minibatch_tokens)
             self.meter.add("policy/kl_loss", kl, inputs.share)
             loss = loss + self.ppo.kl_coef * kl
         return loss
@@ -611,8 +644,9 @@ class PPOTrainer(BaseTrainer):
             logprobs,
             inputs.old_logprobs,
             inputs.advantages,
-            inputs.mask,
+            inputs.loss_mask,
             clip_range=self.args.clip_range,
+            clip_range_high=self.args.clip_range_high,
             denominator=inputs.minibatch_tokens,
             weights=inputs.sampling_weights,
         )
@@ -632,7 +666,7 @@ class PPOTrainer(BaseTrainer):
             values,
             inputs.values,
             inputs.returns,
-            inputs.mask,
+            inputs.loss_mask,
             clip_range=self.args.value_clip_range,
             denominator=inputs.minibatch_tokens,
         )
@@ -664,7 +698,7 @@ class PPOTrainer(BaseTrainer):
         self.ppo.approx_kl = 0.0
         self._signal.agree(bool(signals))
 
-        parameters = trained_parameters(self.optimizer)
+        parameters = self._stepped_parameters()
         sharding = self.roles.sharding
         sharding.sum_gradients(parameters, self.ranks)
         # The summed gradients are the same on all processes, so the verdict is the same too.
@@ -685,11 +719,23 @@ class PPOTrainer(BaseTrainer):
         elif verdict.warning:
             self._warn(verdict.warning)
 
-        if self.args.early_stop_kl is not None:
+        if self.args.early_stop_kl is not None and not self._is_warm_up:
             moved_too_far = approx_kl > self.args.early_stop_kl
             self.meter.observe("policy/stopped_early", float(moved_too_far))
             if moved_too_far:
                 self.ppo.leave_rollout(self.args)
+
+    def _stepped_parameters(self) -> list[nn.Parameter]:
+        """The parameters that this optimizer step changes: in a warm-up, only those of the critic."""
+        parameters = trained_parameters(self.optimizer)
+        if not self._is_warm_up:
+            return parameters
+        critic = set(self.roles.parameters_of_critic())
+        for parameter in parameters:
+            if parameter not in critic:
+                # Without a gradient, an optimizer leaves a weight alone. With zeros it would apply weight decay.
+                parameter.grad = None
+        return [parameter for parameter in parameters if parameter in critic]
 
     # ---- Restoring checkpoints, stopping, warning ----
 
@@ -764,6 +810,7 @@ class PPOTrainer(BaseTrainer):
         if not has_critic_groups(plain, self.roles):  # it has them in a second call of `train`
             give_critic_its_groups(plain, self.roles, self.args.value_learning_rate, scheduler)
         check_lists_of_schedule(self.args, plain)
+        check_warm_up(plain, self.args.critic_warmup_steps)
         return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
@@ -959,6 +1006,8 @@ class PPOTrainer(BaseTrainer):
         output_dir = Path(self.args.output_dir)
         newest = checkpoint_name(self.state.global_step)
         overwritten = needed_reference(output_dir / newest)  # of an earlier run in the same folder
+        if self._is_warm_up:
+            self.roles.sharding.complete_state(self.optimizer)
         if self.args.should_save:
             mark_incomplete(output_dir / newest)
         register_callbacks(self.state, self.callback_handler.callbacks)
@@ -1025,6 +1074,9 @@ class PPOTrainer(BaseTrainer):
             was = f"{saved['kl_coef_option']:g} (adapted to {self.ppo.kl_coef:g})"
             self._warn(f"kl_coef was {was} in {folder.name}: it is now {self.args.kl_coef:g}, as set in the options")
             self.ppo.kl_coef = self.args.kl_coef
+        next_to_train = self.ppo.rollout_index + self.ppo.is_used_up(self.args)
+        if self.ppo.is_warm_up(self.args, self.ranks, next_to_train):
+            self._warn(warm_up_line(self.args))
 
     def _load_best_model(self) -> None:
         use_evaluation_weights(self.optimizer)

@@ -63,5 +63,7 @@ def test_the_sum_is_said_with_the_weight_of_each_reward():
     assert sum_of_rewards([short, "a/b"], None) == "1 × short + 1 × a/b"
     assert sum_of_rewards([short], None) is sum_of_rewards([short], [1.0]) is None
     assert sum_of_rewards([short], [2.0]) == "2 × short"
+    assert sum_of_rewards([short], None, "par") == "PAR(short)"
+    assert sum_of_rewards(["runs/rm", short], [1, 0.5], "par") == "PAR(1 × runs/rm + 0.5 × short)"
     with pytest.raises(UserError, match="1 entries for 2 rewards.*runs/rm, short"):
         sum_of_rewards(["runs/rm", short], [1.0])

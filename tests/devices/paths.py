@@ -275,6 +275,41 @@ named(
     attention="eager",
     num_generations=2,
 )
+named(
+    "ppo: reference answers (PAR), cut completions masked, overlong penalty, no critic",
+    train_ppo,
+    layout=Layout.SEGMENTS,
+    num_generations=4,
+    critic="none",
+    max_completion_length=4,
+    reward_shaping="par",
+    num_reference_answers=2,
+    mask_truncated_completions=True,
+    soft_overlong_tokens=2,
+    clip_range_high=0.28,
+    entropy_coef=0.01,
+)
+named(
+    "ppo: a warm-up of the head critic in fp16, lambdas of returns and lengths",
+    train_ppo,
+    fp16=True,
+    optim="sgd",
+    critic_warmup_steps=1,
+    max_steps=4,
+    value_gae_lambda=1.0,
+    length_adaptive_lambda=0.5,
+)
+named(
+    "ppo: a warm-up of the adapter critic, activation checkpointing, token budget, cut completions masked",
+    train_ppo,
+    critic="adapter",
+    activation_checkpointing=True,
+    max_tokens_per_batch=40,
+    max_completion_length=4,
+    mask_truncated_completions=True,
+    critic_warmup_steps=1,
+    max_steps=4,
+)
 named("ppo: bf16", train_ppo, bf16=True, optim="sgd", critic="adapter")
 named("ppo: fp16", train_ppo, fp16=True, optim="sgd")
 

@@ -34,6 +34,9 @@ SAVED = {"critic": "adapter", "max_steps": 8, "save_strategy": "steps", "save_st
 ROLLED_BACK = {"critic": "adapter", "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "vf_coef": 0.05}
 ROLLED_BACK |= {"max_kl": 0.1, "max_kl_action": "rollback"}
 SHARED = {"num_generations": 2, "per_device_train_batch_size": 4}
+# The second rollout needs a last block of reference answers, for which the other process joins in.
+SHAPED = SHARED | {"critic": "adapter", "num_ppo_epochs": 1, "max_steps": 4, "max_tokens_per_batch": 40}
+SHAPED |= {"reward_shaping": "par", "num_reference_answers": 3, "mask_truncated_completions": True}
 CASES = [
     {
         "name": "head",
@@ -53,6 +56,7 @@ CASES = [
     {"name": "resumed", "policy": "sft", "resumes": "whole/checkpoint-6", "options": SAVED},
     {"name": "rollback", "policy": "sft", "jumps": [6, 20.0], "options": ROLLED_BACK},
     {"name": "no critic", "options": SHARED | {"critic": "none", "max_steps": 2} | EVALUATED | BUDGET},
+    {"name": "shaped", "policy": "sft", "reward_models": ["reward"], "options": SHAPED | {"generation_batch_size": 4}},
     {
         "name": "shared prompts",
         "reward_models": ["reward"],

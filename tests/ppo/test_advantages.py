@@ -9,6 +9,8 @@ from hf_rlhf_ext.ppo.advantages import (
     completion_mask,
     explained_variance,
     generalized_advantages,
+    lambda_returns,
+    length_adaptive_lambda,
     token_rewards,
     whiten,
 )
@@ -125,6 +127,63 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     _, returns = generalized_advantages(rewards, values, torch.ones(1, 5, dtype=torch.bool), gamma=0.9, gae_lambda=1.0)
     expected = [sum(0.9**k * rewards[0, t + k].item() for k in range(5 - t)) for t in range(5)]
     torch.testing.assert_close(returns[0], f64(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+def test_a_lambda_of_each_completion_equals_the_double_loop(gamma):
+    lengths = torch.tensor([5, 1, 3, 6])
+    lambdas = torch.tensor([0.9, 0.3, 0.0, 1.0])
+    rewards, values = torch.randn(2, 4, 6, dtype=torch.float64)
+    mask = completion_mask(lengths, 6)
+    dirty = [x.masked_fill(~mask, NAN) for x in (rewards, values)]
+    advantages, returns = generalized_advantages(*dirty, mask, gamma=gamma, gae_lambda=lambdas.double())
+    of_returns = lambda_returns(*dirty, mask, gamma=gamma, gae_lambda=lambdas.double())
+    for row, length in enumerate(lengths.tolist()):
+        lam = lambdas.double()[row].item()
+        expected = f64(gae_by_definition(rewards[row].tolist(), values[row].tolist(), length, gamma, lam))
+        torch.testing.assert_close(advantages[row, :length], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(returns[row, :length], expected + values[row, :length], rtol=0, atol=1e-12)
+        torch.testing.assert_close(of_returns[row, :length], expected + values[row, :length], rtol=0, atol=1e-12)
+    assert not advantages[~mask].any() and not of_returns[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_lambdas_of_all_completions_are_one_lambda_to_the_bit(dtype):
+    lam = 0.875  # exact in fp32
+    rewards, values = 10 * torch.randn(2, 16, 30, dtype=dtype)
+    mask = completion_mask(torch.randint(1, 31, (16,)), 30)
+    one = generalized_advantages(rewards, values, mask, gamma=1.0, gae_lambda=lam)
+    each = generalized_advantages(rewards, values, mask, gamma=1.0, gae_lambda=torch.full((16,), lam))
+    assert torch.equal(each[0], one[0]) and torch.equal(each[1], one[1])
+    assert each[0].dtype == dtype and each[0].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [1.0, 0.99])
+def test_returns_with_lambda_one_are_those_of_monte_carlo_to_the_bit(gamma, dtype):
+    rewards, values = 10 * torch.randn(2, 16, 30, dtype=dtype)
+    mask = completion_mask(torch.randint(1, 31, (16,)), 30)
+    expected = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(30)):
+        running = rewards.masked_fill(~mask, 0.0)[:, t] + gamma * running
+        expected[:, t] = running
+    got = lambda_returns(rewards, 1e6 * values, mask, gamma=gamma, gae_lambda=1.0)
+    assert torch.equal(got, expected.masked_fill(~mask, 0.0))  # no value enters, not even through rounding
+
+
+def test_returns_with_lambda_zero_look_one_token_ahead():
+    # G_t = r_t + γ V_{t+1}: [1 + ½·4, 3]
+    mask = torch.tensor([[True, True, False]])
+    rewards, values = f64([[1.0, 3.0, NAN]]), f64([[2.0, 4.0, 1e30]])
+    assert lambda_returns(rewards, values, mask, gamma=0.5, gae_lambda=0.0).tolist() == [[3.0, 3.0, 0.0]]
+
+
+def test_the_length_adaptive_lambda_worked_by_hand():
+    # 1 - 1/(0.05·48) = 1 - 1/2.4; 1 - 1/(0.05·2000) = 0.99; up to 20 tokens α·length is 1 or less.
+    got = length_adaptive_lambda(torch.tensor([1, 20, 40, 48, 2000]), 0.05)
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.5, 1 - 1 / 2.4, 0.99]), rtol=0, atol=1e-6)
+    assert float(length_adaptive_lambda(torch.tensor([10**6]), 1e6)) <= 1.0
 
 
 def test_whitening_worked_by_hand():

@@ -88,7 +88,8 @@ def test_no_order_share_or_micro_batch_divides_a_prompt(tmp_path_factory, sizes,
     torch.manual_seed(seed)
     order = ExperienceMaker._orders(maker, size)
     assert order.shape == (args.num_ppo_epochs, size)
-    rollout = SimpleNamespace(order=order, completion_lengths=torch.arange(1, size + 1))
+    lengths, numbers = torch.arange(1, size + 1), torch.zeros(size, 1)
+    rollout = Rollout(order, lengths, lengths, numbers, numbers, numbers, order)
     states = [PPOState(kl_coef=0.1, rollout=rollout) for _ in range(count)]
     for _ in range(args.num_ppo_epochs):
         used = []

@@ -163,3 +163,36 @@ def test_shares_of_micro_batches_add_up_to_the_mini_batch(sizes):
         loss, stats = policy_loss(new, before, advantage, part, **given)
         shares += torch.stack([*stats.values(), loss, *value_loss(value, old_value, target, part, **given)])
     torch.testing.assert_close(shares, torch.stack(whole), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [(1.25, 2.0, -2.5, -2.5), (1.5, 2.0, -2.6, 0.0)])
+def test_the_upper_clip_may_have_a_range_of_its_own(ratio, advantage, loss, slope):
+    # Clipped to [0.8, 1.3]. 1.25: not clipped, slope -ratio * A. 1.5: 1.3 * 2, flat.
+    logprobs = f64([[math.log(ratio / 2), NAN]]).requires_grad_()
+    mask, old = torch.tensor([[True, False]]), f64([[math.log(0.5), NAN]])
+    got, stats = policy_loss(
+        logprobs, old, f64([[advantage, NAN]]), mask, clip_range=0.2, clip_range_high=0.3, denominator=1
+    )
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-12)
+    assert logprobs.grad.tolist() == [[pytest.approx(slope, abs=1e-12), 0.0]]
+    assert stats["clipfrac"].item() == float(slope == 0)
+
+
+@pytest.mark.parametrize("advantage, loss, slope", [(2.0, -1.0, -1.0), (-2.0, 1.6, 0.0)])
+def test_the_lower_clip_does_not_know_of_the_upper_one(advantage, loss, slope):
+    # ratio 0.5, clipped at 0.8. A = 2: min(1, 1.6), slope -1. A = -2: min(-1, -1.6), flat.
+    logprobs = f64([[math.log(0.25)]]).requires_grad_()
+    mask, old = torch.tensor([[True]]), f64([[math.log(0.5)]])
+    got, _ = policy_loss(logprobs, old, f64([[advantage]]), mask, clip_range=0.2, clip_range_high=0.9)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-12)
+    assert logprobs.grad.item() == pytest.approx(slope, abs=1e-12)
+
+
+def test_without_an_upper_range_the_lower_one_is_used_to_the_bit():
+    (logprobs, old, advantages, *_), mask = random_batch(seed=7)
+    alone, _ = policy_loss(logprobs, old, advantages, mask, clip_range=0.2)
+    both, _ = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, clip_range_high=0.2)
+    other, _ = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, clip_range_high=0.28)
+    assert torch.equal(alone, both) and alone != other

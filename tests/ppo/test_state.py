@@ -10,6 +10,7 @@ from hf_rlhf_ext.ppo.config import PPOConfig
 from hf_rlhf_ext.ppo.kl import KLController, adapted_kl_coef
 from hf_rlhf_ext.ppo.meter import Meter
 from hf_rlhf_ext.ppo.ranks import Ranks
+from hf_rlhf_ext.ppo.rollout import Rollout
 from hf_rlhf_ext.ppo.shaping import RunningMoments
 from hf_rlhf_ext.ppo.state import PPOState, geometry, steps_in_all
 
@@ -38,7 +39,8 @@ def test_every_epoch_uses_each_completion_once_over_all_processes(args, count):
     size = args.rollout_size * count
     order = torch.stack([torch.randperm(size) for _ in range(args.num_ppo_epochs)])
     lengths = torch.arange(1, size + 1)
-    rollout = SimpleNamespace(order=order, completion_lengths=lengths)
+    numbers = torch.zeros(size, 1)
+    rollout = Rollout(order, lengths, lengths, numbers, numbers, numbers, order)
     states = [PPOState(kl_coef=0.1, rollout=rollout) for _ in range(count)]
     assert steps_in_all(args) == 12
     for epoch in range(args.num_ppo_epochs):

@@ -434,7 +434,7 @@ def test_no_pad_token_is_no_mistake(call, base_with, tmp_path, recipe):
         (
             "silent",
             "reward function 'silent' returned None for completion 0 of 2: at least one function must score every "
-            "completion.",
+            "completion. Return a number there (the built-in judge has otherwise=0.0 for it).",
         ),
         (
             "undefined",

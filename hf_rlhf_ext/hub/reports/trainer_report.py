@@ -11,7 +11,7 @@ from ...compat import versions
 from ...modeling.adapters import bare_model
 from ...modeling.source import source_of
 from ...ppo.config import PPOConfig
-from ...ppo.reward_calls import distinct_names, weighted_sum
+from ...ppo.reward_calls import distinct_names, formula_of
 from ...ppo.rewards import RewardFunctions
 from ...reward.ensemble import RewardEnsemble
 from ...reward.preference_metrics import JudgedPairs, preference_nll
@@ -306,8 +306,7 @@ def _add_ppo(section: PPOSection, trainer: Any) -> None:
     section.rewards, eval_rewards = public_reward_names(trainer)
     section.eval_rewards = eval_rewards or None
     weights = trainer.rewards.weights.tolist()
-    if weights != [1.0]:
-        section.reward_formula = weighted_sum(section.rewards, weights)
+    section.reward_formula = formula_of(section.rewards, weights, trainer.args.reward_shaping)
     section.reward_warnings = trainer.reward_warnings or None
     section.stop_reason = trainer.stop_reason
     for name, value in critic_facts(trainer).items():
