@@ -19,13 +19,15 @@ PACKAGE = "hf_rlhf_ext"
 
 CORE = ["errors", "compat", "checkpointing", "publishing", "data", "modeling", "training", "reward", "ppo"]
 """What a trainer needs, lowest first."""
-KIT = ["metrics", "readers", "quality", "hub", "collect", "study"]
+KIT = ["metrics", "readers", "quality", "hub", "collect", "reward_functions", "study"]
 """What surrounds training, lowest first; the core imports none of it."""
 OUTERMOST = ["cli", "recipes", "__main__"]
 ORDER = CORE + KIT + OUTERMOST
 """A module imports from its own sub-package and from those before it: never upwards, without any exception."""
 
 TRL_INTERNALS_IN = "compat"
+TRL_PUBLIC_SUBMODULES = {"rewards"}
+"""Submodules from which TRL's documentation imports: `from trl.rewards import accuracy_reward`."""
 
 
 def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -80,6 +82,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
 def is_trl_internal(path: list[str]) -> bool:
     """True for `trl.a.b` (path: a, b), where `a` is a submodule or private; False for public names such as trl.X."""
     submodules = {found.name for found in pkgutil.iter_modules(find_spec("trl").submodule_search_locations)}
+    submodules -= TRL_PUBLIC_SUBMODULES
     return bool(path) and (path[0] in submodules or path[0].startswith("_"))
 
 
@@ -238,6 +241,7 @@ def test_the_checker_sees(module, source, reason):
         ("ppo.trainer", "import_module('json')"),
         ("ppo.trainer", "from .kl import kl_k1\nfrom . import losses"),
         ("ppo.trainer", "from trl import TrlParser, RewardTrainer\nimport trl"),
+        ("reward_functions.verifiable", "from trl.rewards import think_format_reward"),
         ("ppo.trainer", "from ..compat import BaseTrainer\nfrom ..errors import UserError"),
         ("compat", "from trl.trainer.base_trainer import _BaseTrainer"),
         ("reward.trainer", "import datasets\nfrom data import something_else"),  # another library's `data`

@@ -1,6 +1,7 @@
-"""Finds a function by the name that a user gives: a module or a file, and the function in it.
+"""Finds a function by the name that a user gives: a module or a file and the function in it, or a built-in one.
 
-`functions_of_file` reads a file without running it; `reward_function` imports the module or runs the file.
+`functions_of_file` reads a file without running it; `reward_function` imports the module or runs the file. The built-in
+ones are those of `hf_rlhf_ext.reward_functions`.
 """
 
 import ast
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UserError, first_line
+from ..reward_functions.named import FACTORIES, built_in, similar
 
 FORMS = "give path/to/file.py:function, or module:function"
 """The end of messages about a name that cannot be read."""
@@ -34,13 +36,16 @@ def reward_function(name: str, option: str) -> Callable:
     Args:
         name: `module:function`, `module.function`, `path/to/file.py:function`, or `path/to/file.py` if the file has one
             reward function. A module of the working folder comes before an installed one of the same name. Modules
-            beside a file can be imported in it.
+            beside a file can be imported in it. Or a built-in function, such as `exact_match(column=answer)`.
         option: name of the option, for messages.
 
     Raises:
         UserError: there is no such file, module or function, what the name means is not a function, or the file has an
             error. The line names what there is instead, or file and line of the error.
     """
+    own = built_in(name, option)
+    if own is not None:
+        return own
     place, function = _split(name)
     path = _file_of(place, function, name, option)
     if path is None:
@@ -110,7 +115,8 @@ def _file_of(place: str, function: str, name: str, option: str) -> Path | None:
         path = Path(f"{function}.py")
         if path.is_file():
             raise UserError(f"{option}: {name!r} names no function: give {path}:FUNCTION{_functions_there(path)}.")
-        raise UserError(f"{option}: {name!r} names no module or file: {FORMS}.")
+        built_in_ones = f"or a built-in one{similar(name)}: {', '.join(FACTORIES)}"
+        raise UserError(f"{option}: {name!r} names no module or file: {FORMS}, {built_in_ones}.")
     # A module of the working folder, also if an installed package has its name.
     path = Path(*place.split(".")).with_suffix(".py")
     return path.resolve() if path.is_file() else None

@@ -68,7 +68,7 @@ PPO: MainOptions = {
     },
     "rewards (one at least)": {
         "reward_model": "Folders or Hub ids of reward models.",
-        "reward_funcs": "Reward functions of your own, such as rewards.py:short.",
+        "reward_funcs": "Reward functions: rewards.py:short, or built-in, as 'exact_match(column=answer)'.",
         "reward_weights": "One factor for each reward. Without it, 1 each.",
     },
     "model and adapter": _MODEL

@@ -31,6 +31,12 @@ OPTIONAL_PACKAGES = (
         "pip install 'hf-rlhf-ext[collect]'",
         comes_with=("uvicorn", "markdown_it", "nh3", "httpx2"),
     ),
+    OptionalPackage(
+        "math_verify",
+        "--reward_funcs 'math(column=answer)'",
+        "pip install 'hf-rlhf-ext[math]'",
+        comes_with=("latex2sympy2_extended",),
+    ),
     OptionalPackage("deepspeed", "--accelerate_config zero2 and zero3, and --deepspeed", "pip install deepspeed"),
 )
 

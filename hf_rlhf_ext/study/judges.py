@@ -13,6 +13,7 @@ from ..collect.gold import CheckedGold, is_number
 from ..collect.simulated import GoldReward
 from ..data.text import plain_text, text_key
 from ..errors import UserError
+from ..reward_functions.named import is_call
 from .judgments import FAILED, TIE, Coverage, Text, are_same, as_read, ask_in_batches
 from .people import PeopleJudge
 
@@ -422,7 +423,7 @@ def _function(given: Any, kind: str, load: Load | None) -> Callable:
 def _name_of(given: Any) -> str:
     """The name of a function for reports, where the folder of its file is of no interest."""
     if isinstance(given, str):
-        return Path(given).name
+        return given.partition("(")[0].strip() if is_call(given) else Path(given).name
     return getattr(given, "__name__", type(given).__name__)
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+from ..reward_functions.base import RewardFunction
+
 SHARED_SHARE = 0.01
 """Two lexicons are related if they share this part of the smaller one, and at least one word.
 
@@ -172,6 +174,11 @@ class _Search:
                 self.visit(value, f"{one.__name__}.{name}", depth + 1)
 
     def _visit_object(self, value: Any, place: str, depth: int) -> None:
+        if isinstance(value, RewardFunction):  # what it has beside are settings, such as names of columns
+            self.has_code = True
+            for pattern in value.looked_for:
+                self._add(f"the pattern of {place}", words_of_pattern(pattern))
+            return
         wrapped = getattr(value, "__wrapped__", None)
         if wrapped is not None and callable(value):  # such as lru_cache
             self.visit(wrapped, place, depth + 1)
@@ -284,6 +291,8 @@ def is_same_callable(first: Callable, second: Callable) -> bool:
         return one.__func__ is other.__func__ and one.__self__ is other.__self__
     if one is other:
         return True
+    if isinstance(one, RewardFunction) and isinstance(other, RewardFunction):
+        return one.is_same_as(other)
     if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
         return False
     if one.__code__ != other.__code__ or one.__qualname__ != other.__qualname__:

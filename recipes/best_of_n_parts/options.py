@@ -13,6 +13,7 @@ from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
 from hf_rlhf_ext.recipes.chat_parts.options import CastArguments, checked_seed
 from hf_rlhf_ext.recipes.collect_parts.options import check_file_exists
+from hf_rlhf_ext.reward_functions.named import is_call, texts_of
 
 WRITTEN = ("demonstrations", "comparisons", "answers")
 FORMS = ("auto", "text", "messages")
@@ -118,7 +119,8 @@ class ModelsArguments:
         default_factory=list,
         metadata={
             "help": "Reward functions, as `rewards.py:short`, `path/rewards.py:short` or `my_package.rewards:short`. "
-            "With a reward model, the reward is the weighted sum."
+            "Also built-in ones, as `'exact_match(column=answer)'`. With a reward model, the reward is the weighted "
+            "sum."
         },
     )
     reward_weights: list[float] | None = field(
@@ -151,6 +153,7 @@ class ModelsArguments:
     )
 
     def __post_init__(self):
+        self.reward_funcs = texts_of(self.reward_funcs, "reward_funcs")
         if self.reward_model is None and not self.reward_funcs:
             raise UserError("give a reward: --reward_model FOLDER, or --reward_funcs rewards.py:function.")
         n_rewards = int(self.reward_model is not None) + len(self.reward_funcs)
@@ -176,7 +179,7 @@ class ModelsArguments:
     @property
     def gold_is_function(self) -> bool:
         """Whether `gold` names a function, and not a reward model."""
-        return ".py" in self.gold or (":" in self.gold and not Path(self.gold).exists())
+        return is_call(self.gold) or ".py" in self.gold or (":" in self.gold and not Path(self.gold).exists())
 
     def load_functions(self) -> list[Callable]:
         """The functions of `reward_funcs`."""

@@ -16,6 +16,7 @@ from hf_rlhf_ext.cli.options import ModelArguments, check_at_least
 from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.recipes import ppo, reward, sft
+from hf_rlhf_ext.reward_functions.named import texts_of
 
 SECTIONS = {"sft": sft.ARGUMENTS, "reward": reward.ARGUMENTS, "ppo": ppo.ARGUMENTS}
 """The command whose options a section takes, by the name of the section."""
@@ -77,7 +78,10 @@ class PipelineArguments:
     )
     reward_funcs: str | None = field(
         default=None,
-        metadata={"help": "Reward functions, as rewards.py:short or package.module.function; several as a,b."},
+        metadata={
+            "help": "Reward functions, as rewards.py:short or package.module.function, or built-in ones such as "
+            "'exact_match(column=answer)'; several as a,b."
+        },
     )
     reward_weights: str | None = field(
         default=None,
@@ -212,6 +216,8 @@ def split_names(given: Any, option: str) -> list[str]:
     """Names of an option: a list in the config file, or text with commas."""
     if given is None:
         return []
+    if option in ("reward_funcs", "eval_reward_funcs"):  # whose arguments have commas too
+        return texts_of(given, option)
     names = given.split(",") if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{option}: {given!r} is no list of names: write [first, second].")

@@ -14,6 +14,7 @@ from hf_rlhf_ext.hub.privacy import strip_local_paths
 from hf_rlhf_ext.ppo.reward_calls import weighted_sum
 from hf_rlhf_ext.ppo.rewards import RewardFunctions, score_completions
 from hf_rlhf_ext.recipes.pipeline_parts.data import Row
+from hf_rlhf_ext.reward_functions.named import public_text
 
 ANSWERS = ("Yes.", "This is a short answer.")
 """Completions of a trial call."""
@@ -92,8 +93,10 @@ def sources_of(functions: Mapping[str, Callable]) -> dict[str, str]:
 def source_of_function(given: str, function: Callable) -> str:
     """The file that a name of a function has, or that the function was written in, with a digest.
 
-    The name without local paths, for what is written in C.
+    The name without local paths, for what is written in C; the call with its arguments, for a built-in function.
     """
+    if hasattr(function, "call_text"):
+        return strip_local_paths(public_text(function.call_text))
     file = given if given.endswith(".py") else given.rpartition(":")[0]
     if not Path(file).expanduser().is_file():
         written = inspect.unwrap(function)

@@ -26,8 +26,10 @@ from hf_rlhf_ext.recipes.compare_parts.systems import training_options
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL_CONFIGS = sorted((RECIPES / "configs").rglob("*.y*ml"))
 COMPARISONS = [path for path in ALL_CONFIGS if path.stem.startswith("compare")]
-CONFIGS = [path for path in ALL_CONFIGS if path not in COMPARISONS]
-"""The configs of one stage, without those of comparisons, which name all of their files themselves."""
+PUBLIC_REWARDS = [path for path in ALL_CONFIGS if path.parent.name == "public-reward-models"]
+CONFIGS = [path for path in ALL_CONFIGS if path not in COMPARISONS and path not in PUBLIC_REWARDS]
+"""The configs of one stage, without those of comparisons, which name all of their files themselves, and without those
+with public reward models (test_public_reward_models.py)."""
 SCRIPTS = [path for path in sorted(RECIPES.glob("*.py")) if "run_recipe(main)" in path.read_text()]
 HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+)# ///\n", re.MULTILINE)  # PEP 723
 REQUIRED = {"ppo": ["--reward_model", "runs/reward"]}  # what a YAML may leave to the command line, beside the data set
