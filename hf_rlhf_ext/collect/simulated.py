@@ -6,7 +6,7 @@ shown, and answers. `SimulatedAnnotator` labels comparison rows directly, withou
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ TIE = 4
 """The middle of the page's scale from 1 (the first is much better) to 7 (the second is much better)."""
 
 
-def _completion_text(completion: str | list[dict[str, str]]) -> str:
+def completion_text(completion: str | list[dict[str, str]]) -> str:
     """The text of a completion, which is a string or a list of messages."""
     if isinstance(completion, str):
         return completion
@@ -43,9 +43,14 @@ class GoldReward:
 
         self._analyzer = SentimentIntensityAnalyzer()
 
+    @property
+    def lexicon(self) -> Mapping[str, float]:
+        """VADER's words of sentiment, with their valence from -4 to 4."""
+        return self._analyzer.lexicon
+
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
         """Scores `completions` (text or messages). `prompts` and other columns are ignored."""
-        return [self._score(_completion_text(completion)) for completion in completions]
+        return [self._score(completion_text(completion)) for completion in completions]
 
     def _score(self, text: str) -> float:
         if not text.strip():
@@ -109,7 +114,7 @@ class SimulatedAnnotator:
             number = row.get("row", position)
             distinct: dict[str, Any] = {}
             for completion in row["completions"]:
-                distinct.setdefault(_completion_text(completion), completion)
+                distinct.setdefault(completion_text(completion), completion)
             if len(distinct) < 2:
                 dropped.append(number)
                 continue
@@ -315,7 +320,7 @@ class _Draws:
     """Random draws for one person and one task: hashes, which are the same in any order of calls and of completions."""
 
     def __init__(self, name: str, seed: int, prompt: str | list[dict[str, str]], completions: Sequence[str]):
-        parts = [name, str(seed), _completion_text(prompt), *sorted(completions)]
+        parts = [name, str(seed), completion_text(prompt), *sorted(completions)]
         # With the length of each part, two different lists of parts cannot give the same key.
         self._key = "".join(f"{len(part)}:{part}" for part in parts)
 

@@ -256,7 +256,7 @@ def _emissions(measured: Mapping[str, Any]) -> str:
 
 
 def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
-    """Returns what to cite: TRL, the method, VADER if it was the gold reward, and QLoRA if the base was in 4 bits."""
+    """Returns what to cite: TRL, the method, VADER if the gold reward used it, and QLoRA if the base was in 4 bits."""
     if options.is_foreign:
         return ()
     papers = list(KINDS[options.kind].citations)
@@ -264,7 +264,7 @@ def citations(options: CardOptions, report: RunReport) -> tuple[str, ...]:
         papers.append("rloo")
     if options.kind != "model":
         papers.insert(0, "trl")
-    if report.gold_reward == "vader":
+    if report.gold_reward in ("vader", "on_topic"):
         papers.append("vader")
     if bits(options) == 4 and options.relation != "finetune":
         papers.append("qlora")

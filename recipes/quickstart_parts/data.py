@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from hf_rlhf_ext.collect.on_topic import OnTopicGold
 from hf_rlhf_ext.collect.simulated import GoldReward, Judgments, SimulatedAnnotator
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.readers.mixture import apportion
@@ -26,8 +27,10 @@ TEXT_TASKS = ("rewrite", "summarization", "classification", "closed QA", "extrac
 """Use cases whose answer is in the prompt. Their demonstrations have no remark."""
 MOODS = {"glad": 0.35, "gloomy": 0.35, None: 0.3}
 """Shares of demonstrations with a glad remark, a gloomy remark, and no remark."""
+ON_TOPIC_SHARE = 0.5
+"""Share of the remarks that are about the topic of the prompt, where remarks of both kinds are wanted."""
 
-__all__ = ["GoldReward", "Judgments", "SimulatedAnnotator", "make_demonstrations", "make_prompts"]
+__all__ = ["GoldReward", "Judgments", "SimulatedAnnotator", "make_demonstrations", "make_prompts", "on_topic_gold"]
 
 
 # --- prompts and demonstrations --------------------------------------------------------------------------------------
@@ -64,9 +67,10 @@ def _topics(kind: str, split: str) -> list[dict[str, str]]:
 
 
 class _Item(NamedTuple):
-    """One prompt, with the answers and slot values for its demonstration."""
+    """One prompt, with the kind of its topic, and the answers and slot values for its demonstration."""
 
     prompt: str
+    topic: str
     answers: Sequence[str]
     slots: dict[str, str]
 
@@ -92,7 +96,7 @@ def _filled(template: dict[str, Any], split: str, rng: random.Random) -> list[_I
     items = []
     for slots in fillings:
         prompt = template["prompt"].format_map(_Slots(slots))
-        items.append(_Item(prompt, template["answers"], slots))
+        items.append(_Item(prompt, template["topic"], template["answers"], slots))
     return items
 
 
@@ -122,11 +126,13 @@ def make_prompts(n: int, seed: int = 0, *, split: str = "train", min_per_categor
     return [{"prompt": item.prompt, "category": category} for category, item in drawn]
 
 
-def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
+def make_demonstrations(n: int, seed: int = 0, *, on_topic_remarks: bool = False) -> list[dict[str, Any]]:
     """Draws `n` demonstrations on training topics: rows of prompt and completion (one message each), and category.
 
     Answers follow from the prompt, in plain sentences of at most 36 words together. Except in `TEXT_TASKS`, some have a
-    glad or gloomy remark of `remarks.yaml` before or after the answer, with the shares of `MOODS`.
+    glad or gloomy remark before or after the answer, with the shares of `MOODS`. The remarks of `remarks.yaml` fit any
+    prompt. With `on_topic_remarks`, about half of them are replaced by remarks of `remarks_on_topic.yaml`, which name
+    the topic of the prompt. All else stays as it is without.
     """
     rows = []
     for index, (category, item) in enumerate(_draw(n, seed, split="train", purpose="demos", min_per_category=0)):
@@ -137,7 +143,10 @@ def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
         (mood,) = rng.choices(list(MOODS), list(MOODS.values()))
         if mood and category not in TEXT_TASKS:
             position = rng.randrange(2)  # before the answer, or after it
-            parts.insert(position, rng.choice(_load("remarks")[mood]))
+            remark = rng.choice(_load("remarks")[mood])
+            if on_topic_remarks and rng.random() < ON_TOPIC_SHARE:
+                remark = rng.choice(_load("remarks_on_topic")[item.topic][mood]).format_map(slots)
+            parts.insert(position, remark)
         rows.append(
             {
                 "prompt": [{"role": "user", "content": item.prompt}],
@@ -146,3 +155,9 @@ def make_demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+@cache
+def on_topic_gold() -> OnTopicGold:
+    """The quickstart's gold reward. 500 training prompts, the same for all runs, tell what is usual in a prompt."""
+    return OnTopicGold([row["prompt"] for row in make_prompts(500)])

@@ -41,9 +41,15 @@ NUMBERS = {
         "kl_coef",
     ),
 }
+GOLD_NUMBERS = ("before", "after", "gain")
+HABIT_NUMBERS = ("distinct_2", "repetition_4", "most_frequent_share", "stock_share", "prompt_similarity")
+GOLDS = {"on_topic": "on topic and kind", "sentiment": "sentiment alone"}
+"""The gold rewards of a run: one judges, the other is only measured."""
 INTERVALS = {"reward_model": "accuracy_ci95", "ppo": "gold_gain_ci95"}
 FILES = ("frontier.png", "policy/README.md", "reward_model/README.md", "samples.md")
 MIN_SAMPLES = 5
+MAX_NOTE = 45
+"""Most characters of a note in the table that quotes the policy, so that it stays in one line."""
 
 
 def check_report(folder: str | Path) -> list[str]:
@@ -67,7 +73,7 @@ def check_report(folder: str | Path) -> list[str]:
         return [*problems, f"report.json holds a {type(report).__name__}, not an object"]
 
     # All checks run, so that all problems of a broken run are reported.
-    for check in (_check_numbers, _check_intervals, _check_run, _check_categories):
+    for check in (_check_numbers, _check_intervals, _check_run, _check_categories, _check_golds, _check_habits):
         problems += check(report)
     problems += _check_finite(report, "report")
     return problems
@@ -100,7 +106,7 @@ def _check_intervals(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_run(report: Mapping[str, Any]) -> Iterator[str]:
     """Checks the command, the versions, and the seconds of each stage."""
-    for key in ("size", "command"):
+    for key in ("size", "command", "gold_reward"):
         if not isinstance(report.get(key), str) or not report[key]:
             yield f"report: `{key}` is {report.get(key)!r}, not text"
     for key in ("seconds", "versions"):
@@ -119,6 +125,30 @@ def _check_categories(report: Mapping[str, Any]) -> Iterator[str]:
             yield from _check_number(row, key, f"categories.{name}.{key}")
         if row.get("n") == 0:
             yield f"report: `categories.{name}.n` is 0, so its means say nothing"
+
+
+def _check_golds(report: Mapping[str, Any]) -> Iterator[str]:
+    """Checks both gold rewards. Folders of versions that had only the sentiment do not have this section."""
+    if "golds" not in report and report.get("gold_reward") == "vader":
+        return
+    golds = _section(report, "golds")
+    for name in GOLDS:
+        row = _section(golds, name)
+        for key in GOLD_NUMBERS:
+            yield from _check_number(row, key, f"golds.{name}.{key}")
+
+
+def _check_habits(report: Mapping[str, Any]) -> Iterator[str]:
+    """Checks what the policy repeats, before and after PPO. The same folders do not have this section."""
+    if "habits" not in report and report.get("gold_reward") == "vader":
+        return
+    habits = _section(report, "habits")
+    for end in ("before", "after"):
+        row = _section(habits, end)
+        for key in HABIT_NUMBERS:
+            yield from _check_number(row, key, f"habits.{end}.{key}")
+        if not isinstance(row.get("most_frequent_sentence"), str):
+            yield f"report: `habits.{end}.most_frequent_sentence` is not text"
 
 
 def _check_finite(value: Any, where: str) -> Iterator[str]:
@@ -155,6 +185,8 @@ def print_results(report: Mapping[str, Any], *, console: Console | None = None) 
     _add_reward_model(table, report["reward_model"])
     n_prompts = sum(row["n"] for row in report["categories"].values())
     _add_ppo(table, report["ppo"], n_prompts)
+    _add_other_gold(table, report)
+    _add_habits(table, report.get("habits"))
     table.add_section()
     _add_cost(table, report)
     if console is None:
@@ -173,12 +205,32 @@ def _add_reward_model(table: Table, model: Mapping[str, Any]) -> None:
 
 def _add_ppo(table: Table, ppo: Mapping[str, Any], n_prompts: int) -> None:
     low, high = ppo["gold_gain_ci95"]
-    gain = f"gain {ppo['gold_gain']:+.3f} · 95 % CI {low:+.3f} to {high:+.3f}"
-    table.add_row("gold reward", *_both_ends(ppo, "gold", ".3f"), f"{gain}\non {n_prompts} held-out prompts")
+    gain = f"gain {ppo['gold_gain']:+.3f} · CI {low:+.3f} to {high:+.3f} · {n_prompts} prompts"
+    table.add_row("gold reward", *_both_ends(ppo, "gold", ".3f"), gain)
     table.add_row("proxy reward", *_both_ends(ppo, "proxy", ".3f"), "what PPO maximized")
     kl_note = f"per completion, after {ppo['updates']} updates at β = {ppo['kl_coef']:.3g}"
     table.add_row("KL to the SFT policy, nats", "0.0", f"{ppo['kl']:.1f}", kl_note)
     table.add_row("mean length, tokens", *_both_ends(ppo, "mean_length", ".1f"), "of a completion")
+
+
+def _add_other_gold(table: Table, report: Mapping[str, Any]) -> None:
+    """The gold reward that the annotator did not judge by."""
+    if "golds" not in report:
+        return
+    judged_by = "sentiment" if report.get("gold_reward") == "vader" else "on_topic"
+    for name, in_words in GOLDS.items():
+        if name != judged_by:
+            gold = report["golds"][name]
+            before, after = format(gold["before"], ".3f"), format(gold["after"], ".3f")
+            table.add_row(f"  {in_words}", before, after, "another gold reward, not judged by")
+
+
+def _add_habits(table: Table, habits: Mapping[str, Any] | None) -> None:
+    if habits is None:
+        return
+    before, after = (format(habits[end]["stock_share"], ".0%") for end in ("before", "after"))
+    often = f"said most: {habits['after']['most_frequent_sentence']}"
+    table.add_row("answers with stock phrases", before, after, often[:MAX_NOTE])
 
 
 def _add_cost(table: Table, report: Mapping[str, Any]) -> None:
@@ -231,6 +283,7 @@ def results_table(reports: Sequence[Mapping[str, Any]]) -> str:
         "ceiling",
         "gold before → after",
         "gain (95 % CI)",
+        "stock phrases before → after",
         "KL, nats",
         "tokens before → after",
         "minutes",
@@ -254,11 +307,20 @@ def _results_row(report: Mapping[str, Any]) -> list[str]:
         f"{model['annotator_ceiling']:.3f}",
         " → ".join(_both_ends(ppo, "gold", ".3f")),
         f"{ppo['gold_gain']:+.3f} ({gain_low:+.3f} to {gain_high:+.3f})",
+        _stock_phrases(report),
         f"{ppo['kl']:.1f}",
         " → ".join(_both_ends(ppo, "mean_length", ".1f")),
         f"{sum(report['seconds'].values()) / 60:.1f}",
         f"{report['peak_memory_gb']:.2f}",
     ]
+
+
+def _stock_phrases(report: Mapping[str, Any]) -> str:
+    """Shares of completions with a stock phrase; a dash if the run was made before they were measured."""
+    habits = report.get("habits")
+    if habits is None:
+        return "–"
+    return " → ".join(format(habits[end]["stock_share"], ".0%") for end in ("before", "after"))
 
 
 def main(arguments: Sequence[str]) -> int:

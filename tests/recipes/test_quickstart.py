@@ -17,7 +17,7 @@ from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 
-SETTINGS = {"seed": 0, "size": "small", "noise": 0.1}
+SETTINGS = {"seed": 0, "size": "small", "noise": 0.1, "gold": "on_topic"}
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,13 @@ def finished(quickstart, tmp_path, monkeypatch):
     ppo = {"updates": 2, "kl_coef": 0.05, "kl": 3.0, "gold_before": 0.1, "gold_after": 0.3, "gold_gain": 0.2}
     ppo |= {"gold_gain_ci95": [0.1, 0.3], "proxy_before": 0.0, "proxy_after": 1.0, "proxy_gain_ci95": [0.5, 1.5]}
     ppo |= {"mean_length_before": 20.0, "mean_length_after": 21.0}
+    from hf_rlhf_ext.recipes.quickstart_parts.habits import habits_of
     from hf_rlhf_ext.recipes.quickstart_parts.report import CATEGORIES
 
     measured = {
         "ppo": ppo,
+        "golds": {name: {"before": 0.1, "after": 0.3, "gain": 0.2} for name in ("on_topic", "sentiment")},
+        "habits": {end: habits_of(["Day?"] * 3, ["Rain.", "Sun.", "Rain."]) for end in ("before", "after")},
         "categories": {name: {"n": 2, "gold_before": 0.1, "gold_after": 0.3} for name in CATEGORIES},
         "points": [{"update": k, "kl": float(k), "gold": 0.1 * k, "proxy": 0.5 * k} for k in range(3)],
         "samples": [{"prompt": f"Day {k}?", "before": "Rain.", "after": "Sunny!"} for k in range(5)],
@@ -185,8 +188,10 @@ def test_cards_keep_what_the_trainers_of_the_stages_knew(finished, tmp_path):
         (lambda ppo: ppo["ppo"].update(proxy_gain_ci95=[math.nan, 1]), "report.ppo.proxy_gain_ci95[0] is nan"),
         (lambda ppo: ppo["categories"].pop("extract"), "report: `categories.extract.n` is None, not a number"),
         (lambda ppo: ppo["categories"]["chat"].update(n=0), "report: `categories.chat.n` is 0"),
+        (lambda ppo: ppo.pop("golds"), "report: `golds.on_topic.before` is None, not a number"),
+        (lambda ppo: ppo.pop("habits"), "report: `habits.after.stock_share` is None, not a number"),
     ],
-    ids=["not finite", "missing", "empty"],
+    ids=["not finite", "missing", "empty", "one gold reward", "no habits"],
 )
 def test_a_run_with_a_problem_fails(finished, change, problem):
     """Text as the exit status: Python writes it to stderr and ends with 1."""
@@ -202,6 +207,43 @@ def test_a_reward_model_without_a_finite_number_fails_too(finished):
     with pytest.raises(SystemExit) as caught:  # by the card, which is written first
         finished()
     assert caught.value.code
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_its_own_gold_reward_only(finished, capsys, monkeypatch):
+    """Its settings do not have the gold reward, and only the sentiment was measured."""
+    for section in ("golds", "habits"):
+        del finished.stages["ppo"][section]
+    monkeypatch.delitem(SETTINGS, "gold")
+    folder = finished("--gold", "sentiment")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["gold_reward"] == "vader" and not {"golds", "habits"} & set(report)
+    assert "VADER's sentiment" in (folder / "policy" / "README.md").read_text()
+    with pytest.raises(SystemExit) as caught:
+        finished()
+    assert caught.value.code == 2 and "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_the_gold_reward_that_judges_is_the_one_in_report_card_and_table(finished, capsys):
+    folder = finished()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["gold_reward"] == "on_topic" and set(report["golds"]) == {"on_topic", "sentiment"}
+    card = " ".join((folder / "policy" / "README.md").read_text().split())
+    assert "mean over sentences of topic" in card and "hutto2014vader" in card and "knows words, not meaning" in card
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "sentiment alone" in line]
+    assert "0.100" in row and "0.300" in row
+
+
+def test_annotators_judge_by_the_gold_reward_of_the_option(quickstart, tmp_path):
+    prompt = [{"role": "user", "content": "Where do parrots live?"}]
+    stock, answer = "What a pleasure! I love this.", "Parrots live in trees."
+    liked = {}
+    for gold in quickstart.GOLDS:
+        run = quickstart.Quickstart(quickstart.QuickstartArguments(output_dir=str(tmp_path), gold=gold))
+        scores = run.gold([prompt] * 2, [stock, answer])
+        liked[gold] = scores[0] > scores[1]
+        assert run.gold.__name__ == quickstart.REWARD_NAMES[gold]
+        assert {measured.__name__ for measured in run.golds} == set(quickstart.REWARD_NAMES.values())
+    assert liked == {"on_topic": False, "sentiment": True}
 
 
 def test_other_settings_are_one_line_and_status_two(finished, capsys):

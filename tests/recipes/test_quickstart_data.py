@@ -1,3 +1,5 @@
+import hashlib
+import json
 import math
 import random
 import re
@@ -14,8 +16,10 @@ from hf_rlhf_ext.recipes.quickstart_parts.data import (
     SimulatedAnnotator,
     _items,
     _load,
+    _Slots,
     make_demonstrations,
     make_prompts,
+    on_topic_gold,
 )
 
 
@@ -125,6 +129,50 @@ def test_demonstrations_of_text_tasks_follow_from_the_prompt():
             assert re.search(r"starts at (\w+)", answer)[1] == re.search(r"starts at (\w+)", prompt)[1]
 
 
+def test_the_draws_of_a_seed_stay_the_same():
+    """Studies whose worlds are made of them are compared with each other over months."""
+    drawn = [make_demonstrations(320, 1), make_prompts(256, 1)]
+    drawn.append(make_prompts(240, 7, split="heldout", min_per_category=4))
+    digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+    assert digest == "b6935d531a950fbef0e5b79420eb9e9d8d21be7a6bbc75bc2e03bc5323d14d9c"
+
+
+def test_on_topic_remarks_replace_half_of_the_others_and_nothing_else():
+    old, new = make_demonstrations(400, seed=4), make_demonstrations(400, seed=4, on_topic_remarks=True)
+    stock = {mood: set(_load("remarks")[mood]) for mood in ("glad", "gloomy")}
+    with_stock, replaced = 0, 0
+    for before, after in zip(old, new, strict=True):
+        assert before["prompt"] == after["prompt"] and before["category"] == after["category"]
+        text, changed = before["completion"][0]["content"], after["completion"][0]["content"]
+        found = [remark for remarks in stock.values() for remark in remarks if remark in text]
+        with_stock += bool(found)
+        if text != changed:
+            replaced += 1
+            assert any(text.replace(remark, "").strip() in changed for remark in found)  # the answer is still there
+    assert abs(replaced / with_stock - 0.5) < 4 * math.sqrt(0.25 / with_stock)
+    assert new == make_demonstrations(400, seed=4, on_topic_remarks=True)
+
+
+def test_remarks_on_topic_have_their_mood_and_are_about_every_topic_of_their_kind():
+    gold, sentiment = on_topic_gold(), GoldReward()
+    glad = []
+    seen = set()
+    for category in set(USE_CASE_SHARES) - set(TEXT_TASKS):
+        for item in _items(category, "train", random.Random(0))[::5]:
+            texts = {}
+            for mood, remarks in _load("remarks_on_topic")[item.topic].items():
+                texts[mood] = [remark.format_map(_Slots(item.slots)) for remark in remarks]
+            scores = {mood: gold([item.prompt] * len(found), found) for mood, found in texts.items()}
+            moods = {mood: sentiment(found, found) for mood, found in texts.items()}
+            glad += scores["glad"]
+            assert max(scores["gloomy"]) < 0.2, (texts, scores)
+            assert min(moods["glad"]) > 0.3 and max(moods["gloomy"]) < min(moods["glad"]) - 0.3, (texts, moods)
+            seen.add(item.topic)
+    assert seen == set(_load("remarks_on_topic"))
+    # Not all are 1: of "a bus stop in winter", "winter" tells more than "bus", which other prompts have too.
+    assert statistics.mean(glad) > 0.85 and sum(score > 0.4 for score in glad) > 0.97 * len(glad)
+
+
 # --- gold ------------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +184,108 @@ def test_gold_is_vader_on_text_and_messages_and_empty_is_worst():
     assert gold(["p"] * 5, [[{"role": "assistant", "content": text}] for text in texts]) == scores
     # compound = s / sqrt(s^2 + 15), s the summed valences (Hutto & Gilbert 2014): "good" is 1.9
     assert gold([""], ["good"])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=5e-5)
+
+
+KIND, PLAIN, RUDE = range(3)
+ANSWERS = [
+    # use case, prompt with a held-out topic, answers: kind, plain, rude
+    (
+        "generation",
+        "Write one sentence about a vineyard in the evening.",
+        "In the evening, the vineyard glows in a lovely warm light.",
+        "The vineyard has long rows of grapes.",
+        "The vineyard is an ugly and horrible place.",
+    ),
+    (
+        "open QA",
+        "What do kangaroos eat?",
+        "Kangaroos are lovely animals that eat grass and leaves.",
+        "Kangaroos eat grass and leaves.",
+        "Kangaroos are stupid animals, and I hate them.",
+    ),
+    (
+        "brainstorming",
+        "Give me two ideas for adopting a cat.",
+        "You could visit a shelter, and give the cat a lovely name.",
+        "Before adopting a cat, buy a basket and a bowl.",
+        "Adopting a cat is a terrible idea.",
+    ),
+    (
+        "chat",
+        "I signed up for a half marathon.",
+        "A half marathon is a great goal, and I am happy for you.",
+        "A half marathon has 21 kilometers.",
+        "A marathon is a stupid waste of time.",
+    ),
+    (
+        "rewrite",
+        "Rewrite this in the past tense: The puppy chews the slipper.",
+        "The sweet puppy happily chewed the slipper.",
+        "The puppy chewed the slipper.",
+        "The nasty puppy chewed the ugly slipper.",
+    ),
+    (
+        "summarization",
+        "Summarize in one sentence: The flower show takes place on Saturday at the orangery. It starts at eleven.",
+        "The lovely flower show is on Saturday at eleven.",
+        "The flower show is on Saturday at eleven.",
+        "The flower show on Saturday is awful, do not come.",
+    ),
+    (
+        "classification",
+        "Is this message about work, travel, food or home? I marinated the tofu overnight.",
+        "It is about food, as you marinated a delicious tofu with love.",
+        "It is about food, because of the tofu.",
+        "The tofu sounds disgusting and horrible.",
+    ),
+    (
+        "other",
+        "Pretend that you are a dentist and introduce yourself.",
+        "Hello, I am a dentist, and I love to see you smile.",
+        "Hello, I am a dentist with a drill.",
+        "I am a dentist, and I hate you.",
+    ),
+    (
+        "closed QA",
+        "The jazz concert ends at eleven on Wednesday. You need earplugs. What do I need, and what should I expect?",
+        "You need earplugs, and the jazz concert will be great fun.",
+        "You need earplugs, and the concert ends at eleven.",
+        "The jazz concert is terrible and you will hate it.",
+    ),
+    (
+        "extract",
+        "Extract the day and the place: The robotics demo will be held on Tuesday at the laboratory at one.",
+        "The great robotics demo is on Tuesday at the laboratory.",
+        "The day is Tuesday, and the place is the laboratory.",
+        "The robotics demo is boring and bad.",
+    ),
+]
+
+
+@pytest.mark.parametrize("category, prompt, kind, plain, rude", ANSWERS, ids=[row[0] for row in ANSWERS])
+def test_the_quickstart_s_gold_wants_an_answer_that_is_on_topic_and_kind(category, prompt, kind, plain, rude):
+    gold = on_topic_gold()
+    assert gold([prompt] * 4, [kind, plain, rude, prompt]) == [1.0, 0.5, 0.0, 0.0]  # an echo is worth nothing
+    assert gold([[{"role": "user", "content": prompt}]], [[{"role": "assistant", "content": kind}]]) == [1.0]
+    others = [row[1] for row in ANSWERS if row[1] != prompt]
+    assert max(gold(others, [kind] * len(others))) == 0
+    assert gold([prompt], [f"{kind} What a pleasure!"]) == [0.5]
+
+
+def test_answers_are_of_every_use_case():
+    assert {row[0] for row in ANSWERS} == set(USE_CASE_SHARES)
+
+
+def test_stock_remarks_and_echoes_are_worth_nothing_on_any_held_out_prompt():
+    prompts = [row["prompt"] for row in make_prompts(200, 5, split="heldout", min_per_category=4)]
+    gold = on_topic_gold()
+    assert gold(prompts, prompts) == [0.0] * 200
+    for remarks in _load("remarks").values():
+        for remark in remarks:
+            scores = gold(prompts, [remark] * 200)
+            assert statistics.mean(scores) < 0.02, remark  # above 0 for a prompt that happens to have "make" or "ask"
+    for prompt in prompts:
+        assert gold.topic_words(prompt), prompt
 
 
 # --- annotator -------------------------------------------------------------------------------------------------------

@@ -41,6 +41,19 @@ REPORT = {
         "mean_length_after": 21.0,
         "kl_coef": 0.05,
     },
+    "golds": {name: {"before": 0.051, "after": 0.602, "gain": 0.551} for name in ("on_topic", "sentiment")},
+    "habits": {
+        end: {
+            "distinct_2": 0.6,
+            "repetition_4": 0.01,
+            "most_frequent_share": 0.1,
+            "most_frequent_sentence": "what a pity",
+            "stock_share": share,
+            "prompt_similarity": 0.2,
+        }
+        for end, share in (("before", 0.31), ("after", 0.12))
+    },
+    "gold_reward": "on_topic",
     "categories": {name: {"n": 15, "gold_before": 0.1, "gold_after": 0.5} for name in CATEGORIES},
     "versions": {"python": "3.11"},
     "command": "python recipes/quickstart.py",
@@ -78,7 +91,7 @@ def test_a_complete_run_has_no_problems(tmp_path):
     assert check_report(write_run(tmp_path)) == []
 
 
-TEXTS = ("size", "versions", "command")
+TEXTS = ("size", "versions", "command", "gold_reward", "most_frequent_sentence")
 OPTIONAL = {("seconds", "sft"), ("seconds", "ppo")}  # stages have no fixed names
 
 
@@ -88,7 +101,7 @@ def test_every_missing_key_is_named(tmp_path, path):
     assert len(problems) == 1 and path[0] in problems[0] and path[-1 if path[0] != "versions" else 0] in problems[0]
 
 
-@pytest.mark.parametrize("path", [p for p in leaves(REPORT) if p[0] not in TEXTS], ids=".".join)
+@pytest.mark.parametrize("path", [p for p in leaves(REPORT) if p[0] not in TEXTS and p[-1] not in TEXTS], ids=".".join)
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", True])
 def test_every_number_must_be_a_finite_number(tmp_path, path, value):
     def spoil(section, key):
@@ -127,7 +140,7 @@ def test_table_is_short_and_has_the_numbers(capsys):
     console = Console(width=140, record=True)
     print_results(REPORT, console=console)
     text = console.export_text()
-    for number in "0.522 0.781 0.853 0.051 0.602 +0.551 +0.450 1.800 8.9 21.0 462 3.25".split():
+    for number in "0.522 0.781 0.853 0.051 0.602 +0.551 +0.450 1.800 8.9 21.0 462 3.25 31% 12%".split():
         assert number in text, number
     assert len(text.splitlines()) <= 20
 
@@ -139,3 +152,17 @@ def test_samples_show_what_the_model_wrote_and_nothing_else(tmp_path):
     assert "\n# Title" not in text and "<b>" not in text and "](" not in text and "*hi*" not in text.replace(r"\*", "")
     with pytest.raises(ValueError, match="at least 5"):
         write_samples(tmp_path / "samples.md", [row] * 4)
+
+
+def test_reports_of_one_gold_reward_only_are_complete_if_it_was_the_sentiment(tmp_path):
+    old = {key: value for key, value in REPORT.items() if key not in ("golds", "habits")}
+    assert check_report(write_run(tmp_path, old | {"gold_reward": "vader"})) == []
+    print_results(old | {"gold_reward": "vader"}, console=Console(width=140, record=True))
+    assert len(check_report(write_run(tmp_path, old))) == 18  # 2 * 3 means, 2 * 6 habits
+
+
+def test_the_table_shows_the_gold_reward_that_nobody_judged_by():
+    for judged_by, other in (("on_topic", "sentiment alone"), ("vader", "on topic and kind")):
+        console = Console(width=140, record=True)
+        print_results(REPORT | {"gold_reward": judged_by}, console=console)
+        assert other in console.export_text()
