@@ -31,7 +31,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization first-hour golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization study-learning first-hour golden cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -141,6 +141,9 @@ study-compare: $(STAMP)  ## was RL worth it? all systems on two small models, th
 
 study-overoptimization: $(STAMP)  ## gold against KL for best-of-n and PPO over reward models of several sizes of data (an hour, resumable by run): docs/study/overoptimization.json and .png
 	$(OFFLINE) $(MALLOC) $(PY) benchmarks/overoptimization_study.py $(ARGS)
+
+study-learning: $(STAMP)  ## PPO beside TRL's GRPO and RLOO at equal time and at equal KL, and what chose the defaults (hours, resumable by run): docs/study/learning.json; ARGS="--world stories --seed 0" is a part
+	$(OFFLINE) $(MALLOC) $(PY) benchmarks/learning_study.py $(ARGS)
 
 bench-startup: $(STAMP)  ## seconds and memory to the first step for 200,000 rows, once and again, in one process and two (half an hour; ARGS="--rows 20000" is shorter); BASE=commit compares
 	$(OFFLINE) $(PY) benchmarks/startup.py $(if $(BASE),--base "$(BASE)") $(ARGS)

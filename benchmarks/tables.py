@@ -36,8 +36,11 @@ def study(name: str) -> dict[str, Any]:
     return json.loads((DOCS / "study" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def quickstart_reports() -> list[dict[str, Any]]:
-    return [json.loads((DOCS / "quickstart" / f"seed{seed}.json").read_text(encoding="utf-8")) for seed in SEEDS]
+def quickstart_reports(prefix: str = "") -> list[dict[str, Any]]:
+    """Reports of the quickstart by seed: of its default gold reward, or those whose files have this prefix."""
+    paths = (DOCS / "quickstart").glob(f"{prefix}seed*.json")
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(reports, key=lambda report: report["seed"])
 
 
 def arrow(before: float, after: float, digits: int) -> str:
@@ -76,9 +79,13 @@ def quickstart(page: Path) -> str:
     return markdown_table(header, ([label, *cells] for label, cells in rows.items()))
 
 
+GOLDS_IN_WORDS = {"on_topic": "on topic and kind", "vader": "sentiment"}
+
+
 def quickstart_details(page: Path) -> str:
     header = (
         "seed",
+        "judged by",
         "reward model accuracy (95% interval)",
         "highest possible accuracy",
         "gold reward gain (95% interval)",
@@ -91,6 +98,7 @@ def quickstart_details(page: Path) -> str:
         rows.append(
             [
                 str(report["seed"]),
+                GOLDS_IN_WORDS[report.get("gold_reward", "vader")],  # the oldest reports do not say it
                 interval(model["accuracy"], *model["accuracy_ci95"]),
                 f"{model['annotator_ceiling']:.3f}",
                 interval(ppo["gold_gain"], *ppo["gold_gain_ci95"]),
@@ -100,12 +108,109 @@ def quickstart_details(page: Path) -> str:
     return markdown_table(header, rows)
 
 
+NOT_YET = "Not measured yet.\n"
+HABITS = {
+    "stock_share": "Answers with a sentence that three or more prompts get",
+    "most_frequent_share": "Answers with the most frequent sentence",
+    "distinct_2": "Distinct-2 of all answers",
+    "repetition_4": "Repeated 4-grams within an answer",
+    "prompt_similarity": "Similarity of words to the prompt",
+}
+
+
+def quickstart_runs() -> dict[str, list[dict[str, Any]]]:
+    """Reports that have both gold rewards and habits, by the gold reward that the annotator judged by, in words."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for report in [*quickstart_reports(), *quickstart_reports("sentiment-")]:
+        if "habits" in report:
+            runs.setdefault(GOLDS_IN_WORDS[report["gold_reward"]], []).append(report)
+    return runs
+
+
+def quickstart_golds(page: Path) -> str:
+    """Both gold rewards before and after, means over seeds: of runs judged by the one and by the other."""
+    runs = quickstart_runs()
+    rows = []
+    for judged_by, reports in runs.items():
+        row = [judged_by, ", ".join(str(report["seed"]) for report in reports)]
+        for gold in ("on_topic", "sentiment"):
+            before, after = (fmean(report["golds"][gold][end] for report in reports) for end in ("before", "after"))
+            row.append(arrow(before, after, 2))
+        rows.append(row)
+    header = ("judged by", "seeds", "on topic and kind, SFT → PPO", "sentiment, SFT → PPO")
+    return markdown_table(header, rows) if rows else NOT_YET
+
+
+def quickstart_habits(page: Path) -> str:
+    """What the policies repeat, means over seeds."""
+    runs = quickstart_runs()
+    rows = []
+    for key, label in HABITS.items():
+        row = [label]
+        for reports in runs.values():
+            before, after = (fmean(report["habits"][end][key] for report in reports) for end in ("before", "after"))
+            row.append(arrow(before, after, 2))
+        rows.append(row)
+    header = ["SFT → PPO, mean over seeds", *(f"judged by {gold}" for gold in runs)]
+    return markdown_table(header, rows) if runs else NOT_YET
+
+
+def quickstart_sentences(page: Path) -> str:
+    """The sentence that each policy says most often after PPO."""
+    rows = []
+    for judged_by, reports in quickstart_runs().items():
+        for report in reports:
+            after = report["habits"]["after"]
+            share = f"{after['most_frequent_share']:.0%}"
+            rows.append([str(report["seed"]), judged_by, cell_text(after["most_frequent_sentence"]), share])
+    return markdown_table(("seed", "judged by", "said most after PPO", "of answers"), rows) if rows else NOT_YET
+
+
+def quickstart_samples(page: Path) -> str:
+    """The first test prompts of seed 0: both policies side by side. The test prompts of a seed are always the same."""
+    sampled = []
+    for judged_by, reports in quickstart_runs().items():
+        sampled += [(judged_by, report["samples"]) for report in reports if report["seed"] == 0]
+    if not sampled:
+        return NOT_YET
+    rows = []
+    for number, first in enumerate(sampled[0][1]):
+        row = [cell_text(first["prompt"])]
+        for _, samples in sampled:
+            if samples[number]["prompt"] != first["prompt"]:
+                raise ValueError(f"sample {number + 1} of seed 0 has another prompt in another run of it")
+            row += [cell_text(samples[number]["before"]), cell_text(samples[number]["after"])]
+        rows.append(row)
+    header = ["prompt"]
+    for judged_by, _ in sampled:
+        header += [f"{judged_by}: SFT", f"{judged_by}: PPO"]
+    return markdown_table(header, rows)
+
+
+def quickstart_gold(page: Path) -> str:
+    """What both gold rewards give to texts of known kinds."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from quickstart_gold import means
+
+    rows = []
+    for kind, (on_topic, sentiment) in means().items():
+        rows.append([kind, f"{on_topic:.2f}", f"{sentiment:+.2f}".replace("-", "−")])
+    return markdown_table(("text", "on topic and kind (0 to 1)", "sentiment (−1 to 1)"), rows, "lrr")
+
+
+def cell_text(text: str) -> str:
+    """What a model wrote, in one line, with its markup shown and not rendered."""
+    from hf_rlhf_ext.hub.cards.markdown import escape_markdown
+
+    return escape_markdown(" ".join(text.split())) or "(empty)"
+
+
 def quickstart_seconds(page: Path) -> str:
     reports = quickstart_reports()
     rows = []
     for stage in reports[0]["seconds"]:
         rows.append([f"`{stage}`", *(f"{report['seconds'][stage]:.0f}" for report in reports)])
-    return markdown_table(["stage", *(f"seed {report['seed']}" for report in reports)], rows, "lrrr")
+    return markdown_table(["stage", *(f"seed {report['seed']}" for report in reports)], rows, "l" + "r" * len(reports))
 
 
 def quickstart_categories(page: Path) -> str:
@@ -568,7 +673,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
         quickstart,
         quickstart_categories,
         quickstart_details,
+        quickstart_gold,
+        quickstart_golds,
+        quickstart_habits,
+        quickstart_samples,
         quickstart_seconds,
+        quickstart_sentences,
         reward_benchmark,
         reward_study,
         rounds_study,
@@ -607,6 +717,17 @@ def tables_of_overoptimization() -> dict[str, Callable[[Path], str]]:
 
 
 TABLES |= tables_of_overoptimization()
+
+
+def tables_of_learning() -> dict[str, Callable[[Path], str]]:
+    """The tables of docs/results/learning.md."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from learning_tables import learning_tables
+
+    return learning_tables(markdown_table)
+
+
+TABLES |= tables_of_learning()
 
 
 def filled(page: Path) -> str:
