@@ -24,11 +24,12 @@ def report_of(world: str) -> Report | None:
 
 
 def verdict(report: Report, world: str) -> str:
-    """The headline as a quotation, then the other paragraphs."""
-    headline, *others = report["verdict"].split("\n\n")
+    """The headline as a quotation, and what systems without PPO reach. The tables have the intervals of all others."""
+    headline, *_, without_ppo = report["verdict"].split("\n\n")
     seeds = ", ".join(map(str, report["seeds"]))
     n = f"Seeds {seeds}; {report['n']} held-out prompts, the same in each seed."
-    return "\n\n".join([f"> {headline}", *others, n]) + "\n"
+    whole = f"The whole verdict, with each interval, is `worlds.{world}.verdict` of `docs/study/compare.json`."
+    return "\n\n".join([f"> {headline}", without_ppo, f"{n} {whole}"]) + "\n"
 
 
 def plot(report: Report, world: str) -> str:

@@ -2,8 +2,9 @@
 
 Labels come from simulated annotators and raters who follow the gold reward (VADER) with noise, as in the quickstart.
 The second judge is a reward model of HH-RLHF helpful: people's comparisons of other prompts, which no system sees.
-Sizes and settings of SFT, reward model and PPO are those of the quickstart. Those of TRL's trainers were fixed on seed
-99, which no result uses.
+Sizes and settings of SFT, reward model and PPO are those of the quickstart when it judged by sentiment. GRPO and RLOO
+have the learning rate, passes and mini-batches of PPO, and TRL's or the stories' other options: nothing was tuned for
+any of them here. `learning_study.py` compares the trainers at their best learning rates.
 """
 
 import json
