@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,10 @@ def _pip(command: str, *args: str, cwd: Path) -> None:
     words = [sys.executable, "-m", "pip", command, "-q", "--no-deps", "--no-index", *args]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of benchmarks/ as it imports the others."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return import_module

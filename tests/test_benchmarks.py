@@ -44,13 +44,6 @@ def test_pytest_collects_none_of_them_by_itself():
     assert not any(path.stem.startswith("test_") or path.stem.endswith("_test") for path in SCRIPTS)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ as it imports the others."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return import_module
-
-
 # Seconds and peak GB that give round ratios; with K = 4 the bare passes take 9 of 10 s, 9 of 12 s and 8 of 8 s.
 PPO_RUNS = {
     "trl": (60.0, 8.0, None),

@@ -1,7 +1,6 @@
 """The study of `hf-rlhf compare`: its worlds write files that the command reads, and its parts become one file."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from tests.recipes.compare.simulated_results import simulated_results
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("base", "sft", "best_of_4", "dpo", "ppo")
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ as it imports the others."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return import_module
 
 
 @pytest.fixture

@@ -15,13 +15,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ as it imports the others."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return import_module
-
-
-@pytest.fixture
 def study(script, tmp_path, monkeypatch):
     """The study with its files in a folder of the test."""
     study = script("learning_study")

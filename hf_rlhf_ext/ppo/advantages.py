@@ -170,22 +170,12 @@ def leave_one_out_advantages(
         (B, T) advantages with the dtype of `rewards`, zero in the padding, for completions that do not count, and where
         no other completion of the prompt counts.
     """
-    if counted is not None:
-        return _leave_one_out_of_counted(rewards, mask, per_prompt, counted)
-    returns = rewards.masked_fill(~mask, 0.0).sum(dim=1).unflatten(0, (-1, per_prompt))  # (B / K, K)
-    # Only differences count. Taken first, they make the advantages of equal returns exactly 0, which whitening would
-    # otherwise make large.
-    returns = returns - returns[:, :1]
-    of_others = (returns.sum(dim=1, keepdim=True) - returns) / (per_prompt - 1)
-    advantages = (returns - of_others).flatten()
-    return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
-
-
-def _leave_one_out_of_counted(rewards: Tensor, mask: Tensor, per_prompt: int, counted: Tensor) -> Tensor:
-    """(B, T) `leave_one_out_advantages` among the completions of each prompt that count."""
+    if counted is None:
+        counted = torch.ones_like(mask[:, 0])
     counts = counted.unflatten(0, (-1, per_prompt))  # (B / K, K)
     returns = rewards.masked_fill(~mask, 0.0).sum(dim=1).unflatten(0, (-1, per_prompt))
-    # Relative to the first one that counts, for the same reason as without a selection.
+    # Only differences count. Taken first, from the first return that counts, they make the advantages of equal returns
+    # exactly 0, which whitening would otherwise make large.
     first = counts.int().argmax(dim=1, keepdim=True)  # (B / K, 1); 0 if none counts
     returns = (returns - returns.gather(1, first)).masked_fill(~counts, 0.0)
     n_others = counts.sum(dim=1, keepdim=True) - 1

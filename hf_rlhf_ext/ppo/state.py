@@ -91,12 +91,11 @@ class PPOState:
         """Number of rollouts that were trained on, including the current one. In a warm-up, only the critic was."""
         return self.rollout_index + (self.step_in_rollout > 0)
 
-    def is_warm_up(self, args: PPOConfig, ranks: Ranks, rollout: int | None = None) -> bool:
+    def is_warm_up(self, args: PPOConfig, rollout: int | None = None) -> bool:
         """Whether a rollout trains the critic only, see `critic_warmup_steps`. It is the same on every process.
 
         Args:
             args: options of the run.
-            ranks: the processes of the run.
             rollout: number of the rollout; `None` means the current one.
         """
         rollout = self.rollout_index if rollout is None else rollout
@@ -109,14 +108,14 @@ class PPOState:
             before = self.stretch.steps_before(rollout, steps)
         return before < args.critic_warmup_steps
 
-    def follows_warm_up(self, args: PPOConfig, ranks: Ranks) -> bool:
-        """Whether the current rollout is the first one after a warm-up. The arguments are those of `is_warm_up`."""
+    def follows_warm_up(self, args: PPOConfig) -> bool:
+        """Whether the current rollout is the first one after a warm-up, see `is_warm_up`."""
         previous = self.rollout_index - 1
         # Of rollouts before a resumed run with other sizes, only the sum of the steps is known.
         is_known = previous >= self.stretch.rollout or self.stretch.run > 0
-        if previous < 0 or not is_known or self.is_warm_up(args, ranks):
+        if previous < 0 or not is_known or self.is_warm_up(args):
             return False
-        return self.is_warm_up(args, ranks, previous)
+        return self.is_warm_up(args, previous)
 
     def leave_rollout(self, args: PPOConfig) -> None:
         """Skips the rest of the current rollout: the next micro-step starts a new one."""

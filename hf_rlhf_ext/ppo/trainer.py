@@ -484,13 +484,13 @@ class PPOTrainer(BaseTrainer):
     @property
     def _is_warm_up(self) -> bool:
         """Whether the current rollout trains the critic only, see `critic_warmup_steps`."""
-        return self.ppo.is_warm_up(self.args, self.ranks)
+        return self.ppo.is_warm_up(self.args)
 
     def _say_phase(self) -> None:
         """Logs a line where a warm-up of the critic begins, and one where it ends."""
         if self._is_warm_up and self.ppo.rollout_index == 0:
             self._warn(warm_up_line(self.args))
-        if self.ppo.follows_warm_up(self.args, self.ranks):
+        if self.ppo.follows_warm_up(self.args):
             self._warn("the warm-up of the critic ends: from this rollout on, the policy is trained too")
 
     @torch.no_grad()
@@ -1075,7 +1075,7 @@ class PPOTrainer(BaseTrainer):
             self._warn(f"kl_coef was {was} in {folder.name}: it is now {self.args.kl_coef:g}, as set in the options")
             self.ppo.kl_coef = self.args.kl_coef
         next_to_train = self.ppo.rollout_index + self.ppo.is_used_up(self.args)
-        if self.ppo.is_warm_up(self.args, self.ranks, next_to_train):
+        if self.ppo.is_warm_up(self.args, next_to_train):
             self._warn(warm_up_line(self.args))
 
     def _load_best_model(self) -> None:

@@ -13,12 +13,6 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TAKEN = frozenset(
-    ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-    + ("environments", "self")
-)
-"""Names that TRL's arguments have: a column of such a name does not arrive."""
-
 
 class RewardFunction:
     """A reward function with TRL's signature, `f(prompts, completions, **columns)`.
@@ -39,10 +33,12 @@ class RewardFunction:
     """Patterns of the words that it looks for in every completion. A study compares them with those of its judge."""
 
     def __init__(self, columns: Sequence[str] = ()):
+        from ..ppo.rewards import RESERVED_COLUMNS  # imports torch, which reading the functions' help does not need
+
         for column in columns:
             if not isinstance(column, str) or not column:
                 raise UserError(f"{self.__name__}: column={column!r} is no name of a column: give its text.")
-            if column in TAKEN:
+            if column in RESERVED_COLUMNS:
                 raise UserError(
                     f"{self.__name__}: a column {column!r} is not passed to reward functions: rename it in the dataset."
                 )

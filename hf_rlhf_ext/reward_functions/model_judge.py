@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +209,10 @@ class JudgeRequest:
         names = {"prompt": prompt, "completion": completion, "rubric": self.rubric, "fence": fence}
         names |= {"lowest": f"{self.scale.lowest:g}", "highest": f"{self.scale.highest:g}"}
         try:
-            text = self._compiled().render(**names, **values)
+            text = _compiled(self.template).render(**names, **values)
             return text.encode("utf-8", "replace").decode()  # half of a character cannot be sent
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"judge: the template fails ({first_line(error)}): correct it.") from None
-
-    def _compiled(self) -> Template:
-        return _environment().from_string(self.template)
 
 
 class Judge(RewardFunction):
@@ -357,6 +355,12 @@ class Judge(RewardFunction):
 
 def _environment() -> SandboxedEnvironment:
     return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> Template:
+    """The template, which is filled in for each completion. A compiled one cannot be pickled with its judge."""
+    return _environment().from_string(template)
 
 
 def _text_of_file(path: str, option: str) -> str:

@@ -1,5 +1,6 @@
 """Starts a script in several CPU processes under an engine, with the accelerate configurations that are shipped."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,21 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 """Where `make venv` installs DeepSpeed: accelerate imports it wherever it finds it, and it writes to stderr."""
+
+
+def launch_cases(engine: str, script: str | Path, folder: Path, models: Path, cases: list[dict]) -> Path:
+    """Runs `script` under `engine` with all cases in one launch, and the models beside them in `folder`.
+
+    Returns:
+        `folder`, with what the script wrote, and `stderr.txt`.
+    """
+    for path in models.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = launch(engine, script, folder, folder / "cases.json", timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
 
 
 def launch(

@@ -21,7 +21,7 @@ from hf_rlhf_ext.modeling.loading import load_base_model, load_policy
 from hf_rlhf_ext.ppo.sharding import Sharded, Whole, check_base, check_same_sharding
 from hf_rlhf_ext.reward.normalization import RewardNormalization
 from hf_rlhf_ext.training.engines import refuse_loading_in_one_process
-from tests.engines.launch import launch
+from tests.engines.launch import launch_cases
 from tests.engines.ppo_run import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
@@ -102,14 +102,7 @@ def folders(models, tmp_path_factory):
     """The folders of all cases, by engine."""
 
     def run(engine: str) -> Path:
-        folder = tmp_path_factory.mktemp(engine)
-        for path in models.iterdir():
-            (folder / path.name).symlink_to(path)
-        (folder / "cases.json").write_text(json.dumps(CASES))
-        done = launch(engine, SCRIPT, folder, folder / "cases.json", timeout=400)
-        assert done.returncode == 0, done.stderr[-6000:]
-        (folder / "stderr.txt").write_text(done.stderr)
-        return folder
+        return launch_cases(engine, SCRIPT, tmp_path_factory.mktemp(engine), models, CASES)
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(("ddp", "fsdp2"), pool.map(run, ("ddp", "fsdp2")), strict=True))

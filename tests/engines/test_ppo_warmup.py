@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engines.launch import launch
+from tests.engines.launch import launch_cases
 from tests.engines.test_ppo import BUDGET, SCRIPT, models, numbers  # noqa: F401  # a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
@@ -33,13 +33,7 @@ def folders(models, tmp_path_factory):  # noqa: F811
     """The folders of all cases, by engine."""
     found = {}
     for engine in ("ddp", "fsdp2"):
-        folder = tmp_path_factory.mktemp(engine)
-        for path in models.iterdir():
-            (folder / path.name).symlink_to(path)
-        (folder / "cases.json").write_text(json.dumps(CASES))
-        done = launch(engine, SCRIPT, folder, folder / "cases.json", timeout=400)
-        assert done.returncode == 0, done.stderr[-6000:]
-        found[engine] = folder
+        found[engine] = launch_cases(engine, SCRIPT, tmp_path_factory.mktemp(engine), models, CASES)
     return found
 
 

@@ -241,7 +241,7 @@ def test_the_warm_up_is_over_once_its_steps_are_taken(tmp_path, stretch, expecte
         str(tmp_path), critic_warmup_steps=8, num_ppo_epochs=2, num_mini_batches=2, use_cpu=True, bf16=False
     )
     state = PPOState(kl_coef=0.1, stretch=stretch)
-    assert [n for n in range(stretch.rollout, 6) if state.is_warm_up(args, None, n)] == expected
+    assert [n for n in range(stretch.rollout, 6) if state.is_warm_up(args, n)] == expected
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_its_end_is_one_rollout(tmp_path, stretch, expected):
     )
     rollouts = range(stretch.rollout, 8)
     states = [PPOState(kl_coef=0.1, stretch=stretch, rollout_index=rollout) for rollout in rollouts]
-    assert [state.rollout_index for state in states if state.follows_warm_up(args, None)] == expected
+    assert [state.rollout_index for state in states if state.follows_warm_up(args)] == expected
 
 
 @pytest.mark.parametrize("own", [True, False])
