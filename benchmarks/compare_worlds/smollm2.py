@@ -32,14 +32,23 @@ JUDGE_PAIRS, JUDGE_LENGTH = 960, 200
 """Comparisons of HH-RLHF for the second judge, and the most tokens of each."""
 PLAIN_TEXTS = 240
 MIN_WORDS = 40
-MODEL = {"model_name_or_path": EMBEDDED_MODEL, "dtype": "float32", "lora_r": 16, "lora_alpha": 32}
-SFT = {"max_steps": SIZE.sft_steps, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_length": 256}
+MODEL = {"model_name_or_path": EMBEDDED_MODEL, "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 32}
+"""In bf16 on every machine; on a CPU without bf16 instructions, a seed takes many times as long."""
+MAX_TOKENS_PER_BATCH = 2048
+SFT = {
+    "max_steps": SIZE.sft_steps,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 8,
+    "max_length": 256,
+    "bf16": True,
+}
 REWARD = {
     "num_train_epochs": SIZE.reward_epochs,
     "learning_rate": 3e-4,
     "warmup_steps": 5,
     "per_device_train_batch_size": SIZE.reward_batch,
     "max_length": 256,
+    "bf16": True,
 }
 DPO = {"num_train_epochs": 1, "learning_rate": 1e-4, "beta": 0.1, "per_device_train_batch_size": 16}
 ON_POLICY = {
@@ -96,7 +105,13 @@ def make_shared(folder: Path) -> None:
     drawn = make_prompts(2 * HELDOUT, HELDOUT_SEED, split="heldout", min_per_category=SIZE.min_per_category)
     write_rows(with_system(with_minimum(drawn, HELDOUT, SIZE.min_per_category)), folder / "heldout.jsonl")
     write_rows(plain_texts(), folder / "plain_text.jsonl")
-    WORLD.train_judge(human_comparisons(), folder, num_train_epochs=1, per_device_train_batch_size=16)
+    WORLD.train_judge(
+        human_comparisons(),
+        folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        max_tokens_per_batch=MAX_TOKENS_PER_BATCH,
+    )
 
 
 def with_system(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,7 +178,7 @@ def config(data: Path, shared: Path, output: Path, seed: int) -> dict[str, Any]:
         "save_seconds": 600.0,
         "temperature": WORLD.temperature,
         "max_completion_length": WORLD.max_completion_length,
-        "max_tokens_per_batch": 2048,
+        "max_tokens_per_batch": MAX_TOKENS_PER_BATCH,
         "sft": SFT,
         "reward": REWARD,
         "dpo": DPO,
