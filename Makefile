@@ -31,7 +31,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization study-learning first-hour golden cards clean moved
+.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-memory card-plans bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization study-learning first-hour golden test-gptq cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -70,16 +70,19 @@ quickstart: $(STAMP)  ## the whole pipeline on one machine; SEED=1, SIZE=small, 
 	$(OFFLINE) $(MALLOC) $(PY) -m hf_rlhf_ext quickstart --size $(SIZE) --seed $(SEED) --output_dir "$(OUT)"$(if $(FRESH), --overwrite)
 
 test: $(STAMP)  ## all tests that need no GPU; TESTS=tests/ppo a part, ARGS="-k name" is passed to pytest, WORKERS=4 processes instead of 2
-	$(CPU_TEST) $(TESTS) -m "not gpu" $(ARGS)
+	$(CPU_TEST) $(TESTS) -m "not gpu and not gptq" $(ARGS)
 
 test-fast: $(STAMP)  ## the same without the slow ones
-	$(CPU_TEST) $(TESTS) -m "not gpu and not slow" $(ARGS)
+	$(CPU_TEST) $(TESTS) -m "not gpu and not gptq and not slow" $(ARGS)
 
 test-newest: $(STAMP)  ## contract and fast tests on the newest dependencies: which seam moved? WITH="transformers==5.24.0" picks versions, TESTS=... a part
 	CUDA_VISIBLE_DEVICES= $(OFFLINE) HF_ENDPOINT=http://127.0.0.1:9 $(PY) tests/newest.py --workers $(WORKERS) --tests $(TESTS)$(if $(WITH), --with $(WITH))
 
 test-gpu: $(STAMP)  ## the tests that need one CUDA device
 	$(TEST) $(TESTS) -m gpu $(ARGS)
+
+test-gptq: $(STAMP)  ## the tests of GPTQ and AWQ bases, for which gptqmodel and optimum must be installed
+	$(CPU_TEST) $(TESTS) -m gptq $(ARGS)
 
 lint: $(STAMP)  ## what CI checks before the tests: style, complexity, spelling; changes nothing
 	$(PY) -m ruff check .
@@ -111,6 +114,12 @@ bench-ppo: $(STAMP)  ## PPO beside TRL 1.12's PPO and TRL's GRPO and RLOO: time,
 
 bench-ppo-memory: $(STAMP)  ## bytes of PPO's four roles on one 4-bit base
 	$(OFFLINE) $(PY) benchmarks/ppo_memory.py
+
+card-plans: $(STAMP)  ## writes the memory plan of each configuration for a card (recipes/configs/card-*) into its comment
+	$(OFFLINE) $(PY) benchmarks/card_plans.py
+
+bench-memory: $(STAMP)  ## the memory planner beside the tensors of real runs on a CPU, one process a run (half an hour; resumable; ARGS="--only ppo" is a part)
+	$(OFFLINE) $(PY) benchmarks/memory.py $(ARGS)
 
 bench-collect: $(STAMP)  ## 50 simulated people judge 5,000 tasks on the real server: none lost, none doubled, latencies (3 minutes)
 	$(OFFLINE) $(PY) benchmarks/collect_load.py $(ARGS)

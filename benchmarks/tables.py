@@ -13,7 +13,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -652,6 +652,47 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def memory_parts() -> list[dict[str, Any]]:
+    """The measured points of `make bench-memory`, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "study" / "memory").glob("*.json"))]
+
+
+def memory_points(page: Path) -> str:
+    header = ("run", "measured, MB", "planned, MB", "error", "resident, MB", "peak", "after freeze")
+    rows = []
+    for part in memory_parts():
+        rows.append(
+            [
+                f"`{part['name']}`",
+                f"{part['measured'] / 1e6:,.0f}",
+                f"{part['predicted'] / 1e6:,.0f}",
+                f"{part['error']:+.1%}".replace("-", "−"),
+                f"{part['resident_size'] / 1e6:,.0f}",
+                part["peak_phase"],
+                "yes" if part["chosen_after_freeze"] else "",
+            ]
+        )
+    return markdown_table(header, rows, "lrrrrll") if rows else NOT_YET
+
+
+def memory_summary(page: Path) -> str:
+    """Errors over all points and over those that were chosen after the planner was finished."""
+    rows = []
+    parts = memory_parts()
+    for title, chosen in (
+        ("all", parts),
+        ("chosen after the planner was finished", [part for part in parts if part["chosen_after_freeze"]]),
+    ):
+        if not chosen:
+            continue
+        errors = [part["error"] for part in chosen]
+        under = max(0.0, -min(errors))
+        cells = (median(map(abs, errors)), max(map(abs, errors)), under)
+        rows.append([title, str(len(chosen)), *(f"{cell:.1%}" for cell in cells)])
+    header = ("points", "number", "median error", "largest error", "largest underestimate")
+    return markdown_table(header, rows, "lrrrr") if rows else NOT_YET
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     table.__name__: table
     for table in (
@@ -659,6 +700,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
         comparison_formats,
         demonstration_formats,
         label_noise,
+        memory_points,
+        memory_summary,
         metrics,
         options_ppo,
         options_reward,

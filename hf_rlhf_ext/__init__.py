@@ -14,6 +14,7 @@ Train a policy:
 - `load_policy` loads the policy and its tokenizer; `load_base_model` and `load_tokenizer` load them separately.
 - `PPOTrainer`, with its options `PPOConfig`, trains the policy with PPO and a KL penalty.
 - `AdapterStack` holds policy, reference, critic and reward model as adapters on one base model.
+- `plan_memory` says how much memory a run needs, before anything is loaded.
 
 Share the result:
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .hub.dataset import push_comparisons
     from .hub.push import push_run
     from .modeling.loading import load_base_model, load_policy, load_tokenizer
+    from .modeling.memory.planner import plan_memory
     from .modeling.stack import AdapterStack
     from .ppo.config import PPOConfig
     from .ppo.trainer import PPOTrainer
@@ -68,6 +70,7 @@ _HOMES = {
     "load_demonstrations": "readers.formats",
     "load_policy": "modeling.loading",
     "load_tokenizer": "modeling.loading",
+    "plan_memory": "modeling.memory.planner",
     "push_comparisons": "hub.dataset",
     "push_run": "hub.push",
     "quality_report": "quality.report",
@@ -92,6 +95,7 @@ __all__ = [
     "load_demonstrations",
     "load_policy",
     "load_tokenizer",
+    "plan_memory",
     "push_comparisons",
     "push_run",
     "quality_report",

@@ -44,11 +44,11 @@ from hf_rlhf_ext.cli.first_checks import (
 from hf_rlhf_ext.cli.functions import reward_function
 from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import data_records, hub_dataset, lineage_of, with_commit_read
+from hf_rlhf_ext.cli.memory_check import StartArguments, check_memory
 from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
     ModelArguments,
-    TerminalArguments,
     check_at_least,
     machine_defaults,
 )
@@ -177,7 +177,7 @@ class PromptArguments(DataArguments):
     }
 
 
-ARGUMENTS = (PromptArguments, RewardArguments, TerminalArguments, ModelArguments, PPOConfig)
+ARGUMENTS = (PromptArguments, RewardArguments, StartArguments, ModelArguments, PPOConfig)
 
 
 class PPOResult(NamedTuple):
@@ -201,6 +201,7 @@ def train_ppo(
     callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
+    memory: str | None = None,
 ) -> PPOResult:
     """Trains, compares held-out completions before and after, and saves policy, critic and report.
 
@@ -210,6 +211,8 @@ def train_ppo(
         eval_reward_funcs: replace the rewards of `rewards` that are used in evaluation only.
         callbacks: added to the trainer.
         says_rows: whether to print how many prompts were read and held out. Dropped ones are always said.
+        memory: what `check_memory` does where the run does not fit: `refuse`, `warn`, or `off` for no plan. If `None`,
+            only the trainer's log says it.
     """
     check_push(args, model_args, data)
     model_args.check_task_type("CAUSAL_LM")
@@ -221,6 +224,7 @@ def train_ppo(
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     formula = sum_of_rewards(reward_funcs, args.reward_weights, args.reward_shaping)
     check_policy_folder(model_args.model_name_or_path)
+    check_memory("ppo", args, model_args, mode=memory, reward_model=next(iter(rewards.reward_model), False))
     checkpoint = open_run("ppo", args, (data, rewards, model_args, args), overwrite=data.overwrite)
     if formula is not None:
         print(f"reward = {formula}")
@@ -480,7 +484,7 @@ def main() -> None:
     models, functions = rewards.reward_model, rewards.reward_funcs
     args.reward_weights = weights_of_models_first(sys.argv[1:], models, functions, args.reward_weights)
     with library_output(verbose=terminal.verbose):
-        result = train_ppo(data, rewards, model_args, args, verbose=terminal.verbose)
+        result = train_ppo(data, rewards, model_args, args, verbose=terminal.verbose, memory=terminal.check_memory)
     measured = dict(result.report["ppo"])
     stop_reason = measured.pop("stop_reason", None)
     reward_warnings = measured.pop("reward_warnings", [])

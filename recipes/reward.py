@@ -34,11 +34,11 @@ from hf_rlhf_ext.cli.finish import check_push, finish_run, recorded_card
 from hf_rlhf_ext.cli.first_checks import check_model_folder, check_training
 from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import base_lineage, data_records, hub_dataset, lineage_of, with_commit_read
+from hf_rlhf_ext.cli.memory_check import StartArguments, check_memory
 from hf_rlhf_ext.cli.options import (
     ComparisonArguments,
     DataArguments,
     ModelArguments,
-    TerminalArguments,
     check_at_least,
     machine_defaults,
 )
@@ -96,7 +96,7 @@ ARGUMENTS = (
     DataArguments,
     ComparisonArguments,
     EnsembleArguments,
-    TerminalArguments,
+    StartArguments,
     ModelArguments,
     BradleyTerryConfig,
 )
@@ -118,13 +118,16 @@ def train_reward(
     callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
+    memory: str | None = None,
 ) -> dict[str, Any]:
     """Trains and evaluates a reward model. Saves adapter, head, normalization, report and card; returns the report.
 
     `rows` are what `read_comparisons` returned; if None, they are read. With `says_rows=False`, how many were read and
-    held out is only printed if it is not what the file has. `callbacks` are added to the trainer.
+    held out is only printed if it is not what the file has. `callbacks` are added to the trainer. `memory` is what
+    `check_memory` does where the run does not fit.
     """
     check_options(data, model_args, args)
+    check_memory("reward", args, model_args, mode=memory)
     if comparisons is None:
         comparisons = ComparisonArguments()
     checkpoint = open_run("reward", args, (data, comparisons, model_args, args), overwrite=data.overwrite)
@@ -280,9 +283,11 @@ def train_ensemble(
     comparisons: ComparisonArguments | None = None,
     verbose: bool = False,
     says_rows: bool = True,
+    memory: str | None = None,
 ) -> dict[str, Any]:
     """Trains each member with its own seed, head and data order, and evaluates the combined reward."""
     check_options(data, model_args, args)
+    check_memory("reward", args, model_args, mode=memory)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()
@@ -427,12 +432,12 @@ def main() -> None:
     )
     say_idle_options(data, comparisons, ensemble, model_args, args)
     set_seed(args.seed)  # the head is initialized when the model is loaded
-    verbose = terminal.verbose
-    with library_output(verbose=verbose):
+    how = {"comparisons": comparisons, "verbose": terminal.verbose, "memory": terminal.check_memory}
+    with library_output(verbose=terminal.verbose):
         if ensemble.members > 1:
-            report = train_ensemble(data, model_args, args, ensemble, comparisons=comparisons, verbose=verbose)
+            report = train_ensemble(data, model_args, args, ensemble, **how)
         else:
-            report = train_reward(data, model_args, args, comparisons=comparisons, verbose=verbose)
+            report = train_reward(data, model_args, args, **how)
     measured = report["reward_model"]
     print_metrics({name: value for name, value in measured.items() if not isinstance(value, dict | list)})
     if "accuracy" not in measured:

@@ -28,12 +28,12 @@ from hf_rlhf_ext.cli.finish import check_push, finish_run
 from hf_rlhf_ext.cli.first_checks import check_policy_folder, check_training
 from hf_rlhf_ext.cli.idle_options import say_idle_options
 from hf_rlhf_ext.cli.lineage import base_lineage, data_records, hub_dataset, lineage_of, with_commit_read
+from hf_rlhf_ext.cli.memory_check import StartArguments, check_memory
 from hf_rlhf_ext.cli.next_steps import use_of
 from hf_rlhf_ext.cli.options import (
     DataArguments,
     DemonstrationArguments,
     ModelArguments,
-    TerminalArguments,
     machine_defaults,
 )
 from hf_rlhf_ext.cli.precision import print_quantization
@@ -57,7 +57,7 @@ from hf_rlhf_ext.training.sft_config import CheckedSFTConfig
 EVALUATED = ("loss", "mean_token_accuracy", "entropy", "num_tokens")
 """Metrics of SFTTrainer's evaluation."""
 
-ARGUMENTS = (DataArguments, DemonstrationArguments, TerminalArguments, ModelArguments, CheckedSFTConfig)
+ARGUMENTS = (DataArguments, DemonstrationArguments, StartArguments, ModelArguments, CheckedSFTConfig)
 TRAINED_COLUMNS = (
     "prompt",
     "completion",
@@ -81,11 +81,12 @@ def train_sft(
     callbacks: Sequence[TrainerCallback] = (),
     verbose: bool = False,
     says_rows: bool = True,
+    memory: str | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Trains on demonstrations of any supported format. Saves adapter, tokenizer and metrics in `args.output_dir`.
 
     With `says_rows=False`, how many rows were read and held out is only printed if it is not what the file has.
-    `callbacks` are added to the trainer.
+    `callbacks` are added to the trainer. `memory` is what `check_memory` does where the run does not fit.
     """
     check_push(args, model_args, data)
     model_args.check_task_type("CAUSAL_LM")
@@ -95,6 +96,7 @@ def train_sft(
     if demonstrations is None:
         demonstrations = DemonstrationArguments()
     check_policy_folder(model_args.model_name_or_path)
+    check_memory("sft", args, model_args, mode=memory)
     checkpoint = open_run("sft", args, (data, demonstrations, model_args, args), overwrite=data.overwrite)
     start = time.monotonic()
     train, heldout, chosen, rows_read = read_rows(data, args, demonstrations, says_rows=says_rows)
@@ -259,7 +261,14 @@ def main() -> None:
     )
     say_idle_options(data, demonstrations, model_args, args)
     with library_output(verbose=terminal.verbose):
-        train_sft(data, model_args, args, demonstrations=demonstrations, verbose=terminal.verbose)
+        train_sft(
+            data,
+            model_args,
+            args,
+            demonstrations=demonstrations,
+            verbose=terminal.verbose,
+            memory=terminal.check_memory,
+        )
     print(f"Saved the SFT policy in {args.output_dir}. Next, before `hf-rlhf reward`:")
     print(*use_of(args.output_dir), sep="\n")
 

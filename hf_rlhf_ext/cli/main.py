@@ -36,6 +36,7 @@ COMMANDS = (
     Command("quickstart", "the whole pipeline on a small model", recipe="quickstart.py"),
     Command("init", "looks at your files, and writes a config for the pipeline", recipe="init.py"),
     Command("pipeline", "your own data to a policy: SFT, reward model, check and PPO", recipe="pipeline.py"),
+    Command("plan", "the memory of a run, before anything is downloaded: will it fit?", recipe="plan.py"),
     Command("sft", "supervised fine-tuning on demonstrations", recipe="sft.py", several_processes=True),
     Command("reward", "training of a reward model on comparisons", recipe="reward.py", several_processes=True),
     Command("ppo", "PPO with a reward model or a reward function", recipe="ppo.py", several_processes=True),

@@ -299,3 +299,16 @@ BEST_OF_N: MainOptions = {
         "overwrite": "Delete samples of an earlier run, and sample again.",
     },
 }
+
+PLAN: MainOptions = {
+    "plan": {
+        "stage": "The command to plan: sft, reward or ppo, with any of its options. Without it, by the config's name.",
+        "card": "Memory of the GPU, such as 12GB; or auto: the GPU of this machine; or cpu.",
+        "prompt_tokens": "Tokens of the longest prompt. Without it, a number is assumed, and said.",
+        "completion_tokens": "Tokens of the longest completion. Without it, as many as the options allow.",
+        "completions_per_prompt": "Completions of each prompt of a reward model's comparisons.",
+        "advice": "Look for what else fits, and for what to change. If false, the answer comes sooner.",
+        "json": "File for the plan as JSON; - prints it, and nothing else.",
+        "plot": "PNG file for a plot of the plan.",
+    },
+}

@@ -32,6 +32,7 @@ REFUSED = {
     "seed": SHARED,
     "trust_remote_code": SHARED,
     "verbose": SHARED,
+    "check_memory": "`hf-rlhf plan` says whether a stage fits",
     "reward_model": AT_THE_TOP,
     "reward_funcs": AT_THE_TOP,
     "reward_weights": AT_THE_TOP,

@@ -22,7 +22,7 @@ from hf_rlhf_ext.cli.shipped import find_config, recipes_folder, shipped_configs
 from hf_rlhf_ext.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-WANTED = ["quickstart", "init", "pipeline", "sft", "reward", "ppo", "rounds", "compare"]
+WANTED = ["quickstart", "init", "pipeline", "plan", "sft", "reward", "ppo", "rounds", "compare"]
 WANTED += ["check-reward", "bench-reward", "inspect-data", "collect", "chat", "generate"]
 WANTED += ["best-of-n", "merge", "push", "check-hub", "env"]
 

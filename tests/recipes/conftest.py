@@ -67,6 +67,8 @@ def command(workspace: Path, recipe: str, changes: dict) -> list[str]:
     """The recipe's options on the files of `workspace`, with its YAML; a change to None leaves an option out."""
     data = {"sft": "demonstrations.jsonl", "ppo": "prompts"}.get(recipe, "pairs.jsonl")
     chosen = {"config": CONFIGS / f"{recipe}.yaml", "model_name_or_path": workspace / "base", "dataset_name": data}
+    if recipe in ("sft", "reward", "ppo"):
+        chosen["check_memory"] = "off"  # a plan takes a second; test_plan.py has those of the recipes
     chosen |= {"output_dir": f"runs/{recipe}"} | (PPO_SIZES if recipe == "ppo" else {}) | changes
     return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
 

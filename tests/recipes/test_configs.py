@@ -16,6 +16,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
 from hf_rlhf_ext.cli.main import COMMANDS
+from hf_rlhf_ext.cli.memory_table import CARDS
 from hf_rlhf_ext.cli.options import ModelArguments, machine_defaults
 from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.cli.requirements import main_requirements
@@ -54,10 +55,10 @@ def header(script: Path) -> dict:
 
 def test_every_stage_of_every_model_has_a_config_and_a_script():
     found = {(path.parent.name, path.stem) for path in CONFIGS}
-    models = {"smollm2-135m", *SHAPES}
+    models = {"smollm2-135m", *SHAPES, *(f"card-{card}gb" for card in CARDS)}
     assert found == {(model, stage) for model in models for stage in ("sft", "reward", "ppo")}
     stages = {"sft", "reward", "ppo", "rounds", "quickstart", "inspect_data", "check_reward", "collect"}
-    stages |= {"init", "pipeline", "chat", "generate", "best_of_n", "bench_reward", "compare"}
+    stages |= {"init", "pipeline", "chat", "generate", "best_of_n", "bench_reward", "compare", "plan"}
     assert {path.stem for path in SCRIPTS} == stages
 
 

@@ -46,6 +46,7 @@ RECIPES = {
         "generate",
         "best_of_n",
         "compare",
+        "plan",
     )
 }
 COLLECT = ("demo", "sample", "serve", "links", "export", "import_judged", "simulate", "space")
@@ -63,6 +64,7 @@ MAIN = {
     "generate": main_options.GENERATE,
     "best_of_n": main_options.BEST_OF_N,
     "compare": main_options.COMPARE,
+    "plan": main_options.PLAN,
 }
 
 TRANSFORMERS = Path(transformers.__file__).parent

@@ -1,0 +1,1 @@
+"""Parts of `hf-rlhf plan`."""
