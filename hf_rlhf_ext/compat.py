@@ -55,6 +55,7 @@ _REPORTED = (
 
 # Our name -> (module, name in that module), as of trl 1.16.0. Public names are imported from `trl` directly.
 _TRL_NAMES: dict[str, tuple[str, str]] = {
+    "add_fused_lm_head": ("trl.trainer.utils", "add_fused_lm_head"),
     "BaseTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),
     "BaseConfig": ("trl.trainer.base_config", "_BaseConfig"),
     "disable_dropout_in_model": ("trl.trainer.utils", "disable_dropout_in_model"),
@@ -107,6 +108,7 @@ OVERRIDDEN_METHODS: dict[str, tuple[str, ...]] = {
         "_run_epoch",
         "_save",
         "_save_checkpoint",
+        "_save_rng_state",
         "_set_signature_columns_if_needed",
         "compute_loss",
         "create_model_card",

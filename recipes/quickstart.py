@@ -37,7 +37,7 @@ from hf_rlhf_ext.checkpointing import last_complete_checkpoint
 from hf_rlhf_ext.cli.finish import recorded_card, recorded_report, write_report_and_card
 from hf_rlhf_ext.cli.lineage import lineage_of
 from hf_rlhf_ext.cli.locking import only_process
-from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least
+from hf_rlhf_ext.cli.options import DataArguments, ModelArguments, TerminalArguments, check_at_least, machine_defaults
 from hf_rlhf_ext.cli.program import how_to_run
 from hf_rlhf_ext.cli.quiet import library_output
 from hf_rlhf_ext.cli.stages import StageRunner, has_manifest
@@ -46,7 +46,6 @@ from hf_rlhf_ext.data.text import decode_completion, encode_generation_prompt
 from hf_rlhf_ext.hub.report import hardware
 from hf_rlhf_ext.hub.reports.provenance import without_machine_options
 from hf_rlhf_ext.metrics.plots import plot_frontier
-from hf_rlhf_ext.modeling.loading import preferred_dtype
 from hf_rlhf_ext.modeling.locations import EMBEDDED_HUB_ID, EMBEDDED_MODEL
 from hf_rlhf_ext.ppo.engine import Sampling, TransformersEngine, stop_token_ids
 from hf_rlhf_ext.ppo.evaluation import EvaluatedCompletion
@@ -200,7 +199,6 @@ class Quickstart:
         self.size = SIZES[args.size]
         self.folder = Path(args.output_dir)
         self.data = self.folder / "data"
-        self.bf16 = preferred_dtype() == torch.bfloat16
         self.gold = on_topic_gold() if args.gold == ON_TOPIC else GoldReward()
         self.golds = [self.gold, GoldReward() if args.gold == ON_TOPIC else on_topic_gold()]
 
@@ -223,8 +221,7 @@ class Quickstart:
         return {
             "output_dir": str(self.folder / stage),
             "seed": self.args.seed,
-            "bf16": self.bf16,
-            "use_cpu": not torch.cuda.is_available(),
+            **machine_defaults(),
             "activation_checkpointing": False,  # for a model this small, time matters more than memory
             "report_to": "none",
             "logging_steps": 4,

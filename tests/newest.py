@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         contracts = run_tests(Path(scratch) / "contracts.xml", [CONTRACTS, "-n", "0"])
         usual = ["-n", options.workers, "--dist", "loadgroup", "--no-loadscope-reorder", f"--deselect={CONTRACTS}"]
-        others = run_tests(Path(scratch) / "others.xml", [*options.tests, *usual, "-m", "not gpu and not slow"])
+        others = run_tests(
+            Path(scratch) / "others.xml", [*options.tests, *usual, "-m", "not gpu and not gptq and not slow"]
+        )
     print("\n".join(summary(versions, contracts, others)))
     return int(bool(contracts.failures or others.failures))
 

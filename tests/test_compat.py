@@ -178,6 +178,15 @@ def test_contract_of_suppress_seqcls_warning(tiny_llama, tmp_path, caplog):
     assert "score.weight" not in caplog.text
 
 
+def test_contract_of_add_fused_lm_head(tiny_llama):
+    assert parameters(compat.add_fused_lm_head) == ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
+    expected = tiny_llama(input_ids=IDS).logits.log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
+    compat.add_fused_lm_head(tiny_llama, outputs=("log_probs", "entropy", "is_top1"))
+    outputs = tiny_llama(input_ids=IDS, labels=IDS, use_cache=False, fused_lm_head=True)
+    torch.testing.assert_close(outputs.log_probs.reshape(expected.shape), expected)
+    assert outputs.log_probs.requires_grad
+
+
 @pytest.mark.parametrize("name", ["other", None])
 def test_contract_of_use_adapter(tiny_llama, name):
     assert parameters(compat.use_adapter) == ["model", "adapter_name"]

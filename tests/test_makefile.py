@@ -128,12 +128,15 @@ def test_the_quickstart_command(checkout, variables, arguments):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["test"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu"'),
-        (["test-fast"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu and not slow"'),
-        (["test", "ARGS=-k gae -x"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu" -k gae -x'),
+        (["test"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu and not gptq"'),
+        (["test-fast"], '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu and not gptq and not slow"'),
+        (
+            ["test", "ARGS=-k gae -x"],
+            '-n 2 --dist loadgroup --no-loadscope-reorder tests -m "not gpu and not gptq" -k gae -x',
+        ),
         (
             ["test", "TESTS=tests/ppo", "WORKERS=0"],
-            '-n 0 --dist loadgroup --no-loadscope-reorder tests/ppo -m "not gpu"',
+            '-n 0 --dist loadgroup --no-loadscope-reorder tests/ppo -m "not gpu and not gptq"',
         ),
         (["test-gpu"], "-m pytest tests -m gpu"),  # one process: one card
     ],

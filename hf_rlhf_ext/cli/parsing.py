@@ -87,7 +87,8 @@ def _explain_in_one_line(error: Exception) -> None:
     if is_out_of_memory(error):
         processes.say(
             f"error: out of memory ({first_line(error)}): lower per_device_train_batch_size and raise "
-            "gradient_accumulation_steps, set activation_checkpointing, or set max_tokens_per_batch."
+            "gradient_accumulation_steps, set activation_checkpointing, or set max_tokens_per_batch or auto_batch "
+            "(reward and ppo)."
         )
         raise SystemExit(2) from None
     if processes.is_echo(error):

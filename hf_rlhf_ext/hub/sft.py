@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.utils.other import TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 
@@ -21,6 +22,7 @@ from ..modeling.adapter_start import attached_or_refused, warn_of_unmatched_name
 from ..modeling.adapters import autocast_dtype, bare_model, saved_as_one_adapter
 from ..modeling.base_record import BaseRecord
 from ..modeling.embeddings import n_rows, token_layers
+from ..modeling.loading import refuse_fp16_weights, warn_of_emulated_bf16, warn_of_unscaled_fp16
 from ..modeling.quantization import refuse_trained_quantized
 from ..modeling.source import remember_revision
 from ..modeling.vocabulary import check_token_ids
@@ -35,6 +37,7 @@ from ..publishing import (
     without_card,
 )
 from ..training.loop import all_steps_are_done
+from ..training.memory_line import log_memory
 from ..training.shown_table import show_table
 from ..training.table import SFT_COLUMNS
 
@@ -68,8 +71,11 @@ class PublishingSFTTrainer(SFTTrainer):
         self.data_origins = origins_of(arguments.get("train_dataset"), arguments.get("eval_dataset"))
         example = _example(arguments)
         earlier_form = _earlier_form(arguments["model"])
+        weights_before_cast = _trained_weights(model)
         with attached_or_refused("peft_config", arguments["model"], peft_config):
             super().__init__(**arguments)
+        self._prepare_half_precision(weights_before_cast)
+        log_memory(self.model, "sft", self.args)
         show_table(self, SFT_COLUMNS)
         if isinstance(arguments["model"], str):  # which was loaded inside the context
             warn_of_unmatched_names("peft_config", self.model, peft_config)
@@ -80,6 +86,23 @@ class PublishingSFTTrainer(SFTTrainer):
         self._base_record = BaseRecord.of_model(self.model, autocast_dtype(self.args))
         self.prompt_form = PromptForm.of(example, self.processing_class).after(earlier_form)
         remember_form(self.model, self.prompt_form)
+
+    def _prepare_half_precision(self, before: dict[str, Tensor]) -> None:
+        """In fp16, puts trained weights back into fp32, which a gradient scaler needs; refuses a whole model in fp16.
+
+        TRL casts the adapter of a quantized base to bf16, whose gradients a gradient scaler does not take.
+
+        Args:
+            before: the trained weights by name, before TRL cast them.
+        """
+        warn_of_emulated_bf16(self.args)
+        warn_of_unscaled_fp16(self.args, self.model)
+        if not self.args.fp16:
+            return
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = before.get(name, parameter.data).to(parameter.device, torch.float32)
+        refuse_fp16_weights(self.model)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not all_steps_are_done(self):
@@ -113,6 +136,13 @@ class PublishingSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with without_card(self):
             super()._save_checkpoint(model, trial)
+
+
+def _trained_weights(model: str | nn.Module) -> dict[str, Tensor]:
+    """The weights of a loaded adapter that are trained, by name; none of another model, which TRL does not cast."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _example(arguments: dict[str, Any]) -> str | list | None:

@@ -15,6 +15,7 @@ from ..errors import UserError, first_line
 from .adapter_kinds import base_change, is_plain_lora
 from .adapters import active_adapter, copy_adapter
 from .probing import mean_difference, probe_logprobs
+from .quantization import CALIBRATED_METHODS, quantization_kind, quantization_record
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ def attached_or_refused(option: str, model: nn.Module | str, config: PeftConfig 
     Args:
         option: name of the argument with the configuration, for messages.
         model: the base; or its name, where it is loaded inside the context.
-        config: configuration of the adapter; `None` without one.
+        config: configuration of the adapter; `None` without one. `all-linear` becomes names where PEFT finds no layer.
     """
+    if isinstance(model, nn.Module):
+        _name_calibrated_layers(model, config)
     try:
         yield
     except UserError:
@@ -66,6 +69,19 @@ def attached_or_refused(option: str, model: nn.Module | str, config: PeftConfig 
         ) from error
     if isinstance(model, nn.Module):
         warn_of_unmatched_names(option, model, config)
+
+
+def _name_calibrated_layers(model: nn.Module, config: PeftConfig | None) -> None:
+    """Replaces `all-linear` by the names of the linear layers of GPTQ and AWQ, which PEFT 0.21 does not take for such.
+
+    In place, as PEFT does with `all-linear` itself.
+    """
+    if getattr(config, "target_modules", None) != "all-linear":
+        return
+    if quantization_kind(quantization_record(model)) in CALIBRATED_METHODS:
+        layers = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+        of_head = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        config.target_modules = {path.rpartition(".")[2] for path in layers if path not in of_head}
 
 
 def warn_of_unmatched_names(option: str, model: nn.Module, config: PeftConfig | None) -> None:

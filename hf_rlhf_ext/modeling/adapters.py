@@ -368,15 +368,16 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
         return
 
     originals = []
-    for layer in layers:
-        for parameter in layer.get_base_layer().parameters(recurse=False):
-            originals.append((parameter, parameter.detach().clone()))
     try:
         try:
             for layer in layers:
+                for parameter in layer.get_base_layer().parameters(recurse=False):
+                    originals.append((parameter, parameter.detach().clone()))
+            for layer in layers:
                 layer.merge(adapter_names=[model.active_adapter])
-        except Exception as error:  # each kind of adapter refuses in its own way
+        except Exception as error:  # each kind of adapter refuses in its own way, and memory may run out
             _restore(layers, originals)
+            originals.clear()  # a copy of the base, which generation may need the memory of
             _say_unmerged(model, first_line(error))
         yield
     finally:

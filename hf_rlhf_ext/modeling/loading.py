@@ -45,9 +45,11 @@ from .quantization import (
     keep_nf4_gradients_right,
     quantization_differs,
     quantization_record,
+    refuse_unloadable,
     require_bitsandbytes,
     stored_quantization,
     with_head_left_alone,
+    with_trainable_kernels,
 )
 from .source import remember_revision, remember_source
 
@@ -87,12 +89,15 @@ def preferred_dtype() -> torch.dtype:
         bf16 on GPUs and CPUs with bf16 instructions, fp16 on other GPUs, and fp32 on other CPUs.
     """
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float16
+        return torch.float16 if card_lacks_bf16() else torch.bfloat16
     if _cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
+
+
+def card_lacks_bf16() -> bool:
+    """Whether there is a CUDA card, and it has no instructions for bf16, such as a T4, GTX 16 or RTX 20."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _cpu_has_bf16() -> bool:
@@ -100,10 +105,12 @@ def _cpu_has_bf16() -> bool:
 
 
 def warn_of_emulated_bf16(args: TrainingArguments) -> None:
-    """Logs a warning if bf16, the default of TRL's trainers, is slow on this CPU."""
+    """Logs a warning if bf16, the default of TRL's trainers, is slow on this CPU or this card."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")  # not measured on other processors
     if args.bf16 and args.device.type == "cpu" and on_x86 and not _cpu_has_bf16():
         logger.warning("bf16 on a CPU without bf16 instructions is several times slower than fp32: set bf16 to false.")
+    if args.bf16 and args.device.type == "cuda" and card_lacks_bf16():
+        logger.warning("bf16 is emulated on this card, which has no instructions for it: set fp16 to true instead.")
 
 
 def warn_of_rounded_updates(name: str, model: torch.nn.Module) -> None:
@@ -133,6 +140,20 @@ def refuse_fp16_weights(model: torch.nn.Module) -> None:
                 "fp16=True: training of weights in fp16 is not supported: load the model with dtype='float32', or "
                 "train an adapter (peft_config)."
             )
+
+
+def warn_of_unscaled_fp16(args: TrainingArguments, model: torch.nn.Module) -> None:
+    """Logs a warning if gradients pass through fp16 weights without a loss scale, in which small ones become zero.
+
+    Args:
+        args: options of the run; `fp16` brings the loss scale.
+        model: the model to train, also with frozen weights under an adapter.
+    """
+    if not args.fp16 and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        logger.warning(
+            "weights are in fp16 and fp16=False: without a loss scale, small gradients are rounded to zero: set "
+            "fp16=True (bf16=False), or load the model with dtype='float32'."
+        )
 
 
 def load_base_model(
@@ -187,9 +208,15 @@ def load_base_model(
     }
     requested = _requested_quantization(load_in_4bit, quantization_config, task)
     path, location = resolve_location(model_name_or_path, revision)
-    with found_or_refused("model_name_or_path", model_name_or_path), loaded_whole():
+    with found_or_refused("model_name_or_path", model_name_or_path), loaded_whole(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # said below in one line
         check_config(path, name=model_name_or_path, task=task, trust_remote_code=trust_remote_code, **location)
-        if requested is not None and not _is_quantized_already(path, location, model_name_or_path, requested):
+        stored = stored_quantization(path, **location)
+        refuse_unloadable(model_name_or_path, stored)
+        if stored is not None:
+            _say_other_quantization(model_name_or_path, stored, requested)
+            options |= _options_of_stored(stored, device_map)
+        elif requested is not None:
             options["quantization_config"] = requested
         if task == "reward":
             model = _load_classifier(path, name=model_name_or_path, may_lack=may_lack, **location, **options)
@@ -243,20 +270,27 @@ def _quantizing_option(load_in_4bit: bool, requested: QuantizationConfigMixin | 
     return "quantization_config"
 
 
-def _is_quantized_already(path: str, location: dict[str, str], name: str, requested: QuantizationConfigMixin) -> bool:
-    """Whether the checkpoint is quantized already. Logs a warning if it is quantized in another way than requested."""
-    stored = stored_quantization(path, **location)
-    if stored is None:
-        return False
-    wanted = as_record(requested)
-    if quantization_differs(stored, wanted):
+def _say_other_quantization(name: str, stored: dict[str, Any], requested: QuantizationConfigMixin | None) -> None:
+    """Logs a warning if a checkpoint is quantized already, in another way than requested."""
+    wanted = None if requested is None else as_record(requested)
+    if wanted is not None and quantization_differs(stored, wanted):
         logger.warning(
             "%s is quantized already (%s) and is loaded like this, instead of %s.",
             name,
             describe_quantization(stored),
             describe_quantization(wanted),
         )
-    return True
+
+
+def _options_of_stored(stored: dict[str, Any], device_map: str | dict | None) -> dict[str, Any]:
+    """Further options of `from_pretrained` for a checkpoint that is quantized already."""
+    config = with_trainable_kernels(stored)
+    if config is None:
+        return {}
+    if device_map is None and torch.cuda.is_available():
+        # Trainer moves no quantized model, and Transformers puts these on the CPU, unlike those of bitsandbytes.
+        device_map = {"": torch.cuda.current_device()}
+    return {"quantization_config": config, "device_map": device_map}
 
 
 def refuse_quantized_encoder(model: torch.nn.Module, option: str) -> None:

@@ -23,7 +23,11 @@ _NOT_COUNTED = {"lm_head", "score", "classifier", "embed_out", "embed_tokens", "
 
 _DECIDES_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 _DECIDES_8BIT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
+_DECIDES_CALIBRATED = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "zero_point": True}
+"""What decides the outputs of GPTQ and AWQ, with the defaults; the kernel and how weights were found are left out."""
 _BITSANDBYTES = "bitsandbytes"
+CALIBRATED_METHODS = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
+"""Methods that quantize with data, before a checkpoint is published, and the packages that load it."""
 
 
 def quantization_record(model: nn.Module) -> dict[str, Any] | None:
@@ -112,6 +116,42 @@ def require_bitsandbytes(option: str) -> None:
         raise UserError(f"{option} needs bitsandbytes: pip install bitsandbytes (or leave {option} off).")
 
 
+def refuse_unloadable(name: str, stored: dict[str, Any] | None) -> None:
+    """Refuses a checkpoint whose weights are quantized with a method whose package is missing, before they are read.
+
+    Args:
+        name: folder or Hub id of the checkpoint, for the message.
+        stored: its quantization, see `stored_quantization`; `None` for none.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    kind = quantization_kind(stored)
+    needed = (_BITSANDBYTES,) if kind in ("4-bit", "8-bit") else CALIBRATED_METHODS.get(kind, ())
+    missing = [package for package in needed if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"model_name_or_path: the weights of {name} are quantized ({kind}), which needs {' and '.join(missing)}: "
+            f"pip install {' '.join(missing)}, or give the unquantized model, with load_in_4bit."
+        )
+
+
+def with_trainable_kernels(stored: dict[str, Any]) -> QuantizationConfigMixin | None:
+    """The configuration that loads GPTQ and AWQ weights with kernels through which gradients pass.
+
+    The kernels that gptqmodel chooses by itself may be for inference only, such as those for CPUs with AVX512.
+
+    Args:
+        stored: the quantization of a checkpoint, see `stored_quantization`.
+
+    Returns:
+        The configuration; `None` for other methods.
+    """
+    if quantization_kind(stored) not in CALIBRATED_METHODS:
+        return None
+    return AutoQuantizationConfig.from_dict(stored | {"backend": "auto_trainable"})
+
+
 def with_head_left_alone(config: QuantizationConfigMixin) -> QuantizationConfigMixin:
     """Returns the configuration, or a copy of it that leaves the score head alone, which is trained in fp32.
 
@@ -169,6 +209,8 @@ def _deciding(record: dict[str, Any] | None) -> dict[str, Any] | None:
     if record is None:
         return None
     kind = quantization_kind(record)
+    if kind in CALIBRATED_METHODS:
+        return {"kind": kind} | {name: record.get(name, default) for name, default in _DECIDES_CALIBRATED.items()}
     if kind not in ("4-bit", "8-bit"):
         return record
     defaults = as_record(BitsAndBytesConfig(load_in_4bit=True))
@@ -196,7 +238,7 @@ def refuse_trained_quantized(model: nn.Module, *, has_adapter: bool) -> None:
         return
     raise UserError(
         f"model: its weights are quantized ({quantization_kind(quantization_record(model))}) and cannot be trained "
-        "themselves: pass peft_config to train an adapter, or load it unquantized."
+        "themselves: pass peft_config to train an adapter, or give the unquantized model."
     )
 
 

@@ -296,16 +296,17 @@ class AdapterStack:
             adapter = self.roles[group[0]].adapter or _BARE_BASE
             row_adapters += [adapter] * len(input_ids)
         copies = len(groups)
-        hidden = completion_hidden_states(
-            self.model,
-            self.model,
-            input_ids.repeat(copies, 1),
-            prompt_lengths.repeat(copies),
-            mask.repeat(copies, 1),
-            per_prompt=per_prompt,
-            layout=self.roles[groups[0][0]].layout,
-            adapter_names=row_adapters,
-        )
+        with _own_hooks_removed(self.model):
+            hidden = completion_hidden_states(
+                self.model,
+                self.model,
+                input_ids.repeat(copies, 1),
+                prompt_lengths.repeat(copies),
+                mask.repeat(copies, 1),
+                per_prompt=per_prompt,
+                layout=self.roles[groups[0][0]].layout,
+                adapter_names=row_adapters,
+            )
         states = {}
         for group, group_hidden in zip(groups, hidden.chunk(copies), strict=True):
             for role in group:
@@ -418,3 +419,20 @@ def _head_from(weights: dict[str, Tensor]) -> ScalarHead | None:
     head = ScalarHead(weights["weight"].shape[1], bias="bias" in weights)
     head.load_state_dict(weights)
     return head
+
+
+@contextmanager
+def _own_hooks_removed(model: nn.Module) -> Iterator[None]:
+    """Around a pass with `adapter_names`: after an error, the hooks that PEFT has added for it are gone.
+
+    PEFT 0.21 removes them after a pass without an error only. The next pass would have the names of both.
+    """
+    before = {module: set(module._forward_pre_hooks) for module in model.modules()}
+    try:
+        yield
+    except BaseException:  # also Ctrl-C
+        for module, known in before.items():
+            for added in set(module._forward_pre_hooks) - known:
+                del module._forward_pre_hooks[added]
+                module._forward_pre_hooks_with_kwargs.pop(added, None)
+        raise

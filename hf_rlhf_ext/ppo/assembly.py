@@ -25,6 +25,7 @@ from ..modeling.loading import (
     load_tokenizer,
     refuse_fp16_weights,
     warn_of_rounded_updates,
+    warn_of_unscaled_fp16,
 )
 from ..modeling.logprobs import check_output_head, hidden_width
 from ..modeling.ownership import (
@@ -224,6 +225,7 @@ def assemble_roles(
         eval_rewards = RewardFunctions(eval_reward_funcs, option="eval_reward_funcs", beside=rewards, **loading)
     if args.fp16:
         refuse_fp16_weights(stack.model)
+    warn_of_unscaled_fp16(args, stack.model)
     if args.disable_dropout:
         disable_dropout(stack.model)
         for role in stack.roles.values():

@@ -507,11 +507,33 @@ class PPOConfig(BaseConfig):
             "stay the same. If `None`, only `per_device_train_batch_size` limits a pass."
         },
     )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "When memory runs out, halve `max_tokens_per_batch` (in sampling, `generation_batch_size`) and "
+            "repeat what did not fit. Optimizer steps are the same as with the smaller number set by hand; batch sizes "
+            "per step stay as they are. A line says each new number, and checkpoints keep it. Not for FSDP2."
+        },
+    )
     joint_scoring: bool | None = field(
         default=None,
         metadata={
             "help": "Score policy, reference and critic in one forward pass if all of them are LoRA adapters. If "
             "`None`, only on a GPU, as it is not faster on a CPU."
+        },
+    )
+    offload_reward_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep reward models that have a base of their own in the CPU's memory, except while they score. "
+            "Scores stay the same; a copy to the device and back per rollout takes time."
+        },
+    )
+    offload_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the states of the optimizer in the CPU's memory, except during its steps. Updates stay the "
+            "same; a copy to the device and back per optimizer step takes time."
         },
     )
     max_skipped_steps: int = field(

@@ -4,8 +4,9 @@ An engine depends only on a policy and token ids, so that PPO, best-of-n samplin
 """
 
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from ..modeling.adapters import bare_model, merged_adapter, mixed_precision
 from ..modeling.padding import reads_left_padding
 from ..modeling.probing import evaluating, unchanged_random_state
 from ..modeling.shared_prefill import why_not_once
+from ..training.auto_batch import COMPLETIONS, FixedSizes, smaller_of
 from ..training.bars import Advance, progress_bar
 from ..training.leaving import check
 from .config import PPOConfig
@@ -309,6 +311,32 @@ class TransformersEngine:
                     reason or "another process found that its cache cannot be repeated",
                 )
         return self._shares_prompts
+
+
+def sample_what_fits(
+    engine: TransformersEngine, prompt_ids: Sequence[list[int]], sampling: Sampling, n: int, sizes: FixedSizes
+) -> Samples:
+    """Samples `n` completions per prompt, all of them again in smaller batches if a batch does not fit.
+
+    Args:
+        engine: the engine.
+        prompt_ids: token ids of each prompt.
+        sampling: options of sampling.
+        n: number of completions per prompt.
+        sizes: the sizes of the run, of which `generation_batch_size` bounds a batch.
+    """
+
+    def sample() -> Samples:
+        batch_size = sizes.limit(COMPLETIONS, sampling.batch_size)
+        in_force = sampling if batch_size == sampling.batch_size else replace(sampling, batch_size=batch_size)
+        rows = smaller_of(batch_size, len(prompt_ids) * n)
+        width = max(len(ids) for ids in prompt_ids) + sampling.max_new_tokens
+        with sizes.one_pass(
+            "sampling", COMPLETIONS, rows=rows, width=width, n_parts=lambda size: math.ceil(rows / size)
+        ):
+            return engine.generate(prompt_ids, in_force, n=n)
+
+    return sizes.until_it_fits(sample)
 
 
 class _TokenCounter:

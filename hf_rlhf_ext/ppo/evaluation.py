@@ -122,6 +122,7 @@ class Evaluator:
                 for _ in range(missing):
                     self._join_batch(prompts.rows(range(1))[1])
             agree_to_leave()
+        self.tools.roles.sizes.agree()  # what was evaluated stays; the next step begins with the same sizes
         return self.ranks.concatenate(rows)
 
     def _evaluate_batch(

@@ -1,6 +1,5 @@
 """Makes rollouts: samples completions, scores them, and computes advantages."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..data.text import decode_completion
 from ..modeling.embeddings import n_rows
-from ..training.leaving import agree_to_leave, at_once, check, may_be_left
+from ..training.leaving import RandomState, agree_to_leave, at_once, check, may_be_left
 from .advantages import (
     are_scores_equal,
     explained_variance,
@@ -21,7 +20,7 @@ from .advantages import (
     whiten,
 )
 from .config import PPOConfig
-from .engine import RolloutEngine, Samples, Sampling, TransformersEngine
+from .engine import RolloutEngine, Samples, Sampling, TransformersEngine, sample_what_fits
 from .engine_check import check_engine, checked_samples, takes_n
 from .kl import KL_ESTIMATORS, kl_k1, kl_k3
 from .losses import importance_weights, masked_mean
@@ -111,16 +110,21 @@ class SamplingTools:
         Raises:
             UserError: if the engine returns something that is not usable, see `checked_samples`.
         """
-        # An engine of the user may take minutes in one call. Ours leaves the rollout itself, between two tokens.
-        with nullcontext() if isinstance(self.engine, TransformersEngine) else at_once():
-            if n == 1:  # an engine of the user need not take `n`
-                samples = self.engine.generate(prompt_ids, self.sampling)
-            elif takes_n(self.engine):
-                samples = self.engine.generate(prompt_ids, self.sampling, n=n)
-            else:
-                samples = self.engine.generate([ids for ids in prompt_ids for _ in range(n)], self.sampling)
+        if isinstance(self.engine, TransformersEngine):
+            samples = sample_what_fits(self.engine, prompt_ids, self.sampling, n, self.roles.sizes)
+        else:
+            samples = self._sample_of_user(prompt_ids, n)
         token_rows = n_rows(self.roles.policy)
         return checked_samples(samples, prompt_ids, self.sampling, token_rows=token_rows, engine=self.engine, n=n)
+
+    def _sample_of_user(self, prompt_ids: list[list[int]], n: int) -> Samples:
+        # An engine of the user may take minutes in one call. Ours leaves the rollout itself, between two tokens.
+        with at_once():
+            if n == 1:  # it need not take `n`
+                return self.engine.generate(prompt_ids, self.sampling)
+            if takes_n(self.engine):
+                return self.engine.generate(prompt_ids, self.sampling, n=n)
+            return self.engine.generate([ids for ids in prompt_ids for _ in range(n)], self.sampling)
 
     def pack(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], per_prompt: int = 1) -> Sequences:
         """Prompts, one for each completion, and completions as one batch on the device of this process."""
@@ -189,11 +193,7 @@ class ExperienceMaker:
         """
         args = self.args
         # 0. Sample this process's share of the completions, then gather those of all processes.
-        sharding = self.tools.roles.sharding
-        # With shards, the other processes would wait for one that leaves alone.
-        with may_be_left("rollout", when=not sharding.is_sharded), sharding.inference():
-            own, judged = self._sample(first_prompt, trainer_state)
-        agree_to_leave()
+        own, judged = self._sample_alike(first_prompt, trainer_state)
         references = None
         if self.references is not None:
             references = self.references.of(self._rows(first_prompt), trainer_state)
@@ -253,6 +253,19 @@ class ExperienceMaker:
             shuffled=self.args.train_sampling_strategy == "random",
         )
         return [row for row in rows for _ in range(self.args.num_generations)]
+
+    def _sample_alike(self, first_prompt: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
+        """`_sample` with the same batch sizes on all processes."""
+        roles = self.tools.roles
+        before = RandomState.now(self.ranks.device)
+        while True:
+            # With shards, the other processes would wait for one that leaves alone.
+            with may_be_left("rollout", when=not roles.sharding.is_sharded), roles.sharding.inference():
+                own, judged = self._sample(first_prompt, trainer_state)
+            agree_to_leave()
+            if not roles.sizes.agree():
+                return own, judged
+            before.restore()  # memory has run out on another process
 
     def _sample(self, first_prompt: int, trainer_state: TrainerState) -> tuple[_Sampled, _Judged]:
         """The completions of this process, with their scores and what each role computes for their tokens."""

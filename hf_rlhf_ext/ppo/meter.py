@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -113,8 +113,26 @@ class Meter:
         self.reset()
         return means
 
+    def snapshot(self) -> Callable[[], None]:
+        """Returns a function that makes the sums what they are now again, for a step that is repeated."""
+        sums = _copied(self._sums)
+        counts = dict(self._counts)
+        left_open = set(self._open)
+
+        def restore() -> None:
+            self._sums = defaultdict(float, _copied(sums))
+            self._counts = defaultdict(float, counts)
+            self._open = set(left_open)
+
+        return restore
+
     def reset(self) -> None:
         """Sets all sums to zero."""
         self._sums.clear()
         self._counts.clear()
         self._open.clear()
+
+
+def _copied(sums: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+    """The sums as values of their own, as tensors are added to in place."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in sums.items()}

@@ -43,6 +43,11 @@ class TextBatch:
     n_tokens: int
     share: float
 
+    def n_parts(self, max_tokens: int) -> int:
+        """The number of batches of at most `max_tokens` tokens that these texts make."""
+        lengths = self.sequences.lengths.tolist()
+        return len(budget_chunks(lengths, max_rows=len(lengths), max_tokens=max_tokens))
+
 
 class PTXTexts:
     """The texts of PPO-ptx, tokenized once.

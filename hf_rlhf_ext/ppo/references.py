@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..modeling.adapters import autocast_dtype
 from ..training.leaving import RandomState, agree_to_leave, check, may_be_left
 from .config import PPOConfig
-from .engine import TransformersEngine
+from .engine import TransformersEngine, sample_what_fits
 from .meter import metric_logger
 from .prompts import Prompts, rows_from
 from .rewards import RewardFunctions, Scores, extra_columns, score_completions
@@ -199,7 +199,8 @@ class ReferenceScores:
         with self.roles.activate("reference") as model:
             engine = self._engine
             engine.sync(model)
-            return engine.generate(prompt_ids, self.sampling, n=self.args.num_reference_answers).ids
+            n = self.args.num_reference_answers
+            return sample_what_fits(engine, prompt_ids, self.sampling, n, self.roles.sizes).ids
 
     @cached_property
     def _engine(self) -> TransformersEngine:

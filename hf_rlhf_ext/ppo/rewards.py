@@ -114,6 +114,8 @@ class RewardFunctions:
         self.names = distinct_names([_name_beside(func, beside) for func in self.funcs])
         self._parameters = [Parameters.of(func) for func in self.funcs]
         self.weights = torch.tensor(weights, dtype=torch.float32)
+        self.placed: Callable[[], AbstractContextManager] = nullcontext
+        """Makes the context in which reward models score, see `offload.ModelsOnCall`."""
 
     def weighted(self) -> Iterator[tuple[Callable, float]]:
         """Pairs of a function and its weight."""
@@ -124,7 +126,7 @@ class RewardFunctions:
         """The sum of the rewards by the names that logs have, such as `1 × reward_model + 0.5 × short`."""
         return weighted_sum(self.names, self.weights.tolist())
 
-    def _scorers(self) -> Iterator[RewardScorer]:
+    def scorers(self) -> Iterator[RewardScorer]:
         """The reward models among the functions, also those in ensembles, in the order in which they are called."""
         for func in self.funcs:
             members = func.members if isinstance(func, RewardEnsemble) else [func]
@@ -132,11 +134,11 @@ class RewardFunctions:
 
     def models(self) -> list[nn.Module]:
         """The models of the reward models among the functions."""
-        return [scorer.model for scorer in self._scorers()]
+        return [scorer.model for scorer in self.scorers()]
 
     def scorers_on(self, model: nn.Module) -> list[RewardScorer]:
         """The reward models that are adapters of `model`."""
-        return [scorer for scorer in self._scorers() if scorer.model is model]
+        return [scorer for scorer in self.scorers() if scorer.model is model]
 
     def to(self, device: torch.device, *, besides: nn.Module | None = None) -> Self:
         """Moves the reward models to `device`, except quantized ones and the model `besides`; returns itself."""
@@ -173,7 +175,8 @@ class RewardFunctions:
         """
         if completion_ids is not None:
             columns["completion_ids"] = completion_ids
-        outputs = self._outputs(prompts, completions, columns, per_prompt)
+        with self.placed():
+            outputs = self._outputs(prompts, completions, columns, per_prompt)
         answers = []
         for func, name, output in zip(self.funcs, self.names, outputs, strict=True):
             with _mistakes_named(func, name, completions):  # a generator runs only here

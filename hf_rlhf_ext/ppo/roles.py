@@ -4,7 +4,7 @@ Shapes: B completions of at most T tokens; N emitted tokens; H units of the hidd
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..modeling.packing import Layout
 from ..modeling.probing import evaluating
 from ..modeling.shards import own_part
 from ..modeling.stack import AdapterStack, read_weights
+from ..training.auto_batch import TOKENS, FixedSizes
 from ..training.bars import progress_bar
 from .batching import prompt_chunks
 from .config import PPOConfig
@@ -76,6 +77,7 @@ class Roles:
         self.args = args
         self.temperature = args.temperature  # fixed here, as the temperature of sampling is
         self.sharding = Whole()  # the trainer replaces it once it knows its engine
+        self.sizes = FixedSizes()  # the same
 
     @property
     def policy(self) -> PreTrainedModel | PeftModel:
@@ -216,6 +218,9 @@ class Roles:
         Returns:
             Log-probabilities, entropies, and the values of a critic.
         """
+        return self.sizes.until_it_fits(lambda: self._score(sequences, reference=reference))
+
+    def _score(self, sequences: Sequences, *, reference: bool) -> ScoredTokens:
         mask = sequences.mask
         scored = ScoredTokens(
             logprobs=torch.zeros(mask.shape, device=mask.device),
@@ -231,25 +236,43 @@ class Roles:
         # Eval mode turns off dropout and gradient checkpointing. Autocast is the same as in training.
         with evaluating(self.policy), self.mixed_precision():
             # Copies of a chunk, where other processes have more, compute the same values again.
-            chunks = self.sharding.in_step(self._scoring_chunks(sequences, roles))
+            max_tokens = self.args.max_tokens_per_batch
+            chunks = self.sharding.in_step(self._scoring_chunks(sequences, roles, max_tokens))
             title = "log-probabilities and values" if self.has_critic else "log-probabilities"
             with progress_bar(title, len(chunks)) as advance:
                 for chunk, _ in chunks:
                     rows = torch.tensor(chunk, device=mask.device)
-                    self._score_rows(sequences, rows, roles, scored)
+                    with self._bounded(sequences, rows, roles):
+                        self._score_rows(sequences, rows, roles, scored)
                     advance(1)
         return scored
 
-    def _scoring_chunks(self, sequences: Sequences, roles: list[str]) -> list[list[int]]:
+    def _scoring_chunks(self, sequences: Sequences, roles: list[str], max_tokens: int | None) -> list[list[int]]:
         """Splits completions into chunks. With joint scoring, every adapter needs a copy of the rows in the batch."""
-        copies = 1
-        if self.scores_jointly and self.stack.can_score_jointly:
-            copies = len({self.stack.roles[role].adapter for role in roles})
-        max_tokens = self.args.max_tokens_per_batch
+        copies = self._copies(roles)
         if max_tokens:
             max_tokens = max(1, max_tokens // copies)
         max_rows = max(1, self.args.per_device_train_batch_size // copies)
         return self.chunks(sequences, roles, max_rows=max_rows, max_tokens=max_tokens)
+
+    def _copies(self, roles: list[str]) -> int:
+        """Number of copies of a sequence in a pass that scores it."""
+        if self.scores_jointly and self.stack.can_score_jointly:
+            return len({self.stack.roles[role].adapter for role in roles})
+        return 1
+
+    def _bounded(self, sequences: Sequences, rows: Tensor, roles: list[str]) -> AbstractContextManager:
+        """Around the pass that scores a chunk, which may be split if it does not fit."""
+        if not self.sizes.enabled:
+            return nullcontext()  # the width would be read from the device
+        part = sequences.select(rows)
+        return self.sizes.one_pass(
+            "scoring",
+            TOKENS,
+            rows=len(part.lengths) * self._copies(roles),
+            width=part.input_ids.shape[1],
+            n_parts=lambda max_tokens: len(self._scoring_chunks(part, roles, max_tokens)),
+        )
 
     def _score_rows(self, sequences: Sequences, rows: Tensor, roles: list[str], scored: ScoredTokens) -> None:
         """Computes these rows of `scored`."""

@@ -9,8 +9,10 @@ each role, then `_finish_step`.
 import logging
 import math
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,13 @@ from ..publishing import (
     save_with_report,
 )
 from ..training.arguments import check_arguments
+from ..training.auto_batch import TOKENS, OptimizerStep, sizes_of_run
 from ..training.bars import no_bars
 from ..training.best_model import check_evaluated_metric, check_metric_name
 from ..training.engines import check_active_engine, refuse_loading_in_one_process
 from ..training.leaving import PartLeft, RandomState
 from ..training.loop import end_of_training, forget_unscaled_gradients, log_last_steps
+from ..training.memory_line import log_memory
 from ..training.optimizers import (
     check_lists_of_schedule,
     made_by,
@@ -82,6 +86,7 @@ from .guards import GradientGuard, KLGuard, Verdict, are_finite
 from .kl import KL_ESTIMATORS, KLController
 from .losses import masked_mean, policy_loss, value_loss
 from .meter import Meter
+from .offload import Offload
 from .optimizer import (
     check_warm_up,
     critic_learning_rate,
@@ -193,6 +198,7 @@ class PPOTrainer(BaseTrainer):
         self.data_origins = origins_of(inputs.train_dataset, inputs.eval_dataset, ptx=ptx_dataset)
         self._max_positions = inputs.max_positions
         self._ptx = inputs.ptx_texts
+        log_memory(inputs.model, "ppo", args, peft_config=peft_config, reward_funcs=reward_funcs)
 
         # 2. Policy, reference, reward models and critic.
         set_seed(args.seed)  # new adapters are initialized before `Trainer` sets the seed
@@ -235,6 +241,8 @@ class PPOTrainer(BaseTrainer):
         self.ranks = Ranks(self.accelerator)
         self.roles.sharding = sharding_of(self.accelerator, self.ranks, self.policy, self.stack.heads)
         self.meter = Meter(self.ranks)
+        self.roles.sizes = sizes_of_run(args, self.accelerator)
+        self._optimizer_step = OptimizerStep(self.roles.sizes, self.policy, self.ranks.device, self._counters)
 
         # 4. The objects that make and judge rollouts.
         self.tools = self._make_tools(engine, inputs)
@@ -249,6 +257,7 @@ class PPOTrainer(BaseTrainer):
         if not self.ranks.alone:
             # From here on each process has its own seed, to sample other completions. New weights were drawn above.
             set_seed(args.seed + self.ranks.index)
+        self._offload = Offload(args, self.ranks.device)
         self._move_frozen_models()
         for line in choose_layouts(self.stack, args, inputs.prompts, self.ranks.device):
             if self.is_world_process_zero():
@@ -288,10 +297,16 @@ class PPOTrainer(BaseTrainer):
         reference = self.stack.roles["reference"].model
         if reference is not None:
             reference.to(self.ranks.device)
-        for rewards in filter(None, (self.rewards, self.eval_rewards)):
-            rewards.to(self.ranks.device, besides=self.policy)
+        functions = [rewards for rewards in (self.rewards, self.eval_rewards) if rewards is not None]
+        if self.args.offload_reward_model:
+            self._offload.take_rewards(functions, self.policy)
+        for rewards in functions:
+            if not self.args.offload_reward_model:
+                rewards.to(self.ranks.device, besides=self.policy)
             for scorer in rewards.scorers_on(self.policy):
                 scorer.passes_of_all = self.roles.sharding.most
+            for scorer in rewards.scorers():
+                scorer.sizes = self.roles.sizes
 
     # ---- Properties ----
 
@@ -367,6 +382,7 @@ class PPOTrainer(BaseTrainer):
             check_same_base(self.policy, Path(checkpoint))
         # Nothing half done is left of an earlier call, which a guard, an error or Ctrl-C may have ended anywhere.
         self.ppo.begin_again(self.args, self.ranks)
+        self._optimizer_step.forget()
         self.meter.reset()
         forget_unscaled_gradients(self.accelerator)
         with self._steps_of_run(checkpoint), end_of_training(self), self._signal.listening():
@@ -400,21 +416,41 @@ class PPOTrainer(BaseTrainer):
     def _train_micro_batch(self, inputs: dict[str, Any]) -> Tensor:
         self.policy.train()
         use_training_weights(self.optimizer)
+        self._offload.take_states(self.optimizer)  # those of a checkpoint are on the device after loading
         # No autocast here: it would keep the casts of the weights from the rollout for the training forward.
         with adapters_in_autocast_dtype(self.policy, enabled=self.args.bf16 or self.args.fp16):
             next_rows = self._prepare_inputs(inputs)
             if self.ppo.stop_reason is not None:
                 skip_step(trained_parameters(self.optimizer), self.accelerator)
                 return torch.zeros((), device=self.ranks.device)
-            loss = self._add_gradients(next_rows)
-            if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
-                if not self._is_warm_up:
-                    loss = loss + self._add_ptx_gradients()
+            is_last = self.accelerator.sync_gradients  # the last micro-batch of an optimizer step
+            loss = self._optimizer_step.run(partial(self._micro_step, next_rows, is_last), is_last=is_last)
+            if is_last:
                 self._finish_step()
         interval = self.args.torch_empty_cache_steps
         if interval is not None and self.state.global_step % interval == 0:
             clear_device_cache()
         return loss * self.ranks.count  # `Trainer` averages over processes, but these losses are shares of a sum
+
+    def _micro_step(self, next_rows: NextRows, is_last: bool) -> Tensor:
+        """Adds the gradients of a micro-batch, and with the last one those of PPO-ptx; returns the loss."""
+        loss = self._add_gradients(next_rows)
+        if is_last and not self._is_warm_up:
+            loss = loss + self._add_ptx_gradients()
+        return loss
+
+    def _counters(self) -> Callable[[], None]:
+        """Returns a function that sets what a micro-step changes besides gradients to what it is now."""
+        restore_metrics = self.meter.snapshot()
+        names = ("approx_kl", "clip_fraction", "clip_weight", "next_text")
+        values = {name: getattr(self.ppo, name) for name in names}
+
+        def restore() -> None:
+            restore_metrics()
+            for name, value in values.items():
+                setattr(self.ppo, name, value)
+
+        return restore
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> NextRows:
         """Returns the rows of the next micro-batch, and makes a new rollout if the last one is used up.
@@ -505,13 +541,17 @@ class PPOTrainer(BaseTrainer):
 
     def _trained_tokens(self, rollout: Rollout) -> TrainedTokens:
         """Log-probabilities of the first micro-batch of a rollout from the forward pass of training."""
+        return self.roles.sizes.until_it_fits(lambda: self._tokens_of_first_part(rollout))
+
+    def _tokens_of_first_part(self, rollout: Rollout) -> TrainedTokens:
         micro_batch = rollout.order[0][: self.args.per_device_train_batch_size * self.ranks.count]
-        rows = self._parts(rollout, self.ranks.share(micro_batch, rollout.per_prompt))[0]
+        rows = self._parts(rollout, self.ranks.share(micro_batch, rollout.per_prompt), self._max_tokens)[0]
         sequences = rollout.sequences.select(rows)
         mask = sequences.mask
         device = self.ranks.device
         # Noise that the model may have in training mode must not change the random state of training.
         with (
+            self._bounded("the check of the first rollout", rollout, rows),
             unchanged_random_state(device),
             self.roles.activate("policy") as model,
             self.roles.mixed_precision(),
@@ -557,7 +597,7 @@ class PPOTrainer(BaseTrainer):
     def _add_gradients(self, next_rows: NextRows) -> Tensor:
         """Runs forward and backward passes of a micro-batch; returns the share of this process in the loss."""
         total = torch.zeros((), device=self.ranks.device)
-        parts = self._parts(self.ppo.rollout, next_rows.rows)
+        parts = self._parts(self.ppo.rollout, next_rows.rows, self._max_tokens)
         share = 1 / (len(parts) * self.args.gradient_accumulation_steps)
         for rows, counts in self.roles.sharding.in_step(parts):
             part = self.ppo.rollout.select(rows, minibatch_tokens=next_rows.minibatch_tokens, share=share)
@@ -566,7 +606,7 @@ class PPOTrainer(BaseTrainer):
             for role in self._trained_roles:
                 # The backward pass comes before the next role is activated: with gradient checkpointing it computes the
                 # adapter again.
-                with self.roles.activate(role) as module:
+                with self._bounded("training", self.ppo.rollout, rows), self.roles.activate(role) as module:
                     loss = self.compute_loss(module, part, role=role)
                     self.accelerator.backward(loss)
                 total += loss.detach()
@@ -577,15 +617,29 @@ class PPOTrainer(BaseTrainer):
         """The roles that pass through the model in this step, see `Roles.trained`."""
         return ("value",) if self._is_warm_up else self.roles.trained
 
-    def _parts(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
-        """Splits the rows of a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
-        if self.args.max_tokens_per_batch is None:
+    @property
+    def _max_tokens(self) -> int | None:
+        return self.args.max_tokens_per_batch
+
+    def _parts(self, rollout: Rollout, rows: Tensor, max_tokens: int | None) -> list[Tensor]:
+        """Splits the rows of a micro-batch into parts of at most `max_tokens` tokens."""
+        if max_tokens is None:
             return [rows]
         sequences = rollout.sequences.select(rows)
-        chunks = self.roles.chunks(
-            sequences, self.roles.trained, max_rows=len(rows), max_tokens=self.args.max_tokens_per_batch
-        )
+        chunks = self.roles.chunks(sequences, self.roles.trained, max_rows=len(rows), max_tokens=max_tokens)
         return [rows[torch.tensor(chunk, device=rows.device)] for chunk in chunks]
+
+    def _bounded(self, what: str, rollout: Rollout, rows: Tensor) -> AbstractContextManager:
+        """Around the passes of a part of a micro-batch, which may be split if it does not fit."""
+        if not self.roles.sizes.enabled:
+            return nullcontext()  # the width would be read from the device
+        return self.roles.sizes.one_pass(
+            what,
+            TOKENS,
+            rows=len(rows),
+            width=int(rollout.sequences.lengths[rows].max()),
+            n_parts=lambda max_tokens: len(self._parts(rollout, rows, max_tokens)),
+        )
 
     def compute_loss(
         self,
@@ -683,7 +737,14 @@ class PPOTrainer(BaseTrainer):
             if not counts:
                 batch = replace(batch, n_tokens=math.inf, share=0.0)
             sequences = batch.sequences
-            with self.roles.activate("policy") as model, self.roles.mixed_precision():
+            in_pass = self.roles.sizes.one_pass(
+                "training on the texts of PPO-ptx",
+                TOKENS,
+                rows=len(sequences.input_ids),
+                width=sequences.input_ids.shape[1],
+                n_parts=batch.n_parts,
+            )
+            with in_pass, self.roles.activate("policy") as model, self.roles.mixed_precision():
                 hidden = self.roles.hidden_states("policy", model, sequences)
                 loss = text_loss(self.roles.text_logprobs(hidden, sequences.targets()), batch.n_tokens)
                 self.accelerator.backward(self.args.ptx_coef * loss)
@@ -811,6 +872,7 @@ class PPOTrainer(BaseTrainer):
             give_critic_its_groups(plain, self.roles, self.args.value_learning_rate, scheduler)
         check_lists_of_schedule(self.args, plain)
         check_warm_up(plain, self.args.critic_warmup_steps)
+        self._offload.take_states(plain)
         return optimizer
 
     def _clip_grad_norm(self, model) -> Tensor:
@@ -1042,6 +1104,8 @@ class PPOTrainer(BaseTrainer):
         """
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
+        if self.args.should_save:
+            self.roles.sizes.save(folder)
         self.ppo.new_checkpoint = folder.name  # on every process, as all must reach the same verdict
         self.ppo.reference = self.roles.save_reference(
             folder, self.ppo.reference, self.ranks, writes=self.args.should_save
@@ -1061,6 +1125,7 @@ class PPOTrainer(BaseTrainer):
         self.roles.load_reference(folder, saved, Path(self.args.output_dir))
         self.ppo = state  # not earlier: it says which reference there is, also to `train` after a refused checkpoint
         self.roles.load(folder)
+        self.roles.sizes.load(folder)
         before, now = Sizes.of(saved["geometry"]), sizes_of(self.args, self.ranks)
         if before != now:
             position = self.ppo.stretch.prompt

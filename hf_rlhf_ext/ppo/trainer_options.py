@@ -3,7 +3,7 @@
 from transformers import TrainingArguments
 
 from ..errors import UserError
-from ..training.engines import Engine
+from ..training.engines import Engine, asked_engine
 from ..training.refused_options import (
     AUTO_BATCH_SIZE,
     COMPILE,
@@ -94,6 +94,20 @@ def check_ppo_options(args: TrainingArguments) -> None:
             "sequential; generation_batch_size batches prompts of similar length."
         )
     _check_accelerator(args)
+    _check_offload(args)
+
+
+def _check_offload(args: TrainingArguments) -> None:
+    """Refuses `offload_reward_model` and `offload_optimizer` where something else places weights or states."""
+    asked = [name for name in ("offload_reward_model", "offload_optimizer") if getattr(args, name)]
+    engine = asked_engine(args)
+    if asked and engine is not Engine.DDP:
+        raise UserError(f"{asked[0]}: {engine} places weights and optimizer states itself: leave it out.")
+    if args.offload_optimizer and args.optim.value.startswith(("paged_", "schedule_free_")):
+        raise UserError(
+            f"offload_optimizer with optim={args.optim.value!r}: paged optimizers move their states themselves, and "
+            "schedule-free ones read them outside of steps: leave it out, or choose another, such as adamw_8bit."
+        )
 
 
 def _check_accelerator(args: TrainingArguments) -> None:

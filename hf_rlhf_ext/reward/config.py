@@ -114,6 +114,14 @@ class BradleyTerryConfig(RewardConfig):
             "pass."
         },
     )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "When memory runs out, halve `max_tokens_per_batch` and repeat what did not fit. Optimizer steps "
+            "are the same as with the smaller number set by hand; batch sizes per step stay as they are. A line says "
+            "each new number, and checkpoints keep it. Not for FSDP2 and DeepSpeed."
+        },
+    )
     normalize_rewards: bool = field(
         default=True,
         metadata={

@@ -10,7 +10,7 @@ different numbers of micro-batches. A process with fewer repeats its smallest on
 A batch in which prompts do not count has the key `counted`: (B,) bool. Without the key, all prompts count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,22 @@ def uncounted(batch: Batch) -> Batch:
 def is_counted(batch: Batch) -> bool:
     """Whether a prompt of the batch counts."""
     return "counted" not in batch or bool(batch["counted"].any())
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Averages gradients over processes, in place, as DDP does in a backward pass. Every process must call it.
+
+    Args:
+        parameters: The parameters that are trained, in the same order on every process. No gradient counts as zeros.
+        accelerator: The accelerator of the trainer.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.div_(accelerator.num_processes)  # before the sum, as in DDP
+        torch.distributed.all_reduce(parameter.grad)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,7 @@ from ..modeling.probing import evaluating
 from ..modeling.quantization import quantization_record
 from ..modeling.source import public_name
 from ..modeling.vocabulary import check_special_tokens, check_token_ids
+from ..training.auto_batch import REWARD_TOKENS, FixedSizes
 from ..training.bars import progress_bar
 from .asked import FormOfTraining, as_lists, form_of_reward_model
 from .normalization import NORMALIZATION_FILE, RewardNormalization, dtype_name, is_4bit
@@ -131,6 +132,8 @@ class RewardScorer:
         self._tested_layout: tuple[tuple[nn.Module, str] | None, Layout] = (None, Layout.PLAIN)
         self.passes_of_all: Callable[[int], int] = int
         """The number of forward passes that all processes run, where one that needs fewer must not stop earlier."""
+        self.sizes = FixedSizes()
+        """What bounds a pass besides `max_tokens`, see `hf_rlhf_ext.training.auto_batch`. A trainer replaces it."""
         self.loaded_from: str | None = None
         """Hub id, or name of the local folder, that it was loaded from; `None` for a model that was in memory."""
         text_config = model.config.get_text_config()
@@ -307,13 +310,18 @@ class RewardScorer:
         rows = n_rows(self.model)
         for index, ids in enumerate(sequences):
             check_token_ids(f"completion {index} with its prompt", ids, self.tokenizer, rows)
+        return self.sizes.until_it_fits(lambda: self._score_all(sequences, at_least, per_prompt))
+
+    def _score_all(self, sequences: list[list[int]], at_least: int, per_prompt: int) -> list[float]:
         scores = [0.0] * len(sequences)
         passes = self._passes(sequences, per_prompt)
         needed = self.passes_of_all(len(passes))
         bar = progress_bar(f"scoring {len(sequences)} completions", len(sequences))
         with evaluating(self.model), self._own_adapter(), bar as advance:
             for one in passes:
-                for index, score in zip(one.indices, self._score(one), strict=True):
+                with self._bounded(one):
+                    scores_of_pass = self._score(one)
+                for index, score in zip(one.indices, scores_of_pass, strict=True):
                     scores[index] = score
                 advance(len(one.indices))
             one_token = ScoringPass.of_rows([0], [[self.tokenizer.pad_token_id]])
@@ -323,15 +331,29 @@ class RewardScorer:
 
     def _passes(self, sequences: list[list[int]], per_prompt: int) -> list[ScoringPass]:
         """The forward passes that score these sequences."""
+        max_tokens = self.sizes.limit(REWARD_TOKENS, self.max_tokens)
         if per_prompt > 1:
             layout = self._shared_layout()
             groups = prompt_groups(sequences, per_prompt)
             if layout == Layout.MASK:  # it may be slower than plain rows
                 layout = cheaper_layout(layout, ModelSizes.of(self.model), counts_of_groups(groups)).layout
             if layout != Layout.PLAIN:
-                return list(passes_of_groups(groups, layout, self.batch_size, self.max_tokens))
-        batches = self._batches([len(ids) for ids in sequences])
+                return list(passes_of_groups(groups, layout, self.batch_size, max_tokens))
+        batches = self._batches([len(ids) for ids in sequences], max_tokens)
         return [ScoringPass.of_rows(indices, sequences) for indices in batches]
+
+    def _bounded(self, one: ScoringPass) -> AbstractContextManager:
+        """Around a forward pass, which may be split if it does not fit."""
+        lengths = [group.n_tokens for group in one.groups]
+
+        def n_parts(max_tokens: int) -> int:
+            if one.layout == Layout.PLAIN:
+                return len(list(self._batches(lengths, max_tokens)))
+            return len(list(passes_of_groups(one.groups, one.layout, self.batch_size, max_tokens)))
+
+        return self.sizes.one_pass(
+            "scoring with a reward model", REWARD_TOKENS, rows=len(lengths), width=max(lengths), n_parts=n_parts
+        )
 
     def _shared_layout(self) -> Layout:
         """The layout in which the model computes sequences with a shared prompt; tested once for each model.
@@ -349,15 +371,15 @@ class RewardScorer:
                 log_plain_rows(self.model, f"per_prompt: plain rows are used, since {choice.reason}.")
         return layout
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: list[int], max_tokens: int | None) -> Iterator[list[int]]:
         """Indices of the sequences of each forward pass, longest first, so that a lack of memory shows early."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         start = 0
         while start < len(order):
             size = self.batch_size
-            if self.max_tokens is not None:
+            if max_tokens is not None:
                 longest = lengths[order[start]]  # the others in the batch are padded to it
-                size = min(size, self.max_tokens // longest)
+                size = min(size, max_tokens // longest)
             size = max(1, size)
             yield order[start : start + size]
             start += size

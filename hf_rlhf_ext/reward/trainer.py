@@ -1,10 +1,12 @@
 """`BradleyTerryTrainer`: reward models from pairs and K-wise comparisons."""
 
+import copy
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from ..errors import UserError
 from ..modeling.adapter_start import attached_or_refused
 from ..modeling.adapters import autocast_dtype, bare_model, mixed_precision, saved_as_one_adapter
 from ..modeling.base_record import BaseRecord, check_same_base
-from ..modeling.loading import refuse_fp16_weights
+from ..modeling.loading import refuse_fp16_weights, warn_of_unscaled_fp16
 from ..modeling.quantization import quantization_record
 from ..modeling.vocabulary import check_special_tokens
 from ..publishing import (
@@ -48,10 +50,12 @@ from ..publishing import (
     without_card,
 )
 from ..training.arguments import check_arguments
+from ..training.auto_batch import TOKENS, OptimizerStep, sizes_of_run
 from ..training.bars import Advance, no_bars, progress_bar
 from ..training.best_model import check_evaluated_metric, check_metric_name
 from ..training.engines import check_active_engine
 from ..training.loop import all_steps_are_done, end_of_training, forget_unscaled_gradients, log_last_steps
+from ..training.memory_line import log_memory
 from ..training.optimizers import (
     check_lists_of_schedule,
     check_weights,
@@ -64,6 +68,7 @@ from ..training.table import REWARD_MODEL_COLUMNS
 from .asked import form_of_reward_model
 from .config import BradleyTerryConfig
 from .even_batches import (
+    average_gradients,
     even_out,
     has_shards,
     is_counted,
@@ -72,6 +77,7 @@ from .even_batches import (
     weight_repeated_rows_zero,
     without_reduction,
 )
+from .kept_rows import RowKeepingCollator, split
 from .labels import LABEL_FIELDS, EvaluatedPairs, join_batches, pad_by_prompt, pair_labels, stack_padded
 from .losses import bradley_terry_loss, centering_penalty, rank_prompts, smooth_targets, tie_model_loss
 from .meter import TrainMeter
@@ -179,6 +185,7 @@ class BradleyTerryTrainer(RewardTrainer):
         prepared = prepare_model(model, processing_class, peft_config, args, trainer_options)
         check_special_token_options(args, prepared.tokenizer.get_vocab())
         earlier_form = form_of_reward_model(prepared.model)
+        log_memory(prepared.model, "reward", args, peft_config=prepared.peft_config)
 
         # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
@@ -216,6 +223,7 @@ class BradleyTerryTrainer(RewardTrainer):
             self.data_collator = make_collator(prepared.tokenizer, args, layout)
         check_active_engine(args, self.accelerator, "BradleyTerryTrainer", ENGINES)
         keep_own_precision(self.args, self.accelerator)
+        self._prepare_auto_batch(has_own_collator=data_collator is not None)
         show_table(self, REWARD_MODEL_COLUMNS)
         repair_fp32(self.model, weights_before_cast)
         self._check_final_model()
@@ -230,13 +238,27 @@ class BradleyTerryTrainer(RewardTrainer):
             self.create_optimizer()
         self._check_metric_name()
 
+    def _prepare_auto_batch(self, *, has_own_collator: bool) -> None:
+        """Makes what `auto_batch` needs; without it, passes have the sizes of the options."""
+        self.sizes = sizes_of_run(self.args, self.accelerator)
+        self._optimizer_step = OptimizerStep(self.sizes, self.model, self.accelerator.device, self._counters)
+        self._batches: list[dict[str, Any]] = []  # of the current optimizer step, with auto_batch
+        self._total_weight: Tensor | None = None
+        if self.sizes.enabled and has_own_collator:
+            raise UserError(
+                "auto_batch splits the batches of the trainer's own collator: leave data_collator or auto_batch out."
+            )
+
     def _check_final_model(self) -> None:
         """Checks that need the model with its adapter and the tokenized data."""
         if self.args.fp16:
             refuse_fp16_weights(self.model)
+        warn_of_unscaled_fp16(self.args, self.model)
         check_head_moves(self.model)
         check_special_tokens("processing_class", self.processing_class, self.model)
         warn_over_budget(self.data_collator, self.train_dataset)
+        if self.sizes.enabled:
+            self.data_collator = RowKeepingCollator(self.data_collator)
         warn_of_large_margins(self.train_dataset, self.args.margin_scale)
 
     def _check_metric_name(self) -> None:
@@ -393,6 +415,13 @@ class BradleyTerryTrainer(RewardTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Returns the batches of one optimizer step, and the sum of the weights of its pairs on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches = batches
+        return batches, self._split_and_weigh(batches, device)
+
+    def _split_and_weigh(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Splits the batches of an optimizer step, in place; returns the sum of the weights on all processes."""
+        for batch in batches:
+            split(batch, self.args.max_tokens_per_batch)
         total = torch.tensor(0.0)
         if not self.args.dataloader_drop_last:
             weight_repeated_rows_zero(batches, self.accelerator)
@@ -401,7 +430,8 @@ class BradleyTerryTrainer(RewardTrainer):
                 total = total + micro_batch["weights"].sum()
         if has_shards(self.accelerator):
             even_out(batches, self.accelerator)
-        return batches, self.accelerator.reduce(total.to(device), reduction="sum")
+        self._total_weight = self.accelerator.reduce(total.to(device), reduction="sum")
+        return self._total_weight
 
     def _mixed_precision(self, model: nn.Module):
         return mixed_precision(model, self._autocast_dtype)
@@ -411,6 +441,49 @@ class BradleyTerryTrainer(RewardTrainer):
         return autocast_dtype(self.args)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.sizes.enabled:
+            return self._add_gradients(model, inputs, num_items_in_batch)
+        is_last = self.accelerator.sync_gradients
+        loss = self._optimizer_step.run(partial(self._add_own_gradients, model, inputs), is_last=is_last)
+        if is_last:
+            average_gradients(self._trained_parameters(), self.accelerator)
+        return loss
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _counters(self) -> Callable[[], None]:
+        """Returns a function that sets what a micro-step changes besides gradients to what it is now.
+
+        It also splits the batches of the step again, as the step is repeated with other sizes.
+        """
+        meter = copy.copy(self._meter)
+
+        def restore() -> None:
+            self._meter = copy.copy(meter)
+            self._split_and_weigh(self._batches, self.accelerator.device)
+
+        return restore
+
+    def _add_own_gradients(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Adds the gradients of a batch. No process waits for another one, whose pass may not fit."""
+        losses = []
+        with without_reduction(self.accelerator, model):
+            for number, micro_batch in enumerate(inputs["micro_batches"]):
+                with self._bounded("training", inputs, number):
+                    losses.append(self._micro_step(model, micro_batch, self._total_weight))
+        # In the order of a run without auto_batch, so that the logs are the same too.
+        return sum(losses[:-1], losses[-1])
+
+    def _bounded(self, what: str, inputs: dict[str, Any], number: int) -> AbstractContextManager:
+        """Around the passes of a micro-batch, which may be split if it does not fit."""
+        if "rows" not in inputs:
+            return nullcontext()
+        rows, width = inputs["micro_batches"][number]["input_ids"].shape
+        n_parts = inputs["rows"].of_micro_batch(inputs, number).n_parts
+        return self.sizes.one_pass(what, TOKENS, rows=rows, width=width, n_parts=n_parts)
+
+    def _add_gradients(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Tensor:
         *first, last = micro_batches_of(inputs)
         losses = []
         # Gradients are reduced in the last backward pass only, as under DDP processes may have different numbers of
@@ -492,6 +565,7 @@ class BradleyTerryTrainer(RewardTrainer):
         self._check_is_there(eval_dataset)
         require_prepared(self, "evaluate")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.sizes.agree()
         if self.is_in_train and eval_dataset is None:
             check_evaluated_metric(self.args, metrics)
         return metrics
@@ -533,15 +607,23 @@ class BradleyTerryTrainer(RewardTrainer):
             raise UserError("test_dataset is None: pass a dataset of comparisons.")
         require_prepared(self, "predict")
         rows = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        return super().predict(rows, ignore_keys, metric_key_prefix)
+        prediction = super().predict(rows, ignore_keys, metric_key_prefix)
+        self.sizes.agree()
+        return prediction
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns None, scores (B, Kmax) and labels (B, Pmax, 7), from which the loss of the whole set is computed."""
+        scores, labels = self.sizes.until_it_fits(partial(self._predict_batch, model, inputs))
+        return None, scores, labels
+
+    def _predict_batch(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        split(inputs, self.args.max_tokens_per_batch)
         if has_shards(self.accelerator):
             even_out([inputs], self.accelerator)
         all_scores, all_labels = [], []
-        for micro_batch in micro_batches_of(inputs):
-            scores, labels = self._predict(model, micro_batch)
+        for number, micro_batch in enumerate(micro_batches_of(inputs)):
+            with self._bounded("evaluation", inputs, number):
+                scores, labels = self._predict(model, micro_batch)
             if is_counted(micro_batch):
                 all_scores.append(scores)
                 all_labels.append(labels)
@@ -551,7 +633,7 @@ class BradleyTerryTrainer(RewardTrainer):
             restore = np.argsort(inputs["order"]).tolist()
             scores = scores[restore]
             labels = labels[restore]
-        return None, scores, labels
+        return scores, labels
 
     def _predict(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores (B, Kmax) and labels (B, Pmax, 7) of a batch of B prompts."""
@@ -604,6 +686,7 @@ class BradleyTerryTrainer(RewardTrainer):
         self.normalization = self._current_normalization()
         # Nothing half done is left of an earlier call, which an error or Ctrl-C may have ended anywhere.
         self._meter = TrainMeter()
+        self._optimizer_step.forget()
         self._remove_noise()
         forget_unscaled_gradients(self.accelerator)
         with end_of_training(self):
@@ -663,6 +746,7 @@ class BradleyTerryTrainer(RewardTrainer):
             max_tokens=self.args.max_tokens_per_batch,
             autocast=self._autocast_dtype,
         )
+        scorer.sizes = self.sizes
         sequences = []
         for row in self._normalization_rows:
             for completion_ids in row["completion_ids"]:
@@ -691,6 +775,7 @@ class BradleyTerryTrainer(RewardTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, Path(resume_from_checkpoint))
+        self.sizes.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self):
         use_evaluation_weights(self.optimizer)
@@ -735,6 +820,12 @@ class BradleyTerryTrainer(RewardTrainer):
         self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         if self.args.push_to_hub and not is_internal:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also saves the sizes of `auto_batch`. `Trainer` calls it for checkpoints only."""
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            self.sizes.save(Path(output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with without_card(self):

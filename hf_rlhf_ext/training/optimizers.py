@@ -127,6 +127,11 @@ def require_optimizer(args: TrainingArguments, *, warn: bool = True) -> None:
     """
     if args.optim == "galore_adamw_8bit" and args.device.type == "cpu":
         raise UserError("optim='galore_adamw_8bit' needs a GPU: choose galore_adamw.")
+    if args.optim.value.startswith("paged_ademamix") and args.device.type == "cpu":
+        # The other paged optimizers are not paged on a CPU. These two fail there, from 100,000 weights in a layer on.
+        name = args.optim.value
+        without_pages = name.removeprefix("paged_").removesuffix("_32bit")
+        raise UserError(f"optim={name!r} needs a GPU for its pages: choose {without_pages}.")
     args_of_stand_in = copy.copy(args)
     if args.optim_target_modules is not None:
         args_of_stand_in.optim_target_modules = "all-linear"

@@ -11,8 +11,8 @@ from ..errors import UserError
 
 # Reasons and remedies of options that both trainers refuse.
 AUTO_BATCH_SIZE = (
-    "after an out-of-memory error, Trainer would start again on weights that are already trained: set "
-    "max_tokens_per_batch, which limits memory and leaves the loss as it is, or a smaller per_device_train_batch_size"
+    "after an out-of-memory error, Trainer would start again on weights that are already trained: set auto_batch, "
+    "which repeats only what did not fit, or max_tokens_per_batch, which limits memory and leaves the loss as it is"
 )
 TOKEN_COUNT = "batches here are not those that Trainer counts: read the metric {} in the log instead"
 LENGTH_COLUMN = "rows are measured after tokenization: leave it out"

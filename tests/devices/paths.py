@@ -394,6 +394,46 @@ def ppo_resumed(folder, device):
     return outcome(resumed) | {f"merged/{name}": value for name, value in weights.items()}
 
 
+def places_of_states(trainer) -> set[str]:
+    """The kinds of devices on which the states of the optimizer are; none before the first step."""
+    states = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    return {value.device.type for value in states if isinstance(value, torch.Tensor) and value.numel() > 1}
+
+
+def watched_places(trainer, reward_model) -> tuple[list[torch.device], list[set[str]]]:
+    """Where the reward model is when it scores, and the states of the optimizer when the policy computes."""
+    scored_on: list[torch.device] = []
+    states_on: list[set[str]] = []
+    reward_model.register_forward_pre_hook(lambda module, args: scored_on.append(module.device))
+    policy = trainer.policy.get_base_model().model
+    policy.register_forward_pre_hook(lambda module, args: states_on.append(places_of_states(trainer)))
+    return scored_on, states_on
+
+
+@path("ppo: reward model and optimizer states on the CPU between stages, resume")
+def ppo_offloaded(folder, device):
+    """The same run to the bit as without, from a complete checkpoint too."""
+    trainer = reward_trainer(folder, adapter=False, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    options = CHECKPOINTS | {"max_steps": 4, "save_steps": 3, "critic": "adapter", "rewards": str(folder / "reward")}
+    kept = ppo_trainer(folder, **options)
+    kept.train()
+
+    options |= {"offload_reward_model": True, "offload_optimizer": True}
+    for resumed in (False, True):
+        trainer = ppo_trainer(folder, **options)
+        (model,) = trainer.rewards.models()
+        scored_on, states_on = watched_places(trainer, model)
+        trainer.train(resume_from_checkpoint=str(folder / "ppo" / "checkpoint-3") if resumed else None)
+        assert {"cpu"} in states_on and all(places <= {"cpu"} for places in states_on)
+        assert model.device.type == "cpu" and places_of_states(trainer) == {"cpu"}
+        assert set(scored_on) == (set() if resumed else {device})  # the resumed rollout is in the checkpoint
+        assert_same_weights(trainer, kept)
+        is_on(trainer, device)
+    return outcome(trainer)
+
+
 @path("ppo: 2 completions per prompt, reward model and adapter critic, joint scoring, resume in a rollout")
 def ppo_shared_prompts(folder, device):
     """The reward model is an adapter on the policy's base, and the completions of a prompt share it everywhere."""

@@ -50,6 +50,7 @@ PPO_RUNS = [
     "ppo: reward models as adapter and as model, joint scoring, adapter critic, evaluation",
     "ppo: resume in the middle of a rollout, merge",
     "ppo: rollback, then the best model",
+    "ppo: reward model and optimizer states on the CPU between stages, resume",
 ]
 
 

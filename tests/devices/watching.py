@@ -28,6 +28,8 @@ COPIES: dict[str, str] = {
     "ppo/generation.py:generate_completions": "tokens as lists, cut at the stop token, for the tokenizer",
     "ppo/evaluation.py:Evaluator._evaluate_batch": "metrics per completion, for the table",
     "ppo/experience.py:ExperienceMaker._sample.<locals>.<dictcomp>": "rewards per completion, for the callbacks",
+    "ppo/offload.py:ModelsOnCall.on_device": "the option offload_reward_model asks for it",
+    "ppo/offload.py:StatesOnCall.put_away": "the option offload_optimizer asks for it",
     "ppo/ranks.py:Ranks.sum_of": "a handful of metrics at once",
     "ppo/reference_file.py:digest_of": "the digest is computed on the CPU, once per run",
     "ppo/roles.py:Roles.save": "safetensors are written from the CPU",

@@ -173,7 +173,7 @@ def test_a_value_model_of_another_architecture_has_its_own_layout(make_trainer, 
     assert len(lines) == (layout is Layout.PLAIN) and all("the value computes" in line for line in lines)
     rollout, _ = compare(trainer, 5e-5)
     # The parts fit the budget in the layout that needs more tokens.
-    parts = trainer._parts(rollout, rollout.order[0])
+    parts = trainer._parts(rollout, rollout.order[0], trainer.args.max_tokens_per_batch)
     for rows in parts:
         n_tokens = int(rollout.completion_lengths[rows].sum() + rollout.prompt_lengths[rows[::K]].sum())
         if layout is Layout.PLAIN:
