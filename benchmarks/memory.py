@@ -456,18 +456,19 @@ def run_in_process(point: Point) -> dict[str, Any] | None:
 
 
 def table(parts: list[dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown, for the terminal and for docs/results/memory.md."""
     lines = [
-        "| point | measured, MB | planned, MB | error | resident size, MB | peak | after freeze |",
-        "|---|---|---|---|---|---|---|",
+        "| run | measured, MB | planned, MB | error | resident, MB | peak | after freeze |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for part in parts:
+        error = f"{part['error']:+.1%}".replace("-", "−")
         after = "yes" if part["chosen_after_freeze"] else ""
         lines.append(
-            f"| {part['name']} | {part['measured'] / 1e6:.0f} | {part['predicted'] / 1e6:.0f} | {part['error']:+.1%} "
-            f"| {part['resident_size'] / 1e6:.0f} | {part['peak_phase']} | {after} |"
+            f"| `{part['name']}` | {part['measured'] / 1e6:,.0f} | {part['predicted'] / 1e6:,.0f} | {error} "
+            f"| {part['resident_size'] / 1e6:,.0f} | {part['peak_phase']} | {after} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -510,7 +511,7 @@ def main() -> int:
         parts.append(part)
     if not parts:
         return 1
-    print(table(parts))
+    print(table(parts), end="")
     print(json.dumps(summary(parts)))
     return 1 if n_failed else 0
 

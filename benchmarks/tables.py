@@ -13,11 +13,12 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `tests.support`, whose rows are tables too
+
 DOCS = ROOT / "docs"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 SEEDS = (0, 1, 2)
@@ -658,37 +659,26 @@ def memory_parts() -> list[dict[str, Any]]:
 
 
 def memory_points(page: Path) -> str:
-    header = ("run", "measured, MB", "planned, MB", "error", "resident, MB", "peak", "after freeze")
-    rows = []
-    for part in memory_parts():
-        rows.append(
-            [
-                f"`{part['name']}`",
-                f"{part['measured'] / 1e6:,.0f}",
-                f"{part['predicted'] / 1e6:,.0f}",
-                f"{part['error']:+.1%}".replace("-", "−"),
-                f"{part['resident_size'] / 1e6:,.0f}",
-                part["peak_phase"],
-                "yes" if part["chosen_after_freeze"] else "",
-            ]
-        )
-    return markdown_table(header, rows, "lrrrrll") if rows else NOT_YET
+    from benchmarks.memory import table
+
+    parts = memory_parts()
+    return table(parts) if parts else NOT_YET
 
 
 def memory_summary(page: Path) -> str:
     """Errors over all points and over those that were chosen after the planner was finished."""
-    rows = []
+    from benchmarks.memory import summary
+
     parts = memory_parts()
-    for title, chosen in (
-        ("all", parts),
-        ("chosen after the planner was finished", [part for part in parts if part["chosen_after_freeze"]]),
-    ):
-        if not chosen:
-            continue
-        errors = [part["error"] for part in chosen]
-        under = max(0.0, -min(errors))
-        cells = (median(map(abs, errors)), max(map(abs, errors)), under)
-        rows.append([title, str(len(chosen)), *(f"{cell:.1%}" for cell in cells)])
+    groups = {
+        "all": parts,
+        "chosen after the planner was finished": [part for part in parts if part["chosen_after_freeze"]],
+    }
+    rows = []
+    for title, group in groups.items():
+        if group:
+            n, *errors = summary(group).values()
+            rows.append([title, str(n), *(f"{error:.1%}" for error in errors)])
     header = ("points", "number", "median error", "largest error", "largest underestimate")
     return markdown_table(header, rows, "lrrrr") if rows else NOT_YET
 

@@ -55,12 +55,11 @@ def shipped_bases() -> list[Shipped]:
 
 def machine_memory() -> str:
     """Cores and memory of this machine in words."""
+    from hf_rlhf_ext.training.memory_line import device_memory  # only here, as it loads PEFT
+
     cores = os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    except (AttributeError, OSError, ValueError):  # Windows
-        return f"{cores} cores"
-    return f"{cores} cores, {memory:.1f} GiB of memory"
+    memory = device_memory(torch.device("cpu"))
+    return f"{cores} cores" if memory is None else f"{cores} cores, {memory / GIB:.1f} GiB of memory"
 
 
 def choose_base() -> Base:

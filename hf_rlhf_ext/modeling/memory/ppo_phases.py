@@ -36,7 +36,6 @@ from ..logprobs import (
 from ..packing import Layout
 from ..prefix import model_inputs
 from ..probing import evaluating
-from ..segments import SEGMENTS
 from ..stack import AdapterStack
 from .fake_model import build_base, fake_mode, make_fake, new_head, shallow_config, with_adapter
 from .live_bytes import state_tensors
@@ -52,7 +51,7 @@ from .trace import (
     track_weights,
     trained_sizes,
 )
-from .training import packed_batch, padded_rows
+from .training import layout_of, packed_batch, padded_rows, set_layout
 
 ROLLOUT = "rollout"
 REWARD = "reward"
@@ -88,7 +87,7 @@ def trace_reward_model(
     """Traces the passes of a reward model that is a model of its own. Arguments as of `trace_ppo`."""
     mode = fake_mode()
     model = build_base(shallow_config(config, depth), setup, task="reward")
-    _set_layout(model, setup)
+    set_layout(model, setup)
     if setup.use_peft:
         model = with_adapter(model, setup, task="reward")
     make_fake(model, mode, setup)
@@ -104,24 +103,10 @@ def trace_reward_model(
     return DepthTrace.of(trace, resident, [])
 
 
-def _set_layout(model: nn.Module, setup: Setup) -> None:
-    """Sets attention by segments, where completions share prompts and the model can."""
-    if setup.layout == "shared_prefix" and model.config.get_text_config()._attn_implementation == "sdpa":
-        model.set_attn_implementation(SEGMENTS)
-
-
-def _layout_of(model: nn.Module, setup: Setup) -> Layout:
-    if setup.layout == "plain":
-        return Layout.PLAIN
-    return (
-        Layout.SEGMENTS if bare_model(model).config.get_text_config()._attn_implementation == SEGMENTS else Layout.MASK
-    )
-
-
 def _score(model: nn.Module, head: nn.Module, setup: Setup) -> Tensor:
     """One pass of `RewardScorer` with a score head."""
     rows = min(_SCORER_BATCH, setup.rollout)
-    layout = _layout_of(model, setup)
+    layout = layout_of(model, setup)
     if layout == Layout.PLAIN or rows % setup.per_prompt:
         inputs: dict[str, Any] = padded_rows(rows, setup.length)
     else:
@@ -162,7 +147,7 @@ class _PPO:
         self.mode = fake_mode()
         config = shallow_config(config, depth)
         model = build_base(config, setup, task="causal_lm")
-        _set_layout(model, setup)
+        set_layout(model, setup)
         if setup.use_peft:
             model = with_adapter(model, setup, task="causal_lm")
         self.stack = AdapterStack(model)
@@ -171,7 +156,7 @@ class _PPO:
         with torch.device("meta"):
             self._attach_roles(config)
         for role in self.stack.roles.values():
-            role.layout = _layout_of(model, setup)
+            role.layout = layout_of(model, setup)
         make_fake(model, self.mode, setup)
         for separate in self.separate.values():
             make_fake(separate, self.mode, setup)
@@ -210,7 +195,7 @@ class _PPO:
 
     def _attach_separate(self, role: str, use: str, config: PretrainedConfig) -> nn.Module:
         model = build_base(config, self.setup, task="causal_lm")
-        _set_layout(model, self.setup)
+        set_layout(model, self.setup)
         model.requires_grad_(False)
         self.separate[use] = model
         if role == "reference":
@@ -384,7 +369,7 @@ class _PPO:
     def _hidden_states(self, model: nn.Module, rows: int) -> Tensor:
         """`completion_hidden_states` of full completions."""
         setup = self.setup
-        layout = _layout_of(model, setup)
+        layout = layout_of(model, setup)
         if layout == Layout.PLAIN:
             ids = torch.zeros(rows, setup.length, dtype=torch.int64)
             mask = torch.ones(rows, setup.completion_tokens, dtype=torch.bool)

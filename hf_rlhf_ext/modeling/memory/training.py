@@ -142,8 +142,7 @@ class _Reward(_Training):
     task = "reward"
 
     def _before_adapter(self, model: nn.Module) -> None:
-        if self.setup.layout == "shared_prefix" and model.config.get_text_config()._attn_implementation == "sdpa":
-            model.set_attn_implementation(SEGMENTS)
+        set_layout(model, self.setup)
 
     @property
     def _evaluates(self) -> bool:
@@ -172,9 +171,21 @@ class _Reward(_Training):
     def _packed_rows(self, rows: int) -> dict[str, Any]:
         """The batch of the collator in the shared-prefix layout: all segments in one row, or each prompt in one."""
         setup = self.setup
-        attention = bare_model(self.model).config.get_text_config()._attn_implementation
-        layout = Layout.SEGMENTS if attention == SEGMENTS else Layout.MASK
-        return packed_batch(rows * setup.per_prompt, setup, layout, whole=True)
+        return packed_batch(rows * setup.per_prompt, setup, layout_of(self.model, setup), whole=True)
+
+
+def set_layout(model: nn.Module, setup: Setup) -> None:
+    """Sets attention by segments, where completions share prompts and the model can."""
+    if setup.layout == "shared_prefix" and model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(SEGMENTS)
+
+
+def layout_of(model: nn.Module, setup: Setup) -> Layout:
+    """The layout of batches for a model, also inside PEFT, that `set_layout` has seen."""
+    if setup.layout == "plain":
+        return Layout.PLAIN
+    attention = bare_model(model).config.get_text_config()._attn_implementation
+    return Layout.SEGMENTS if attention == SEGMENTS else Layout.MASK
 
 
 def packed_batch(rows: int, setup: Setup, layout: Layout, *, whole: bool = False) -> Any:
