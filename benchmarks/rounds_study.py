@@ -92,7 +92,12 @@ class StudyQuickstart(Quickstart):
         super().__init__(QuickstartArguments(output_dir=str(folder), size="full", seed=seed, gold="sentiment"))
         self.bf16 = False
         self.size = replace(
-            SIZES["full"], judged_prompts=ROUNDS * PER_ROUND, judged_heldout=0, dev_prompts=0, test_prompts=EVAL_PROMPTS
+            SIZES["full"],
+            judged_prompts=ROUNDS * PER_ROUND,
+            judged_heldout=0,
+            dev_prompts=0,
+            test_prompts=EVAL_PROMPTS,
+            updates=0,  # no prompts but those to judge
         )
 
     def model_args(self, name: str | None = None) -> ModelArguments:

@@ -18,11 +18,25 @@ from hf_rlhf_ext.collect.simulated import GoldReward, SimulatedPerson
 from hf_rlhf_ext.collect.tasks import write_rows
 from hf_rlhf_ext.data.tokenization import longest, tokenize_row
 from hf_rlhf_ext.modeling.locations import EMBEDDED_MODEL
-from hf_rlhf_ext.recipes.quickstart import SIZES, SYSTEM, with_minimum
+from hf_rlhf_ext.recipes.quickstart import SYSTEM, Size, with_minimum
 from hf_rlhf_ext.recipes.quickstart_parts.data import make_demonstrations, make_prompts
 
 SHARED = Path(os.environ.get("RLHF_SHARED", "../shared"))
-SIZE = SIZES["full"]
+SIZE = Size(
+    demonstrations=320,
+    sft_steps=40,
+    judged_prompts=160,
+    judged_heldout=32,
+    completions=4,
+    reward_epochs=2,
+    reward_batch=4,
+    updates=8,
+    rollout=32,
+    dev_prompts=24,
+    test_prompts=80,
+    min_per_category=4,
+)
+"""As the quickstart had it when it judged by sentiment. Kept here, so that further seeds have the same settings."""
 PROMPTS = SIZE.updates * SIZE.rollout
 HELDOUT = 120
 HELDOUT_SEED = 7
