@@ -31,7 +31,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 M
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-memory card-plans bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization study-learning first-hour golden test-gptq cards clean moved
+.PHONY: help venv quickstart test test-fast test-newest test-gpu lint density docs tables format bench bench-reward bench-ppo bench-ppo-memory bench-memory bench-memory-card card-plans bench-collect bench-leaks bench-startup study-noise study-reward study-ppo study-rounds compare-small study-compare study-overoptimization study-learning first-hour golden test-gptq cards clean moved
 
 help:  ## lists the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -120,6 +120,9 @@ card-plans: $(STAMP)  ## writes the memory plan of each configuration for a card
 
 bench-memory: $(STAMP)  ## the memory planner beside the tensors of real runs on a CPU, one process a run (half an hour; resumable; ARGS="--only ppo" is a part)
 	$(OFFLINE) $(PY) benchmarks/memory.py $(ARGS)
+
+bench-memory-card: $(STAMP)  ## the memory planner beside the allocator of a CUDA card, with random models of 0.5B to 8B (under 8 minutes; ARGS="--only 12gb" is a part, ARGS=--tiny tries it on a CPU)
+	$(OFFLINE) $(PY) benchmarks/memory_on_card.py $(ARGS)
 
 bench-collect: $(STAMP)  ## 50 simulated people judge 5,000 tasks on the real server: none lost, none doubled, latencies (3 minutes)
 	$(OFFLINE) $(PY) benchmarks/collect_load.py $(ARGS)

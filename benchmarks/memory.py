@@ -74,7 +74,7 @@ class Point:
     Attributes:
         stage: `sft`, `reward` or `ppo`.
         model: `smollm2-135m`, or a name in `SHAPES`.
-        precision: `fp32`, `bf16` (weights and computation) or `nf4`.
+        precision: `fp32`, `bf16` (weights and computation), `nf4` or `int8`.
         batch: rows of a micro-batch.
         prompt: tokens of the longest prompt.
         completion: tokens of the longest completion.
@@ -86,6 +86,9 @@ class Point:
         accumulation: micro-batches of a step.
         whole: whether all weights are trained.
         budget: most tokens of a forward pass; 0 for no limit.
+        dora: whether the adapter is DoRA.
+        attention: attention implementation; empty for that of Transformers.
+        eval_batch: rows of a batch of evaluation, after each step; 0 for no evaluation.
         chosen_after_freeze: whether the point was chosen after the planner was finished.
     """
 
@@ -103,6 +106,9 @@ class Point:
     accumulation: int = 1
     whole: bool = False
     budget: int = 0
+    dora: bool = False
+    attention: str = ""
+    eval_batch: int = 0
     chosen_after_freeze: bool = False
 
     @property
@@ -124,6 +130,12 @@ class Point:
             parts.append("whole")
         if self.budget:
             parts.append(f"t{self.budget}")
+        if self.dora:
+            parts.append("dora")
+        if self.attention:
+            parts.append(self.attention)
+        if self.eval_batch:
+            parts.append(f"e{self.eval_batch}")
         return "-".join(parts)
 
 
@@ -144,10 +156,11 @@ BEFORE = [
     Point("ppo", SMOL, "bf16", 4, 96, 32, generations=4, critic="none"),
     Point("ppo", "qwen2-120m", "fp32", 4, 128, 32, generations=2, checkpointing=False),
     Point("ppo", "llama-20m", "fp32", 8, 64, 64, critic="head", whole=True, accumulation=2),
-]
-"""Points that the planner was made with."""
-
-AFTER = [
+    Point("sft", "llama-20m", "fp32", 4, 96, 96, dora=True),
+    Point("sft", "llama-20m", "fp32", 4, 128, 128, checkpointing=False, attention="eager"),
+    Point("sft", "llama-20m", "bf16", 1, 64, 64, eval_batch=16),
+    Point("reward", "llama-20m", "int8", 4, 128, 64),
+    Point("reward", "llama-20m", "fp32", 1, 64, 64, eval_batch=16),
     Point("sft", "llama-1b", "nf4", 1, 128, 128),
     Point("sft", "qwen3-300m", "bf16", 2, 192, 64),
     Point("reward", "llama-1b", "nf4", 1, 96, 64),
@@ -157,6 +170,26 @@ AFTER = [
     Point("ppo", "qwen3-300m", "nf4", 4, 96, 32, generations=2, critic="none", reward="none"),
     Point("ppo", SMOL, "fp32", 4, 96, 32, critic="head", reward="model", accumulation=2),
     Point("ppo", "llama-190m", "bf16", 4, 64, 32, critic="adapter", reward="shared", checkpointing=False),
+]
+"""Points that the planner was made with."""
+
+AFTER = [
+    Point("sft", SMOL, "fp32", 2, 64, 192, checkpointing=False, accumulation=4),
+    Point("sft", "qwen2-120m", "nf4", 8, 64, 64),
+    Point("sft", "llama-190m", "bf16", 2, 128, 96, whole=True),
+    Point("sft", "qwen3-300m", "fp32", 1, 300, 200, eval_batch=4),
+    Point("sft", "llama-20m", "int8", 6, 100, 50),
+    Point("reward", SMOL, "bf16", 8, 64, 32),
+    Point("reward", "llama-20m", "fp32", 4, 200, 40, checkpointing=False, eval_batch=8),
+    Point("reward", "qwen3-300m", "bf16", 2, 96, 96, dora=True),
+    Point("reward", SMOL, "nf4", 1, 384, 128, layout="plain"),
+    Point("reward", "qwen2-120m", "fp32", 3, 80, 80, attention="eager"),
+    Point("ppo", SMOL, "nf4", 8, 32, 64, generations=4, critic="head"),
+    Point("ppo", "qwen2-120m", "bf16", 4, 100, 50, generations=2, critic="none", reward="model", checkpointing=False),
+    Point("ppo", "llama-20m", "fp32", 6, 40, 80, generations=2, critic="none", whole=True),
+    Point("ppo", "qwen3-300m", "nf4", 4, 120, 40, generations=2, reward="shared"),
+    Point("ppo", "llama-190m", "fp32", 4, 48, 48, critic="head", attention="eager"),
+    Point("ppo", "llama-1b", "nf4", 1, 128, 32, critic="head", reward="shared"),
 ]
 """Points that were chosen when it was finished."""
 
@@ -237,7 +270,14 @@ def model_arguments(point: Point) -> Any:
     from hf_rlhf_ext.cli.options import ModelArguments
 
     dtype = "bfloat16" if point.precision == "bf16" else "float32"
-    return ModelArguments(dtype=dtype, load_in_4bit=point.precision == "nf4", use_peft=not point.whole)
+    return ModelArguments(
+        dtype=dtype,
+        load_in_4bit=point.precision == "nf4",
+        load_in_8bit=point.precision == "int8",
+        use_peft=not point.whole,
+        use_dora=point.dora,
+        attn_implementation=point.attention or None,
+    )
 
 
 def training_options(point: Point, folder: Path) -> dict[str, Any]:
@@ -254,6 +294,9 @@ def training_options(point: Point, folder: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,
+        "eval_strategy": "steps" if point.eval_batch else "no",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": point.eval_batch or point.batch,
     }
 
 
@@ -278,8 +321,8 @@ def lengths(longest: int, n: int) -> list[int]:
 
 
 def n_rows(point: Point) -> int:
-    """Rows for the steps of a run."""
-    return 2 * point.batch * point.accumulation
+    """Rows for the steps of a run, which are evaluated on too."""
+    return max(2 * point.batch * point.accumulation, point.eval_batch)
 
 
 def run_sft(point: Point, name: str, folder: Path) -> tuple[Any, Any]:
@@ -304,6 +347,7 @@ def run_sft(point: Point, name: str, folder: Path) -> tuple[Any, Any]:
             model,
             args=args,
             train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows) if point.eval_batch else None,
             processing_class=load_tokenizer(name),
             peft_config=model_args.peft_config("CAUSAL_LM"),
         )
@@ -344,7 +388,6 @@ def run_reward(point: Point, name: str, folder: Path) -> tuple[Any, Any]:
         **training_options(point, folder),
         layout=point.layout,
         max_tokens_per_batch=point.budget or None,
-        per_device_eval_batch_size=point.batch,
     )
     model = load_base_model(name, task="reward", **model_args.base_options(args))
     with counted([model]) as live:
@@ -352,6 +395,7 @@ def run_reward(point: Point, name: str, folder: Path) -> tuple[Any, Any]:
             model,
             args=args,
             train_dataset=comparisons(point),
+            eval_dataset=comparisons(point) if point.eval_batch else None,
             processing_class=load_tokenizer(name),
             peft_config=model_args.peft_config("SEQ_CLS"),
         )
@@ -423,7 +467,7 @@ def run_ppo(point: Point, name: str, folder: Path) -> tuple[Any, Any]:
             peft_config=model_args.peft_config("CAUSAL_LM"),
         )
         trainer.train()
-    reward_model: Any = {"none": False, "shared": None, "model": name}[point.reward]
+    reward_model: Any = {"none": False, "shared": None, "model": models[-1] if models else None}[point.reward]
     plan = plan_memory(
         name,
         "ppo",
@@ -511,6 +555,9 @@ def main() -> int:
         parts.append(part)
     if not parts:
         return 1
+    from memory_plot import plot_points, read_points
+
+    plot_points(read_points(FOLDER))
     print(table(parts), end="")
     print(json.dumps(summary(parts)))
     return 1 if n_failed else 0

@@ -58,11 +58,13 @@ _TRL_NAMES: dict[str, tuple[str, str]] = {
     "add_fused_lm_head": ("trl.trainer.utils", "add_fused_lm_head"),
     "BaseTrainer": ("trl.trainer.base_trainer", "_BaseTrainer"),
     "BaseConfig": ("trl.trainer.base_config", "_BaseConfig"),
+    "chunked_logprob": ("trl.kernels", "chunked_logprob"),
     "disable_dropout_in_model": ("trl.trainer.utils", "disable_dropout_in_model"),
     "print_prompt_completions_sample": ("trl.trainer.utils", "print_prompt_completions_sample"),
     "get_callable_name": ("trl.trainer.utils", "get_callable_name"),
     "selective_log_softmax_and_entropy": ("trl.trainer.utils", "selective_log_softmax_and_entropy"),
     "suppress_seqcls_warning": ("trl.trainer.reward_trainer", "suppress_seqcls_warning"),
+    "trainer_utils": ("trl.trainer", "utils"),
     "use_adapter": ("trl.trainer.utils", "use_adapter"),
 }
 

@@ -28,7 +28,7 @@ from hf_rlhf_ext.recipes.plan_parts import options
 from hf_rlhf_ext.recipes.plan_parts.options import PlanArguments
 from hf_rlhf_ext.recipes.plan_parts.planning import Plans
 from hf_rlhf_ext.recipes.plan_parts.plot import plot_plan
-from hf_rlhf_ext.recipes.plan_parts.report import as_dict, print_advice, print_answer, write_json
+from hf_rlhf_ext.recipes.plan_parts.report import as_dict, print_advice, print_answer, write_json, written
 from hf_rlhf_ext.training.memory_line import device_memory
 
 ARGUMENTS = (PlanArguments,)
@@ -69,7 +69,8 @@ def make_plan(args: PlanArguments, planned: options.Planned) -> tuple[MemoryPlan
     if says:
         print_answer(plan, n_bytes=n_bytes, what=what)
     if args.plot is not None:
-        plot_plan(plan, args.plot, n_bytes=n_bytes)
+        with written("plot", args.plot):
+            plot_plan(plan, args.plot, n_bytes=n_bytes)
     largest = plans.largest(n_bytes) if args.advice else {}
     changes = plans.suggestions(n_bytes) if args.advice else []
     if says:

@@ -224,7 +224,15 @@ def train_ppo(
     eval_reward_funcs = eval_reward_funcs or rewards.load_eval()
     formula = sum_of_rewards(reward_funcs, args.reward_weights, args.reward_shaping)
     check_policy_folder(model_args.model_name_or_path)
-    check_memory("ppo", args, model_args, mode=memory, reward_model=next(iter(rewards.reward_model), False))
+    check_memory(
+        "ppo",
+        args,
+        model_args,
+        mode=memory,
+        reward_model=[*rewards.reward_model, *rewards.eval_reward_model],
+        value_model=rewards.value_model,
+        evaluates=test is not None or data.holds_rows_out,
+    )
     checkpoint = open_run("ppo", args, (data, rewards, model_args, args), overwrite=data.overwrite)
     if formula is not None:
         print(f"reward = {formula}")

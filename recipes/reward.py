@@ -127,7 +127,7 @@ def train_reward(
     `check_memory` does where the run does not fit.
     """
     check_options(data, model_args, args)
-    check_memory("reward", args, model_args, mode=memory)
+    check_memory("reward", args, model_args, mode=memory, evaluates=data.holds_rows_out)
     if comparisons is None:
         comparisons = ComparisonArguments()
     checkpoint = open_run("reward", args, (data, comparisons, model_args, args), overwrite=data.overwrite)
@@ -287,7 +287,7 @@ def train_ensemble(
 ) -> dict[str, Any]:
     """Trains each member with its own seed, head and data order, and evaluates the combined reward."""
     check_options(data, model_args, args)
-    check_memory("reward", args, model_args, mode=memory)
+    check_memory("reward", args, model_args, mode=memory, evaluates=data.holds_rows_out)
     start = time.monotonic()
     if comparisons is None:
         comparisons = ComparisonArguments()

@@ -96,7 +96,7 @@ def train_sft(
     if demonstrations is None:
         demonstrations = DemonstrationArguments()
     check_policy_folder(model_args.model_name_or_path)
-    check_memory("sft", args, model_args, mode=memory)
+    check_memory("sft", args, model_args, mode=memory, evaluates=data.holds_rows_out)
     checkpoint = open_run("sft", args, (data, demonstrations, model_args, args), overwrite=data.overwrite)
     start = time.monotonic()
     train, heldout, chosen, rows_read = read_rows(data, args, demonstrations, says_rows=says_rows)

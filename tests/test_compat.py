@@ -187,6 +187,20 @@ def test_contract_of_add_fused_lm_head(tiny_llama):
     assert outputs.log_probs.requires_grad
 
 
+def test_contract_of_chunked_logprob():
+    # The planner replaces these three, and counts what is left.
+    tile = ["tile", "tile_stride", "targets"]
+    assert parameters(compat.chunked_logprob._forward_tile)[:3] == tile
+    assert parameters(compat.chunked_logprob._backward_tile)[:3] == tile
+    assert parameters(compat.chunked_logprob._addmm_fp32) == ["acc", "a", "b"]
+    assert compat.chunked_logprob.TOKEN_CHUNK_SIZE == 4096
+
+
+def test_contract_of_trainer_utils():
+    assert parameters(compat.trainer_utils._use_triton) == ["device"]
+    assert compat.trainer_utils._CHUNKED_LOGPROB_CHUNK_SIZE == 32_768
+
+
 @pytest.mark.parametrize("name", ["other", None])
 def test_contract_of_use_adapter(tiny_llama, name):
     assert parameters(compat.use_adapter) == ["model", "adapter_name"]

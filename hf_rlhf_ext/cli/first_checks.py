@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..modeling.locations import LOCAL_PREFIXES
 from ..reward.ensemble import ENSEMBLE_FILE
 
@@ -118,5 +118,7 @@ def _kind_of(name: str, option: str) -> str | None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         return None
+    except ValueError as error:
+        raise UserError(f"{path}: it is no JSON ({first_line(error)}): copy the model again.") from error

@@ -16,20 +16,23 @@ CARDS = (6, 8, 12, 16, 24)
 """Memory of common GPUs in GB. A card that is sold with 24 GB has up to 25.7 of them: the difference is left free for
 the desktop and other programs."""
 
-_UNITS = {"gb": GB, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+_UNITS = {"g": GB, "gb": GB, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+_TOO_MANY_GB = 1000  # no card has as many, so that a number without a unit means MB
 _WIDTH = 100
 """Columns of the table where the output is no terminal."""
 
 
 def card_bytes(text: str) -> int:
-    """The memory that `--card` names, in bytes: `12GB`, `12` (GB) or `11.7GiB`.
+    """The memory that `--card` names, in bytes: `12GB`, `12` (GB), `12G` or `11.7GiB`.
 
     Raises:
-        UserError: it is no size.
+        UserError: it is no size, or a large number without a unit.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB|G)?", text.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise UserError(f"card: {text!r} is no size: give the memory of the GPU (--card 12GB), auto or cpu.")
+    if found[2] is None and float(found[1]) >= _TOO_MANY_GB:
+        raise UserError(f"card: {text!r} has no unit: give it, as in --card 12GB or --card {found[1]}MB.")
     return int(float(found[1]) * _UNITS[(found[2] or "GB").lower()])
 
 

@@ -29,6 +29,8 @@ def found_or_refused(option: str, name: str) -> Iterator[None]:
         problem = "cannot be loaded"
         if not Path(name).expanduser().exists():
             problem = "is no folder here, and as a Hub id it cannot be loaded"
+        if "couldn't connect" in reason.lower():
+            reason += ": check the connection, or give the folder of a model"
         raise UserError(f"{option}: {name} {problem}: {reason}") from error
     except UserError:
         raise
@@ -50,13 +52,19 @@ def base_and_revision(folder_or_repo: str, revision: str | None = None) -> tuple
 
     Returns:
         The name of the base, `None` if this is not an adapter, and the revision of the base, `None` for the newest.
+
+    Raises:
+        UserError: if the configuration of the adapter is damaged.
     """
     if folder_or_repo == EMBEDDED_MODEL or folder_or_repo.endswith(".gguf"):
         return None, None
     path = _adapter_config_path(folder_or_repo, revision)
     if path is None or not path.is_file():
         return None, None
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: it is no JSON ({first_line(error)}): copy the model again.") from error
     return config.get("base_model_name_or_path"), config.get("revision")
 
 

@@ -49,7 +49,10 @@ def made_from(name: str, config: Path | None) -> MadeFrom:
 def _maker_of(name: str, folder: Path) -> dict[str, Any] | None:
     """The config in a folder whose run is saved as `name`."""
     for path in sorted(folder.glob("*.yaml")):
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # a file that nobody asked for, and that need not be a config
         if isinstance(options, dict) and Path(str(options.get("output_dir"))) == Path(name):
             return options
     return None

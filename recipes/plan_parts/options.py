@@ -1,5 +1,6 @@
 """The options of `hf-rlhf plan`: its own, and all of the stage that is planned."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -76,8 +77,38 @@ class PlanArguments:
 
     def __post_init__(self):
         check_at_least(self, prompt_tokens=1, completion_tokens=1, completions_per_prompt=2)
-        if self.card not in ("auto", "cpu"):
+        if self.card.lower() in ("auto", "cpu"):
+            self.card = self.card.lower()
+        else:
             card_bytes(self.card)  # refuses what is no size
+        if self.json not in (None, "-"):
+            check_file("json", self.json)
+        if self.plot is not None:
+            check_file("plot", self.plot, suffix=".png")
+
+
+def check_file(option: str, name: str, *, suffix: str | None = None) -> None:
+    """Refuses a name under which no file can be written, before the plan is made.
+
+    Args:
+        option: The option that names the file.
+        name: The file. Missing folders are no problem.
+        suffix: How the name must end. None for any end.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    example = f"--{option} plan{suffix or '.json'}"
+    path = Path(name)
+    if not name or path.is_dir():
+        raise UserError(f"{option}: {name!r} is no file: give the name of one, such as {example}.")
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise UserError(f"{option}: {name} does not end in {suffix}, which is what is written: {example}.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{option}: {name} cannot be written, as {folder} is a file: choose another folder.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{option}: {name} cannot be written (permission denied): choose another folder.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +120,9 @@ class Planned:
         args: options of its trainer.
         model_args: model, precision and adapter.
         reward_models: reward models of PPO: names of folders or on the Hub.
+        eval_reward_models: those that only evaluations of PPO use.
+        value_model: the model from which a critic of PPO starts; None without one.
+        evaluates: whether the run evaluates. PPO does it before and after training too, if rows are held out.
         config: file of `--config`; None without one.
         given: names of all options that the command line or the file has.
     """
@@ -99,6 +133,9 @@ class Planned:
     reward_models: tuple[str, ...]
     config: Path | None
     given: frozenset[str]
+    eval_reward_models: tuple[str, ...] = ()
+    value_model: str | None = None
+    evaluates: bool | None = None
 
 
 def parse(words: Sequence[str], description: str | None = None) -> tuple[PlanArguments, Planned]:
@@ -110,6 +147,8 @@ def parse(words: Sequence[str], description: str | None = None) -> tuple[PlanArg
     config = _config_of(words)
     stage = _stage_of(words, config)
     if stage is None and not wants_help(words):
+        if config is not None:
+            read_config(config)  # says it where the file is not there
         raise UserError("stage is required: --stage sft, reward or ppo, or the config of one (--config my/ppo.yaml).")
     types: tuple[type, ...] = (PlanArguments,)
     shown: Mapping[str, Mapping[str, str]] = main_options.PLAN
@@ -128,8 +167,19 @@ def parse(words: Sequence[str], description: str | None = None) -> tuple[PlanArg
         reward_models=tuple(rewards[0].reward_model) if rewards else (),
         config=config,
         given=_given(words, config),
+        **_of_ppo(parsed, rewards[0]) if rewards else {},
     )
     return parsed[0], planned
+
+
+def _of_ppo(parsed: Sequence[Any], rewards: Any) -> dict[str, Any]:
+    """What only PPO has, see `Planned`."""
+    (data,) = [options for options in parsed if hasattr(options, "eval_rows")]
+    return {
+        "eval_reward_models": tuple(rewards.eval_reward_model),
+        "value_model": rewards.value_model,
+        "evaluates": data.holds_rows_out,
+    }
 
 
 def _main_options_of(stage: str) -> Mapping[str, Mapping[str, str]]:
@@ -139,12 +189,13 @@ def _main_options_of(stage: str) -> Mapping[str, Mapping[str, str]]:
 
 
 def _value_of(words: Sequence[str], name: str) -> str | None:
-    """The value of an option that is read before all others."""
+    """The value of an option that is read before all others; the last one, as in the parser, if it is given twice."""
+    found = None
     for position, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option == f"--{name}":
-            return value if equals else next(iter(words[position + 1 : position + 2]), None)
-    return None
+            found = value if equals else next(iter(words[position + 1 : position + 2]), None)
+    return found
 
 
 def _config_of(words: Sequence[str]) -> Path | None:

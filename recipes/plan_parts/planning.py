@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_rlhf_ext.cli.first_checks import check_model_folder, check_policy_folder, check_reward_folder
 from hf_rlhf_ext.modeling.memory.advice import largest, suggestions
 from hf_rlhf_ext.modeling.memory.plan import MemoryPlan, Suggestion
 from hf_rlhf_ext.modeling.memory.planner import plan_of, plan_request
@@ -53,7 +54,9 @@ class Plans:
             planned.stage,
             self.args,
             model_args=self.model_args,
-            reward_model=self._reward() if planned.stage == "ppo" else None,
+            reward_model=self._rewards() if planned.stage == "ppo" else None,
+            value_model=None if planned.value_model is None else made_from(planned.value_model, planned.config).base,
+            evaluates=planned.evaluates,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             device=device,
@@ -62,7 +65,15 @@ class Plans:
     def plan(self) -> MemoryPlan:
         """The plan of the run as its options say."""
         plan = plan_of(self.request)
-        return replace(plan, notes=(*plan.notes, *self.notes))
+        return replace(plan, notes=(*plan.notes, *self.notes, *self._positions()))
+
+    def _positions(self) -> list[str]:
+        """A note where sequences are longer than the model knows positions."""
+        known = getattr(self.request.source.config.get_text_config(), "max_position_embeddings", None)
+        length = self.request.setup.length
+        if not isinstance(known, int) or length <= known:
+            return []
+        return [f"sequences of {length} tokens are longer than the model's {known} positions"]
 
     def largest(self, n_bytes: int | None) -> dict[str, int]:
         """The largest batch and length that fit in `n_bytes` bytes. Empty without a memory."""
@@ -72,28 +83,30 @@ class Plans:
         """The first options to change so that the run needs less, those first with which it fits in `n_bytes` bytes."""
         return suggestions(self.request, n_bytes or 0)
 
-    def _policy(self, origin: MadeFrom) -> str | Source:
+    def _policy(self, origin: MadeFrom) -> Source:
         """The model as the planner takes it. One that an earlier stage will make is its base with an adapter."""
         if origin.adapter is None:
-            return origin.base if self.base_config is None else self._config_of(origin.base)
+            check = check_model_folder if self.planned.stage == "reward" else check_policy_folder
+            check(origin.base)
+            return self._config_of(origin.base)
         for option, value in origin.adapter.items():
             if option not in self.planned.given:
                 setattr(self.model_args, option, value)
         return replace(self._config_of(origin.base), name=origin.base, is_adapter=True)
 
-    def _reward(self) -> str | Source | bool | None:
-        """The reward model as the planner takes it: None for an adapter on the base of the policy, False for none."""
-        names = self.planned.reward_models
-        if not names:
-            if "reward_funcs" in self.planned.given:
-                return False
+    def _rewards(self) -> list[str | Source | None]:
+        """The reward models as the planner takes them: None for an adapter on the base of the policy."""
+        planned = self.planned
+        if not planned.reward_models and "reward_funcs" not in planned.given:
             self.notes.append("no reward given: a reward adapter on the base of the policy assumed")
-            return None
-        if len(names) > 1:
-            self.notes.append(f"{len(names) - 1} of {len(names)} reward models not planned: only {names[0]} is")
-        origin = made_from(names[0], self.planned.config)
+            return [None]
+        return [self._reward(name) for name in (*planned.reward_models, *planned.eval_reward_models)]
+
+    def _reward(self, name: str) -> str | Source | None:
+        origin = made_from(name, self.planned.config)
         if origin.adapter is None:
-            return names[0]
+            check_reward_folder(name)
+            return name
         if origin.base == self.base:
             return None
         return replace(self._config_of(origin.base), is_adapter=True)
@@ -101,8 +114,13 @@ class Plans:
     def _config_of(self, name: str) -> Source:
         if self.base_config is not None and name == self.base:
             return replace(find_source(self.base_config, stage=self.planned.stage), name=name)
-        trust = self.args.trust_remote_code
-        return find_source(name, stage=self.planned.stage, trust_remote_code=trust)
+        return find_source(
+            name,
+            stage=self.planned.stage,
+            option="model_name_or_path",
+            revision=self.model_args.revision if name == self.model_args.model_name_or_path else None,
+            trust_remote_code=self.args.trust_remote_code,
+        )
 
 
 def on_device(planned: Planned, device: str) -> tuple[Any, Any]:

@@ -2,11 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_rlhf_ext.cli.memory_table import CARDS, cards_line, fit_line, largest_line, print_plan, suggestion_lines
 from hf_rlhf_ext.compat import versions
+from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.modeling.memory.plan import MemoryPlan, Suggestion
 from hf_rlhf_ext.training.memory_line import GB
 
@@ -58,11 +61,34 @@ def as_dict(
 
 
 def write_json(content: dict[str, Any], name: str) -> None:
-    """Writes the JSON file, or prints it for the name `-`."""
+    """Writes the JSON file, or prints it for the name `-`.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     text = json.dumps(content, indent=2, allow_nan=False)
     if name == "-":
         print(text)
         return
     path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    with written("json", name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written(option: str, name: str) -> Iterator[None]:
+    """Inside the context, a file that cannot be written is one line, such as on a full disk.
+
+    Args:
+        option: The option that names the file.
+        name: The file.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{option}: {name} cannot be written ({reason}): choose another folder.") from error

@@ -77,7 +77,15 @@ def test_what_may_be_larger_and_what_to_change():
 
 @pytest.mark.parametrize(
     "text, n_bytes",
-    [("12GB", 12 * GB), ("12", 12 * GB), (" 11.5 gib ", 23 * 2**29), ("500MB", 5 * 10**8), ("1.5MiB", 3 * 2**19)],
+    [
+        ("12GB", 12 * GB),
+        ("12", 12 * GB),
+        ("8g", 8 * GB),
+        ("8000MB", 8 * GB),
+        (" 11.5 gib ", 23 * 2**29),
+        ("500MB", 5 * 10**8),
+        ("1.5MiB", 3 * 2**19),
+    ],
 )
 def test_a_size_of_a_card(text, n_bytes):
     assert card_bytes(text) == n_bytes
@@ -87,3 +95,9 @@ def test_a_size_of_a_card(text, n_bytes):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="card: .* is no size: .*--card 12GB"):
         card_bytes(text)
+
+
+def test_a_number_that_must_be_megabytes_needs_its_unit():
+    assert card_bytes("999") == 999 * GB
+    with pytest.raises(UserError, match="card: '8192' has no unit: .*--card 8192MB"):
+        card_bytes("8192")

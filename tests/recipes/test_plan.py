@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from matplotlib.image import imread
+from transformers import AutoConfig
 
 from hf_rlhf_ext.cli.shipped import find_config
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling import locations
 from hf_rlhf_ext.modeling.memory.plan import MemoryPlan, Part, Phase, Suggestion
+from hf_rlhf_ext.modeling.memory.sources import find_source
 from hf_rlhf_ext.recipes import plan as command
 from hf_rlhf_ext.recipes.plan_parts.models import MadeFrom, made_from
 from hf_rlhf_ext.recipes.plan_parts.options import parse
@@ -31,6 +34,8 @@ def test_the_stage_goes_by_its_option_or_by_the_name_of_the_config():
     assert (planned.stage, args.card, planned.args.max_completion_length) == ("ppo", "12GB", 256)
     assert planned.reward_models == ("runs/llama-3.2-3b/reward",) and planned.model_args.load_in_4bit
     assert {"config", "card", "kl_target", "reward_model"} <= planned.given and "bf16" not in planned.given
+    _, planned = parse(["--stage", "sft", "--stage", "ppo"])
+    assert planned.stage == "ppo"  # the last one, as for all options
     _, planned = parse(["--stage=reward", "--max_length", "300", "--members", "2"])
     assert (planned.stage, planned.args.max_length, planned.reward_models) == ("reward", 300, ())
 
@@ -51,6 +56,7 @@ def test_neither_data_nor_a_reward_is_needed():
         (["--stage", "sft", "--kl_coef", "1"], "unknown option `--kl_coef`"),
         (["--stage", "ppo", "--critic", "none"], "num_generations"),
         (["--config", "nope/ppo.yaml"], "no file nope/ppo.yaml"),
+        (["--config", "./nope.yaml"], "nope.yaml"),
     ],
 )
 def test_mistakes_are_one_line(words, line):
@@ -80,6 +86,8 @@ def configs(tmp_path):
         yaml.safe_dump({"model_name_or_path": "c/base", "output_dir": "runs/x/full", "use_peft": False})
     )
     (tmp_path / "list.yaml").write_text("[1, 2]")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     ppo = {"model_name_or_path": "runs/x/sft", "output_dir": "runs/x/ppo"}
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(ppo))
     return tmp_path / "ppo.yaml"
@@ -213,3 +221,116 @@ def test_every_recipe_of_training_says_it_first(call, recipe, changes):
     done = call(recipe, check_memory="warn", max_steps=1, output_dir=f"runs/said-{recipe}", **changes)
     assert done.code == 0, done.err
     assert done.out.startswith("Memory: about ")
+
+
+# Mistakes, which are one line before anything is planned
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A working folder with models that have only a config, and with folders that hold no model."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def config(name: str, kind: str, architecture: str, **options) -> None:
+        content = AutoConfig.for_model(kind, architectures=[architecture], **options)
+        content.save_pretrained(tmp_path / name)
+
+    def adapter(name: str, base: str, task: str) -> None:
+        (tmp_path / name).mkdir()
+        content = {"peft_type": "LORA", "task_type": task, "r": 8, "target_modules": ["q_proj"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": base}))
+
+    config("llama", "llama", "LlamaForCausalLM", **sizes)
+    config("classifier", "llama", "LlamaForSequenceClassification", **sizes)
+    config("llava", "llava", "LlavaForConditionalGeneration")
+    config("bert", "bert", "BertForMaskedLM")
+    config("t5", "t5", "T5ForConditionalGeneration")
+    config("mamba", "mamba", "MambaForCausalLM", hidden_size=32, num_hidden_layers=5, vocab_size=512)
+    adapter("lost", "./not/there", "CAUSAL_LM")
+    adapter("lost-reward", "./not/there", "SEQ_CLS")
+    adapter("reward", str(tmp_path / "llama"), "SEQ_CLS")
+    adapter("policy", str(tmp_path / "llama"), "CAUSAL_LM")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{oops")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "file.gguf").write_bytes(b"GGUFxxxx")
+    (tmp_path / "file").write_text("x")
+    return tmp_path
+
+
+SFT = ("--stage", "sft", "--advice", "false", "--max_length", "32", "--card", "8GB")
+PPO = ("--stage", "ppo", "--advice", "false", "--prompt_tokens", "8", "--max_completion_length", "8")
+REWARD = ("--stage", "reward", "--advice", "false", "--max_length", "32")
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ((*SFT, "--model_name_or_path", "weights"), ["model_name_or_path: weights holds no model", "config.json"]),
+        ((*REWARD, "--model_name_or_path", "weights"), ["model_name_or_path: weights holds no model"]),
+        ((*SFT, "--model_name_or_path", "file"), ["file is a file", "give the folder"]),
+        ((*SFT, "--model_name_or_path", "file.gguf"), ["file.gguf cannot be read as GGUF", "download it again"]),
+        ((*SFT, "--model_name_or_path", "none.gguf"), ["no GGUF file at none.gguf", "check the path"]),
+        ((*SFT, "--model_name_or_path", "lost"), ["lost is an adapter whose base ./not/there", "adapter_config.json"]),
+        ((*SFT, "--model_name_or_path", "damaged"), ["damaged/adapter_config.json", "copy the model again"]),
+        ((*SFT, "--model_name_or_path", "reward"), ["reward adapter", "not a policy"]),
+        ((*PPO, "--model_name_or_path", "classifier"), ["classifier", "not a policy"]),
+        ((*SFT, "--model_name_or_path", "llava"), ["LlavaConfig", "give a causal language model"]),
+        ((*REWARD, "--model_name_or_path", "bert"), ["bert is an encoder, which is not planned"]),
+        ((*REWARD, "--model_name_or_path", "mamba"), ["MambaConfig", "train the reward model from another base"]),
+        ((*REWARD, "--model_name_or_path", "t5"), ["encoder-decoder"]),
+        ((*SFT, "--model_name_or_path", "my/model"), ["my/model", "as a Hub id", "check the connection"]),
+        (
+            (*PPO, "--model_name_or_path", "llama", "--reward_model", "lost-reward"),
+            ["reward_model: lost-reward", "base"],
+        ),
+        ((*PPO, "--model_name_or_path", "llama", "--reward_model", "policy"), ["reward model: policy", "score head"]),
+        (
+            (*SFT, "--model_name_or_path", "llama", "--json", "weights"),
+            ["json: 'weights' is no file", "--json plan.json"],
+        ),
+        ((*SFT, "--model_name_or_path", "llama", "--json", ""), ["json: '' is no file", "--json plan.json"]),
+        ((*SFT, "--model_name_or_path", "llama", "--card", "8000"), ["card: '8000' has no unit", "--card 8000MB"]),
+        ((*SFT, "--model_name_or_path", "llama", "--json", "file/a.json"), ["json: file/a.json", "is a file"]),
+        ((*SFT, "--model_name_or_path", "llama", "--plot", "weights"), ["plot: 'weights' is no file"]),
+        ((*SFT, "--model_name_or_path", "llama", "--plot", "plan.jpg"), ["plot: plan.jpg does not end in .png"]),
+        ((*SFT, "--model_name_or_path", "llama", "--plot", "/proc/x/a.png"), ["plot: /proc/x/a.png cannot be written"]),
+    ],
+)
+def test_a_mistake_of_the_whole_command_is_one_line(run, folders, words, parts):
+    with pytest.raises(UserError) as error:
+        run(*words)
+    line = str(error.value)
+    assert "\n" not in line and all(part in line for part in parts), line
+
+
+def test_models_whose_layers_have_no_list_of_types_are_planned(run, folders):
+    """Mamba says the types of its layers by a property, which follows their number."""
+    code, out = run(*SFT, "--model_name_or_path", "mamba", "--lora_target_modules", "in_proj", "x_proj")
+    assert code == 0 and "mamba, sft on a GPU" in out
+
+
+def test_more_tokens_than_the_model_has_positions_are_a_note(run, folders):
+    words = ["--model_name_or_path", "llama", "--max_length", 3000, "--per_device_train_batch_size", 1]
+    _, out = run(*SFT, *words)
+    assert "Note: sequences of 3000 tokens are longer than the model's 2048 positions" in out
+    _, out = run(*SFT, "--model_name_or_path", "llama")
+    assert "positions" not in out
+
+
+def test_json_on_stdout_is_all_that_is_printed(run, folders):
+    code, out = run(*SFT, "--model_name_or_path", "llama", "--json", "-")
+    assert code == 0 and json.loads(out)["fits"]
+
+
+def test_a_gguf_file_is_planned_without_unpacking_it(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(locations, "unpacked_gguf", None)  # a call would fail
+        file = find_source(str(locations._embedded_gguf()), stage="sft").config
+    unpacked = find_source(locations.EMBEDDED_MODEL, stage="sft").config
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
+        assert getattr(file, name) == getattr(unpacked, name)
+    assert file.tie_word_embeddings is unpacked.tie_word_embeddings is True

@@ -1,10 +1,11 @@
 """What to change so that a run fits, and the largest batch and length that fit: by planning again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .plan import MemoryPlan, Suggestion
 from .planner import PlanRequest, plan_of
+from .search import largest_that_fits
 from .setup import Setup
 
 _WORTH = 0.01
@@ -13,8 +14,6 @@ _WORTH = 0.01
 _N_SUGGESTIONS = 3
 _LARGEST_BATCH = 1024
 _LARGEST_LENGTH = 2**17
-_CLOSE = 0.03
-"""The search ends where the largest value that fits is known to this share."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,27 @@ def _changes_of_ppo(setup: Setup, plan: MemoryPlan) -> Iterator[_Change]:
         half = setup.generation_batch // 2 // setup.per_prompt * setup.per_prompt
         if half:
             yield _Change(f"--generation_batch_size {half}", "slower sampling", replace(setup, generation_batch=half))
+    if setup.device == "cuda":
+        yield from _offloads(setup, plan)
     if setup.critic in ("adapter", "model"):
         yield _Change(
             "--critic head", "a critic that reads the hidden states of the policy", replace(setup, critic="head")
+        )
+
+
+def _offloads(setup: Setup, plan: MemoryPlan) -> Iterator[_Change]:
+    """What a run on a GPU can keep on the CPU while it is not needed."""
+    if not setup.offloads_optimizer and plan.peak.name != "optimizer step":
+        yield _Change(
+            "--offload_optimizer true",
+            "copies from and to the CPU at each step",
+            replace(setup, offloads_optimizer=True),
+        )
+    if not setup.offloads_rewards and plan.peak.name != "reward":
+        yield _Change(
+            "--offload_reward_model true",
+            "copies from and to the CPU at each rollout",
+            replace(setup, offloads_rewards=True),
         )
 
 
@@ -121,37 +138,27 @@ def largest(request: PlanRequest, card_bytes: int) -> dict[str, int]:
 
     Returns:
         `per_device_train_batch_size` in rows, and `length` of a sequence in tokens, prompt and completion together, in
-        the same shares. 0 where not even one row or a token fits. Both are found to a few percent.
+        the same shares. 0 where not even one row or a token fits. A plan with the answer fits, and one with a value
+        that is 1 % larger (at least one row or token) does not.
     """
     setup = request.setup
     step = setup.per_prompt if setup.stage == "ppo" else 1
     most_rows = setup.rollout if setup.stage == "ppo" else _LARGEST_BATCH
     positions = getattr(request.source.config.get_text_config(), "max_position_embeddings", None)
     most_tokens = positions if isinstance(positions, int) and positions > 0 else _LARGEST_LENGTH
+    known = plan_of(request)
 
-    def fits(changed: Setup) -> bool:
-        return plan_of(replace(request, setup=changed)).fits(card_bytes)
+    def plan_with(changed: Setup) -> MemoryPlan:
+        return known if changed == setup else plan_of(replace(request, setup=changed))
 
-    groups = _largest_that(
-        lambda n: fits(replace(setup, train_batch=n * step)), setup.train_batch // step, most_rows // step
+    groups = largest_that_fits(
+        lambda n: plan_with(replace(setup, train_batch=n * step)),
+        card_bytes,
+        start=setup.train_batch // step,
+        most=most_rows // step,
+        degree=1,
     )
-    tokens = _largest_that(lambda n: fits(setup.with_length(n)), setup.length, most_tokens)
+    tokens = largest_that_fits(
+        lambda n: plan_with(setup.with_length(n)), card_bytes, start=setup.length, most=most_tokens, degree=2
+    )
     return {"per_device_train_batch_size": groups * step, "length": tokens}
-
-
-def _largest_that(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest number up to `most` that fits, to a few percent, searched from `start`; 0 if not even 1 does."""
-    low, high = 0, most + 1  # `low` fits, `high` does not
-    number = min(max(1, start), most)
-    while high - low > max(1, _CLOSE * low):
-        if fits(number):
-            low = number
-        else:
-            high = number
-        if high == most + 1 and low < most:  # nothing was too large yet
-            number = min(2 * max(1, low), most)
-        else:
-            number = (low + high) // 2 if low else max(1, high // 2)
-            if number in (low, high):
-                break
-    return low

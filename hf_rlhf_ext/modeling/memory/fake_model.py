@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from ...errors import UserError, first_line
-from ..heads import ScalarHead, install_fp32_score
+from ..families import loading_problem
+from ..heads import ScalarHead, install_fp32_score, is_encoder
 from .setup import Setup
 
 _HEADS = ("lm_head", "score", "embed_out", "output")
@@ -32,7 +33,7 @@ def shallow_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
     text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
+    if vars(text).get("layer_types"):  # as a property, as in Mamba and Jamba, it follows the number of layers by itself
         text.layer_types = list(text.layer_types)[:depth]
     return shallow
 
@@ -46,7 +47,7 @@ def build_base(config: PretrainedConfig, setup: Setup, *, task: str) -> nn.Modul
         task: `causal_lm` or `reward`, a classifier with one fp32 score.
 
     Raises:
-        UserError: if Transformers cannot build the architecture.
+        UserError: if Transformers cannot build the architecture, or for an encoder.
     """
     options: dict[str, Any] = {"dtype": setup.dtype}
     if setup.attention is not None:
@@ -64,10 +65,12 @@ def build_base(config: PretrainedConfig, setup: Setup, *, task: str) -> nn.Modul
         with torch.device("meta"):
             model = family.from_config(config, **options)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
+        raise UserError(f"model: {config.model_type or 'this architecture'} {loading_problem(error)}.") from error
+    if task == "reward" and is_encoder(model):
         raise UserError(
-            f"model: {config.model_type or 'this architecture'} cannot be planned, as Transformers does not build it "
-            f"from its config ({first_line(error)}): use another model, such as Llama, Qwen, Gemma or Mistral."
-        ) from error
+            f"model: {config.model_type} is an encoder, which is not planned: train it with a small batch, and watch "
+            "the memory, or plan a decoder, such as Llama or Qwen."
+        )
     model.tie_weights()
     if setup.quantization != "none":
         _quantize(model, setup)
@@ -82,6 +85,7 @@ def with_adapter(model: nn.Module, setup: Setup, *, task: str) -> PeftModel:
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(setup.lora_modules_to_save) or None,
         use_dora=setup.use_dora,
+        lora_dropout=setup.lora_dropout,
         task_type="SEQ_CLS" if task == "reward" else "CAUSAL_LM",
     )
     try:
@@ -120,6 +124,16 @@ def _quantize(model: nn.Module, setup: Setup) -> None:
     model.is_loaded_in_4bit = setup.quantization == "4bit"
     model.is_loaded_in_8bit = setup.quantization == "8bit"
     model.is_quantized = True
+
+
+def has_fused_experts(model: nn.Module) -> bool:
+    """Whether all experts of a layer are slices of one parameter, (experts, out, in).
+
+    Such a parameter is in no linear layer, so that Transformers has nothing that it would exchange for a layer of
+    bitsandbytes.
+    """
+    convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
+    return any(weight.dim() == 3 and id(weight) not in convolutions for weight in model.parameters())
 
 
 # ---- Fake tensors ----

@@ -14,6 +14,7 @@ OTHER = "activations"
 """Use of a tensor that was created outside of every `using`."""
 
 _GEMM_4BIT = "bitsandbytes::gemm_4bit"
+_GEMM_8BIT = "bitsandbytes::int8_mixed_scaled_mm"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -118,10 +119,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """Runs an operator. One of bitsandbytes is run in steps, as its largest tensor is inside."""
-        if func.name() == _GEMM_4BIT:
+        """Runs an operator. Those of bitsandbytes are run in steps, as their largest tensor is inside."""
+        steps = {_GEMM_4BIT: _gemm_4bit, _GEMM_8BIT: _gemm_8bit}.get(func.name())
+        if steps is not None:
             with self:
-                return _gemm_4bit(*args, **kwargs)
+                return steps(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -147,6 +149,26 @@ def _gemm_4bit(
         absmax = operators.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     weight = operators.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, inputs.dtype)
     return nn.functional.linear(inputs, weight, bias)
+
+
+def _gemm_8bit(
+    inputs: Tensor,
+    rounded: Tensor,
+    weight: Tensor,
+    row_scales: Tensor,
+    column_scales: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A linear layer in 8 bits as bitsandbytes computes it: products in int32, and exact ones of outlier columns."""
+    operators = torch.ops.bitsandbytes
+    products = operators.int8_linear_matmul(rounded, weight)
+    output = operators.int8_mm_dequant(products, row_scales, column_scales, dtype=inputs.dtype, bias=bias)
+    if outliers is None or not outliers.numel():
+        return output, inputs.new_empty(0)
+    columns = operators.int8_vectorwise_dequant(weight[:, outliers].contiguous(), column_scales).to(inputs.dtype)
+    exact = inputs[:, outliers].contiguous()
+    return output.addmm(exact, columns.t()), exact
 
 
 def state_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -40,8 +40,8 @@ class Phase:
     """Something that happens in a run, with all that is in memory at its peak.
 
     Attributes:
-        name: `loading`, `training step`, `evaluation`, `optimizer step`, and in PPO `rollout`, `scoring`, `reward`,
-            `policy update` and `value update`.
+        name: `training step`, `evaluation`, `optimizer step`, and in PPO `rollout`, `scoring`, `reward`,
+            `policy update`, `value update` and `PPO-ptx`.
         parts: resident and transient memory at the peak of the phase; names occur once, in the order of `PART_NAMES`.
     """
 

@@ -1,6 +1,7 @@
 """`plan_memory`: the memory of a run, by phase, from the config of the model and the options alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +9,19 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from ...errors import UserError, first_line
+from .fake_model import build_base, has_fused_experts, shallow_config
 from .optimizer_bytes import optimizer_bytes
 from .plan import PART_NAMES, MemoryPlan, Part, Phase
-from .ppo_phases import REWARD, trace_ppo, trace_reward_model
+from .ppo_models import (
+    reward_sources,
+    setup_of_critic,
+    setup_of_reward_model,
+    trace_critic,
+    trace_reward_model,
+    with_critic,
+    with_reward_models,
+)
+from .ppo_phases import trace_ppo
 from .setup import Setup, read_setup
 from .sources import Source, find_source
 from .trace import DepthTrace, at_depth, highest
@@ -22,7 +33,7 @@ _CONTEXT = 500 * 2**20
 _FRAGMENTED = 0.05
 """Share of the tensors that the allocator of PyTorch cannot use, as blocks do not fit. Not measured here."""
 
-_ORDER = ("rollout", "reward", "scoring", "policy update", "value update", "training step", "evaluation")
+_ORDER = ("rollout", "reward", "scoring", "policy update", "value update", "PPO-ptx", "training step", "evaluation")
 """Phases in the order in which they happen."""
 
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
@@ -35,13 +46,15 @@ class PlanRequest:
     Attributes:
         source: the model.
         setup: the resolved options.
-        reward_source: a reward model of its own, in PPO; `None` without.
+        reward_sources: reward models of their own, in PPO.
+        value_source: the model that a critic of its own starts from, in PPO; `None` for the policy.
         notes: what was assumed.
     """
 
     source: Source
     setup: Setup
-    reward_source: Source | None = None
+    reward_sources: tuple[Source, ...] = ()
+    value_source: Source | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -52,6 +65,8 @@ def plan_memory(
     *,
     model_args: Any = None,
     reward_model: Any = None,
+    value_model: Any = None,
+    evaluates: bool | None = None,
     prompt_tokens: int | None = None,
     completion_tokens: int | None = None,
     device: str | None = None,
@@ -67,7 +82,10 @@ def plan_memory(
         args: config of the trainer, or any object with its options; `None` means the defaults.
         model_args: options of model and adapter, such as `load_in_4bit` and `lora_r`, as those of the commands.
         reward_model: the reward model of PPO: a config, a loaded model, a folder or a Hub id; `False` for functions
-            only; `None` for an adapter on the base of the policy, or a copy if the policy is trained whole.
+            only; `None` for an adapter on the base of the policy, or a copy if the policy is trained whole. A list of
+            these means several, with those that only evaluation uses.
+        value_model: the model that `critic="model"` starts from, in the same way; `None` for a copy of the policy.
+        evaluates: whether the run evaluates; `None` if `eval_strategy` says so.
         prompt_tokens: longest prompt in tokens; `None` if it is not known, with a note in the plan.
         completion_tokens: longest completion in tokens; `None` for the most that the options allow.
         device: `cuda` or `cpu`; `None` for that of this machine.
@@ -84,6 +102,8 @@ def plan_memory(
         args,
         model_args=model_args,
         reward_model=reward_model,
+        value_model=value_model,
+        evaluates=evaluates,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         device=device,
@@ -98,6 +118,8 @@ def plan_request(
     *,
     model_args: Any = None,
     reward_model: Any = None,
+    value_model: Any = None,
+    evaluates: bool | None = None,
     prompt_tokens: int | None = None,
     completion_tokens: int | None = None,
     device: str | None = None,
@@ -106,35 +128,27 @@ def plan_request(
     trust = bool(getattr(args, "trust_remote_code", False))
     revision = getattr(model_args, "revision", None)
     source = find_source(model_or_config, stage=stage, revision=revision, trust_remote_code=trust)
-    reward_source, reward = None, None
-    if reward_model is False:
-        reward = "none"
-    elif reward_model is not None:
-        reward_source = find_source(reward_model, stage=stage, option="reward_model", trust_remote_code=trust)
-        if reward_source.is_adapter and _is_same_model(reward_source.config, source.config):
-            reward_source = None
-        else:
-            reward = "model"
+    value_source = None
+    if value_model is not None:
+        value_source = find_source(value_model, stage=stage, option="value_model", trust_remote_code=trust)
     setup, notes = read_setup(
         stage,
         args,
         model_args,
-        reward=reward,
+        has_value_model=value_model is not None,
         starts_from_adapter=source.is_adapter,
         stored_quantization=source.quantization,
+        evaluates=evaluates,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         device=device,
     )
-    if reward_source is None and setup.reward == "model":
-        reward_source = source
-    return PlanRequest(source, setup, reward_source, tuple(notes))
-
-
-def _is_same_model(one: PretrainedConfig, other: PretrainedConfig) -> bool:
-    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
-    one, other = one.get_text_config(), other.get_text_config()
-    return all(getattr(one, name, None) == getattr(other, name, None) for name in names)
+    if stage != "ppo":
+        return PlanRequest(source, setup, notes=tuple(notes))
+    rewards = reward_model if isinstance(reward_model, list | tuple) else [reward_model]
+    own, n_shared = reward_sources(rewards, source, setup, trust_remote_code=trust)
+    setup = replace(setup, reward="shared" if n_shared else "model" if own else "none", reward_adapters=n_shared)
+    return PlanRequest(source, setup, own, value_source, tuple(notes))
 
 
 def plan_of(request: PlanRequest) -> MemoryPlan:
@@ -142,32 +156,49 @@ def plan_of(request: PlanRequest) -> MemoryPlan:
     setup, source = request.setup, request.source
     traced = _traced(request)
     optimizer = optimizer_bytes(setup.optimizer, traced.trained, setup.device)
-    notes = list(request.notes)
-    if not optimizer.is_known:
-        notes.append(f"optim={setup.optimizer} is not known to the planner: taken as AdamW")
-    if setup.device == "cuda":
-        notes.append("the reserve for CUDA and its allocator is an assumption, which was not measured")
-
     phases = []
     for name in sorted(traced.phases, key=_ORDER.index):
         parts = highest(traced.phases[name])
-        state = 0 if optimizer.is_paged and name != "optimizer step" else optimizer.state
+        state = 0 if optimizer.is_paged or setup.offloads_optimizer else optimizer.state
         phases.append(_phase(name, {**parts, "optimizer": state}))
     step = {**traced.resident, "optimizer": optimizer.state, "temporary": optimizer.step}
     step["gradients"] = sum(n * size for n, size in traced.trained)
     phases.append(_phase("optimizer step", step))
-    reserve = 0
-    if setup.device == "cuda":
-        reserve = _CONTEXT + round(_FRAGMENTED * max(phase.n_bytes for phase in phases))
     return MemoryPlan(
         model=source.name,
         stage=setup.stage,
         device=setup.device,
         options=setup.to_dict(),
         phases=tuple(phases),
-        reserve=reserve,
-        notes=tuple(notes),
+        reserve=reserve_bytes(setup.device, max(phase.n_bytes for phase in phases)),
+        notes=(*request.notes, *_notes(request, knows_optimizer=optimizer.is_known)),
     )
+
+
+def _notes(request: PlanRequest, *, knows_optimizer: bool) -> Iterator[str]:
+    """What is assumed in a plan, or may not be expected in it."""
+    setup, config = request.setup, request.source.config
+    if not knows_optimizer:
+        yield f"optim={setup.optimizer} is not known to the planner: taken as AdamW"
+    if setup.device == "cuda":
+        yield "the reserve for CUDA and its allocator is an assumption, which was not measured"
+    if setup.quantization != "none" and _keeps_experts_whole(config, setup):
+        dtype = str(setup.dtype).removeprefix("torch.")
+        yield f"the experts of {config.model_type} are not quantized: bitsandbytes leaves them in {dtype}"
+
+
+def _keeps_experts_whole(config: PretrainedConfig, setup: Setup) -> bool:
+    """Whether the model has experts that bitsandbytes does not quantize."""
+    text = config.get_text_config()
+    depth = _depths(text, text.num_hidden_layers)[0]
+    task = "reward" if setup.stage == "reward" else "causal_lm"
+    with _quiet():
+        return has_fused_experts(build_base(shallow_config(config, depth), setup, task=task))
+
+
+def reserve_bytes(device: str, n_bytes: float) -> int:
+    """Bytes that a device needs beyond tensors of `n_bytes` bytes."""
+    return _CONTEXT + round(_FRAGMENTED * n_bytes) if device == "cuda" else 0
 
 
 def _phase(name: str, parts: dict[str, int]) -> Phase:
@@ -178,28 +209,18 @@ def _phase(name: str, parts: dict[str, int]) -> Phase:
 def _traced(request: PlanRequest) -> DepthTrace:
     """What the run needs at the depth of its models."""
     setup = request.setup
-    trace = trace_ppo if setup.stage == "ppo" else trace_training
-    found = _at_full_depth(trace, request.source.config, setup)
-    if setup.stage != "ppo" or setup.reward != "model":
-        return found
-    reward = _at_full_depth(trace_reward_model, request.reward_source.config, _setup_of_reward_model(request))
-    return _with_reward_model(found, reward)
-
-
-def _setup_of_reward_model(request: PlanRequest) -> Setup:
-    """The options with the quantization of the reward model, which is loaded as it was trained."""
-    quantization = request.reward_source.quantization or request.setup.quantization
-    return replace(request.setup, quantization=quantization)
-
-
-def _with_reward_model(found: DepthTrace, reward: DepthTrace) -> DepthTrace:
-    """The weights of a reward model stay in memory in all phases; its passes are a phase of their own."""
-    weights = reward.resident
-    phases = {}
-    for phase, peaks in found.phases.items():
-        phases[phase] = {segment: parts | weights for segment, parts in peaks.items()}
-    phases[REWARD] = {segment: found.resident | parts for segment, parts in reward.phases[REWARD].items()}
-    return DepthTrace(phases, found.resident | weights, found.trained)
+    if setup.stage != "ppo":
+        return _at_full_depth(trace_training, request.source.config, setup)
+    found = _at_full_depth(trace_ppo, request.source.config, setup)
+    if setup.critic == "model":
+        source = request.value_source or request.source
+        own = setup_of_critic(setup, request.value_source)
+        found = with_critic(found, _at_full_depth(trace_critic, source.config, own), setup)
+    rewards = [
+        _at_full_depth(trace_reward_model, source.config, setup_of_reward_model(setup, source))
+        for source in request.reward_sources
+    ]
+    return with_reward_models(found, rewards, setup)
 
 
 def _at_full_depth(trace: Callable[..., DepthTrace], config: PretrainedConfig, setup: Setup) -> DepthTrace:
@@ -211,21 +232,29 @@ def _at_full_depth(trace: Callable[..., DepthTrace], config: PretrainedConfig, s
             f"model: the config of {config.model_type} names no number of layers, so that it cannot be planned: use "
             "another model, such as Llama, Qwen, Gemma or Mistral."
         )
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
     try:
-        depths = _depths(text, depth)
-        if len(depths) == 1:
-            return trace(config, setup, depth)
-        fewer = trace(config, setup, depths[0], only_gradients=True)
-        return at_depth(fewer, trace(config, setup, depths[1]), depths, depth)
+        with _quiet():
+            depths = _depths(text, depth)
+            if len(depths) == 1:
+                return trace(config, setup, depth)
+            fewer = trace(config, setup, depths[0], only_gradients=True)
+            return at_depth(fewer, trace(config, setup, depths[1]), depths, depth)
     except UserError:
         raise
     except _FAILURES as error:
         raise UserError(
-            f"model: {config.model_type} cannot be planned, as its passes need data ({first_line(error)}): train it "
-            "with a small batch, and watch the memory."
+            f"model: {config.model_type} cannot be planned ({first_line(error)}): train it with a small batch, and "
+            "watch the memory."
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the context, Transformers warns of nothing: the run itself will, once."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
 

@@ -4,8 +4,8 @@ The trainer itself is in a sub-package that this one must not import. What runs 
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,22 +26,31 @@ from ..adapters import bare_model, merged_adapter, mixed_precision
 from ..heads import ScalarHead
 from ..logprobs import (
     FEW_LOGITS_BYTES,
-    captured_hidden_states,
+    chunked_kl,
     chunked_logprobs,
-    completion_hidden_states,
     contiguous_head_inputs,
     hidden_width,
     scatter_to_mask,
 )
-from ..packing import Layout
-from ..prefix import model_inputs
 from ..probing import evaluating
 from ..stack import AdapterStack
 from .fake_model import build_base, fake_mode, make_fake, new_head, shallow_config, with_adapter
-from .live_bytes import state_tensors
+from .ppo_passes import (
+    NOT_COUNTED,
+    POLICY_UPDATE,
+    REWARD,
+    ROLLOUT,
+    SCORING,
+    TEXTS,
+    VALUE_UPDATE,
+    adds_gradients,
+    hidden_states,
+    score_rows,
+)
 from .setup import Setup
 from .trace import (
     LOGITS,
+    TEMPORARY,
     DepthTrace,
     Trace,
     fill_gradients,
@@ -51,19 +60,13 @@ from .trace import (
     track_weights,
     trained_sizes,
 )
-from .training import layout_of, packed_batch, padded_rows, set_layout
+from .training import EVALUATION, layout_of, padded_rows, set_layout
 
-ROLLOUT = "rollout"
-REWARD = "reward"
-SCORING = "scoring"
-POLICY_UPDATE = "policy update"
-VALUE_UPDATE = "value update"
+_COPY = "merged copy"
+_CACHE = "KV cache"
 
-_NOT_COUNTED = "not counted"
-"""Segment of what only prepares the next one."""
-
-_SCORER_BATCH = 32
-"""Sequences of a pass of `RewardScorer`, at most."""
+_COMPARED = ("policy", "reference")
+"""Roles between which the exact KL is."""
 
 _FIELDS = 8
 """Tensors (B, T) in fp32 of a rollout."""
@@ -79,43 +82,6 @@ def trace_ppo(config: PretrainedConfig, setup: Setup, depth: int, *, only_gradie
         only_gradients: whether phases without gradients are left out.
     """
     return _PPO(config, setup, depth).trace(only_gradients=only_gradients)
-
-
-def trace_reward_model(
-    config: PretrainedConfig, setup: Setup, depth: int, *, only_gradients: bool = False
-) -> DepthTrace:
-    """Traces the passes of a reward model that is a model of its own. Arguments as of `trace_ppo`."""
-    mode = fake_mode()
-    model = build_base(shallow_config(config, depth), setup, task="reward")
-    set_layout(model, setup)
-    if setup.use_peft:
-        model = with_adapter(model, setup, task="reward")
-    make_fake(model, mode, setup)
-    model.requires_grad_(False)
-    with tracing(mode) as trace:
-        trace.track((tensor for _, tensor in state_tensors(model)), "reward model")
-        resident = resident_bytes(trace)
-        if only_gradients:
-            return DepthTrace.of(trace, resident, [])
-        trace.begin(f"{REWARD}: pass")
-        with torch.no_grad(), evaluating(model), mixed_precision(model, setup.autocast):
-            _score(model, bare_model(model).score, setup)
-    return DepthTrace.of(trace, resident, [])
-
-
-def _score(model: nn.Module, head: nn.Module, setup: Setup) -> Tensor:
-    """One pass of `RewardScorer` with a score head."""
-    rows = min(_SCORER_BATCH, setup.rollout)
-    layout = layout_of(model, setup)
-    if layout == Layout.PLAIN or rows % setup.per_prompt:
-        inputs: dict[str, Any] = padded_rows(rows, setup.length)
-    else:
-        inputs = model_inputs(model, packed_batch(rows, setup, layout, whole=True), layout)
-    if model.get_output_embeddings() is not None:
-        with captured_hidden_states(model) as captured:
-            model(**inputs, use_cache=False)
-        return head(captured[-1]).squeeze(-1)
-    return model(**inputs, use_cache=False).logits
 
 
 class _CountedCache(DynamicCache):
@@ -135,8 +101,8 @@ class _CountedCache(DynamicCache):
         """Counts what a layer holds as cache."""
         layer = self.layers[layer_idx]
         if layer.is_initialized:
-            self._trace.relabel(layer.keys, "KV cache")
-            self._trace.relabel(layer.values, "KV cache")
+            self._trace.relabel(layer.keys, _CACHE)
+            self._trace.relabel(layer.values, _CACHE)
 
 
 class _PPO:
@@ -169,19 +135,16 @@ class _PPO:
     def _attach_roles(self, config: PretrainedConfig) -> None:
         setup = self.setup
         if not setup.use_peft:
-            self._attach_separate("reference", "reference model", config)
+            self._attach_reference(config)
         elif setup.starts_from_adapter:
             self.stack.attach("reference", self._new_adapter())
         else:
             self.stack.attach("reference")
-        if setup.reward == "shared":
-            self.stack.attach("reward", self._new_adapter(), head=new_head(self.width))
+        for number in range(setup.reward_adapters):
+            role = "reward" if number == 0 else f"reward_{number}"
+            self.stack.attach(role, self._new_adapter(), head=new_head(self.width))
         if setup.critic == "adapter":
             self.stack.attach("value", self._new_adapter(), head=new_head(self.width), trainable=True)
-        elif setup.critic == "model":
-            model = self._attach_separate("value", "critic model", config)
-            model.requires_grad_(True)
-            self.stack.attach("value", model, head=new_head(self.width), trainable=True)
         elif setup.critic == "head":
             role = copy.copy(self.stack.roles["policy"])
             role.head = new_head(self.width)
@@ -193,14 +156,12 @@ class _PPO:
         config.inference_mode = False
         return config
 
-    def _attach_separate(self, role: str, use: str, config: PretrainedConfig) -> nn.Module:
+    def _attach_reference(self, config: PretrainedConfig) -> None:
+        """The frozen copy of a policy that is trained whole."""
         model = build_base(config, self.setup, task="causal_lm")
         set_layout(model, self.setup)
-        model.requires_grad_(False)
-        self.separate[use] = model
-        if role == "reference":
-            self.stack.attach(role, model)
-        return model
+        self.separate["reference model"] = model
+        self.stack.attach("reference", model)
 
     # ---- Phases ----
 
@@ -210,23 +171,34 @@ class _PPO:
             self._track(trace)
             resident = resident_bytes(trace)
             trained = trained_sizes(self.model)
-            trace.begin(_NOT_COUNTED)
+            trace.begin(NOT_COUNTED)
             if not only_gradients:
                 with torch.no_grad(), evaluating(self.model):
-                    self._sample(trace)
-                    self._score_reward(trace)
-                    self._score_roles(trace)
-                trace.begin(_NOT_COUNTED)
+                    self._sample(trace, ROLLOUT, self.setup)
+                    self._score_reward(trace, f"{REWARD}: pass", self.setup)
+                    self._score_roles(trace, f"{SCORING}: pass", self.setup)
+                    if self.setup.evaluates:
+                        self._evaluate(trace, self.setup.of_evaluation)
+                trace.begin(NOT_COUNTED)
             self._update(trace)
         return DepthTrace.of(trace, resident, trained)
 
-    def _score_reward(self, trace: Trace) -> None:
+    def _evaluate(self, trace: Trace, setup: Setup) -> None:
+        """A batch of an evaluation: its own rollout, and the exact KL of single completions."""
+        self._sample(trace, EVALUATION, setup)
+        self._score_reward(trace, f"{EVALUATION}: reward", setup)
+        self._score_roles(trace, f"{EVALUATION}: scoring", setup)
+        if setup.exact_kl:
+            self._exact_kl(trace, setup)
+        trace.begin(NOT_COUNTED)
+
+    def _score_reward(self, trace: Trace, segment: str, setup: Setup) -> None:
         """A pass of a reward model that is an adapter on the base."""
-        if self.setup.reward != "shared":
+        if not setup.reward_adapters:
             return
-        trace.begin(f"{REWARD}: pass")
-        with self.stack.activate("reward") as model, mixed_precision(self.model, self.setup.autocast):
-            _score(model, self.stack.roles["reward"].head, self.setup)
+        trace.begin(segment)
+        with self.stack.activate("reward") as model, mixed_precision(self.model, setup.autocast):
+            score_rows(model, self.stack.roles["reward"].head, setup)
 
     def _track(self, trace: Trace) -> None:
         for use, separate in self.separate.items():
@@ -236,32 +208,41 @@ class _PPO:
         self._rollout = torch.empty(self.setup.rollout * tokens, dtype=torch.uint8)
         trace.track([self._rollout], ROLLOUT)
 
-    def _sample(self, trace: Trace) -> None:
-        """The prefill of the prompts, and the step that samples the last token."""
-        setup = self.setup
+    def _sample(self, trace: Trace, phase: str, setup: Setup) -> None:
+        """The merge of the adapter, the prefill of the prompts, and the step that samples the last token."""
         batch = setup.generation_batch
-        trace.begin(f"{ROLLOUT}: prefill")
-        with (
-            trace.using("merged copy") if setup.merges else trace.using("temporary"),
-            merged_adapter(self.model, enabled=setup.merges),
-        ):
-            trace.begin(f"{ROLLOUT}: prefill")
-            with _own_use(trace), mixed_precision(self.model, setup.autocast), contiguous_head_inputs(self.model):
-                cache = self._prefill(trace, batch // setup.per_prompt, setup.prompt_tokens)
-                if setup.per_prompt > 1:
-                    for index, layer in enumerate(cache.layers):
-                        layer.batch_select_indices(torch.zeros(batch, dtype=torch.int64))
-                        cache.relabel(index)
-                trace.begin(_NOT_COUNTED)
-                cache = self._lengthened(trace, cache, setup.length - 2)
-                trace.begin(f"{ROLLOUT}: last token")
-                self._sample_token(batch, cache)
-            trace.begin(_NOT_COUNTED)
+        with ExitStack() as while_sampling:
+            trace.begin(f"{phase}: merge")
+            with trace.using(_COPY):
+                while_sampling.enter_context(merged_adapter(self.model, enabled=setup.merges))
+            _only_kept(trace, f"{phase}: merge", _COPY)
+            while_sampling.enter_context(mixed_precision(self.model, setup.autocast))
+            while_sampling.enter_context(contiguous_head_inputs(self.model))
+            trace.begin(f"{phase}: prefill")
+            cache = self._prefill(trace, batch // setup.per_prompt, setup.prompt_tokens)
+            if setup.per_prompt > 1:
+                trace.begin(f"{phase}: shared prompts")
+                with trace.using(_CACHE):
+                    self._repeat(cache, batch)
+                _only_kept(trace, f"{phase}: shared prompts", _CACHE)
+            trace.begin(NOT_COUNTED)
+            cache = self._lengthened(trace, cache, setup.length - 2)
+            trace.begin(f"{phase}: last token")
+            self._sample_token(batch, cache)
+            trace.begin(NOT_COUNTED)
 
     def _prefill(self, trace: Trace, rows: int, length: int) -> _CountedCache:
         cache = _CountedCache(trace, self.model)
         self.model(**padded_rows(rows, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
+
+    @staticmethod
+    def _repeat(cache: _CountedCache, rows: int) -> None:
+        """Repeats the keys and values of the prompts for their completions."""
+        for index, layer in enumerate(cache.layers):
+            if layer.is_initialized:
+                layer.batch_select_indices(torch.zeros(rows, dtype=torch.int64))
+                cache.relabel(index)
 
     def _lengthened(self, trace: Trace, cache: DynamicCache, length: int) -> DynamicCache:
         """A cache of more tokens for the same rows."""
@@ -304,55 +285,78 @@ class _PPO:
             processors.append(TopPLogitsWarper(setup.top_p))
         return processors
 
-    def _score_roles(self, trace: Trace) -> None:
+    def _score_roles(self, trace: Trace, segment: str, setup: Setup) -> None:
         """One chunk of `Roles.score`."""
-        setup = self.setup
-        roles = ["policy", "value"] if setup.critic != "none" else ["policy"]
+        roles = ["policy"]
+        if "value" in self.stack.roles:
+            roles.append("value")
         if setup.needs_reference:
             roles.append("reference")
         found = {(self.stack.roles[role].adapter, id(self.stack.roles[role].model)): role for role in roles}
         copies = 1
         if setup.joint_scoring and self.stack.can_score_jointly:
             copies = len(found)
-        rows = setup.rows(max(1, setup.train_batch // copies))
-        trace.begin(f"{SCORING}: pass")
+        rows = min(setup.rollout, setup.rows(max(1, setup.train_batch // copies), copies))
+        trace.begin(segment)
         with mixed_precision(self.model, setup.autocast):
             hidden = []
             # With joint scoring, one pass has a copy of the rows for each adapter.
             for role in list(found.values())[: 1 if copies > 1 else None]:
                 with self.stack.activate(role) as model:
-                    hidden.append(self._hidden_states(model, rows * copies))
+                    hidden.append(hidden_states(model, setup, rows * copies))
             with trace.using(LOGITS):
                 states = hidden[0][: len(hidden[0]) // copies]
-                self._logprobs(states, torch.zeros(len(states), dtype=torch.int64))
+                self._logprobs(states, torch.zeros(len(states), dtype=torch.int64), setup)
+
+    def _exact_kl(self, trace: Trace, setup: Setup) -> None:
+        """The KL of one completion over the whole vocabulary, as `Roles.exact_kl` computes it."""
+        trace.begin(f"{EVALUATION}: exact KL")
+        copies = 2 if setup.joint_scoring and self.stack.can_score_jointly else 1
+        with mixed_precision(self.model, setup.autocast):
+            hidden = []
+            for role in _COMPARED[: 1 if copies == 2 else None]:
+                with self.stack.activate(role) as model:
+                    hidden += hidden_states(model, setup, copies).chunk(copies)
+            heads = [(self.stack.roles[role].model or self.model).get_output_embeddings() for role in _COMPARED]
+            with trace.using(LOGITS):
+                chunked_kl(*hidden, *heads, temperature=setup.temperature, chunk_size=setup.logprobs_chunk)
 
     def _update(self, trace: Trace) -> None:
         setup = self.setup
         self.model.train()
         if setup.checkpointing:
-            for model in (bare_model(self.model), *self.separate.values()):
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            bare_model(self.model).activation_checkpointing_enable({"use_reentrant": False})
             if setup.use_peft:
                 self.model.enable_input_require_grads()
-        rows = setup.rows(setup.train_batch)
-        roles = ("policy", "value") if setup.critic in ("adapter", "model") else ("policy",)
-        if setup.accumulates or rows < setup.train_batch:
+        if adds_gradients(setup):
             fill_gradients(trace, self.model)
-        for role in roles:
+        for role in ("policy", "value") if setup.critic == "adapter" else ("policy",):
             phase = POLICY_UPDATE if role == "policy" else VALUE_UPDATE
-            with self.stack.activate(role) as model, segments_of_backward(trace, model, f"{phase}: backward"):
-                trace.begin(f"{phase}: forward")
-                loss = self._loss(role, model, rows)
-                trace.begin(f"{phase}: backward, loss")
-                loss.backward()
-            del loss
+            self._pass(trace, role, phase, lambda model, role=role: self._loss(role, model, setup))
+        if setup.ptx_batch:
+            # Gradients of all roles are there, as the texts come after the last micro-batch of a step.
+            self._pass(trace, "policy", TEXTS, lambda model: self._loss_of_texts(model, setup.of_texts))
 
-    def _loss(self, role: str, model: nn.Module, rows: int) -> Tensor:
+    def _pass(self, trace: Trace, role: str, phase: str, loss_of: Callable[[nn.Module], Tensor]) -> None:
+        """Forward and backward pass of a role."""
+        with self.stack.activate(role) as model, segments_of_backward(trace, model, f"{phase}: backward"):
+            trace.begin(f"{phase}: forward")
+            loss = loss_of(model)
+            trace.begin(f"{phase}: backward, loss")
+            loss.backward()
+
+    def _loss_of_texts(self, model: nn.Module, setup: Setup) -> Tensor:
+        with mixed_precision(self.model, setup.autocast):
+            hidden = hidden_states(model, setup, setup.rows(setup.train_batch))
+            logprobs, _ = self._logprobs(hidden, torch.zeros(len(hidden), dtype=torch.int64), setup)
+            return -logprobs.sum()
+
+    def _loss(self, role: str, model: nn.Module, setup: Setup) -> Tensor:
         """The loss of a role, without what is as small as its (B, T) results."""
-        setup = self.setup
+        rows = setup.rows(setup.train_batch)
         mask = torch.ones(rows, setup.completion_tokens, dtype=torch.bool)
         with mixed_precision(self.model, setup.autocast):
-            hidden = self._hidden_states(model, rows)
+            hidden = hidden_states(model, setup, rows)
             loss = torch.zeros(())
             if role == "value" or setup.critic == "head":
                 head: ScalarHead = self.stack.roles["value"].head
@@ -360,30 +364,14 @@ class _PPO:
             if role == "value":
                 return loss
             targets = torch.zeros(len(hidden), dtype=torch.int64)
-            logprobs, entropies = self._logprobs(hidden, targets)
+            logprobs, entropies = self._logprobs(hidden, targets, setup)
             loss = loss + scatter_to_mask(logprobs, mask).exp().sum()
             if setup.entropy_bonus:
                 loss = loss + scatter_to_mask(entropies, mask).sum()
         return loss
 
-    def _hidden_states(self, model: nn.Module, rows: int) -> Tensor:
-        """`completion_hidden_states` of full completions."""
-        setup = self.setup
-        layout = layout_of(model, setup)
-        if layout == Layout.PLAIN:
-            ids = torch.zeros(rows, setup.length, dtype=torch.int64)
-            mask = torch.ones(rows, setup.completion_tokens, dtype=torch.bool)
-            lengths = torch.full((rows,), setup.prompt_tokens)
-            return completion_hidden_states(model, model, ids, lengths, mask)
-        groups = packed_batch(rows, setup, layout)
-        inputs = model_inputs(model, groups.batch, layout)
-        with captured_hidden_states(model) as captured:
-            model(**inputs, use_cache=False)
-        return captured[0].flatten(0, 1)[groups.predicting]
-
-    def _logprobs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, hidden: Tensor, targets: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
         """`chunked_logprobs`, which does not recognize a frozen head if it has no data."""
-        setup = self.setup
         layer = self.model.get_output_embeddings()
         is_frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
         if is_frozen and setup.logprobs_chunk is None and len(targets) * layer.out_features * 4 > FEW_LOGITS_BYTES:
@@ -406,11 +394,15 @@ class _PPO:
         )
 
 
-@contextmanager
-def _own_use(trace: Trace) -> Iterator[None]:
-    """Inside the context, new tensors are activations again."""
-    with trace.using("activations"):
-        yield
+def _only_kept(trace: Trace, segment: str, use: str) -> None:
+    """Counts what a use had at the peak of a segment, beyond what is left of it now, as temporary.
+
+    What is left grows with the number of layers, what was temporary does not.
+    """
+    peak = trace.peaks[segment]
+    kept = min(peak.get(use, 0), trace.by_use.get(use, 0))
+    peak[TEMPORARY] = peak.get(TEMPORARY, 0) + peak.get(use, 0) - kept
+    peak[use] = kept
 
 
 @contextmanager

@@ -46,10 +46,14 @@ class Setup:
         completion_tokens: longest completion.
         per_prompt: completions of each prompt.
         layout: `plain` or `shared_prefix`.
+        lora_dropout: probability of dropout in the adapter.
+        learns_prompts: whether the tokens of prompts are in the loss of SFT.
         critic: kind of critic in PPO: `adapter`, `head`, `model` or `none`.
         reward: reward model in PPO: `shared` adapter on the same base, a `model` of its own, or `none`.
+        reward_adapters: number of reward adapters on the base of the policy.
         rollout: completions of a rollout.
-        generation_batch: completions that are sampled together.
+        generation_batch: completions of a rollout that are sampled together.
+        generation_limit: most completions that are sampled together; `None` for no limit.
         merges: whether the adapter is merged into the base for sampling.
         needs_reference: whether PPO scores with a reference.
         joint_scoring: whether adapters are scored in one pass.
@@ -59,6 +63,10 @@ class Setup:
         top_k: number of most probable tokens to sample from; 0 for all.
         top_p: share of the probability to sample from.
         min_new_tokens: tokens before which no completion ends; 0 for none.
+        exact_kl: whether evaluations compute the KL over the whole vocabulary too.
+        ptx_batch: texts of a pass of PPO-ptx; 0 without.
+        offloads_optimizer: whether the states of the optimizer are on the GPU only while it takes a step.
+        offloads_rewards: whether reward models of their own are on the GPU only while they score.
     """
 
     stage: str
@@ -85,10 +93,14 @@ class Setup:
     completion_tokens: int
     per_prompt: int
     layout: str
+    lora_dropout: float = 0.0
+    learns_prompts: bool = False
     critic: str = "none"
     reward: str = "none"
+    reward_adapters: int = 0
     rollout: int = 0
     generation_batch: int = 0
+    generation_limit: int | None = None
     merges: bool = False
     needs_reference: bool = False
     joint_scoring: bool = False
@@ -98,6 +110,10 @@ class Setup:
     top_k: int = 0
     top_p: float = 1.0
     min_new_tokens: int = 0
+    exact_kl: bool = False
+    ptx_batch: int = 0
+    offloads_optimizer: bool = False
+    offloads_rewards: bool = False
 
     def with_length(self, total: int) -> "Setup":
         """The same with sequences of `total` tokens, in the same shares of prompt and completion."""
@@ -110,8 +126,35 @@ class Setup:
         """Tokens of the longest sequence."""
         return self.prompt_tokens + self.completion_tokens
 
-    def rows(self, batch: int) -> int:
-        """Rows of a forward pass over a batch, within the token budget."""
+    @property
+    def of_evaluation(self) -> "Setup":
+        """The same for an evaluation of PPO, which samples one completion for each prompt of a batch."""
+        sampled = self.generation_limit or self.eval_batch
+        return replace(
+            self,
+            per_prompt=1,
+            layout="plain",
+            rollout=self.eval_batch,
+            generation_batch=min(self.eval_batch, sampled),
+            needs_reference=True,
+        )
+
+    @property
+    def of_texts(self) -> "Setup":
+        """The same for the texts of PPO-ptx, of which all tokens but the first are learned."""
+        return replace(
+            self,
+            prompt_tokens=1,
+            completion_tokens=max(1, self.length - 1),
+            per_prompt=1,
+            layout="plain",
+            train_batch=self.ptx_batch,
+            temperature=1.0,
+            entropy_bonus=False,
+        )
+
+    def rows(self, batch: int, copies: int = 1) -> int:
+        """Rows of a forward pass over a batch, within the token budget. Each row may be there in several copies."""
         if not self.max_tokens_per_batch:
             return batch
         group = self.per_prompt
@@ -120,7 +163,7 @@ class Setup:
             tokens = self.prompt_tokens + group * self.completion_tokens
         # In reward training, a row is a comparison with all of its completions.
         size = 1 if self.stage == "reward" else group
-        return min(batch, size * max(1, self.max_tokens_per_batch // tokens))
+        return min(batch, size * max(1, self.max_tokens_per_batch // copies // tokens))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -138,25 +181,27 @@ def read_setup(
     args: Any,
     model_args: Any,
     *,
-    reward: str | None,
     starts_from_adapter: bool,
     stored_quantization: str | None,
     prompt_tokens: int | None,
     completion_tokens: int | None,
     device: str | None,
+    has_value_model: bool = False,
+    evaluates: bool | None = None,
 ) -> tuple[Setup, list[str]]:
-    """Resolves the options of a run.
+    """Resolves the options of a run, without the rewards of PPO.
 
     Args:
         stage: `sft`, `reward` or `ppo`.
         args: the trainer's config, or any object with such attributes; missing ones have the defaults of the configs.
         model_args: options of model and adapter, in the same way.
-        reward: kind of the reward model of PPO; `None` for one of the same base.
         starts_from_adapter: whether the model is an adapter.
         stored_quantization: quantization of the checkpoint itself; `None` if it is not quantized.
         prompt_tokens: longest prompt; `None` if it is not known.
         completion_tokens: longest completion; `None` if it is not known.
         device: `cuda` or `cpu`; `None` for that of this machine.
+        has_value_model: whether the critic of PPO is given as a model.
+        evaluates: whether the run evaluates; `None` if `eval_strategy` says so.
 
     Returns:
         The options, and what was assumed, one line each.
@@ -207,31 +252,47 @@ def read_setup(
         eval_batch=option("per_device_eval_batch_size", 8),
         accumulates=option("gradient_accumulation_steps", 1) > 1,
         max_tokens_per_batch=getattr(args, "max_tokens_per_batch", None),
-        evaluates=str(getattr(option("eval_strategy", "no"), "value", option("eval_strategy", "no"))) != "no",
+        evaluates=_evaluates(option) if evaluates is None else evaluates,
         prompt_tokens=prompt,
         completion_tokens=completion,
         per_prompt=per_prompt,
         layout=_layout(stage, option, per_prompt),
+        lora_dropout=of_model("lora_dropout", 0.0),
+        learns_prompts=option("completion_only_loss", True) is False,
     )
     if stage == "ppo":
-        setup = _with_ppo_options(setup, args, option, reward)
+        critic = option("critic", _default_critic(setup, has_value_model=has_value_model))
+        setup = _with_ppo_options(replace(setup, critic=critic), args, option)
+        if setup.ptx_batch:
+            notes.append(f"length of the texts of PPO-ptx not known: {setup.length} tokens assumed")
     return setup, notes
 
 
-def _with_ppo_options(setup: Setup, args: Any, option: Any, reward: str | None) -> Setup:
-    critic = option("critic", "adapter" if setup.use_peft else "head")
-    if reward is None:
-        reward = "shared" if setup.use_peft else "model"
+def _evaluates(option: Any) -> bool:
+    strategy = option("eval_strategy", "no")
+    return str(getattr(strategy, "value", strategy)) != "no"
+
+
+def _default_critic(setup: Setup, *, has_value_model: bool) -> str:
+    if has_value_model:
+        return "model"
+    return "adapter" if setup.use_peft else "head"
+
+
+def _with_ppo_options(setup: Setup, args: Any, option: Any) -> Setup:
+    is_on_gpu = setup.device != "cpu"  # in a run on the CPU, nothing is moved
     accumulation = option("gradient_accumulation_steps", 1)
-    rollout = setup.train_batch * accumulation * option("num_mini_batches", 1)
-    generation_batch = getattr(args, "generation_batch_size", None) or rollout
+    minibatch = setup.train_batch * accumulation
+    rollout = minibatch * option("num_mini_batches", 1)
+    limit = getattr(args, "generation_batch_size", None)
+    generation_batch = limit or rollout
     generation_batch = max(generation_batch - generation_batch % setup.per_prompt, setup.per_prompt)
+    texts = option("ptx_batch_size", minibatch) if option("ptx_coef", 0.0) else 0
     return replace(
         setup,
-        critic=critic,
-        reward=reward,
         rollout=rollout,
         generation_batch=min(rollout, generation_batch),
+        generation_limit=limit,
         merges=bool(option("merge_for_generation", True)) and setup.use_peft and setup.quantization == "none",
         needs_reference=option("kl_coef", 0.05) > 0 or getattr(args, "max_kl", 100.0) is not None,
         joint_scoring=bool(option("joint_scoring", setup.device == "cuda")) and setup.use_peft,
@@ -241,6 +302,10 @@ def _with_ppo_options(setup: Setup, args: Any, option: Any, reward: str | None) 
         top_k=option("top_k", 0),
         top_p=option("top_p", 1.0),
         min_new_tokens=_generation_kwargs(option).get("min_new_tokens") or 0,
+        exact_kl=option("exact_kl_rows", 4) > 0,
+        ptx_batch=min(texts, setup.train_batch),
+        offloads_optimizer=bool(option("offload_optimizer", False)) and is_on_gpu,
+        offloads_rewards=bool(option("offload_reward_model", False)) and is_on_gpu,
     )
 
 

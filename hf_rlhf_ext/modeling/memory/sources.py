@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ..adapters import bare_model
 from ..families import check_config
 from ..locations import resolve_location
@@ -28,12 +29,14 @@ class Source:
         name: what the plan calls it.
         is_adapter: whether it is an adapter.
         quantization: `none`, `4bit` or `8bit` if the model or its checkpoint is quantized; `None` if it is not.
+        dtype: dtype of its weights; `None` if the options of the run decide on it.
     """
 
     config: PretrainedConfig
     name: str
     is_adapter: bool = False
     quantization: str | None = None
+    dtype: torch.dtype | None = None
 
 
 def find_source(
@@ -68,18 +71,42 @@ def find_source(
 
 
 def _by_name(name: str, stage: str, option: str, revision: str | None, trust_remote_code: bool) -> Source:
+    if name.endswith(".gguf"):
+        return Source(_gguf_config(name, option), Path(name).name)
     base, base_revision = base_and_revision(name, revision)
     is_adapter = base is not None
     if is_adapter and not base:
         raise UserError(f"{option}: {name} is an adapter that names no base model: pass the base model.")
-    path, location = resolve_location(base or name, base_revision if is_adapter else revision)
+    try:
+        path, location = resolve_location(base or name, base_revision if is_adapter else revision)
+    except UserError as error:
+        if not is_adapter:
+            raise
+        raise UserError(
+            f"{option}: {name} is an adapter whose base {base} is not there: put the base there, or correct "
+            f"base_model_name_or_path in {name}/adapter_config.json."
+        ) from error
     task = "reward" if stage == "reward" or option == "reward_model" else "causal_lm"
-    with found_or_refused(option, name):
-        check_config(path, name=name, task=task, trust_remote_code=trust_remote_code, **location)
+    with found_or_refused(option, base or name):
+        check_config(path, name=base or name, task=task, trust_remote_code=trust_remote_code, **location)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **location)
         record = stored_quantization(path, **location)
     shown = Path(name).name if os.path.isdir(os.path.expanduser(name)) else name
     return Source(config, shown, is_adapter, None if record is None else _kind(record, option))
+
+
+def _gguf_config(name: str, option: str) -> PretrainedConfig:
+    """The config in a GGUF file. A run unpacks the whole file, which takes time and four times its size of the disk."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{option}: no GGUF file at {name}: check the path.")
+    try:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever the reader stumbles over in a damaged file
+        raise UserError(
+            f"{option}: {name} cannot be read as GGUF ({first_line(error)}): download it again, or give a folder or a "
+            "Hub id."
+        ) from error
 
 
 def _of_config(config: PretrainedConfig) -> str | None:

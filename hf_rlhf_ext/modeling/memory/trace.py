@@ -25,6 +25,8 @@ _OF_ADAPTERS = ("lora_", "modules_to_save", "_head.", "score.", "trainable_token
 _FIRST, _LAST, _MIDDLE = "first layer", "last layer", "layers between"
 """Ends of the names of segments: which layer a backward pass is in."""
 
+_ROUND_TO_INT8 = "bitsandbytes::int8_vectorwise_quant"
+
 _OF_EACH_LAYER = ("KV cache", "merged copy")
 """What each layer leaves behind in a pass without gradients."""
 
@@ -60,12 +62,44 @@ class DepthTrace:
 class Trace(LiveBytes):
     """`LiveBytes` of a run without data. What the result of an operator would be, where code asks, is assumed."""
 
+    def __init__(self):
+        super().__init__()
+        self._n_selected: int | None = None
+
+    @contextmanager
+    def selecting(self, n: int) -> Iterator[None]:
+        """Inside the context, a mask without data selects n entries."""
+        before = self._n_selected
+        self._n_selected = n
+        try:
+            yield
+        finally:
+            self._n_selected = before
+
     def _run(self, func: Any, args: tuple, kwargs: Any) -> Any:
+        if func is torch.ops.aten.index.Tensor and _is_mask(args[1][0]):
+            return args[0].new_empty(self._n_selected, *args[0].shape[args[1][0].dim() :])
+        if func is torch.ops.aten._index_put_impl_.default and _is_mask(args[1][0]):
+            return args[0]  # the gradient of such a selection
+        if func is torch.ops.aten.masked_scatter_backward.default:
+            return args[0].new_empty(args[2])
+        if func.name() == _ROUND_TO_INT8:
+            return _rounded(args[0])
         if func is torch.ops.aten.nonzero.default:
             return _all_true(args[0])
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0  # of masks: not everything is True, so that there is padding
         return super()._run(func, args, kwargs)
+
+
+def _rounded(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a layer in 8 bits, the scales of their rows, and the columns with outliers: without data, none."""
+    scales = inputs.new_empty(inputs.numel() // inputs.shape[-1], dtype=torch.float32)
+    return inputs.new_empty(inputs.shape, dtype=torch.int8), scales, inputs.new_empty(0, dtype=torch.int64)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return isinstance(index, FakeTensor) and index.dtype == torch.bool
 
 
 def _all_true(mask: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The passes of supervised fine-tuning and of reward training, as their trainers run them."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..probing import evaluating
 from ..segments import SEGMENTS
 from .fake_model import build_base, fake_mode, make_fake, shallow_config, with_adapter, without_fakes
 from .setup import Setup
+from .sft_loss import tiles_of
 from .trace import (
     LOGITS,
     DepthTrace,
@@ -75,7 +78,7 @@ class _Training:
             if self._evaluates and not only_gradients:
                 trace.begin(f"{EVALUATION}: pass")
                 with torch.no_grad(), evaluating(self.model), self._around_step():
-                    self._loss(trace, self.setup.rows(self.setup.eval_batch))
+                    self._evaluate(trace)
             trace.begin("between")
             self._trace_step(trace)
         return DepthTrace.of(trace, resident, trained)
@@ -84,11 +87,15 @@ class _Training:
     def _evaluates(self) -> bool:
         return self.setup.evaluates
 
+    def _evaluate(self, trace: Trace) -> None:
+        """A batch of evaluation. Nothing else is kept from batch to batch on the device: losses, or scores."""
+        self._loss(trace, self.setup.rows(self.setup.eval_batch))
+
     def _trace_step(self, trace: Trace) -> None:
         setup = self.setup
         self.model.train()
         if setup.checkpointing:
-            bare_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            bare_model(self.model).activation_checkpointing_enable({"use_reentrant": False})
         rows = setup.rows(setup.train_batch)
         if setup.accumulates or rows < setup.train_batch:
             fill_gradients(trace, self.model)
@@ -125,13 +132,23 @@ class _SFT(_Training):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
-    def _around_step(self) -> AbstractContextManager:
-        return adapters_in_autocast_dtype(self.model, enabled=self.setup.autocast is not None)
+    @contextmanager
+    def _around_step(self) -> Iterator[None]:
+        with (
+            adapters_in_autocast_dtype(self.model, enabled=self.setup.autocast is not None),
+            tiles_of(self.setup.device),
+        ):
+            yield
 
     def _loss(self, trace: Trace, rows: int) -> Tensor:
-        batch = padded_rows(rows, self.setup.length)
-        autocast = self.setup.autocast
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        setup = self.setup
+        batch = padded_rows(rows, setup.length)
+        autocast = setup.autocast
+        n_targets = rows * (setup.length - 1 if setup.learns_prompts else setup.completion_tokens)
+        with (
+            torch.autocast("cpu", dtype=autocast, enabled=autocast is not None),
+            trace.selecting(n_targets),
+        ):
             outputs = self.model(**batch, labels=batch["input_ids"], use_cache=False, fused_lm_head=True)
             return (-outputs.log_probs).sum()
 
@@ -148,6 +165,14 @@ class _Reward(_Training):
     def _evaluates(self) -> bool:
         return True  # the scores are normalized after training, in batches of evaluation
 
+    def _evaluate(self, trace: Trace) -> None:
+        if self.setup.evaluates:
+            super()._evaluate(trace)
+            return
+        # For the normalization, each completion is a row of its own.
+        setup = replace(self.setup, per_prompt=1, layout="plain")
+        self._scores(trace, padded_rows(setup.rows(setup.eval_batch), setup.length))
+
     def _around_step(self) -> AbstractContextManager:
         return mixed_precision(self.model, self.setup.autocast)
 
@@ -158,6 +183,10 @@ class _Reward(_Training):
             inputs: dict[str, Any] = padded_rows(n, setup.length)
         else:
             inputs = model_inputs(self.model, self._packed_rows(rows))
+        return self._scores(trace, inputs)
+
+    def _scores(self, trace: Trace, inputs: dict[str, Any]) -> Tensor:
+        """A pass, and the sum of the scores of the last tokens of rows."""
         outputs = []
         head = bare_model(self.model).score
         hook = head.register_forward_hook(lambda module, args, output: outputs.append(output))
