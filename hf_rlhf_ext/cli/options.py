@@ -74,6 +74,11 @@ class DataArguments:
             raise UserError("dataset_name is required: a Hub id, a file, or a folder (--dataset_name data.jsonl).")
         check_at_least(self, train_rows=1, eval_rows=0)
 
+    @property
+    def holds_rows_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.eval_rows or self.dataset_test_split)
+
     def reading(self) -> dict[str, Any]:
         """Arguments of the readers, without name and split."""
         return {
@@ -294,6 +299,7 @@ class ModelArguments(ModelConfig):
             "quantization_config": quantization_config(self),
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": args.trust_remote_code,
+            "trains_weights": not self.use_peft,
         }
 
     @property

@@ -386,8 +386,12 @@ def merged_adapter(model: nn.Module, *, enabled: bool):
 
 def _restore(layers: list[BaseTunerLayer], originals: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
     for layer in layers:
-        if layer.merged:
+        if not layer.merged:
+            continue
+        try:
             layer.unmerge()
+        except RuntimeError:  # it computes the update again, for which there may be no memory after such an error
+            layer.merged_adapters.clear()
     with torch.no_grad():
         for parameter, original in originals:
             parameter.data.copy_(original)

@@ -45,6 +45,7 @@ from .quantization import (
     keep_nf4_gradients_right,
     quantization_differs,
     quantization_record,
+    refuse_trained_checkpoint,
     refuse_unloadable,
     require_bitsandbytes,
     stored_quantization,
@@ -167,6 +168,7 @@ def load_base_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | dict | None = None,
+    trains_weights: bool = False,
     may_lack: Literal["head"] | Collection[str] = "head",
     **unknown: Any,
 ) -> PreTrainedModel:
@@ -185,6 +187,8 @@ def load_base_model(
         attn_implementation: attention implementation, as in Transformers.
         trust_remote_code: whether to run Python code from the repository, as in Transformers.
         device_map: placement on devices, as in Transformers.
+        trains_weights: whether the weights themselves will be trained, so that a checkpoint with quantized ones is
+            refused before they are read.
         may_lack: weights of a reward model that the checkpoint may lack. `"head"` means the layers that are new where a
             reward model is trained from a base: the head, and the pooler of an encoder. To score with a reward model
             that was trained, pass `()`, or the names of the weights that an adapter brings.
@@ -212,6 +216,8 @@ def load_base_model(
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # said below in one line
         check_config(path, name=model_name_or_path, task=task, trust_remote_code=trust_remote_code, **location)
         stored = stored_quantization(path, **location)
+        if trains_weights:
+            refuse_trained_checkpoint(model_name_or_path, stored)
         refuse_unloadable(model_name_or_path, stored)
         if stored is not None:
             _say_other_quantization(model_name_or_path, stored, requested)

@@ -136,6 +136,26 @@ def refuse_unloadable(name: str, stored: dict[str, Any] | None) -> None:
         )
 
 
+def refuse_trained_checkpoint(name: str, stored: dict[str, Any] | None) -> None:
+    """Refuses a checkpoint whose quantized weights are to be trained themselves, before they are read.
+
+    Methods that may be trained are left to `refuse_trained_quantized`, which sees the model.
+
+    Args:
+        name: folder or Hub id of the checkpoint, for the message.
+        stored: its quantization, see `stored_quantization`; `None` for none.
+
+    Raises:
+        UserError: for 4-bit and 8-bit weights of bitsandbytes, GPTQ and AWQ.
+    """
+    kind = quantization_kind(stored)
+    if kind in ("4-bit", "8-bit", *CALIBRATED_METHODS):
+        raise UserError(
+            f"model_name_or_path: the weights of {name} are quantized ({kind}) and cannot be trained themselves: leave "
+            "out --use_peft false (in Python, pass peft_config) to train an adapter, or give the unquantized model."
+        )
+
+
 def with_trainable_kernels(stored: dict[str, Any]) -> QuantizationConfigMixin | None:
     """The configuration that loads GPTQ and AWQ weights with kernels through which gradients pass.
 

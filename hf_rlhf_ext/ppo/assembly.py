@@ -239,7 +239,7 @@ def load_trainable(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Loads a policy for training: in fp32 if the whole model is trained, else in the dtype that suits the machine."""
     if peft_config is None and adapter_base(str(name)) is None:
-        options["dtype"] = "float32"
+        options |= {"dtype": "float32", "trains_weights": True}
     return load_policy(name, is_trainable=True, **options)
 
 

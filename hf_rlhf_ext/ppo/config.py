@@ -510,9 +510,10 @@ class PPOConfig(BaseConfig):
     auto_batch: bool = field(
         default=False,
         metadata={
-            "help": "When memory runs out, halve `max_tokens_per_batch` (in sampling, `generation_batch_size`) and "
-            "repeat what did not fit. Optimizer steps are the same as with the smaller number set by hand; batch sizes "
-            "per step stay as they are. A line says each new number, and checkpoints keep it. Not for FSDP2."
+            "help": "Begin with the largest `max_tokens_per_batch` and `generation_batch_size` that fit by the plan of "
+            "the run, on a GPU. When memory runs out, halve them and repeat what did not fit. Optimizer steps are the "
+            "same as with the smaller number set by hand; batch sizes per step stay as they are. A line says each new "
+            "number, and checkpoints keep it. Not for FSDP2."
         },
     )
     joint_scoring: bool | None = field(

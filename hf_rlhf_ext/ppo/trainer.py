@@ -100,7 +100,7 @@ from .ptx import text_loss, texts_per_step
 from .ranks import Ranks
 from .reference_file import needed_reference, remove_references
 from .references import check_reference_answers, said_of_references
-from .reward_calls import check_given
+from .reward_calls import as_list, check_given
 from .reward_spread import RewardSpread, said_of_rewards
 from .rewards import RewardFunc, check_calls, check_columns
 from .rollout import MicroBatch, Rollout
@@ -198,7 +198,15 @@ class PPOTrainer(BaseTrainer):
         self.data_origins = origins_of(inputs.train_dataset, inputs.eval_dataset, ptx=ptx_dataset)
         self._max_positions = inputs.max_positions
         self._ptx = inputs.ptx_texts
-        log_memory(inputs.model, "ppo", args, peft_config=peft_config, reward_funcs=reward_funcs)
+        memory = log_memory(
+            inputs.model,
+            "ppo",
+            args,
+            peft_config=peft_config,
+            reward_funcs=as_list(reward_funcs) + as_list(eval_reward_funcs),
+            value_model=value_model,
+            prompt_tokens=int(inputs.prompts.lengths.max()),
+        )
 
         # 2. Policy, reference, reward models and critic.
         set_seed(args.seed)  # new adapters are initialized before `Trainer` sets the seed
@@ -241,7 +249,7 @@ class PPOTrainer(BaseTrainer):
         self.ranks = Ranks(self.accelerator)
         self.roles.sharding = sharding_of(self.accelerator, self.ranks, self.policy, self.stack.heads)
         self.meter = Meter(self.ranks)
-        self.roles.sizes = sizes_of_run(args, self.accelerator)
+        self.roles.sizes = sizes_of_run(args, self.accelerator, None if memory is None else memory.sizes)
         self._optimizer_step = OptimizerStep(self.roles.sizes, self.policy, self.ranks.device, self._counters)
 
         # 4. The objects that make and judge rollouts.

@@ -117,9 +117,10 @@ class BradleyTerryConfig(RewardConfig):
     auto_batch: bool = field(
         default=False,
         metadata={
-            "help": "When memory runs out, halve `max_tokens_per_batch` and repeat what did not fit. Optimizer steps "
-            "are the same as with the smaller number set by hand; batch sizes per step stay as they are. A line says "
-            "each new number, and checkpoints keep it. Not for FSDP2 and DeepSpeed."
+            "help": "Begin with the largest `max_tokens_per_batch` that fits by the plan of the run, on a GPU. When "
+            "memory runs out, halve it and repeat what did not fit. Optimizer steps are the same as with the smaller "
+            "number set by hand; batch sizes per step stay as they are. A line says each new number, and checkpoints "
+            "keep it. Not for FSDP2 and DeepSpeed."
         },
     )
     normalize_rewards: bool = field(

@@ -86,6 +86,7 @@ def prepare_model(
         args.model_init_kwargs = None  # used here; TRL would warn that it ignores them
         peft_config = with_revision(peft_config, options.get("revision"))
         if peft_config is None and not has_adapter:
+            options["trains_weights"] = True
             options.setdefault("dtype", "float32")  # weights that are trained themselves
     else:
         make_whole(model)  # ZeRO-3 partitions what Transformers loads, also before the trainer is made
@@ -349,6 +350,17 @@ def layout_by_cost(choice: LayoutChoice, model: nn.Module, args: BradleyTerryCon
         ratio,
     )
     return cheaper
+
+
+def longest_row(rows: Dataset) -> dict[str, int]:
+    """The lengths of the longest row, and the most completions of a prompt, by the names in the planner's `Setup`."""
+    counts = token_counts(rows)
+    longest = int((counts.prompt + counts.longest).argmax())
+    return {
+        "prompt_tokens": int(counts.prompt[longest]),
+        "completion_tokens": int(counts.longest[longest]),
+        "per_prompt": int(counts.n_completions.max()),
+    }
 
 
 def make_collator(

@@ -55,7 +55,7 @@ from ..training.bars import Advance, no_bars, progress_bar
 from ..training.best_model import check_evaluated_metric, check_metric_name
 from ..training.engines import check_active_engine
 from ..training.loop import all_steps_are_done, end_of_training, forget_unscaled_gradients, log_last_steps
-from ..training.memory_line import log_memory
+from ..training.memory_line import RunMemory, log_memory
 from ..training.optimizers import (
     check_lists_of_schedule,
     check_weights,
@@ -87,6 +87,7 @@ from .model_setup import (
     check_rows_of_tokens,
     layout_by_cost,
     length_limit,
+    longest_row,
     make_collator,
     name_of_layout,
     prepare_model,
@@ -185,7 +186,7 @@ class BradleyTerryTrainer(RewardTrainer):
         prepared = prepare_model(model, processing_class, peft_config, args, trainer_options)
         check_special_token_options(args, prepared.tokenizer.get_vocab())
         earlier_form = form_of_reward_model(prepared.model)
-        log_memory(prepared.model, "reward", args, peft_config=prepared.peft_config)
+        memory = log_memory(prepared.model, "reward", args, peft_config=prepared.peft_config)
 
         # The parent's constructor calls methods that need these.
         self.publisher = new_publisher()
@@ -223,7 +224,7 @@ class BradleyTerryTrainer(RewardTrainer):
             self.data_collator = make_collator(prepared.tokenizer, args, layout)
         check_active_engine(args, self.accelerator, "BradleyTerryTrainer", ENGINES)
         keep_own_precision(self.args, self.accelerator)
-        self._prepare_auto_batch(has_own_collator=data_collator is not None)
+        self._prepare_auto_batch(memory, has_own_collator=data_collator is not None)
         show_table(self, REWARD_MODEL_COLUMNS)
         repair_fp32(self.model, weights_before_cast)
         self._check_final_model()
@@ -238,9 +239,10 @@ class BradleyTerryTrainer(RewardTrainer):
             self.create_optimizer()
         self._check_metric_name()
 
-    def _prepare_auto_batch(self, *, has_own_collator: bool) -> None:
+    def _prepare_auto_batch(self, memory: RunMemory | None, *, has_own_collator: bool) -> None:
         """Makes what `auto_batch` needs; without it, passes have the sizes of the options."""
-        self.sizes = sizes_of_run(self.args, self.accelerator)
+        plan = None if memory is None else lambda: memory.sizes(layout=self.layout, **longest_row(self.train_dataset))
+        self.sizes = sizes_of_run(self.args, self.accelerator, plan)
         self._optimizer_step = OptimizerStep(self.sizes, self.model, self.accelerator.device, self._counters)
         self._batches: list[dict[str, Any]] = []  # of the current optimizer step, with auto_batch
         self._total_weight: Tensor | None = None

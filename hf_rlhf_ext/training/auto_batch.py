@@ -1,5 +1,7 @@
 """Automatic batch size: after an out-of-memory error, passes become smaller, and what did not fit is repeated.
 
+A run begins with the largest sizes that fit by its plan, see `planned_sizes`.
+
 The global batch stays as it is. Only the sizes in `SIZES` change, which bound what goes through a model at one time:
 
 - What a process computes alone, such as sampling or scoring, is repeated from its start (`until_it_fits`).
@@ -22,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .engines import Engine, active_engine
 from .leaving import RandomState
 from .out_of_memory import free_memory, is_out_of_memory
@@ -201,6 +203,7 @@ class AutoBatch(FixedSizes):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            logger.info("auto_batch: %s: %s", type(error).__name__, first_line(error))
         else:
             return
         shape = f"{rows} row{'s' * (rows != 1)} of up to {width} tokens"
@@ -297,7 +300,20 @@ def sizes_of_run(
     if not args.auto_batch:
         return FixedSizes()
     check_engine_of_auto_batch(args, active_engine(accelerator))
-    return AutoBatch(args, accelerator, initial_sizes(args, plan))
+    asked = initial_sizes(args)
+    sizes = AutoBatch(args, accelerator, initial_sizes(args, plan))
+    sizes.agree()  # cards may differ
+    for name, size in sizes.sizes.items():
+        if size != asked[name] and accelerator.is_main_process:
+            was = "no limit" if asked[name] is None else asked[name]
+            logger.warning(
+                "auto_batch: %s begins with %d %s (was: %s), by the plan of the run.",
+                name,
+                size,
+                SIZES[name],
+                was,
+            )
+    return sizes
 
 
 def check_engine_of_auto_batch(args: TrainingArguments, engine: Engine) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
+from ..errors import first_line
 from ..modeling.memory.plan import MemoryPlan
+from .auto_batch import Sizes
 from .engines import Engine, asked_engine
 
 logger = logging.getLogger(__name__)
@@ -40,6 +44,20 @@ def device_memory(device: torch.device) -> int | None:
         return None
 
 
+def card_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, whether in use or free.
+
+    It is None for other devices, for which a trainer plans nothing, and for a GPU whose driver does not say it.
+    """
+    if device.type not in GPUS:
+        return None
+    try:
+        return device_memory(device)
+    except RuntimeError as error:  # an estimate must not stop a run
+        logger.info("Memory: not planned (%s: %s)", type(error).__name__, first_line(error))
+        return None
+
+
 def memory_line(plan: MemoryPlan, n_bytes: int | None) -> str:
     """What a run needs of the memory of its device, and when.
 
@@ -60,41 +78,83 @@ def can_be_planned(args: TrainingArguments) -> bool:
     return asked_engine(args) is Engine.DDP
 
 
+@dataclass(frozen=True)
+class RunMemory:
+    """What the memory of a run on a GPU depends on.
+
+    Attributes:
+        request: the run, a `PlanRequest`.
+        n_bytes: memory of the GPU, in bytes.
+    """
+
+    request: Any
+    n_bytes: int
+
+    def sizes(self, **options: Any) -> Sizes:
+        """The sizes with which `auto_batch` begins, see `planned_sizes`; nothing if the run cannot be planned.
+
+        Args:
+            options: fields of `Setup` that are known only now, such as the lengths of the texts.
+        """
+        from .planned_sizes import planned_sizes  # as below
+
+        try:
+            setup = replace(self.request.setup, **options)
+            return planned_sizes(replace(self.request, setup=setup), self.n_bytes)
+        except Exception as error:  # as below: after an out-of-memory error, passes become smaller anyway
+            logger.info("auto_batch: not planned (%s: %s)", type(error).__name__, first_line(error))
+            return {}
+
+
 def log_memory(
     model: nn.Module,
     stage: str,
     args: TrainingArguments,
     *,
     peft_config: PeftConfig | None = None,
-    reward_funcs: Any = (),
-) -> None:
+    reward_funcs: Sequence[Any] = (),
+    value_model: Any = None,
+    prompt_tokens: int | None = None,
+) -> RunMemory | None:
     """Logs the line of `memory_line` for a trainer on a GPU, as a warning if the run does not fit.
 
-    It does nothing on other devices, and nothing if a recipe has planned the run already (`args.memory_is_planned`). A
-    model that cannot be planned is not an error.
+    It does nothing on other devices. It logs nothing if a recipe has planned the run already
+    (`args.memory_is_planned`). A model that cannot be planned is not an error.
 
     Args:
         model: the model to train, loaded.
         stage: `sft`, `reward` or `ppo`.
         args: options of the trainer.
         peft_config: configuration of a new adapter; `None` without one.
-        reward_funcs: what `PPOTrainer` takes.
-    """
-    if args.device.type not in GPUS or getattr(args, "memory_is_planned", False) or not can_be_planned(args):
-        return
-    from ..modeling.memory.planner import plan_memory  # only here, as most runs on a CPU do without
+        reward_funcs: what `PPOTrainer` takes as `reward_funcs` and `eval_reward_funcs`.
+        value_model: what `PPOTrainer` takes.
+        prompt_tokens: longest prompt in tokens; `None` if it is not known.
 
-    options: dict[str, Any] = {"model_args": _model_options(model, peft_config), "device": "cuda"}
-    if stage == "ppo":
-        options["reward_model"] = _first_reward_model(reward_funcs)
+    Returns:
+        What `auto_batch` plans with; `None` where nothing is planned.
+    """
+    n_bytes = card_memory(args.device)
+    is_logged = not getattr(args, "memory_is_planned", False)
+    if n_bytes is None or not can_be_planned(args) or not (is_logged or getattr(args, "auto_batch", False)):
+        return None
+    from ..modeling.memory.planner import plan_of, plan_request  # only here, as most runs on a CPU do without
+
     try:
-        plan = plan_memory(model, stage, args, **options)
-        n_bytes = device_memory(args.device)
-        line = memory_line(plan, n_bytes)
+        options: dict[str, Any] = {"model_args": _model_options(model, peft_config), "device": "cuda"}
+        if stage == "ppo":
+            options |= {"reward_model": _reward_models(reward_funcs), "value_model": value_model}
+        request = plan_request(model, stage, args, prompt_tokens=prompt_tokens, **options)
+        if is_logged:
+            _log(plan_of(request), n_bytes)
+        return RunMemory(request, n_bytes)
     except Exception as error:  # an estimate must not stop a run that may well fit
-        logger.info("Memory: not planned (%s: %s)", type(error).__name__, error)
-        return
-    if n_bytes is None or plan.fits(n_bytes):
+        logger.info("Memory: not planned (%s: %s)", type(error).__name__, first_line(error))
+        return None
+
+
+def _log(plan: MemoryPlan, n_bytes: int) -> None:
+    line = memory_line(plan, n_bytes)
+    if plan.fits(n_bytes):
         logger.info(line)
     else:
         logger.warning("%s: it does not fit. `hf-rlhf plan` says what to change.", line)
@@ -113,7 +173,11 @@ def _model_options(model: nn.Module, peft_config: PeftConfig | None) -> SimpleNa
     return options
 
 
-def _first_reward_model(reward_funcs: Any) -> Any:
-    """The first reward of PPO that is a model, loaded or by name; False if all are functions."""
-    given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    return next((reward for reward in given if isinstance(reward, str | os.PathLike | nn.Module)), False)
+def _reward_models(reward_funcs: Sequence[Any]) -> list[Any]:
+    """For each reward of PPO the model, loaded or by name; False for a function."""
+    models: list[Any] = []
+    for reward in reward_funcs:
+        for scorer in getattr(reward, "members", [reward]):  # of a `RewardEnsemble`
+            model = scorer if isinstance(scorer, nn.Module) else getattr(scorer, "model", scorer)  # of a `RewardScorer`
+            models.append(model if isinstance(model, str | os.PathLike | nn.Module) else False)
+    return models

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,26 @@ def test_an_exception_inside_restores_the_base_too(with_adapter):
         raise RuntimeError
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert not any(getattr(module, "merged", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_base_is_restored_if_memory_runs_out_again_as_it_is_unmerged(with_adapter, kind):
+    model = with_adapter(kind)
+    expected, before = logprobs(model), weights(model)
+
+    def unmerge(layer):  # PEFT counts the adapter as unmerged, and then computes its update
+        layer.merged_adapters.pop()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.unmerge = partial(unmerge, layer)
+    with pytest.raises(KeyError), merged_adapter(model, enabled=True):
+        assert layers[0].merged
+        raise KeyError
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert not any(layer.merged for layer in layers)
+    assert torch.equal(logprobs(model), expected)
 
 
 def test_nothing_is_merged_where_it_would_be_wrong(with_adapter, tiny_llama, tiny_config):

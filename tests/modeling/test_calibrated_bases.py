@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_rlhf_ext import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer
+from hf_rlhf_ext.cli.options import ModelArguments
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.hub.merge import merge_run
 from hf_rlhf_ext.modeling import quantization
-from hf_rlhf_ext.modeling.loading import load_base_model
+from hf_rlhf_ext.modeling.loading import load_base_model, load_policy
 from hf_rlhf_ext.modeling.quantization import quantization_differs
 from hf_rlhf_ext.reward.scorer import RewardScorer
 
@@ -62,6 +63,29 @@ def test_only_what_is_missing_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None if name == "optimum" else object())
     with pytest.raises(UserError, match="which needs optimum: pip install optimum, or"):
         load_base_model(str(tmp_path))
+
+
+def test_its_weights_are_not_trained_which_is_said_before_they_are_read(config, chat_tokenizer, tmp_path, method):
+    base = str(tmp_path / "base")
+    config.quantization_config = METHODS[method]
+    config.save_pretrained(base)  # no weights
+    chat_tokenizer.save_pretrained(base)
+    common = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    whole = ModelArguments(model_name_or_path=base, use_peft=False).base_options(PPOConfig(str(tmp_path), **common))
+    prompts = [{"prompt": "a fox"}] * 2
+    pairs = [{"prompt": "a fox", "chosen": " happy", "rejected": " sad"}] * 2
+    args = BradleyTerryConfig(str(tmp_path / "reward"), **common)
+    starts = [
+        lambda: load_base_model(base, task="reward", **whole),  # as the commands do with --use_peft false
+        lambda: load_policy(base, is_trainable=True, **whole),
+        lambda: PPOTrainer(base, len, PPOConfig(str(tmp_path / "ppo"), **common), prompts),
+        lambda: BradleyTerryTrainer(base, args, pairs),
+    ]
+    for start in starts:
+        with pytest.raises(UserError, match=rf"\({method}\) and cannot be trained.* --use_peft false") as error:
+            start()
+        assert str(error.value).startswith(f"model_name_or_path: the weights of {base} ")
+        assert "\n" not in str(error.value)
 
 
 def test_kernels_and_defaults_are_no_difference_but_the_size_of_a_group_is(method):

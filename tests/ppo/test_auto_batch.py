@@ -4,6 +4,7 @@ They are compared bit for bit, in fp32.
 """
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 from hf_rlhf_ext.errors import UserError
 from hf_rlhf_ext.ppo.callbacks import PPOCallback
 from hf_rlhf_ext.reward.scorer import RewardScorer
+from hf_rlhf_ext.training import memory_line
 from hf_rlhf_ext.training.auto_batch import AUTO_BATCH_FILE, REWARD_TOKENS
 from tests.support.small_memory import SmallMemory, said
 
@@ -71,6 +73,48 @@ def test_scoring_that_does_not_fit_gives_the_run_with_the_smaller_number(make_tr
     assert_same(trainer, by_hand)
 
 
+def test_it_begins_with_what_the_plan_says_fits(make_trainer, monkeypatch, caplog):
+    options = OPTIONS | {"num_generations": 2, "max_steps": 2}
+    monkeypatch.setattr(memory_line, "card_memory", lambda device: 1)  # not even one prompt fits
+    trainer = make_trainer(auto_batch=True, **options)
+    longest = int(trainer.experience.prompts.lengths.max())
+    found = {"max_tokens_per_batch": longest + 2 * 6, "generation_batch_size": 2}
+    assert {name: getattr(trainer.args, name) for name in found} == found
+    assert f"max_tokens_per_batch begins with {longest + 12} tokens (was: no limit)" in caplog.text
+    assert "generation_batch_size begins with 2 completions (was: no limit)" in caplog.text
+    trainer.train()
+    by_hand = make_trainer(**found, **options)
+    by_hand.train()
+    assert_same(trainer, by_hand)
+
+
+class WatchedMemory(SmallMemory):
+    """Also notes whether what went into a pass that failed is still in memory at the next pass."""
+
+    kept: tuple[bool, ...] = ()
+    failed = None
+
+    def _enter(self, layer, inputs, options):
+        if self.failed is not None:
+            self.kept += (self.failed() is not None,)
+            self.failed = None
+        self.entered = weakref.ref(inputs[0])
+        super()._enter(layer, inputs, options)
+
+    def fail_if(self, is_too_large):
+        if is_too_large:
+            self.failed = self.entered
+        super().fail_if(is_too_large)
+
+
+@pytest.mark.parametrize("limits", [{"tokens": 30}, {"tokens": 30, "backward": True}, {"sampled": 4, "after": 6}])
+def test_nothing_of_a_pass_that_failed_is_in_memory_at_the_next_one(make_trainer, limits):
+    trainer = make_trainer(auto_batch=True, **(OPTIONS | {"critic": "head", "max_steps": 1}))
+    memory = WatchedMemory(trainer.policy, **limits)
+    trainer.train()
+    assert memory.kept and not any(memory.kept)
+
+
 class ShrinkAtSubstep(TrainerCallback):
     """Lets the memory become smaller after the first micro-step of an optimizer step."""
 
@@ -78,20 +122,32 @@ class ShrinkAtSubstep(TrainerCallback):
         self.memory.tokens = 30
 
 
-@pytest.mark.parametrize("critic, in_second", [("head", False), ("adapter", False), ("adapter", True)])
-def test_an_optimizer_step_that_does_not_fit_is_repeated_with_the_smaller_number(
-    make_trainer, caplog, critic, in_second
-):
-    options = OPTIONS | {"critic": critic}
+@pytest.mark.parametrize("case", ["head", "twice in one step", "in the second micro-step"])
+def test_an_optimizer_step_that_does_not_fit_is_repeated_with_the_smaller_number(make_trainer, caplog, case):
+    options = OPTIONS | {"critic": "head" if case == "head" else "adapter"}
     shrink = ShrinkAtSubstep()
-    trainer = make_trainer(auto_batch=True, callbacks=[shrink], **options)
-    shrink.memory = memory = SmallMemory(trainer.policy, None if in_second else 30, backward=True)
+    in_second = case == "in the second micro-step"
+    trainer = make_trainer(auto_batch=True, callbacks=[shrink] if in_second else [], **options)
+    twice = case == "twice in one step"
+    memory = SmallMemory(trainer.policy, None if in_second else 30, backward=True, then=15 if twice else None)
+    shrink.memory = memory
     trainer.train()
     lines = said(caplog)
-    assert len(lines) == memory.failures > 0 and "out of memory in training" in lines[0]
+    assert len(lines) == memory.failures >= (2 if twice else 1) and "out of memory in training" in lines[0]
     by_hand = make_trainer(callbacks=[SetByHand(trainer.args.max_tokens_per_batch)], **options)
     by_hand.train()
     assert_same(trainer, by_hand)
+
+
+def test_a_step_that_is_repeated_twice_is_counted_once_in_metrics_of_several_steps(make_trainer):
+    meter = make_trainer().meter
+    meter.add("loss/value_avg", torch.tensor(2.0))  # of the step before
+    restore = meter.snapshot()
+    for _ in range(2):
+        meter.add("loss/value_avg", torch.tensor(5.0))
+        restore()
+    meter.add("loss/value_avg", torch.tensor(4.0))
+    assert meter.means() == {"loss/value_avg": 3.0}
 
 
 @pytest.mark.parametrize("generations", [1, 2])

@@ -14,10 +14,12 @@ class SmallMemory:
         backward: whether the forward pass fits, and the backward pass fails below the last layer, whose gradients are
             there then.
         after: number of passes that fit, whatever their size.
+        then: what `tokens` becomes at the first failure; `None` means that it stays.
     """
 
-    def __init__(self, model: nn.Module, tokens=None, *, sampled=None, backward=False, after=0):
+    def __init__(self, model: nn.Module, tokens=None, *, sampled=None, backward=False, after=0, then=None):
         self.tokens = tokens
+        self.then = then
         self.sampled = sampled
         self.backward = backward
         self.after = after
@@ -46,6 +48,8 @@ class SmallMemory:
     def fail_if(self, is_too_large):
         if is_too_large:
             self.failures += 1
+            if self.then is not None:
+                self.tokens, self.then = self.then, None
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
 

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from hf_rlhf_ext.cli.parsing import parse_recipe
 from hf_rlhf_ext.compat import OLD_NAME_WARNINGS
 from hf_rlhf_ext.errors import UserError
+from hf_rlhf_ext.modeling.memory.planner import plan_memory
 from hf_rlhf_ext.ppo.config import PPOConfig
 from hf_rlhf_ext.reward.config import BradleyTerryConfig
 from hf_rlhf_ext.training.activation_checkpointing import with_possible_checkpointing
@@ -60,6 +61,15 @@ for kind, text, path in shown:
     if "hf_rlhf_ext" in path or "recipes" in path:
         print("deprecated in our code:", kind.__name__, text, path)
 """
+
+
+@pytest.mark.parametrize("stage, kind", [("ppo", PPOConfig), ("reward", BradleyTerryConfig)])
+def test_a_plan_turns_checkpointing_on_by_its_new_name(tiny_config, tmp_path, stage, kind):
+    args = kind(str(tmp_path), per_device_train_batch_size=2, **CPU)
+    assert args.activation_checkpointing
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*checkpointing_enable", FutureWarning)
+        plan_memory(tiny_config, stage, args, prompt_tokens=8, completion_tokens=8)
 
 
 @pytest.mark.parametrize("kind", [PPOConfig, BradleyTerryConfig, CheckedSFTConfig])
