@@ -85,10 +85,12 @@ class RunMemory:
     Attributes:
         request: the run, a `PlanRequest`.
         n_bytes: memory of the GPU, in bytes.
+        plan: the plan of the run, if its line was logged.
     """
 
     request: Any
     n_bytes: int
+    plan: MemoryPlan | None = None
 
     def sizes(self, **options: Any) -> Sizes:
         """The sizes with which `auto_batch` begins, see `planned_sizes`; nothing if the run cannot be planned.
@@ -100,7 +102,8 @@ class RunMemory:
 
         try:
             setup = replace(self.request.setup, **options)
-            return planned_sizes(replace(self.request, setup=setup), self.n_bytes)
+            plan = self.plan if setup == self.request.setup else None
+            return planned_sizes(replace(self.request, setup=setup), self.n_bytes, plan)
         except Exception as error:  # as below: after an out-of-memory error, passes become smaller anyway
             logger.info("auto_batch: not planned (%s: %s)", type(error).__name__, first_line(error))
             return {}
@@ -144,9 +147,10 @@ def log_memory(
         if stage == "ppo":
             options |= {"reward_model": _reward_models(reward_funcs), "value_model": value_model}
         request = plan_request(model, stage, args, prompt_tokens=prompt_tokens, **options)
-        if is_logged:
-            _log(plan_of(request), n_bytes)
-        return RunMemory(request, n_bytes)
+        plan = plan_of(request) if is_logged else None
+        if plan is not None:
+            _log(plan, n_bytes)
+        return RunMemory(request, n_bytes, plan)
     except Exception as error:  # an estimate must not stop a run that may well fit
         logger.info("Memory: not planned (%s: %s)", type(error).__name__, first_line(error))
         return None

@@ -81,7 +81,7 @@ class _Try:
                 yield _Need("sampled", self.passes.sampled, phase.n_bytes)
 
 
-def planned_sizes(request: PlanRequest, card_bytes: int) -> Sizes:
+def planned_sizes(request: PlanRequest, card_bytes: int, plan: MemoryPlan | None = None) -> Sizes:
     """The largest sizes that fit, for those that do not fit as they are.
 
     Bytes grow with the size of a pass in a straight line, but for a step that begins to add up gradients. So the search
@@ -90,12 +90,13 @@ def planned_sizes(request: PlanRequest, card_bytes: int) -> Sizes:
     Args:
         request: the run, with the lengths of its texts.
         card_bytes: memory of the card in bytes.
+        plan: the plan of the run, if it is known already.
 
     Returns:
         By name in `SIZES`. Nothing for sizes of the options that fit. Passes of one prompt, the smallest there are,
         where not even these fit.
     """
-    large = _try(request, _Passes.of(request.setup))
+    large = _Try(_Passes.of(request.setup), plan_of(request) if plan is None else plan)
     if large.plan.fits(card_bytes):
         return {}
     most = large.passes

@@ -51,6 +51,8 @@ def test_the_token_budget_is_the_largest_that_fits(request_of, monkeypatch, rows
 def test_sizes_of_the_options_that_fit_stay_and_take_one_plan(request_of, monkeypatch):
     request = request_of("reward", per_device_train_batch_size=4)
     plans = count_plans(monkeypatch)
+    known = plan_of(request)
+    assert planned_sizes(request, known.n_bytes, known) == {}
     assert planned_sizes(request, plan_of(request).n_bytes) == {}
     assert len(plans) == 1
 
